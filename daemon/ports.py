@@ -1,0 +1,109 @@
+"""The outside world as the path sees it: events come from a source, outcomes go to a sink.
+
+A source is also the clock. Live it waits; in a replay it jumps simulated time. Nothing else tells the
+path what time it is, so the same events give the same outcomes in both.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from barcast.models import Bar, Card, Forecast
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Bars that came together, and the moment they were received (nanoseconds since 1970, UTC)."""
+
+    time: int
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """The settings of the path from this moment on, as canonical JSON."""
+
+    time: int
+    settings: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Warmup:
+    """History put into the windows: the SHA-256 of what was read, and the bars."""
+
+    time: int
+    digest: str
+    bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """A model takes over: its id, how it is sampled, and the fingerprint it was activated under."""
+
+    time: int
+    model: str
+    fingerprint: str
+
+
+Event = Arrival | Revision | Warmup | Activation
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The symbols of one close time that are forecast together. A straggler is a group of its own."""
+
+    close_time: int
+    symbols: tuple[str, ...]
+    straggler: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Everything the path decided about one group.
+
+    `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not.
+    `targets` is strategy -> symbol -> wanted exposure, empty for a straggler. `ends` are the closes, in
+    nanoseconds, of the bars that the horizons end with; None where the calendar does not reach.
+    """
+
+    timeframe: str
+    group: Group
+    card: Card
+    forecasts: Mapping[str, Forecast]
+    flags: Mapping[str, tuple[str, ...]]
+    withheld: Mapping[str, str]
+    targets: Mapping[str, Mapping[str, float]]
+    ends: tuple[int, ...]
+    valid_until: int
+
+
+class Source(Protocol):
+    """Where events come from, and what time it is."""
+
+    def now(self) -> int:
+        """The time in nanoseconds; never before an event that was handed out."""
+        ...
+
+    async def next(self, deadline: int | None) -> Event | None:
+        """The next event, or None once `deadline` has passed first. Raise `EndOfSource` at the end."""
+        ...
+
+
+class Sink(Protocol):
+    """Where outcomes go."""
+
+    def accepted(self, bar: Bar) -> None:
+        """Take note of a bar that became the newest of its symbol."""
+        ...
+
+    async def emit(self, outcome: Outcome) -> None:
+        """Take the outcome of a due group. Called in the order in which groups become due."""
+        ...
+
+    async def settle(self, now: int) -> None:
+        """Make everything up to the last event and `now` durable."""
+        ...
+
+
+class EndOfSource(Exception):
+    """The source has no further event and never will."""

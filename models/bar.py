@@ -1,0 +1,29 @@
+"""One OHLCV interval, stamped by its close."""
+
+import msgspec
+
+TIME_UNIT = 1_000_000_000
+"""Nanoseconds in a second: every time inside the program is int64 nanoseconds since 1970, UTC."""
+
+
+class Bar(msgspec.Struct, frozen=True, gc=False):
+    """One OHLCV interval of one symbol.
+
+    `close_time` is nanoseconds since 1970 UTC; prices and volume are finite, prices positive and
+    `low <= open, close <= high`. The edge that decodes bars checks this; the interior relies on it.
+    """
+
+    symbol: str
+    close_time: int
+    open: float
+    high: float
+    low: float
+    close: float
+    volume: float
+    trades: int | None = None
+    vwap: float | None = None
+
+    @property
+    def values(self) -> tuple[float, float, float, float, float]:
+        """Open, high, low, close and volume: what a window keeps."""
+        return (self.open, self.high, self.low, self.close, self.volume)

@@ -1,0 +1,17 @@
+"""The errors that end in one clear sentence for whoever runs the program."""
+
+
+class BarcastError(Exception):
+    """A fault that the user can mend. The message names the file or field, the value and the remedy."""
+
+
+class ConfigError(BarcastError):
+    """A setting, a missing file or a combination that cannot work."""
+
+
+class DataError(BarcastError):
+    """Bars in a file that cannot be used."""
+
+
+class CheckpointError(BarcastError):
+    """A model directory that is damaged, foreign or newer than this program."""
