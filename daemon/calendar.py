@@ -1,0 +1,305 @@
+"""When bars close: used for holes, the end times of horizons and periods per year; never for filling.
+
+Three kinds of calendar. `24x7`: bars step from 1970-01-01 UTC. `fx`: a day runs from 17:00 to 17:00 New York,
+Sunday evening to Friday; bars step from 17:00. Any other name is a calendar of exchange_calendars: bars step
+from the session's open and the last one ends at the session's close; where there is a lunch break, each half
+steps from its own open. All times are int64 nanoseconds since 1970, UTC.
+"""
+
+import difflib
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Protocol
+from zoneinfo import ZoneInfo
+
+import numpy as np
+from numpy.typing import NDArray
+
+from barcast.daemon.timeframe import DAY, Timeframe
+from barcast.models import ConfigError, DataError
+from barcast.models.bar import TIME_UNIT
+
+YEARS = range(1970, 2200)
+"""The years in which sessions are looked up."""
+
+_MARGIN = 5
+"""Years read before and after a time that is not covered yet."""
+
+_WHOLE_SESSION = 7 * DAY
+"""A step longer than any session: its only bar ends with it."""
+
+
+class Calendar:
+    """The bar closes of one timeframe.
+
+    The state is what `_closes` has read of the sessions so far; it grows by years when a time needs it.
+    Reading an exchange's sessions takes about 0.1 s. A time for which the calendar has no sessions
+    raises `DataError`.
+    """
+
+    def __init__(self, name: str, timeframe: Timeframe) -> None:
+        """Raise `ConfigError` when there is no such calendar, or it has no such timeframe."""
+        self.name = name
+        self.timeframe = timeframe
+        self._closes = _closes(name, timeframe)
+        self._periods_per_year: int | None = None
+
+    def close_at_or_after(self, time: int) -> int:
+        """The first bar close that is not before `time`."""
+        return self._closes.after(time - 1, 1)[0]
+
+    def closes_after(self, close_time: int, count: int) -> tuple[int, ...]:
+        """The next `count` bar closes after `close_time`, over closures: where horizons end."""
+        return self._closes.after(close_time, count)
+
+    def missing_between(self, previous_close: int, close_time: int) -> int:
+        """How many bars close strictly between: a hole inside sessions. A closure counts nothing."""
+        if close_time <= previous_close:
+            return 0
+        return self._closes.between(previous_close, close_time)
+
+    def close_for_open(self, open_time: int) -> int:
+        """The close of the bar that opens at `open_time`.
+
+        A daily bar of a session may also be stamped by its date (midnight UTC); its close is then the close
+        of that date's session. Raise `DataError` when no bar opens then.
+        """
+        close = int(self.closes_for_opens(np.array([open_time]))[0])
+        if close < 0:
+            raise DataError(
+                f"No {self.timeframe} bar of the calendar {self.name} opens at {iso(open_time)}: "
+                "correct the time, or take the calendar and timeframe that the bars follow."
+            )
+        return close
+
+    def closes_for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`close_for_open` of many times (N,); -1 where no bar opens."""
+        if not len(open_times):
+            return np.empty(0, np.int64)
+        return self._closes.for_opens(np.asarray(open_times, np.int64))
+
+    def valid_until(self, close_time: int) -> int:
+        """Until when a signal of this close may be used: the close of the second next bar."""
+        return self.closes_after(close_time, 2)[1]
+
+    @property
+    def periods_per_year(self) -> int:
+        """Bars in a year, by which returns are annualised.
+
+        `24x7`: 365 days. `fx`: 260 days (52 weeks of five). An exchange: the mean number of closes in a year
+        from 2010 to 2019, rounded, which is 252 for daily bars of the New York Stock Exchange.
+        """
+        if self._periods_per_year is None:
+            duration = self.timeframe.duration or DAY
+            if self.name == "24x7":
+                self._periods_per_year = round(365 * DAY / duration)
+            elif self.name == "fx":
+                self._periods_per_year = round(260 * DAY / duration)
+            else:
+                decade = self._closes.between(_new_year(2010), _new_year(2020))
+                self._periods_per_year = round(decade / 10)
+        return self._periods_per_year
+
+
+def iso(time: int) -> str:
+    """A time in nanoseconds as RFC 3339 in UTC, for messages."""
+    seconds, rest = divmod(time, TIME_UNIT)
+    whole = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return f"{whole}.{rest:09d}Z" if rest else f"{whole}Z"
+
+
+class _Closes(Protocol):
+    def after(self, time: int, count: int) -> tuple[int, ...]: ...
+
+    def between(self, start: int, stop: int) -> int: ...
+
+    def for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]: ...
+
+
+def _closes(name: str, timeframe: Timeframe) -> _Closes:
+    duration = timeframe.duration
+    if name == "24x7":
+        if duration is None:
+            raise ConfigError("timeframe 'session' needs an exchange's calendar: with 24x7 take 1d.")
+        return _Steps(duration)
+    if duration is not None and duration > DAY:
+        raise ConfigError(
+            f"timeframe {timeframe.text!r} is longer than a day: the calendar {name} has none such."
+        )
+    if name == "fx":
+        daily = duration in (None, DAY)
+        return _Sessions(name, _WHOLE_SESSION if daily else duration or DAY, YEARS, _fx_days)
+    if duration == DAY:
+        raise ConfigError(f"timeframe '1d' is no exchange day: with the calendar {name} take session.")
+    return _exchange(name, duration)
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    step: int
+
+    def after(self, time: int, count: int) -> tuple[int, ...]:
+        first = (time // self.step + 1) * self.step
+        return tuple(range(first, first + count * self.step, self.step))
+
+    def between(self, start: int, stop: int) -> int:
+        return (stop - 1) // self.step - start // self.step
+
+    def for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.where(open_times % self.step == 0, open_times + self.step, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Spans:
+    """Sessions, or the halves of sessions: int64 nanoseconds, and the day (since 1970) of each."""
+
+    opens: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    days: NDArray[np.int64]
+
+
+class _Sessions:
+    """Closes every `step` from each span's open, the last at its end.
+
+    The state is the spans of the years `read`, and for each span the number of closes before it.
+    """
+
+    def __init__(self, name: str, step: int, years: range, load: Callable[[int, int], _Spans]) -> None:
+        self.name, self.step, self.years, self.load = name, step, years, load
+        self.read = range(0)
+        self.since = self.until = 0
+
+    def after(self, time: int, count: int) -> tuple[int, ...]:
+        self._cover(time, time)
+        rank = self._rank(time)
+        while rank + count > self.total:
+            if self.read.stop == self.years.stop:
+                raise self._outside(time)
+            self._read(self.read.start, self.read.stop + _MARGIN)
+            rank = self._rank(time)
+        return tuple(self._at(rank + k) for k in range(count))
+
+    def between(self, start: int, stop: int) -> int:
+        self._cover(start, stop)
+        return self._rank(stop - 1) - self._rank(start)
+
+    def for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
+        self._cover(int(open_times.min()), int(open_times.max()))
+        opens, ends = self.spans.opens, self.spans.ends
+        at = np.searchsorted(opens, open_times, side="right") - 1
+        inside = (at >= 0) & (open_times < ends[at])
+        if self.step == _WHOLE_SESSION:
+            day, rest = np.divmod(open_times, DAY)
+            dated = np.minimum(np.searchsorted(self.spans.days, day), len(ends) - 1)
+            by_open = np.where(inside & (open_times == opens[at]), ends[at], -1)
+            return np.where((rest == 0) & (self.spans.days[dated] == day), ends[dated], by_open)
+        past = open_times - opens[at]
+        closes = np.minimum(open_times + self.step, ends[at])
+        return np.where(inside & (past % self.step == 0), closes, -1)
+
+    def _rank(self, time: int) -> int:
+        """How many closes are at or before `time`."""
+        at = bisect_right(self.opens, time) - 1
+        if at < 0:
+            return 0
+        if time >= self.ends[at]:
+            return self.before[at + 1]
+        return self.before[at] + (time - self.opens[at]) // self.step
+
+    def _at(self, rank: int) -> int:
+        at = bisect_right(self.before, rank) - 1
+        return min(self.opens[at] + (rank - self.before[at] + 1) * self.step, self.ends[at])
+
+    def _cover(self, first: int, last: int) -> None:
+        if first >= self.since and last < self.until:
+            return
+        low, high = _year(first), _year(last)
+        if low < self.years.start:
+            raise self._outside(first)
+        if high >= self.years.stop:
+            raise self._outside(last)
+        known = (self.read.start, self.read.stop) if self.read else (low, high)
+        self._read(min(low - _MARGIN, known[0]), max(high + _MARGIN, known[1]))
+
+    def _read(self, start: int, stop: int) -> None:
+        self.read = range(max(start, self.years.start), min(stop, self.years.stop))
+        self.spans = self.load(self.read.start, self.read.stop)
+        self.opens: list[int] = self.spans.opens.tolist()
+        self.ends: list[int] = self.spans.ends.tolist()
+        counts = -(-(self.spans.ends - self.spans.opens) // self.step)
+        self.before: list[int] = [0, *np.cumsum(counts).tolist()]
+        self.total = self.before[-1]
+        self.since, self.until = _new_year(self.read.start), _new_year(self.read.stop)
+        if self.read.start > self.years.start:
+            self.since += 31 * DAY
+        if self.read.stop < self.years.stop:
+            self.until -= 31 * DAY
+
+    def _outside(self, time: int) -> DataError:
+        return DataError(
+            f"The calendar {self.name} has no sessions around {iso(time)}: "
+            f"it reaches from {self.years.start} to {self.years.stop - 1}."
+        )
+
+
+def _fx_days(start: int, stop: int) -> _Spans:
+    """The days of the years [start, stop): 17:00 New York to 17:00, Sunday evening to Friday."""
+    new_york = ZoneInfo("America/New_York")
+    first = date(start, 1, 1)
+    days = [first + timedelta(n) for n in range((date(stop, 1, 1) - first).days)]
+    days = [day for day in days if day.weekday() < 5]
+
+    def five(day: date) -> int:
+        return int(datetime(day.year, day.month, day.day, 17, tzinfo=new_york).timestamp()) * TIME_UNIT
+
+    return _Spans(
+        np.array([five(day - timedelta(1)) for day in days], np.int64),
+        np.array([five(day) for day in days], np.int64),
+        np.array([(day - date(1970, 1, 1)).days for day in days], np.int64),
+    )
+
+
+def _exchange(name: str, duration: int | None) -> _Sessions:
+    from exchange_calendars import errors, get_calendar, get_calendar_names
+
+    try:
+        known = get_calendar(name, start="2020-01-01", end="2020-12-31")
+    except errors.InvalidCalendarName:
+        near = difflib.get_close_matches(name, ["24x7", "fx", *get_calendar_names()], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "such as XNYS."
+        raise ConfigError(
+            f"calendar {name!r} is unknown: take 24x7, fx or a name of exchange_calendars, {hint}"
+        ) from None
+    low, high = known.bound_min(), known.bound_max()
+    years = range(
+        max(YEARS.start, low.year + 1 if low is not None else YEARS.start),
+        min(YEARS.stop, high.year + 1 if high is not None else YEARS.stop),
+    )
+
+    def load(start: int, stop: int) -> _Spans:
+        calendar = get_calendar(name, start=f"{start}-01-01", end=f"{stop - 1}-12-31")
+        ends = calendar.closes.to_numpy(dtype="datetime64[ns]").astype(np.int64)
+        opens = calendar.opens.to_numpy(dtype="datetime64[ns]").astype(np.int64)
+        days = calendar.closes.index.to_numpy().astype("datetime64[D]").astype(np.int64)
+        if duration is None:
+            return _Spans(opens, ends, days)
+        breaks = calendar.break_starts.notna().to_numpy()
+        pause = calendar.break_starts.to_numpy(dtype="datetime64[ns]").astype(np.int64)[breaks]
+        resume = calendar.break_ends.to_numpy(dtype="datetime64[ns]").astype(np.int64)[breaks]
+        return _Spans(
+            np.sort(np.concatenate([opens, resume])),
+            np.sort(np.concatenate([ends, pause])),
+            np.sort(np.concatenate([days, days[breaks]])),
+        )
+
+    return _Sessions(name, duration or _WHOLE_SESSION, years, load)
+
+
+def _new_year(year: int) -> int:
+    return (date(year, 1, 1) - date(1970, 1, 1)).days * DAY
+
+
+def _year(time: int) -> int:
+    return int(np.datetime64(time, "ns").astype("datetime64[Y]").astype(int)) + 1970
