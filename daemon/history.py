@@ -1,0 +1,304 @@
+"""Bars from Parquet and CSV files, checked once, in canonical columns.
+
+A file holds the columns `symbol`, `open`, `high`, `low`, `close`, `volume` and one time column: `close_time`
+when bars are stamped by their close, otherwise one of `open_time`, `ts`, `time`, `timestamp` and `date`. Case
+does not matter, other columns are ignored. Times are datetimes with a time zone or ISO 8601 strings with an
+offset. A date without a time is accepted for daily bars: of sessions it means the close of that day's
+session, with `24x7` the day that begins then.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from barcast.daemon.calendar import Calendar, iso
+from barcast.daemon.timeframe import DAY
+from barcast.models import Bar, DataError, Window
+
+Stamp = Literal["open", "close"]
+
+PRICES = ("open", "high", "low", "close")
+VALUES = (*PRICES, "volume")
+COLUMNS = ("symbol", "close_time", *VALUES)
+OPEN_TIMES = ("open_time", "ts", "time", "timestamp", "date")
+SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
+
+_REMEDIES = {
+    "symbol": "spell it in A-Z, 0-9, dot, underscore and dash, at most 32 characters",
+    "naive": "write the time zone, such as 2026-01-31T16:00:00Z",
+    "time": "write a date and time from 1970 on, such as 2026-01-31T16:00:00Z",
+    "grid": "correct the time, or take the calendar and timeframe that the bars follow",
+    "price": "prices are positive numbers: correct or remove the row",
+    "volume": "volume is a number and not negative: correct it, or write 0 where it is unknown",
+    "order": "low must not be above, high not below open and close: correct or remove the row",
+}
+
+
+def scan(
+    paths: Sequence[Path],
+    stamp: Stamp,
+    calendar: Calendar,
+    symbols: Sequence[str] | None = None,
+    since: int | None = None,
+    until: int | None = None,
+) -> pl.LazyFrame:
+    """The bars in `paths` (files, or folders of them), sorted by close time and symbol.
+
+    The columns are `symbol`, `close_time` (datetime[ns, UTC]) and open, high, low, close, volume (float64).
+    Only `symbols` are kept, and closes with since <= close < until (nanoseconds). The selected rows are
+    checked here, so that reading the frame finds no fault; equal rows are kept once. Raise `DataError` for
+    anything that cannot be used, naming the file, column, row, value and remedy.
+    """
+    checked = []
+    for path in files(paths):
+        rows = _canonical(path, stamp, calendar)
+        if symbols is not None:
+            rows = rows.filter(pl.col("symbol").is_in(list(symbols)) | pl.col("symbol").is_null())
+        if since is not None:
+            rows = rows.filter((pl.col("ns") >= since) | (pl.col("ns") < 0) | pl.col("ns").is_null())
+        if until is not None:
+            rows = rows.filter((pl.col("ns") < until) | pl.col("ns").is_null())
+        _check(path, rows, calendar)
+        checked.append(rows.with_columns(file=pl.lit(str(path))))
+    close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
+    known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
+    known = known.unique(COLUMNS, keep="any").sort("close_time", "symbol")
+    _check_together(known, symbols)
+    return known.select(COLUMNS)
+
+
+def read_windows(frame: pl.LazyFrame) -> dict[str, Window]:
+    """The whole history of each symbol of a scanned frame as one window; symbols in order."""
+    bars = frame.sort("symbol", "close_time").collect()
+    windows = {}
+    for (symbol,), own in bars.group_by("symbol", maintain_order=True):
+        times = own["close_time"].to_physical().to_numpy().copy()
+        values = np.ascontiguousarray(own.select(VALUES).to_numpy())
+        times.flags.writeable = values.flags.writeable = False
+        windows[str(symbol)] = Window(str(symbol), times, values)
+    return windows
+
+
+def bars(frame: pl.LazyFrame) -> Iterator[Bar]:
+    """The bars of a scanned frame, sorted by close time and symbol."""
+    rows = frame.sort("close_time", "symbol").with_columns(pl.col("close_time").to_physical()).select(COLUMNS)
+    for row in rows.collect().iter_rows():
+        yield Bar(*row)
+
+
+def digest(paths: Sequence[Path]) -> str:
+    """The SHA-256 of the files' contents, in hex. Names and order do not matter."""
+    hashes = []
+    for path in files(paths):
+        with path.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
+
+
+def files(paths: Sequence[Path]) -> list[Path]:
+    """The Parquet and CSV files meant by `paths`: each file, and those in each folder, in order of name."""
+    found = []
+    for path in paths:
+        inside = (
+            sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".csv")) if path.is_dir() else [path]
+        )
+        if not inside:
+            raise DataError(
+                f"{path} holds no .parquet or .csv file: name a file with bars, or put one there."
+            )
+        for file in inside:
+            if not file.is_file():
+                raise DataError(f"{file} does not exist: correct the path.")
+            if file.suffix not in (".parquet", ".csv"):
+                raise DataError(
+                    f"{file} is neither .parquet nor .csv: convert it, or rename it to what it is."
+                )
+        found += inside
+    if not found:
+        raise DataError("No file with bars was named: name a .parquet or .csv file.")
+    return found
+
+
+def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
+    """The rows with `row` (from 1), `given` (the time as it was written) and `ns`; nulls are faults.
+
+    `ns` is the close; null where the time is not understood, -1 where no bar opens, -2 without a zone.
+    """
+    try:
+        raw = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
+        schema = raw.collect_schema()
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable(path, error) from error
+    names: dict[str, str] = {}
+    for name in schema:
+        if name.lower() in names and name.lower() in (*COLUMNS, *OPEN_TIMES):
+            raise DataError(f"{path} has two columns {names[name.lower()]!r} and {name!r}: keep one of them.")
+        names[name.lower()] = name
+    for column in ("symbol", *VALUES):
+        if column not in names:
+            raise DataError(f"{path} has no column {column!r}, only {', '.join(schema)}: add or rename it.")
+    candidates = ("close_time",) if stamp == "close" else OPEN_TIMES
+    times = [names[name] for name in candidates if name in names]
+    if len(times) != 1:
+        raise DataError(
+            f"{path} has {len(times) or 'no'} time column(s) for bars stamped by their {stamp}"
+            f"{': ' + ', '.join(times) if times else ''}; have one, named {' or '.join(candidates)}."
+        )
+    ns = _nanoseconds(path, raw, times[0], schema[times[0]], stamp, calendar)
+    return raw.with_row_index("\0row", offset=1).select(
+        pl.col("\0row").alias("row"),
+        pl.col(times[0]).alias("given"),
+        pl.col(names["symbol"]).cast(pl.String).alias("symbol"),
+        *(pl.col(names[name]).cast(pl.Float64, strict=False).alias(name) for name in VALUES),
+        *(pl.col(names[name]).cast(pl.String).alias(f"given {name}") for name in VALUES),
+        ns=ns,
+    )
+
+
+def _nanoseconds(
+    path: Path, raw: pl.LazyFrame, name: str, dtype: pl.DataType, stamp: Stamp, calendar: Calendar
+) -> pl.Expr:
+    """The close of each row in nanoseconds, or the mark of its fault."""
+    column = pl.col(name)
+    if dtype == pl.String:
+        first = _collect(path, raw.select(column.drop_nulls().first())).item()
+        if first is not None and len(first) == 10:
+            column, dtype = column.str.to_date("%Y-%m-%d", strict=False), pl.Date()
+    if dtype == pl.Date:
+        _check_dates(path, name, stamp, calendar)
+        moments = column.cast(pl.Int64) * DAY
+        stamp = "open"
+    elif dtype == pl.String:
+        zoned = column.str.contains(r"(Z|z|[+-]\d\d:?\d\d)$")
+        iso8601 = column.str.replace(r"[Zz]$", "+00:00").str.replace(" ", "T", literal=True)
+        parsed = iso8601.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", time_unit="ns", strict=False).to_physical()
+        bare = column.str.contains(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?$")
+        moments = pl.when(zoned).then(parsed).when(bare).then(pl.lit(-2, pl.Int64))
+    elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+        moments = column.dt.convert_time_zone("UTC").dt.cast_time_unit("ns").to_physical()
+    elif isinstance(dtype, pl.Datetime):
+        raise DataError(
+            f"Column {name!r} of {path} has times without a time zone: say which it is, "
+            "in polars with dt.replace_time_zone('UTC')."
+        )
+    else:
+        raise DataError(
+            f"Column {name!r} of {path} holds {dtype}, not times: write datetimes with a time zone, "
+            "or strings such as 2026-01-31T16:00:00Z."
+        )
+    if stamp == "close":
+        return moments
+    opened = moments.filter(moments >= 0)
+    first, last = _collect(path, raw.select(first=opened.min(), last=opened.max())).row(0)
+    if first is not None:
+        calendar.closes_for_opens(np.array([first, last]))
+
+    def closes(series: pl.Series) -> pl.Series:
+        given = series.to_frame("open").with_columns(close=pl.when(pl.col("open") < 0).then("open"))
+        known = given.filter(pl.col("open") >= 0)["open"].unique().to_numpy()
+        table = pl.DataFrame({"open": known, "closed": calendar.closes_for_opens(known)})
+        joined = given.join(table, on="open", how="left", maintain_order="left")
+        return joined.select(pl.coalesce("close", "closed")).to_series()
+
+    return moments.map_batches(closes, return_dtype=pl.Int64)
+
+
+def _check_dates(path: Path, name: str, stamp: Stamp, calendar: Calendar) -> None:
+    duration = calendar.timeframe.duration
+    if duration is not None and duration < DAY:
+        raise DataError(
+            f"Column {name!r} of {path} holds dates, but the timeframe is "
+            f"{calendar.timeframe}: write date and time."
+        )
+    if stamp == "close" and calendar.name == "24x7":
+        raise DataError(
+            f"Column {name!r} of {path} holds dates, which do not say when a 24x7 day closed: "
+            "write date and time, or stamp by the open."
+        )
+
+
+def _check(path: Path, rows: pl.LazyFrame, calendar: Calendar) -> None:
+    """Raise `DataError` for the first row that cannot be used."""
+    nan = [pl.col(name).is_null() | ~pl.col(name).is_finite() for name in VALUES]
+    faults: list[tuple[str, str, pl.Expr]] = [
+        ("symbol", "symbol", ~pl.col("symbol").str.contains(SYMBOL).fill_null(False)),
+        ("time", "given", pl.col("ns").is_null() | (pl.col("ns") < -2)),
+        ("naive", "given", pl.col("ns") == -2),
+        ("grid", "given", pl.col("ns") == -1),
+        *(("price", name, bad | (pl.col(name) <= 0)) for name, bad in zip(PRICES, nan, strict=False)),
+        ("volume", "volume", nan[4] | (pl.col("volume") < 0)),
+        ("order", "low", pl.col("low") > pl.min_horizontal("open", "close", "high")),
+        ("order", "high", pl.col("high") < pl.max_horizontal("open", "close")),
+    ]
+    number = pl.coalesce(pl.when(bad).then(pl.lit(k)) for k, (_, _, bad) in enumerate(faults))
+    first = _collect(path, rows.with_columns(fault=number).filter(pl.col("fault").is_not_null()).head(1))
+    if not first.height:
+        return
+    row = first.row(0, named=True)
+    kind, column, _ = faults[row["fault"]]
+    raise DataError(
+        f"{path}, row {row['row']}, {_where(row)}: {_column(column)} is {_value(row, column)}"
+        f"{_beside(kind, row, calendar)}; {_REMEDIES[kind]}."
+    )
+
+
+def _check_together(bars: pl.LazyFrame, symbols: Sequence[str] | None) -> None:
+    key = pl.struct("symbol", "close_time")
+    twice = bars.filter(key.is_duplicated()).head(2).collect()
+    if twice.height:
+        one, other = twice.rows(named=True)
+        column = next(name for name in VALUES if one[name] != other[name])
+        where = " and ".join(sorted({one["file"], other["file"]}))
+        raise DataError(
+            f"Two rows of {one['symbol']} closing at {iso(_ns(twice))} in {where} differ: "
+            f"column {column!r} is {one[column]} and {other[column]}; keep the right one."
+        )
+    known = set(bars.select(pl.col("symbol").unique()).collect().to_series())
+    if missing := sorted(set(symbols or ()) - known):
+        raise DataError(
+            f"No bar of {', '.join(missing)} was found in that time: correct the symbols or the files."
+        )
+    if not known:
+        raise DataError("The files hold no bar in that time: widen it, or name files with bars.")
+
+
+def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
+    try:
+        return frame.collect()
+    except pl.exceptions.PolarsError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = str(error).splitlines()[0]
+    return DataError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): write it anew.")
+
+
+def _ns(frame: pl.DataFrame) -> int:
+    return int(frame["close_time"].to_physical()[0])
+
+
+def _where(row: dict[str, Any]) -> str:
+    symbol = "no symbol" if row["symbol"] is None else row["symbol"]
+    return f"{symbol} at {row['given']}"
+
+
+def _column(column: str) -> str:
+    return "the time" if column == "given" else f"column {column!r}"
+
+
+def _value(row: dict[str, Any], column: str) -> str:
+    value = row[f"given {column}"] if f"given {column}" in row else row[column]
+    return "empty" if value is None else str(value) if not isinstance(value, str) else repr(value)
+
+
+def _beside(kind: str, row: dict[str, Any], calendar: Calendar) -> str:
+    if kind == "grid":
+        return f", when no {calendar.timeframe} bar of the calendar {calendar.name} opens"
+    if kind == "order":
+        return f" beside open {row['open']}, high {row['high']}, low {row['low']}, close {row['close']}"
+    return ""

@@ -1,0 +1,251 @@
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from barcast.backtest.sample import sample_bars
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
+from barcast.daemon.timeframe import Timeframe
+from barcast.models import DataError
+
+HOURS = Calendar("24x7", Timeframe.parse("1h"))
+DAYS = Calendar("XNYS", Timeframe.parse("session"))
+NINE = dt.datetime(2026, 3, 2, 9, tzinfo=dt.UTC)
+HOUR = dt.timedelta(hours=1)
+
+
+def table(**changes: Any) -> pl.DataFrame:
+    columns: dict[str, Any] = {
+        "symbol": ["BTC", "ETH", "BTC"],
+        "close_time": [NINE + HOUR, NINE, NINE],
+        "open": [10.0, 20.0, 11.0],
+        "high": [12.0, 22.0, 13.0],
+        "low": [9.0, 19.0, 10.0],
+        "close": [11.0, 21.0, 12.0],
+        "volume": [1.0, 0.0, 3.0],
+    }
+    return pl.DataFrame({name: values for name, values in (columns | changes).items() if values is not None})
+
+
+def written(tmp_path: Path, frame: pl.DataFrame, suffix: str = "parquet") -> Path:
+    path = tmp_path / f"bars.{suffix}"
+    if suffix == "parquet":
+        frame.write_parquet(path)
+    else:
+        frame.write_csv(path)
+    return path
+
+
+def closes(frame: pl.LazyFrame) -> list[str]:
+    return [f"{time:%m-%d %H:%M}" for time in frame.collect()["close_time"]]
+
+
+def test_sorted_and_canonical(tmp_path: Path) -> None:
+    """Unsorted rows come out sorted by close and symbol, as frame, bars and windows alike."""
+    frame = scan([written(tmp_path, table())], "close", HOURS)
+    assert frame.collect_schema()["close_time"] == pl.Datetime("ns", "UTC")
+    read = list(bars(frame))
+    nine = int(NINE.timestamp()) * 10**9
+    assert [(bar.symbol, bar.close_time - nine) for bar in read] == [
+        ("BTC", 0),
+        ("ETH", 0),
+        ("BTC", 3600 * 10**9),
+    ]
+    assert read[0].values == (11.0, 13.0, 10.0, 12.0, 3.0)
+    windows = read_windows(frame)
+    assert list(windows) == ["BTC", "ETH"]
+    assert windows["BTC"].close_time == nine + 3600 * 10**9
+    assert windows["BTC"].values.tolist() == [[11.0, 13.0, 10.0, 12.0, 3.0], [10.0, 12.0, 9.0, 11.0, 1.0]]
+    assert not windows["BTC"].values.flags.writeable
+
+
+def test_csv_equals_parquet(tmp_path: Path) -> None:
+    """CSV with ISO strings gives the same bars as Parquet, whatever the offset and the header's case."""
+    strings = table(
+        close_time=["2026-03-02T10:00:00Z", "2026-03-02 04:00:00-05:00", "2026-03-02T09:00:00.000+0000"]
+    )
+    path = written(tmp_path, strings.rename({"open": "Open", "close_time": "Close_Time"}), "csv")
+    expected = scan([written(tmp_path, table())], "close", HOURS).collect()
+    assert scan([path], "close", HOURS).collect().equals(expected)
+
+
+@pytest.mark.parametrize("name", ["ts", "time", "open_time", "timestamp"])
+def test_stamped_by_open(tmp_path: Path, name: str) -> None:
+    """Bars stamped by their open are moved to their close."""
+    path = written(tmp_path, table().rename({"close_time": name}))
+    assert closes(scan([path], "open", HOURS)) == ["03-02 10:00", "03-02 10:00", "03-02 11:00"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_dates_of_sessions(tmp_path: Path, suffix: str) -> None:
+    """A daily bar stamped by its date closes with that date's session, half days included."""
+    days = [dt.date(2012, 11, 26), dt.date(2012, 11, 23), dt.date(2012, 11, 23)]
+    path = written(tmp_path, table(close_time=None, date=days), suffix)
+    assert closes(scan([path], "open", DAYS)) == ["11-23 18:00", "11-23 18:00", "11-26 21:00"]
+    path = written(tmp_path, table(close_time=days), suffix)
+    assert closes(scan([path], "close", DAYS)) == ["11-23 18:00", "11-23 18:00", "11-26 21:00"]
+
+
+def test_dates_always_open(tmp_path: Path) -> None:
+    """With 24x7 a date is the day that begins then; as a close it is refused."""
+    daily = Calendar("24x7", Timeframe.parse("1d"))
+    path = written(tmp_path, table(close_time=None, date=[dt.date(2026, 3, day) for day in (1, 1, 2)]))
+    assert closes(scan([path], "open", daily)) == ["03-02 00:00", "03-02 00:00", "03-03 00:00"]
+    path = written(tmp_path, table(close_time=[dt.date(2026, 3, 1)] * 3))
+    with pytest.raises(DataError, match="do not say when a 24x7 day closed: write date and time"):
+        scan([path], "close", daily)
+    with pytest.raises(DataError, match="holds dates, but the timeframe is 1h: write date and time"):
+        scan([path], "close", HOURS)
+
+
+def test_selection(tmp_path: Path) -> None:
+    """Symbols and since <= close < until select rows; only those are checked."""
+    path = written(tmp_path, table(high=[12.0, -1.0, 13.0]))
+    nine = int(NINE.timestamp()) * 10**9
+    only = scan([path], "close", HOURS, symbols=["BTC"])
+    assert [bar.symbol for bar in bars(only)] == ["BTC", "BTC"]
+    assert closes(scan([path], "close", HOURS, symbols=["BTC"], until=nine + 1)) == ["03-02 09:00"]
+    assert closes(scan([path], "close", HOURS, since=nine + 1)) == ["03-02 10:00"]
+    with pytest.raises(DataError, match=r"No bar of DOGE, SOL was found .* correct the symbols"):
+        scan([path], "close", HOURS, symbols=["BTC", "SOL", "DOGE"])
+
+
+def test_equal_rows_are_one(tmp_path: Path) -> None:
+    """Rows that are equal in everything, also across files, count once."""
+    path, other = written(tmp_path, table()), tmp_path / "more.parquet"
+    pl.concat([table(), table()]).write_parquet(other)
+    assert scan([path, other], "close", HOURS).collect().height == 3
+    assert scan([tmp_path], "close", HOURS).collect().height == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"volume": None}, "has no column 'volume', only symbol.*add or rename it"),
+        ({"symbol": ["BTC", "btc", "BTC"]}, "row 2, btc at .*: column 'symbol' is 'btc'; spell it in A-Z"),
+        ({"symbol": ["BTC", "", "BTC"]}, "column 'symbol' is ''"),
+        ({"symbol": ["BTC", None, "BTC"]}, "row 2, no symbol at .*: column 'symbol' is empty"),
+        ({"symbol": ["BTC", "A" * 33, "BTC"]}, "at most 32 characters"),
+        (
+            {"open": [10.0, 20.0, float("nan")]},
+            "row 3, BTC at .*: column 'open' is '?NaN'?; prices are positive",
+        ),
+        ({"close": [10.0, None, 12.0]}, "row 2, ETH at .*: column 'close' is empty"),
+        ({"low": [-9.0, 19.0, 10.0]}, "row 1, BTC at .*: column 'low' is '-9.0'; prices are positive"),
+        ({"high": [float("inf"), 22.0, 13.0]}, "column 'high' is 'inf'"),
+        (
+            {"volume": [1.0, -2.0, 3.0]},
+            "row 2.*column 'volume' is '-2.0'; volume is a number and not negative",
+        ),
+        (
+            {"high": [12.0, 18.0, 13.0]},
+            "row 2, ETH at .*: column 'low' is '19.0' beside open 20.0, high 18.0",
+        ),
+        ({"high": [12.0, 20.5, 13.0]}, "row 2, ETH at .*: column 'high' is '20.5' beside open 20.0"),
+        (
+            {"close_time": [NINE, NINE, NINE]},
+            r"Two rows of BTC closing at 2026-03-02T09:00:00Z in .*bars.* differ: column 'open'",
+        ),
+        (
+            {"close_time": [NINE, None, NINE]},
+            "row 2, ETH at None: the time is empty; write a date and time",
+        ),
+        (
+            {"close_time": None},
+            "has no time column.* for bars stamped by their close; have one, named close_time",
+        ),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_faults(tmp_path: Path, suffix: str, changes: dict[str, Any], message: str) -> None:
+    """Every fault is one sentence that names the file, the row, the column, the value and the remedy."""
+    frame = table(**changes)
+    if suffix == "csv":
+        frame = frame.with_columns(pl.col(pl.Datetime).dt.to_string("iso:strict"))
+    with pytest.raises(DataError, match=message) as caught:
+        scan([written(tmp_path, frame, suffix)], "close", HOURS)
+    assert "\n" not in str(caught.value)
+    assert f"bars.{suffix}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        ([NINE.replace(tzinfo=None)] * 3, "times without a time zone: say which it is"),
+        ([1, 2, 3], "holds Int64, not times"),
+        (["2026-03-02T09:00:00"] * 3, "row 1, BTC at 2026.*'2026-03-02T09:00:00'; write the time zone"),
+        (["2026-03-02T09:00:00Z", "soon", "2026-03-02T09:00:00Z"], "row 2.*is 'soon'; write a date and time"),
+        (["2026-03-02", "2026-13-02", "2026-03-02"], "holds dates, but the timeframe is 1h"),
+    ],
+)
+def test_time_faults(tmp_path: Path, times: list[object], message: str) -> None:
+    """Times that are naive, not times or not understood are refused with what to write instead."""
+    with pytest.raises(DataError, match=message):
+        scan([written(tmp_path, table(close_time=times))], "close", HOURS)
+
+
+def test_off_grid_open(tmp_path: Path) -> None:
+    """An open at which no bar of the calendar opens is refused by row."""
+    path = written(tmp_path, table().with_columns(ts=pl.col("close_time") + dt.timedelta(minutes=1)))
+    with pytest.raises(
+        DataError, match=r"row 1, BTC at .*when no 1h bar of the calendar 24x7 opens; correct the time"
+    ):
+        scan([path], "open", HOURS)
+    dates = table(close_time=None, date=[dt.date(2012, 11, day) for day in (21, 22, 23)])
+    with pytest.raises(
+        DataError, match=r"row 2, ETH at 2012-11-22: .*when no session bar of the calendar XNYS opens"
+    ):
+        scan([written(tmp_path, dates)], "open", DAYS)
+    dates = table(close_time=None, date=[dt.date(2012, 11, 21), dt.date(2250, 11, 22), dt.date(2012, 11, 23)])
+    with pytest.raises(DataError, match="XNYS has no sessions around 2250-11-22"):
+        scan([written(tmp_path, dates)], "open", DAYS)
+
+
+def test_file_faults(tmp_path: Path) -> None:
+    """Files that are missing, foreign, damaged, empty or ambiguous are refused by name."""
+    damaged, foreign, empty = tmp_path / "damaged.parquet", tmp_path / "bars.txt", tmp_path / "empty.csv"
+    damaged.write_bytes(b"no parquet")
+    foreign.write_text("")
+    empty.write_text("symbol,close_time,open,high,low,close,volume\n")
+    two = tmp_path / "two.parquet"
+    table().with_columns(ts="close_time", time="close_time").write_parquet(two)
+    ragged = tmp_path / "ragged.csv"
+    ragged.write_text(
+        "symbol,close_time,open,high,low,close,volume\nBTC,2026-03-02T09:00:00Z,1,1,1,1,1,9,9\n"
+    )
+    (tmp_path / "nothing").mkdir()
+    cases: list[tuple[list[Path], Stamp, str]] = [
+        ([tmp_path / "none.csv"], "close", "none.csv does not exist: correct the path"),
+        ([foreign], "close", "neither .parquet nor .csv"),
+        ([damaged], "close", "damaged.parquet cannot be read as parquet"),
+        ([ragged], "close", "ragged.csv cannot be read as csv"),
+        ([empty], "close", "no bar in that time"),
+        ([two], "open", "has 2 time column.*: ts, time; have one"),
+        ([tmp_path / "nothing"], "close", "holds no .parquet or .csv file"),
+        ([], "close", "No file with bars was named"),
+    ]
+    for paths, stamp, message in cases:
+        with pytest.raises(DataError, match=message):
+            scan(paths, stamp, HOURS)
+
+
+def test_digest(tmp_path: Path) -> None:
+    """The digest depends on the contents alone: not on names, order or folders."""
+    one, other = tmp_path / "a.csv", tmp_path / "b.csv"
+    one.write_text("one")
+    other.write_text("other")
+    before = digest([one, other])
+    assert digest([other, one]) == before == digest([tmp_path])
+    one.rename(tmp_path / "z.csv")
+    assert digest([tmp_path]) == before
+    other.write_text("another")
+    assert digest([tmp_path]) != before
+
+
+def test_sample_bars() -> None:
+    """The shipped sample passes every check."""
+    frame = scan([sample_bars()], "close", DAYS, symbols=["IBM"])
+    assert len(read_windows(frame)["IBM"]) == 3270
