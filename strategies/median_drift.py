@@ -1,0 +1,35 @@
+"""Follow the median of the forecast, smaller the less certain it is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import copysign
+
+from barcast.models import Forecast
+from barcast.strategies.horizon import chosen, quantile
+
+
+@dataclass(frozen=True, slots=True)
+class MedianDrift:
+    """Hold `gain` * median / standard deviation of the forecast, between -1 and 1.
+
+    Nothing is held while the median does not clear the costs of a round trip; `costs` is the cost of one
+    side in basis points of the traded value. `horizon` is in bars; None takes the shortest.
+    """
+
+    name: str
+    gain: float = 1.0
+    costs: float = 2.0
+    horizon: int | None = None
+
+    def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
+        """The target of each symbol, from -1 to 1; 0 while the median does not clear the costs."""
+        return {symbol: self._target(forecast) for symbol, forecast in forecasts.items()}
+
+    def _target(self, forecast: Forecast) -> float:
+        horizon = chosen(self.name, self.horizon, forecast)
+        median = quantile(self.name, 0.5, horizon, forecast)
+        std = float(forecast.std[forecast.horizons.index(horizon)])
+        if abs(median) <= 2e-4 * self.costs:
+            return 0.0
+        drift = self.gain * median
+        return copysign(1.0, drift) if abs(drift) >= std else drift / std
