@@ -63,9 +63,10 @@ class Outcome:
 
     `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not.
     `targets` is strategy -> symbol -> wanted exposure, empty for a straggler. `ends` are the closes, in
-    nanoseconds, of the bars that the horizons end with; None where the calendar does not reach.
+    nanoseconds, of the bars that the horizons end with. `root` is the root topic it is published under.
     """
 
+    root: str
     timeframe: str
     group: Group
     card: Card

@@ -1,0 +1,493 @@
+"""The command line. It is the top layer: the one place that knows the live and the replay side."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from barcast.models import BarcastError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Calibrated quantile forecasts of OHLCV bars: live over MQTT, and in backtests on the same path.",
+)
+out = Console()
+err = Console(stderr=True)
+
+EX_CONFIG = 78
+"""Exit status for a fault that a person must mend: systemd does not restart on it."""
+
+LINE_SECONDS = 5.0
+"""How often long work says where it stands when nobody watches a terminal."""
+
+
+class Stamp(str, Enum):
+    """Which end of a bar its time names."""
+
+    open = "open"
+    close = "close"
+
+
+Files = Annotated[list[Path], typer.Argument(help="Parquet or CSV files with bars, or folders of them.")]
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the instance.")]
+Stamped = Annotated[
+    Stamp, typer.Option(help="Whether times in the files are the open or the close of the bar.")
+]
+Timeframe = Annotated[str, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session for exchange days.")]
+CalendarName = Annotated[str, typer.Option(help="24x7, fx, or a name of exchange_calendars such as XNYS.")]
+Symbols = Annotated[
+    list[str] | None, typer.Option("--symbol", help="Take this symbol only; may be repeated.")
+]
+Since = Annotated[
+    datetime | None, typer.Option(help="First close to take, UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
+]
+Until = Annotated[
+    datetime | None,
+    typer.Option(help="Take closes before this moment only, UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+]
+ModelName = Annotated[str, typer.Option(help="A checkpoint directory, or hs or fhs (no training needed).")]
+Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=1)
+]
+
+
+def main() -> None:
+    """Run a command; a fault that a person can mend ends in one sentence and exit status 78."""
+    try:
+        app()
+    except BarcastError as error:
+        err.print("error: ", style="bold red", end="")
+        err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        sys.exit(EX_CONFIG)
+
+
+@app.command()
+def run(config: ConfigFile) -> None:
+    """Run the daemon: bars from the broker in, signals out, until SIGTERM."""
+    from barcast.daemon import log
+    from barcast.daemon.app import Commands, serve
+    from barcast.daemon.config import load
+
+    settings = load(config)
+    log.configure(settings.log_level)
+    me = [sys.executable, "-m", "barcast.backtest.cli"]
+    serve(settings, Commands([*me, "retrain", str(config)], [*me, "gate", str(config)]))
+
+
+@app.command()
+def check(config: ConfigFile) -> None:
+    """Check a configuration file and say what it means. Starts nothing and loads no model."""
+    from barcast.daemon.config import load
+    from barcast.daemon.schedule import cron
+
+    settings = load(config)
+    if settings.retrain:
+        cron(settings.retrain.cron)
+    table = Table(title=f"{config} is in order", show_header=False, box=None)
+    for name, value in (
+        ("instance", settings.instance),
+        ("state directory", settings.state_dir),
+        ("broker", f"{settings.mqtt.host}:{settings.mqtt.port}, root {settings.mqtt.root}"),
+        ("bars", f"{settings.timeframe} on calendar {settings.calendar}"),
+        ("symbols", ", ".join(settings.symbols) or "those that come"),
+        ("model", f"{settings.model.name}, at first {settings.model.first}"),
+        ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
+        ("retraining", settings.retrain.cron + " UTC" if settings.retrain else "never"),
+    ):
+        table.add_row(name, str(value))
+    out.print(table)
+
+
+@app.command()
+def publish(
+    files: Files,
+    stamp: Stamped,
+    config: Annotated[
+        Path | None, typer.Option(help="Take broker, timeframe, calendar and clock from this TOML file.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Broker.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Its port.")] = 1883,
+    root: Annotated[str, typer.Option(help="Root topic.")] = "barcast/v1",
+    timeframe: Timeframe = "1m",
+    calendar: CalendarName = "24x7",
+    speed: Annotated[
+        float, typer.Option(help="Times real time; the first bar is sent at once.", min=0.001)
+    ] = 1.0,
+    symbol: Symbols = None,
+    since: Since = None,
+    until: Until = None,
+) -> None:
+    """Feed bars from files to a broker, each when its close comes on the clock."""
+    import asyncio
+
+    from barcast.daemon import log
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.config import Config, Mqtt, Rehearsal, load
+    from barcast.daemon.history import bars, scan
+    from barcast.daemon.publish import publish as send
+    from barcast.daemon.wire import to_text
+
+    log.configure("warning")
+    settings = (
+        load(config)
+        if config
+        else Config(
+            instance="publish",
+            state_dir=Path(),
+            timeframe=timeframe,
+            calendar=calendar,
+            mqtt=Mqtt(host=host, port=port, root=root),
+        )
+    )
+    frame = scan(files, stamp.value, settings.bar_calendar(), symbol, _ns(since), _ns(until))
+    found = list(bars(frame))
+    if settings.rehearsal is None:
+        first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
+        clock = Rehearsal(start=first, at=datetime.now(UTC), speed=speed)
+        settings = settings.model_copy(update={"rehearsal": clock})
+    address = settings.mqtt.address(f"barcast-publish-{settings.instance}")
+    with _progress("publishing", len(found)) as advance:
+
+        def sent(count: int, close_time: int) -> None:
+            advance(count, to_text(close_time))
+
+        asyncio.run(send(found, address, settings.mqtt.root, settings.timeframe, WallClock(settings), sent))
+    out.print(f"published {len(found)} bars")
+
+
+@app.command()
+def train(
+    files: Files,
+    stamp: Stamped,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory to write the checkpoint into.")],
+    timeframe: Timeframe = "1d",
+    calendar: CalendarName = "24x7",
+    symbol: Symbols = None,
+    until: Until = None,
+    horizon: Annotated[
+        list[int] | None,
+        typer.Option(help="Bars ahead; may be repeated. Default: 1, 5, 20 from a day on, else 1, 4, 16."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of each phase; default: from the data.", min=1)
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Cap on each phase; that it was hit is recorded.", min=0)
+    ] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
+) -> None:
+    """Train a model on bars closed before --until and write a checkpoint."""
+    from barcast.daemon.calendar import Calendar
+    from barcast.daemon.history import read_windows, scan
+    from barcast.daemon.timeframe import Timeframe as Parsed
+
+    frame = scan(files, stamp.value, Calendar(calendar, Parsed.parse(timeframe)), symbol, None, _ns(until))
+    _train(
+        read_windows(frame),
+        out_dir,
+        timeframe,
+        horizons=tuple(horizon) if horizon else None,
+        steps=steps,
+        minutes=minutes,
+        init_from=init_from,
+        seed=seed,
+    )
+
+
+@app.command()
+def retrain(
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory to write the challenger into.")],
+    champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+) -> None:
+    """Train a challenger on all bars that an instance knows. The daemon's scheduled job calls this.
+
+    It has the champion's horizons, so that the gate can compare them.
+    """
+    import os
+
+    from barcast.daemon.bars import known_bars
+    from barcast.daemon.config import load
+    from barcast.daemon.store import ModelStore
+
+    settings = load(config)
+    job = settings.retrain
+    if job:
+        os.nice(job.nice)
+    histories = known_bars(settings.state_dir, settings.bar_calendar())
+    card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
+    _train(histories, out_dir, settings.timeframe, horizons=card.horizons, steps=job.steps if job else None)
+
+
+@app.command()
+def gate(
+    config: ConfigFile,
+    challenger: Annotated[Path, typer.Argument(help="Checkpoint directory of the challenger.")],
+    champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+) -> None:
+    """Judge a challenger against the champion on bars it has not learnt from; print the verdict as JSON."""
+    import os
+
+    import msgspec
+
+    from barcast.daemon.bars import known_bars
+    from barcast.daemon.config import load
+    from barcast.daemon.gate import judge
+    from barcast.daemon.store import ModelStore
+
+    settings = load(config)
+    if settings.retrain:
+        os.nice(settings.retrain.nice)
+    histories = known_bars(settings.state_dir, settings.bar_calendar())
+    serving = ModelStore(settings.state_dir / "models", settings.timeframe).path(champion)
+    margin = settings.retrain.margin if settings.retrain else 0.0
+    verdict = judge(challenger, serving, histories, settings.timeframe, margin)
+    print(msgspec.json.encode(verdict).decode())
+
+
+@app.command()
+def forecast(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName,
+    timeframe: Timeframe = "1d",
+    calendar: CalendarName = "24x7",
+    symbol: Symbols = None,
+    until: Until = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+) -> None:
+    """Forecast every symbol from its last bar and print the quantiles, in prices."""
+    import numpy as np
+
+    from barcast.daemon.calendar import Calendar
+    from barcast.daemon.history import read_windows, scan
+    from barcast.daemon.store import open_model
+    from barcast.daemon.timeframe import Timeframe as Parsed
+    from barcast.daemon.wire import to_text
+    from barcast.models import Window
+
+    closes = Calendar(calendar, Parsed.parse(timeframe))
+    histories = read_windows(scan(files, stamp.value, closes, symbol, None, _ns(until)))
+    forecaster = open_model(model, timeframe, sampler, steps)
+    card = forecaster.card
+    windows = []
+    for name, h in histories.items():
+        if len(h) < card.min_window:
+            err.print(f"{name}: {len(h)} bars, {card.min_window} are needed: left out")
+        else:
+            windows.append(Window(name, h.close_times[-card.window :], h.values[-card.window :]))
+    table = Table(title=f"model {card.model}, {card.sampler}, {card.steps} steps, {card.samples} samples")
+    for column in (
+        "symbol",
+        "from",
+        "close",
+        "horizon",
+        "until",
+        *(f"q{round(100 * p):02d}" for p in card.levels),
+    ):
+        table.add_column(column, justify="left" if column == "symbol" else "right")
+    for f in forecaster.forecast(windows):
+        ends = closes.closes_after(f.close_time, max(f.horizons))
+        for h, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
+            prices = (f"{price:.6g}" for price in row)
+            table.add_row(
+                f.symbol, to_text(f.close_time), f"{f.reference:.6g}", str(h), to_text(ends[h - 1]), *prices
+            )
+    out.print(table)
+
+
+@app.command()
+def backtest(
+    files: Files,
+    stamp: Annotated[
+        Stamp | None,
+        typer.Option(
+            help="Whether times in the files are the open or the close of the bar; required unless a journal is replayed."
+        ),
+    ] = None,
+    model: ModelName = "fhs",
+    timeframe: Timeframe = "1d",
+    calendar: CalendarName = "24x7",
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="quantile-band, median-drift; may be repeated. Default: both.")
+    ] = None,
+    symbol: Symbols = None,
+    since: Since = None,
+    until: Until = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    commission: Annotated[
+        float, typer.Option(help="Commission in basis points of the traded value.", min=0)
+    ] = 1.0,
+    slippage: Annotated[float, typer.Option(help="Slippage in basis points of the price.", min=0)] = 2.0,
+    report: Annotated[Path, typer.Option(help="HTML file to write the report to.")] = Path("report.html"),
+    capture: Annotated[
+        Path | None,
+        typer.Option(help="With a journal: JSON lines of what a subscriber saw; compare byte by byte."),
+    ] = None,
+) -> None:
+    """Replay history, or a journal, through the live path.
+
+    Bars from files: scores, fills and an HTML report. Bars before --since only warm the windows up.
+    A journal (journal.db of a state directory): every signal is computed again and, with --capture,
+    compared with what a subscriber saw.
+    """
+    if len(files) == 1 and files[0].suffix == ".db":
+        _replay_journal(files[0], capture)
+        return
+    if stamp is None:
+        raise typer.BadParameter(
+            "say whether times in the files are the open or the close of the bar", param_hint="--stamp"
+        )
+    from barcast.backtest.replay import run_backtest
+    from barcast.backtest.report import write_report
+
+    with _progress("replaying", None) as advance:
+        result = run_backtest(
+            files,
+            stamp=stamp.value,
+            model=model,
+            timeframe=timeframe,
+            calendar=calendar,
+            strategies=strategy or ["quantile-band", "median-drift"],
+            symbols=symbol,
+            since=_ns(since),
+            until=_ns(until),
+            sampler=sampler,
+            steps=steps,
+            commission_bp=commission,
+            slippage_bp=slippage,
+            progress=advance,
+        )
+    write_report(result, report)
+    _print_result(result)
+    out.print(f"report: {report.absolute()}")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Working folder; made anew.")] = Path("demo-run"),
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of a broker of your own, such as Debian's mosquitto; default: an embedded one."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long the bars are fed.", min=5)] = 60.0,
+) -> None:
+    """Show it all on real bars: broker, daemon, signals, a retraining, a replay, a backtest."""
+    from barcast.backtest.demo import Demo
+
+    Demo(folder, broker, seconds, out).run()
+
+
+def _replay_journal(journal: Path, capture: Path | None) -> None:
+    from barcast.backtest.replay import compare, read_capture, replay_journal
+
+    messages = replay_journal(journal)
+    signals = sum("/signals/" in m.topic for m in messages)
+    out.print(f"{len(messages)} messages replayed, {signals} of them signals")
+    if capture is not None:
+        difference = compare(messages, read_capture(capture))
+        out.print(difference.sentence())
+        if difference.differing:
+            raise typer.Exit(1)
+
+
+def _train(
+    histories: Any,
+    out_dir: Path,
+    timeframe: str,
+    *,
+    horizons: tuple[int, ...] | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    init_from: Path | None = None,
+    seed: int = 0,
+) -> None:
+    from barcast.models.checkpoint import load, save
+    from barcast.models.training import Progress as Stand
+    from barcast.models.training import train as fit
+
+    start = load(init_from) if init_from else None
+    with _progress("training", None) as advance:
+
+        def stand(p: Stand) -> None:
+            crps = f" crps {p.crps:.4f}" if p.crps is not None else ""
+            advance(0, f"{p.phase} {p.step}/{p.steps} loss {p.loss:.4f}{crps}")
+
+        trained = fit(
+            list(histories.values()),
+            timeframe=timeframe,
+            horizons=horizons or default_horizons(timeframe),
+            levels=LEVELS,
+            steps=steps,
+            seconds=None if minutes is None else 60 * minutes,
+            clock=time.monotonic,
+            init_from=start and (start.id, start.trained),
+            seed=seed,
+            progress=stand,
+        )
+    model = save(trained, out_dir)
+    err.print(f"model {model} written to {out_dir}")
+
+
+def _ns(moment: datetime | None) -> int | None:
+    from barcast.daemon.wire import to_ns
+
+    return None if moment is None else to_ns(moment.replace(tzinfo=UTC))
+
+
+@contextmanager
+def _progress(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on a terminal, a log line every few seconds elsewhere.
+
+    Gives a function (done since the last call, what is at hand).
+    """
+    if err.is_terminal:
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda count, text: bar.update(task, advance=count, description=text)
+        return
+    import structlog
+
+    from barcast.daemon import log
+
+    log.configure()
+    logger = structlog.get_logger()
+    done, last = 0, time.monotonic()
+
+    def line(count: int, text: str) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last > LINE_SECONDS:
+            last = time.monotonic()
+            logger.info(what, done=done, total=total, at=text)
+
+    yield line
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The live composition root: everything the daemon is made of is built here, and the clock is read here."""
+
+import asyncio
+import fcntl
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+import msgspec
+import numpy as np
+import structlog
+
+from barcast.daemon import wire
+from barcast.daemon.config import Config
+from barcast.daemon.events import Champion, Warmth, events, history_files, read_history
+from barcast.daemon.gate import Verdict
+from barcast.daemon.history import digest
+from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.live import Courier, Decision, LiveSink, LiveSource, Scribe
+from barcast.daemon.mqtt import Link
+from barcast.daemon.notify import Notifier
+from barcast.daemon.pipeline import Path, run
+from barcast.daemon.ports import Activation, Event, Revision, Warmup
+from barcast.daemon.schedule import Retrainer, scheduler
+from barcast.daemon.store import ModelStore
+from barcast.daemon.wire import Outgoing
+from barcast.models import Bar, ConfigError
+
+LAG_SECONDS = 0.05
+"""How often the event loop's lag is measured."""
+LAGS_KEPT = 20_000
+"""Lag measurements kept, at most."""
+FAREWELL_SECONDS = 5.0
+"""How long a stopping daemon goes on delivering what is in its outbox."""
+
+log = structlog.get_logger()
+
+
+class WallClock:
+    """The operating system's clock or, in a rehearsal, one that started elsewhere and runs faster."""
+
+    def __init__(self, config: Config) -> None:
+        r = config.rehearsal
+        self._start, self._at = (wire.to_ns(r.start), wire.to_ns(r.at)) if r else (0, 0)
+        self._speed = r.speed if r else 1.0
+
+    def now(self) -> int:
+        """Nanoseconds since 1970, UTC."""
+        since = time.time_ns() - self._at
+        return self._start + (since if self._speed == 1 else int(since * self._speed))
+
+    def seconds_until(self, moment: int) -> float:
+        """Real seconds until the clock shows `moment`."""
+        return max(0.0, (moment - self.now()) / self._speed / 1e9)
+
+
+@dataclass(frozen=True, slots=True)
+class Commands:
+    """How the daemon starts its subprocesses: the argument lists that train and judge a challenger."""
+
+    train: Sequence[str]
+    gate: Sequence[str]
+
+
+def serve(config: Config, commands: Commands) -> None:
+    """Run the daemon until SIGTERM or SIGINT."""
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await Daemon(config, commands, stop, os.environ.get("NOTIFY_SOCKET")).run()
+
+    asyncio.run(main())
+
+
+class Daemon:
+    """One instance at work. Setting `stop` ends it: what is decided is delivered, then the link closes."""
+
+    def __init__(
+        self, config: Config, commands: Commands, stop: asyncio.Event, notify_socket: str | None
+    ) -> None:
+        self.config, self.commands, self.stop = config, commands, stop
+        self.clock = WallClock(config)
+        self.notifier = Notifier(notify_socket)
+        self.state = "starting"
+        self.lags: list[float] = []
+        self.boot = secrets.token_hex(4)
+
+    async def run(self) -> None:
+        """Recover, serve, and stop when asked to."""
+        config = self.config
+        config.state_dir.mkdir(parents=True, exist_ok=True)
+        with _only_one(config.state_dir / "lock"):
+            journal = Journal(config.state_dir / "journal.db")
+            self.scribe = Scribe(journal)
+            self.store = ModelStore(config.state_dir / "models", config.timeframe)
+            self.path = Path(self.store.open)
+            self.forecasts = ThreadPoolExecutor(1, "forecast")
+            try:
+                await self._serve(await asyncio.to_thread(self._recover))
+            finally:
+                self.forecasts.shutdown()
+                self.scribe.close()
+
+    def _recover(self) -> list[tuple[int, Event]]:
+        """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet.
+
+        Starting and recovering from a crash are the same: groups that were settled are formed again, so
+        that the batcher knows them, and not forecast again.
+        """
+        journal, path = self.scribe.journal, self.path
+        settled = journal.progress()
+        backlog: list[tuple[int, Event]] = []
+        clock = 0
+        for seq, event in events(journal.records(), self._history):
+            if seq > settled.seq:
+                backlog.append((seq, event))
+                continue
+            clock = event.time
+            for _ in path.due(event.time):
+                pass
+            for _ in path.take(event):
+                pass
+        # A timer released groups after the last event, at a time that no event has.
+        if settled.clock > clock:
+            for _ in path.due(settled.clock):
+                pass
+        log.info("recovered", records=settled.seq, backlog=len(backlog))
+        return backlog
+
+    async def _serve(self, backlog: list[tuple[int, Event]]) -> None:
+        config, journal, topics = self.config, self.scribe.journal, self.config.topics
+        address = config.mqtt.address(f"barcast-{config.instance}")
+        self.link = Link(address, [topics.bars], self._status("lost"))
+        self.courier = Courier(self.link, self.scribe, self.clock, config.instance, self.boot)
+        self.source = LiveSource(
+            self.link,
+            self.scribe,
+            self.clock,
+            root=config.mqtt.root,
+            timeframe=config.timeframe,
+            deadletters=topics.deadletter,
+            backlog=backlog,
+            position=journal.progress().seq,
+            stamped=max(journal.last_time(), journal.progress().clock),
+        )
+        self.sink = LiveSink(self.scribe, self.source, self.courier)
+        for decision in await asyncio.to_thread(self._decisions):
+            self.source.decide(decision)
+
+        async with asyncio.TaskGroup() as group:
+            rim = [
+                group.create_task(self.link.run(self._announce), name="link"),
+                group.create_task(self.courier.run(), name="courier"),
+                group.create_task(self._watch(), name="watch"),
+            ]
+            path = group.create_task(run(self.source, self.path, self.sink, self.forecasts), name="path")
+            planner = scheduler(config.retrain.cron, self._retrain) if config.retrain else None
+            if planner:
+                planner.start()
+            self.state = "ready"
+            await self._announce()
+            self.notifier.send("READY=1")
+            log.info("ready", instance=config.instance, model=self.champion.model)
+            await self.stop.wait()
+            log.info("stopping")
+            self.notifier.send("STOPPING=1")
+            self.state = "stopped"
+            if planner:
+                planner.shutdown(wait=False)
+            path.cancel()
+            self.courier.wake()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
+                    await self.courier.drained()
+                    await self._announce()
+            for task in rim:
+                task.cancel()
+
+    def _decisions(self) -> list[Decision]:
+        """What this start decides: settings, model or history other than the journal's last."""
+        config, journal = self.config, self.scribe.journal
+        decisions = []
+        settings, last = config.settings().encode(), journal.last(Kind.REVISION)
+        if last is None or last.payload != settings:
+            decisions.append(Decision(Kind.REVISION, settings, lambda time: Revision(time, settings)))
+        activation = journal.last(Kind.ACTIVATION)
+        known = msgspec.json.decode(activation.payload, type=Champion) if activation else None
+        name = config.model.first if config.model.name == "champion" and known is None else config.model.name
+        model = self.store.resolve(name, known.model if known else None)
+        card = self.store.open(model, config.model.sampler, config.model.steps).card
+        self.champion = Champion(model, card.fingerprint, f"model.name is {config.model.name!r}")
+        self.activated = activation.time if activation else self.clock.now()
+        if known is None or (known.model, known.fingerprint) != (model, card.fingerprint):
+            decisions.append(self._activation(self.champion, {}))
+        folder = config.state_dir / "history"
+        if files := history_files(folder):
+            warmth = Warmth(digest(files), card.window)
+            record = journal.last(Kind.WARMUP)
+            if record is None or msgspec.json.decode(record.payload, type=Warmth) != warmth:
+                bars = tuple(self._history(warmth))
+                payload = msgspec.json.encode(warmth)
+                decisions.append(Decision(Kind.WARMUP, payload, lambda time: Warmup(time, warmth.digest, bars)))
+        return decisions
+
+    def _activation(self, champion: Champion, verdict: dict[str, Any]) -> Decision:
+        def notices(time: int) -> list[Outgoing]:
+            self.champion, self.activated = champion, time
+            return [self._notice(verdict)]
+
+        return Decision(
+            Kind.ACTIVATION,
+            msgspec.json.encode(champion),
+            lambda time: Activation(time, champion.model, champion.fingerprint),
+            notices,
+        )
+
+    def _notice(self, verdict: dict[str, Any]) -> Outgoing:
+        champion = self.champion
+        return wire.model_notice(
+            champion.model, self.activated, champion.fingerprint, verdict, self.config.topics.models
+        )
+
+    def _history(self, warmth: Warmth) -> Sequence[Bar]:
+        return read_history(self.config.state_dir / "history", warmth, self.config.bar_calendar())
+
+    def _status(self, state: str) -> Outgoing:
+        body = {"schema": wire.SCHEMA, "state": state, "instance": self.config.instance, "boot": self.boot}
+        return Outgoing("", self.config.topics.status, msgspec.json.encode(body), retain=True, expires=None)
+
+    async def _announce(self) -> None:
+        fault = await self.link.publish(self._status(self.state), self.clock.now())
+        if fault and self.link.connected.is_set():
+            log.warning("status_not_published", reason=fault)
+
+    async def _watch(self) -> None:
+        """Measure the event loop's lag, and feed the watchdog while the path moves or waits for bars."""
+        loop, position = asyncio.get_running_loop(), -1
+        while True:
+            asleep = loop.time()
+            await asyncio.sleep(LAG_SECONDS)
+            self.lags.append(loop.time() - asleep - LAG_SECONDS)
+            if self.source.waiting or self.source.position != position:
+                position = self.source.position
+                self.notifier.send("WATCHDOG=1")
+            if len(self.lags) > LAGS_KEPT:
+                del self.lags[: -LAGS_KEPT // 2]
+
+    async def _retrain(self) -> None:
+        """The scheduled job, and what the event loop noticed of it."""
+        config = self.config
+        assert config.retrain is not None
+        retrainer = Retrainer(
+            config.state_dir,
+            [*self.commands.train, "--champion", self.champion.model],
+            [*self.commands.gate, "--champion", self.champion.model],
+            config.retrain.timeout / 1e9,
+            self._promote,
+            self._refuse,
+        )
+        self.lags.clear()
+        began = asyncio.get_running_loop().time()
+        await retrainer.run()
+        lags = np.array(self.lags or [0.0]) * 1e3
+        log.info(
+            "retrain_ended",
+            seconds=round(asyncio.get_running_loop().time() - began, 1),
+            loop_lag_p99_ms=round(float(np.quantile(lags, 0.99)), 1),
+            loop_lag_max_ms=round(float(lags.max()), 1),
+        )
+
+    async def _promote(self, challenger: FilePath, verdict: Verdict) -> None:
+        """Load the model beside the serving one, then let the activation take its place in the journal."""
+        model = await asyncio.to_thread(self.store.adopt, challenger)
+        settings = self.config.model
+        forecaster = await asyncio.to_thread(self.store.open, model, settings.sampler, settings.steps)
+        champion = Champion(model, forecaster.card.fingerprint, verdict.reason)
+        self.source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
+
+    async def _refuse(self, verdict: Verdict) -> None:
+        notice = self._notice(msgspec.to_builtins(verdict))
+        await self.scribe(self.scribe.journal.append, [], [notice])
+        self.courier.wake()
+
+
+@contextmanager
+def _only_one(path: FilePath) -> Iterator[None]:
+    """Hold a lock on the state directory, so that no second instance writes the same journal."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"state_dir: {path.parent} is in use by another instance; stop it or name another directory"
+            ) from error
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,285 @@
+"""Settings of one instance, from one TOML file. Every wrong key is reported at once, with its path."""
+
+import difflib
+import re
+import ssl
+import tomllib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.mqtt import Address
+from barcast.daemon.pipeline import Settings, StrategySettings
+from barcast.daemon.timeframe import Timeframe
+from barcast.daemon.wire import SYMBOL
+from barcast.models import ConfigError
+from barcast.strategies import build
+
+VERSION = 1
+_UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
+
+
+def _duration(value: object) -> object:
+    """Nanoseconds of a text such as 500ms, 2s, 5m, 1h or 1d."""
+    match = re.fullmatch(r"(\d+)(ms|s|m|h|d)", value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError("write a duration as a number and a unit, such as 500ms, 2s, 5m, 1h or 1d")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _symbol(value: str) -> str:
+    if not SYMBOL.fullmatch(value):
+        raise ValueError("a symbol is A-Z, 0-9, '.', '_' or '-', at most 32 characters, and begins with A-Z or 0-9")
+    return value
+
+
+def _segment(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", value):
+        raise ValueError("use letters, digits, '.', '_' and '-' only: it becomes a segment of a topic")
+    return value
+
+
+def _root(value: str) -> str:
+    if not value or set(value) & set("+#\0") or value.startswith(("/", "$")) or value.endswith("/"):
+        raise ValueError("use a topic without wildcards that neither begins nor ends with a slash")
+    return value
+
+
+Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
+Segment = Annotated[str, BeforeValidator(_segment)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Mqtt(_Section):
+    """The broker. A password is read from a file, so that it is in no process list and no log."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=1883, gt=0, lt=65536)
+    root: Annotated[str, BeforeValidator(_root)] = "barcast/v1"
+    username: str | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+
+    def address(self, client_id: str) -> Address:
+        """What the link needs, with the files read."""
+        return Address(self.host, self.port, client_id, self.username, self._password(), self._tls())
+
+    def _password(self) -> str | None:
+        if self.password_file is None:
+            return None
+        if not self.password_file.is_file():
+            raise ConfigError(f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key")
+        return self.password_file.read_text().strip()
+
+    def _tls(self) -> ssl.SSLContext | None:
+        if self.ca_file is None:
+            return None
+        if not self.ca_file.is_file():
+            raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
+        return ssl.create_default_context(cafile=str(self.ca_file))
+
+
+class Model(_Section):
+    """Which model serves and how it is sampled. Without sampler and steps the model's own are used.
+
+    `name` is `champion`, a baseline (`hs`, `fhs`), a model id or a checkpoint directory; `first` is who
+    serves as long as there is no champion.
+    """
+
+    name: str = "champion"
+    first: str = "fhs"
+    sampler: Literal["dpmpp", "ddim"] | None = None
+    steps: int | None = Field(default=None, ge=1, le=1000)
+
+
+class StrategyTable(_Section):
+    """One strategy: its kind, the name it has in topics and reports, its parameters."""
+
+    kind: str
+    name: Segment | None = None
+    params: dict[str, float | int | str | bool] = {}
+
+    @model_validator(mode="after")
+    def _builds(self) -> "StrategyTable":
+        try:
+            build(self.kind, self.name or self.kind, self.params)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+class Retrain(_Section):
+    """When a challenger is trained, and what it must achieve. Cron fields are in UTC.
+
+    Five fields are minute, hour, day, month, weekday; six begin with the second. `margin` is the share by
+    which the challenger's CRPS must be below the champion's.
+    """
+
+    cron: str
+    steps: int | None = Field(default=None, ge=1)
+    margin: float = Field(default=0.0, ge=0, lt=1)
+    timeout: Duration = 3600 * 10**9
+    nice: int = Field(default=10, ge=0, le=19)
+
+
+class Rehearsal(_Section):
+    """A clock of its own, for feeding old bars as if they came now.
+
+    At the real moment `at` the instance's clock shows `start`, and from then on it runs `speed` times as
+    fast as real time.
+    """
+
+    start: datetime
+    at: datetime
+    speed: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _zones(self) -> "Rehearsal":
+        if self.start.tzinfo is None or self.at.tzinfo is None:
+            raise ValueError("start and at need a zone, such as 2012-01-03T00:00:00Z")
+        return self
+
+
+class Config(BaseSettings):
+    """One instance: one root topic, one base timeframe, one state directory."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1] = VERSION
+    instance: Segment
+    state_dir: Path
+    timeframe: str
+    calendar: str = "24x7"
+    symbols: list[Annotated[str, BeforeValidator(_symbol)]] = []
+    max_wait: Duration = 2 * 10**9
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    mqtt: Mqtt = Mqtt()
+    model: Model = Model()
+    strategy: list[StrategyTable] = []
+    retrain: Retrain | None = None
+    rehearsal: Rehearsal | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take the file alone: an environment variable with a typing error would be ignored silently."""
+        return (InitSettingsSource(settings_cls, init_settings.init_kwargs),)  # type: ignore[attr-defined]
+
+    @model_validator(mode="after")
+    def _works(self) -> "Config":
+        names = [s.name for s in self.strategies()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"strategy names {names} repeat; give each [[strategy]] a name of its own")
+        if len(set(self.symbols)) < len(self.symbols):
+            raise ValueError("symbols repeat; name each once")
+        if self.retrain and self.model.name != "champion":
+            raise ValueError(
+                f"model.name = {self.model.name!r} pins the model, so [retrain] could never change it; "
+                "take name = \"champion\" and put the model into `first`, or drop [retrain]"
+            )
+        try:
+            self.bar_calendar()
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def strategies(self) -> tuple[StrategySettings, ...]:
+        """The strategies of the path; one without a name is called after its kind."""
+        return tuple(StrategySettings(s.kind, s.name or s.kind, s.params) for s in self.strategy)
+
+    def bar_calendar(self) -> Calendar:
+        """The bar closes of this instance."""
+        return Calendar(self.calendar, Timeframe.parse(self.timeframe))
+
+    def settings(self) -> Settings:
+        """What the path needs, as it is journalled."""
+        return Settings(
+            root=self.mqtt.root,
+            timeframe=self.timeframe,
+            calendar=self.calendar,
+            symbols=tuple(self.symbols),
+            max_wait=self.max_wait,
+            sampler=self.model.sampler,
+            steps=self.model.steps,
+            strategies=self.strategies(),
+        )
+
+    @property
+    def topics(self) -> "Topics":
+        """The instance's own topics."""
+        return Topics(self.mqtt.root, self.instance)
+
+
+class Topics:
+    """Topics that carry the instance's name."""
+
+    def __init__(self, root: str, instance: str) -> None:
+        self.bars = f"{root}/bars/#"
+        self.status = f"{root}/status/{instance}"
+        self.models = f"{root}/models/{instance}"
+        self.deadletter = f"{root}/deadletter/{instance}"
+
+
+def load(path: Path) -> Config:
+    """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; `barcast check` expects the path of a TOML file")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    base = path.absolute().parent
+    if isinstance(values.get("state_dir"), str):
+        values["state_dir"] = base / values["state_dir"]
+    mqtt = values.get("mqtt")
+    if isinstance(mqtt, dict):
+        for key in ("password_file", "ca_file"):
+            if isinstance(mqtt.get(key), str):
+                mqtt[key] = base / mqtt[key]
+    try:
+        return Config(**values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults(path, error))) from error
+
+
+def _faults(path: Path, error: ValidationError) -> Iterator[str]:
+    for fault in error.errors():
+        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+        if fault["type"] == "extra_forbidden":
+            yield f"{path}: {where}: unknown key{_suggestion(fault['loc'])}"
+        elif fault["type"] == "missing":
+            yield f"{path}: {where}: missing; it has no default"
+        else:
+            given = f" (given: {fault['input']!r})" if fault["loc"] else ""
+            yield f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _suggestion(loc: tuple[int | str, ...]) -> str:
+    fields: Any = Config.model_fields
+    for part in loc[:-1]:
+        if isinstance(part, str) and part in fields:
+            inner = [t for t in _models(fields[part].annotation) if issubclass(t, BaseModel)]
+            fields = inner[0].model_fields if inner else {}
+    close = difflib.get_close_matches(str(loc[-1]), list(fields), 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(fields)}"
+
+
+def _models(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _models(part)

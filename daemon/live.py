@@ -1,0 +1,258 @@
+"""The live rim of the path: arrivals from the broker by way of the journal, outcomes by way of its outbox."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import structlog
+
+from barcast.daemon import wire
+from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
+from barcast.daemon.mqtt import PUBLISH_WINDOW, Link
+from barcast.daemon.ports import Arrival, Event, Outcome
+from barcast.daemon.wire import Outgoing
+from barcast.models import Bar
+
+TAKE = 500
+"""Messages written in one commit, at most."""
+PROGRESS_EVERY = 1000
+"""Records after which progress is noted even when nothing is due to subscribers."""
+RETRY_SECONDS = 1.0
+"""Pause after a publication failed."""
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+class Clock(Protocol):
+    """Nanoseconds since 1970, and how long to wait for a moment."""
+
+    def now(self) -> int:
+        """The time."""
+        ...
+
+    def seconds_until(self, time: int) -> float:
+        """Seconds of waiting until `time`, not negative."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Something decided by us that a replay cannot derive: journalled like an arrival, before it acts."""
+
+    kind: str
+    payload: bytes
+    event: Callable[[int], Event]
+    notices: Callable[[int], Sequence[Outgoing]] = lambda _time: ()
+
+
+class Scribe:
+    """The one thread that touches the journal, so that commits never block the event loop."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+        self._thread = ThreadPoolExecutor(1, "journal")
+
+    async def __call__(self, verb: Callable[..., T], *args: object) -> T:
+        """Call a method of the journal on its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: verb(*args))
+
+    def close(self) -> None:
+        """Finish what is under way and close the journal."""
+        self._thread.submit(self.journal.close).result()
+        self._thread.shutdown()
+
+
+class LiveSource:
+    """Events from the broker and from our own decisions, each committed to the journal before it acts.
+
+    Arrivals are stamped here, in one place and never backwards, when they are committed; they are
+    acknowledged after the commit, in order. The state is the events that are committed and not handed out
+    yet, the decisions that wait, the newest stamp and the number of the event handed out last.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        scribe: Scribe,
+        clock: Clock,
+        *,
+        root: str,
+        timeframe: str,
+        deadletters: str,
+        backlog: Iterable[tuple[int, Event]],
+        position: int,
+        stamped: int,
+    ) -> None:
+        self.position = position
+        self.waiting = False
+        self._link, self._scribe, self._clock = link, scribe, clock
+        self._root, self._timeframe, self._deadletters = root, timeframe, deadletters
+        self._ready: deque[tuple[int, Event]] = deque(backlog)
+        self._decisions: deque[Decision] = deque()
+        self._stamped = stamped
+
+    def now(self) -> int:
+        """The time, never before a stamp that was given."""
+        self._stamped = max(self._stamped, self._clock.now())
+        return self._stamped
+
+    def decide(self, decision: Decision) -> None:
+        """Let a decision take its place before everything that is not committed yet."""
+        self._decisions.append(decision)
+        self._link.arrived.set()
+
+    async def next(self, deadline: int | None) -> Event | None:
+        """The next committed event, or None once `deadline` passed with nothing left that came before."""
+        while True:
+            if self._ready:
+                self.position, event = self._ready.popleft()
+                return event
+            if self._link.inbox or self._decisions:
+                await self._commit()
+                continue
+            if deadline is not None and self.now() >= deadline:
+                return None
+            self._link.arrived.clear()
+            wait = None if deadline is None else self._clock.seconds_until(deadline)
+            self.waiting = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._link.arrived.wait()
+            self.waiting = False
+
+    async def _commit(self) -> None:
+        inbox = self._link.inbox
+        deliveries = [inbox.popleft() for _ in range(min(len(inbox), TAKE))]
+        decisions = [self._decisions.popleft() for _ in range(len(self._decisions))]
+        time = self.now()
+        records: list[tuple[int, str, str, bytes]] = []
+        events: list[Event] = []
+        outgoing: list[Outgoing] = []
+        for decision in decisions:
+            records.append((time, decision.kind, "", decision.payload))
+            events.append(decision.event(time))
+            outgoing.extend(decision.notices(time))
+        for delivery in deliveries:
+            bars, rejects = wire.decode(
+                delivery.topic, delivery.payload, time, self._root, self._timeframe
+            )
+            if bars:
+                records.append((time, Kind.BARS, delivery.topic, delivery.payload))
+                events.append(Arrival(time, tuple(bars)))
+            for reject in rejects:
+                log.warning("dead_letter", topic=delivery.topic, reason=reject.reason)
+                outgoing.append(wire.dead_letter(reject, delivery.topic, time, self._deadletters))
+        seqs = await self._scribe(self._scribe.journal.append, records, outgoing)
+        self._link.ack(deliveries)
+        self._ready.extend(zip(seqs, events, strict=True))
+
+
+class Courier:
+    """Publishes the outbox: in its order for each topic, at least once, until the broker has it or it expired."""
+
+    def __init__(self, link: Link, scribe: Scribe, clock: Clock, instance: str, boot: str) -> None:
+        self.delivered = self.expired = self.refused = 0
+        self._link, self._scribe, self._clock = link, scribe, clock
+        self._instance, self._boot = instance, boot
+        self._sequence = 0
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+
+    def wake(self) -> None:
+        """There is something new in the outbox."""
+        self._idle.clear()
+        self._wake.set()
+
+    async def drained(self) -> None:
+        """Return once the outbox is empty."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        while True:
+            await self._link.connected.wait()
+            self._wake.clear()
+            if not await self._deliver():
+                await asyncio.sleep(RETRY_SECONDS)
+            elif not self._wake.is_set():
+                self._idle.set()
+                await self._wake.wait()
+
+    async def _deliver(self) -> bool:
+        """Go through the outbox once; say whether all of it is done."""
+        journal, blocked, after = self._scribe.journal, set[str](), 0
+        while rows := await self._scribe(journal.pending, after, PUBLISH_WINDOW):
+            after = rows[-1].n
+            states: list[tuple[int, State]] = []
+            due: list[Queued] = []
+            now = self._clock.now()
+            for row in rows:
+                message = row.message
+                if message.expires is not None and message.expires <= now:
+                    states.append((row.n, State.EXPIRED))
+                    self.expired += 1
+                elif message.topic in {d.message.topic for d in due}:
+                    # The same topic again: only once the earlier one is safely there.
+                    after = row.n - 1
+                    break
+                elif message.topic not in blocked:
+                    due.append(row)
+            answers = await asyncio.gather(*(self._publish(row.message, now) for row in due))
+            for row, fault in zip(due, answers, strict=True):
+                if fault is None:
+                    states.append((row.n, State.DELIVERED))
+                    self.delivered += 1
+                else:
+                    blocked.add(row.message.topic)
+                    self.refused += 1
+                    log.warning("publish_failed", topic=row.message.topic, id=row.message.id, reason=fault)
+            await self._scribe(journal.mark, states)
+        return not blocked
+
+    async def _publish(self, message: Outgoing, now: int) -> str | None:
+        self._sequence += 1
+        properties = (
+            ("published_at", wire.to_text(now)),
+            ("instance", self._instance),
+            ("boot", self._boot),
+            ("sequence", str(self._sequence)),
+        )
+        return await self._link.publish(message, now, properties)
+
+
+class LiveSink:
+    """Outcomes into the outbox, in one commit with how far the path has come."""
+
+    def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
+        self._scribe, self._source, self._courier = scribe, source, courier
+        self._batch: list[Outgoing] = []
+        self._settled = source.position
+
+    def accepted(self, bar: Bar) -> None:
+        """Nothing is published of a bar alone."""
+
+    async def emit(self, outcome: Outcome) -> None:
+        """Encode the outcome's messages; they are committed when the path settles."""
+        self._batch.extend(wire.messages(outcome))
+        log.info(
+            "group",
+            close_time=wire.to_text(outcome.group.close_time),
+            signals=len(outcome.forecasts),
+            withheld=len(outcome.withheld),
+            straggler=outcome.group.straggler,
+        )
+
+    async def settle(self, now: int) -> None:
+        """Commit what was emitted since the last time, and the progress."""
+        position = self._source.position
+        if self._batch or position - self._settled >= PROGRESS_EVERY:
+            batch, self._batch = self._batch, []
+            await self._scribe(self._scribe.journal.settle, Progress(position, now), batch)
+            self._settled = position
+            if batch:
+                self._courier.wake()

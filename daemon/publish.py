@@ -1,0 +1,47 @@
+"""Feeds bars to a broker: each when its close time comes on the clock."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from itertools import groupby
+from operator import attrgetter
+
+from barcast.daemon.live import Clock
+from barcast.daemon.mqtt import Address, Link
+from barcast.daemon.wire import Outgoing, encode_bars
+from barcast.models import Bar
+
+RETRY_SECONDS = 0.2
+
+
+async def publish(
+    bars: Iterable[Bar],
+    address: Address,
+    root: str,
+    timeframe: str,
+    clock: Clock,
+    sent: Callable[[int, int], None],
+) -> None:
+    """Publish bars, sorted by close time, one message a bar, and wait for the broker to have each.
+
+    What the broker does not take is sent again. `sent(count, close_time)` is called after each close.
+    """
+    link = Link(address, (), None)
+
+    async def deliver(bar: Bar) -> None:
+        topic = f"{root}/bars/{timeframe}/{bar.symbol}"
+        message = Outgoing("", topic, encode_bars([bar]), retain=False, expires=None)
+        while await link.publish(message, clock.now()) is not None:
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def connected() -> None:
+        pass
+
+    async with asyncio.TaskGroup() as group:
+        connection = group.create_task(link.run(connected), name="link")
+        await link.connected.wait()
+        for close_time, together in groupby(bars, attrgetter("close_time")):
+            await asyncio.sleep(clock.seconds_until(close_time))
+            due = list(together)
+            await asyncio.gather(*(deliver(bar) for bar in due))
+            sent(len(due), close_time)
+        connection.cancel()

@@ -1,0 +1,110 @@
+"""The scheduled job: train a challenger in a process of its own, judge it, and let a better one take over."""
+
+import asyncio
+import shutil
+from asyncio.subprocess import DEVNULL, PIPE
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from zoneinfo import ZoneInfo
+
+import msgspec
+import structlog
+from apscheduler.schedulers.asyncio import AsyncIOScheduler
+from apscheduler.triggers.cron import CronTrigger
+
+from barcast.daemon.gate import Verdict
+from barcast.models import ConfigError
+
+log = structlog.get_logger()
+_FIELDS = ("second", "minute", "hour", "day", "month", "day_of_week")
+
+
+def cron(expression: str) -> CronTrigger:
+    """A trigger in UTC from five fields (minute first) or six (second first)."""
+    fields = expression.split()
+    if len(fields) not in (5, 6):
+        raise ConfigError(f"retrain.cron: {expression!r} has {len(fields)} fields; write five, or six with seconds")
+    if len(fields) == 5:
+        fields.insert(0, "0")
+    try:
+        return CronTrigger(**dict(zip(_FIELDS, fields, strict=True)), timezone=ZoneInfo("UTC"))
+    except ValueError as error:
+        raise ConfigError(f"retrain.cron: {expression!r}: {error}") from error
+
+
+def scheduler(expression: str, job: Callable[[], Awaitable[None]]) -> AsyncIOScheduler:
+    """A scheduler that runs the job: one instance, a missed run once and late rather than never."""
+    planner = AsyncIOScheduler(timezone=ZoneInfo("UTC"))
+    planner.add_job(job, cron(expression), id="retrain", misfire_grace_time=None, coalesce=True, max_instances=1)
+    return planner
+
+
+class Retrainer:
+    """Trains challengers and has them judged, each in a subprocess, so that the live loop never waits.
+
+    A checkpoint that somebody puts into `challengers/` is judged at the next run like one trained here.
+    An accepted one is handed to `promote`, a refused one is kept in `refused/` until the next of its name.
+    The state is the two folders.
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        train: Sequence[str],
+        gate: Sequence[str],
+        timeout: float,
+        promote: Callable[[Path, Verdict], Awaitable[None]],
+        refuse: Callable[[Verdict], Awaitable[None]],
+    ) -> None:
+        self.inbox, self.refused = state_dir / "challengers", state_dir / "refused"
+        self._train, self._gate, self._timeout = list(train), list(gate), timeout
+        self._promote, self._refuse = promote, refuse
+
+    async def run(self) -> None:
+        """The job. What goes wrong in it is logged and changes nothing: the one broad handler."""
+        try:
+            await self._run()
+        except Exception:  # noqa: BLE001 - the job boundary
+            log.exception("retrain_failed")
+
+    async def _run(self) -> None:
+        self.inbox.mkdir(parents=True, exist_ok=True)
+        fresh = self.inbox / "trained"
+        shutil.rmtree(fresh, ignore_errors=True)
+        log.info("retrain_started")
+        output = await self._call([*self._train, "--out", str(fresh)], "train")
+        if output is None:
+            return
+        for challenger in sorted(p for p in self.inbox.iterdir() if (p / "model.json").is_file()):
+            answer = await self._call([*self._gate, str(challenger)], "gate")
+            if answer is None:
+                continue
+            verdict = msgspec.json.decode(answer, type=Verdict)
+            log.info("challenger_judged", name=challenger.name, **msgspec.to_builtins(verdict))
+            if verdict.accepted:
+                await self._promote(challenger, verdict)
+                shutil.rmtree(challenger)
+            else:
+                await self._refuse(verdict)
+                self.refused.mkdir(exist_ok=True)
+                shutil.rmtree(self.refused / challenger.name, ignore_errors=True)
+                challenger.rename(self.refused / challenger.name)
+
+    async def _call(self, command: Sequence[str], what: str) -> bytes | None:
+        """Run a command to its end; return what it printed, or None when it failed, died or took too long."""
+        process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
+        try:
+            async with asyncio.timeout(self._timeout):
+                out, err = await process.communicate()
+        except TimeoutError:
+            log.error(f"{what}_timed_out", seconds=self._timeout)
+            return None
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            tail = err.decode("utf-8", "replace").strip().splitlines()[-5:]
+            log.error(f"{what}_failed", exit_status=process.returncode, last_words="\n".join(tail))
+            return None
+        return out

@@ -1,0 +1,81 @@
+"""The models of one state directory, by content id, and the baselines, which need no files."""
+
+import re
+import shutil
+from pathlib import Path
+
+from barcast.models import ConfigError, Forecaster
+
+BASELINES = ("hs", "fhs")
+"""Names of the forecasters that are not trained: historical simulation, plain and EWMA-filtered."""
+_ID = re.compile(r"[0-9a-f]{16}")
+
+
+class ModelStore:
+    """Opens models of `directory`; the state is the forecasters that are open already."""
+
+    def __init__(self, directory: Path, timeframe: str) -> None:
+        self.directory = directory
+        self._timeframe = timeframe
+        self._open: dict[tuple[str, str | None, int | None], Forecaster] = {}
+
+    def open(self, model: str, sampler: str | None, steps: int | None) -> Forecaster:
+        """The forecaster of a model id or baseline, loaded on first use."""
+        key = (model, sampler, steps)
+        if key not in self._open:
+            self._open[key] = open_model(self.path(model), self._timeframe, sampler, steps)
+        return self._open[key]
+
+    def adopt(self, source: Path) -> str:
+        """Copy a checkpoint into the store under its id; return the id. Raise CheckpointError if damaged."""
+        from barcast.models.checkpoint import load
+
+        model = load(source).id
+        if not (self.directory / model).is_dir():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            partial = self.directory / f".{model}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(self.directory / model)
+        return model
+
+    def resolve(self, name: str, champion: str | None) -> str:
+        """The id that the config's `model.name` means: `champion`, a baseline, an id or a directory."""
+        if name == "champion":
+            if champion is None:
+                raise ConfigError(
+                    "model.name: there is no champion yet; name a checkpoint directory or a baseline "
+                    f"({', '.join(BASELINES)}), or train one with `barcast train`"
+                )
+            return champion
+        if name in BASELINES:
+            return name
+        if _ID.fullmatch(name) and (self.directory / name).is_dir():
+            return name
+        if Path(name).is_dir():
+            return self.adopt(Path(name))
+        raise ConfigError(
+            f"model.name: {name!r} is neither 'champion', a baseline ({', '.join(BASELINES)}), an id in "
+            f"{self.directory} nor a checkpoint directory"
+        )
+
+    def path(self, model: str) -> str:
+        """What `open_model` takes for a model id or a baseline."""
+        return model if model in BASELINES else str(self.directory / model)
+
+
+def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None) -> Forecaster:
+    """Open a checkpoint directory, or a baseline by its name. Imports torch for a checkpoint only."""
+    from barcast.models.baselines import open_baseline
+
+    if name in BASELINES:
+        return open_baseline(name, timeframe)
+    from barcast.models.checkpoint import open_forecaster
+
+    forecaster = open_forecaster(Path(name), sampler, steps)
+    if forecaster.card.timeframe != timeframe:
+        raise ConfigError(
+            f"{name}: the model was trained on {forecaster.card.timeframe!r} bars, not on {timeframe!r}; "
+            "name another model or train one"
+        )
+    return forecaster

@@ -1,0 +1,211 @@
+"""The forecaster that serves: windows -> quantiles through the map and the diffusion model."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from barcast.models import samplers
+from barcast.models.forecast import Card, Forecast
+from barcast.models.scaling import Scaling
+from barcast.models.sssd import SSSD, knot_scores, piecewise
+from barcast.models.window import Window
+
+SAMPLER, STEPS = "dpmpp", 8
+THREADS = 1
+
+
+def fingerprint(samples: int) -> str:
+    """What the bits of a forecast depend on besides model and bars."""
+    cpu = torch.backends.cpu.get_cpu_capability()
+    return f"torch={torch.__version__} numpy={np.__version__} cpu={cpu} threads={THREADS} tile=1x{samples}"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: the setting belongs to the calling thread of the operating system."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Distribution:
+    """The scores of each horizon given a context, as fixed samples in ascending order.
+
+    What the sampler makes of the noise without a velocity is known to be standard normal. The difference at
+    each rank, the error of the sample and of the solver, is taken off every forecast (a control variate).
+    """
+
+    def __init__(self, net: SSSD, sampler: str, steps: int, samples: int) -> None:
+        timesteps = samplers.grid(steps)
+        self.net = net
+        self.run = samplers.build(sampler, timesteps)
+        self.lam = samplers.lambdas()[timesteps].float()  # (steps,)
+        self.noise = net.noise[:samples]  # (S, H)
+        ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
+        self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)
+        with torch.inference_mode():
+            zero = self.run(lambda x, _: torch.zeros_like(x), self.noise)
+            self.error = self._ordered(zero) - self.normal  # (S, H)
+
+    def sample(self, c: Tensor) -> Tensor:
+        """c (B, code) -> scores (B, S, H) float64, rising along S."""
+        denoise, lam = self.net.denoiser, self.lam[:, None].expand(-1, len(c))
+        film = denoise.modulation(c.expand(len(lam), -1, -1), lam)[:, :, None]  # (steps, B, 1, .)
+        start = self.noise.expand(len(c), -1, -1)
+        w = self.run(lambda x, i: denoise(x, film[i]), start)  # (B, S, H)
+        return torch.cummax(self._ordered(w) - self.error, 1).values
+
+    def quantiles(self, scores: Tensor, levels: Tensor) -> Tensor:
+        """Scores (B, S, H) -> their quantiles at levels (Q,), (B, H, Q), not falling along Q.
+
+        The departure from the normal quantile is interpolated between ranks: it is small and smooth.
+        """
+        S = scores.shape[1]
+        rank = (levels * S - 0.5).clamp(0, S - 1)
+        low = rank.floor().long().clamp(max=S - 2)
+        share = (rank - low)[:, None]
+        departure = scores - self.normal
+        q = departure[:, low] * (1 - share) + departure[:, low + 1] * share  # (B, Q, H)
+        rising: Tensor = torch.cummax(q.transpose(1, 2) + torch.special.ndtri(levels), -1).values
+        return rising
+
+    def below(self, scores: Tensor, at: Tensor) -> Tensor:
+        """Probability that the score of each horizon is below `at` (B, H), for scores (B, S, H)."""
+        S = scores.shape[1]
+        apart = scores.transpose(1, 2) + 1e-9 * torch.arange(S)  # (B, H, S), strictly rising
+        normal = self.normal.T.expand(apart.shape)
+        probability: Tensor = torch.special.ndtr(piecewise(at[..., None], apart, normal)[..., 0])
+        return probability
+
+    def _ordered(self, w: Tensor) -> Tensor:
+        scores: Tensor = torch.sort((w @ self.net.whiten.T).double(), -2).values
+        return scores
+
+
+class SSSDForecaster:
+    """Forecasts of one model by one sampler. It has no state that a forecast changes.
+
+    The tile is one window and its S samples: each call of the network has that shape, whatever the number of
+    windows, and runs on one thread.
+    """
+
+    def __init__(
+        self,
+        net: SSSD,
+        scaling: Scaling,
+        levels: tuple[float, ...],
+        model: str,
+        sampler: str = SAMPLER,
+        steps: int = STEPS,
+    ) -> None:
+        samples = len(net.noise)
+        with one_thread():
+            self._distribution = Distribution(net, sampler, steps, samples)
+        self._net = net.eval()
+        self._scaling = scaling
+        self._levels = torch.tensor(levels, dtype=torch.float64)
+        self._card = Card(
+            model=model,
+            kind="sssd",
+            timeframe=scaling.timeframe,
+            horizons=scaling.horizons,
+            levels=levels,
+            window=scaling.window,
+            min_window=scaling.min_window,
+            sampler=sampler,
+            steps=steps,
+            samples=samples,
+            fingerprint=fingerprint(samples),
+        )
+
+    @property
+    def card(self) -> Card:
+        """Identity, horizons and levels, and the window that is needed, in bars."""
+        return self._card
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
+        with one_thread(), torch.inference_mode():
+            return [self._forecast(window) for window in windows]
+
+    def _forecast(self, window: Window) -> Forecast:
+        frame = self._scaling.of_window(window)
+        context = self._net.architecture.context
+        sequence = torch.from_numpy(frame.channels[-context:]).float()
+        c = self._net.encoder(torch.from_numpy(frame.features).float(), sequence[None])  # (1, code)
+        knots = self._net.map(c).double()  # (1, H, K)
+        u = knot_scores().expand(knots.shape)
+
+        scores = self._distribution.sample(c)  # (1, S, H)
+        q = self._distribution.quantiles(scores, self._levels)  # (1, H, Q)
+        z = piecewise(scores.transpose(1, 2), u, knots)  # (1, H, S)
+        zero = piecewise(torch.zeros(1, len(self.card.horizons), 1, dtype=torch.float64), knots, u)
+        fall = self._distribution.below(scores, zero[..., 0])  # (1, H)
+
+        scale = frame.scale[0]
+        return Forecast(
+            symbol=window.symbol,
+            close_time=window.close_time,
+            reference=window.reference,
+            horizons=self.card.horizons,
+            levels=self.card.levels,
+            quantiles=_array(piecewise(q, u, knots)[0]) * scale[:, None],
+            mean=_array(z.mean(-1)[0]) * scale,
+            std=_array(z.std(-1, correction=0)[0]) * scale,
+            rise=_array(1 - fall[0]),
+            warming=len(window) < self.card.window,
+        )
+
+
+def _array(x: Tensor) -> NDArray[np.float64]:
+    return np.asarray(x.numpy(), np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A state of the network that validation looked at, and its normalised CRPS there."""
+
+    phase: str  # "map" or "denoiser"
+    step: int
+    crps: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """How a model came about. Times are nanoseconds since 1970 UTC."""
+
+    data: str  # sha256 of the bars that were used
+    symbols: tuple[str, ...]
+    left_out: tuple[str, ...]  # symbols with too few bars in the training part
+    bars: int
+    origins: int  # of the training part
+    until: int  # no later bar was seen
+    train_end: int  # learning ends, validation begins
+    validation_end: int  # validation ends; what follows up to `until` was held out for the gate
+    seed: int
+    map_steps: int
+    denoiser_steps: int
+    capped: bool  # the cap on seconds ended a phase early: not reproducible
+    init_from: str | None  # id of the model from which training started
+    candidates: tuple[Candidate, ...]
+    map_step: int  # chosen by validation
+    denoiser_step: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """A network, the scaling of its inputs and outputs, the levels it was validated on, and its history."""
+
+    net: SSSD
+    scaling: Scaling
+    levels: tuple[float, ...]
+    record: Record

@@ -1,0 +1,141 @@
+"""Rolling-origin scores: what a forecaster said at every bar of a period, against what then happened."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from barcast.models.errors import ConfigError, DataError
+from barcast.models.forecast import Forecaster
+from barcast.models.scores import crps as crps_of
+from barcast.models.window import Window
+
+Array = NDArray[np.float64]
+
+CHUNK = 256  # windows handed over at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scores:
+    """Scores of one forecaster over n origins.
+
+    `crps` (H,) is the mean CRPS of each horizon in log return; `normalised` is its mean over the horizons,
+    each divided by the mean absolute outcome. `coverage` (H, I) is the share of outcomes inside the central
+    intervals of nominal coverage `intervals` (I,). `losses` (n, H) is the CRPS of each origin, whose symbol
+    and close time are in `symbols` and `close_times` (n,), for paired comparisons.
+    """
+
+    model: str
+    horizons: tuple[int, ...]
+    n: int
+    crps: Array
+    normalised: float
+    intervals: tuple[float, ...]
+    coverage: Array
+    losses: Array
+    symbols: tuple[str, ...]
+    close_times: NDArray[np.int64]
+
+
+def score(
+    forecaster: Forecaster,
+    histories: Sequence[Window],
+    *,
+    since: int,
+    until: int,
+    stride: int = 1,
+) -> Scores:
+    """Score forecasts made at every `stride`-th bar with since <= close, all targets realised by `until`."""
+    return compare([forecaster], histories, since=since, until=until, stride=stride)[0]
+
+
+def compare(
+    forecasters: Sequence[Forecaster],
+    histories: Sequence[Window],
+    *,
+    since: int,
+    until: int,
+    stride: int = 1,
+) -> list[Scores]:
+    """Score several forecasters on identical origins: those that all of them can forecast.
+
+    A target counts the symbol's own bars. Times are nanoseconds. Raises `ConfigError` if horizons or levels
+    differ, and `DataError` if no origin is left.
+    """
+    cards = [f.card for f in forecasters]
+    for card in cards[1:]:
+        for field in ("timeframe", "horizons", "levels"):
+            mine, theirs = getattr(cards[0], field), getattr(card, field)
+            if mine != theirs:
+                raise ConfigError(
+                    f"{field} of {card.model} is {theirs}, of {cards[0].model} {mine}: "
+                    "only models that forecast the same can be compared"
+                )
+    least = max(card.min_window for card in cards)
+    most = max(card.window for card in cards)
+    horizons, levels = cards[0].horizons, cards[0].levels
+    outcomes: list[Array] = []
+    quantiles: list[list[Array]] = [[] for _ in forecasters]
+    symbols: list[str] = []
+    close_times: list[int] = []
+    for history in histories:
+        origins = _origins(history, least, max(horizons), since, until)[::stride]
+        price = np.log(history.values[:, 3])
+        outcomes += [np.array([price[k + h] - price[k] for h in horizons]) for k in origins]
+        symbols += [history.symbol] * len(origins)
+        close_times += [int(history.close_times[k]) for k in origins]
+        for windows in _chunks(history, origins, most):
+            for found, forecaster in zip(quantiles, forecasters, strict=True):
+                found += [f.quantiles for f in forecaster.forecast(windows)]
+    if not outcomes:
+        raise DataError(
+            f"no forecast origin between {since} and {until} has {least} bars before it and a target"
+        )
+    y = np.array(outcomes)  # (n, H)
+    return [
+        _scores(card.model, horizons, levels, y, np.array(q), tuple(symbols), np.array(close_times, np.int64))
+        for card, q in zip(cards, quantiles, strict=True)
+    ]
+
+
+def _origins(history: Window, least: int, reach: int, since: int, until: int) -> list[int]:
+    first = max(least - 1, int(np.searchsorted(history.close_times, since)))
+    stop = int(np.searchsorted(history.close_times, until, "right")) - reach
+    return list(range(first, stop))
+
+
+def _chunks(history: Window, origins: Sequence[int], length: int) -> Iterator[list[Window]]:
+    for i in range(0, len(origins), CHUNK):
+        cuts = [slice(max(0, k + 1 - length), k + 1) for k in origins[i : i + CHUNK]]
+        yield [Window(history.symbol, history.close_times[c], history.values[c]) for c in cuts]
+
+
+def _scores(
+    model: str,
+    horizons: tuple[int, ...],
+    levels: tuple[float, ...],
+    y: Array,
+    q: Array,
+    symbols: tuple[str, ...],
+    close_times: NDArray[np.int64],
+) -> Scores:
+    losses = crps_of(y, q, levels)  # (n, H)
+    mean = losses.mean(0)
+    size = np.abs(y).mean(0)
+    normalised = float((mean / np.where(size > 0, size, 1.0)).mean())
+    pairs = [(i, len(levels) - 1 - i) for i in range(len(levels) // 2)]
+    central = [(i, j) for i, j in pairs if abs(levels[i] + levels[j] - 1) < 1e-9]
+    covered = [((y >= q[..., i]) & (y <= q[..., j])).mean(0) for i, j in central]
+    return Scores(
+        model=model,
+        horizons=horizons,
+        n=len(y),
+        crps=mean,
+        normalised=normalised,
+        intervals=tuple(round(levels[j] - levels[i], 12) for i, j in central),
+        coverage=np.stack(covered, 1) if covered else np.empty((len(horizons), 0)),
+        losses=losses,
+        symbols=symbols,
+        close_times=close_times,
+    )

@@ -1,0 +1,383 @@
+"""The only way from bars to what the network sees: a causal scale for every horizon, rolling features and a
+short sequence. Training, live and replay call the same functions.
+
+Every number at a bar is a function of that bar and at most `Scaling.window - 1` bars before it, so a forecast
+is a function of its window alone. Windows shorter than that are warming: the rolling windows clip to what is
+there. All is float64 and free of BLAS, whose sums may change with the shape.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, pi
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from barcast.models.errors import ConfigError, DataError
+from barcast.models.window import Window
+
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+HOUR = 3_600_000_000_000  # nanoseconds
+THURSDAY = 3  # the weekday of 1970-01-01, Monday being 0
+FLOOR = 1e-3  # of the reference variance: keeps the logarithm of a quiet bar finite
+TINY = 1e-12  # variance per bar below which a symbol counts as standing still: (0.01 bp)²
+SLOT_PRIOR = 30.0  # bars of evidence for "no seasonality" in every slot
+LEVEL_PRIOR = 50.0  # realised residuals of evidence for "the scale is right"
+SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
+CLIP = 5.0  # standardised features end here
+CHANNELS = 4  # of the sequence: return, log range, close location, log volume
+SIGNED_CHANNELS = (True, False, True, False)  # what changes sign when prices are mirrored
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How far the rolling windows reach, in bars."""
+
+    har: tuple[int, ...]  # HAR cascade (Corsi 2009); the longest is the reference level
+    fast: tuple[int, ...]  # windows of the range and return features, ascending
+    residuals: int  # realised residuals that set the level of the scale
+    context: int  # length of the sequence
+    slots: int  # seasonal slots: hours of the week, or weekdays
+
+
+INTRADAY = Layout((1, 4, 16, 96, 480), (1, 2, 4, 8, 16, 32, 64, 128), residuals=1000, context=64, slots=168)
+DAILY = Layout((1, 5, 22, 66), (1, 2, 5, 10, 22, 44, 66), residuals=500, context=64, slots=7)
+
+
+def layout_of(timeframe: str) -> Layout:
+    """The layout for a timeframe such as `15m`, `1h`, `1d` or `session`."""
+    if timeframe == "session":
+        return DAILY
+    if not re.fullmatch(r"[1-9]\d*[smhd]", timeframe):
+        raise ConfigError(f"timeframe {timeframe!r} is unknown: write a count and s, m, h or d, or 'session'")
+    return DAILY if timeframe.endswith("d") else INTRADAY
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Frame:
+    """What the network sees of one symbol, for the n bars from `first` on of N.
+
+    `scale` (n, H) is the log return expected in absolute value over each horizon; `features` (n, F) is
+    standardised and clipped; `channels` (N - 1, 4) is the normalised series, one row for every bar but the
+    first: the sequence of bar k is rows k - context to k - 1, included.
+    """
+
+    first: int
+    scale: Array
+    features: Array
+    channels: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scaling:
+    """Statistics of the training bars, and the functions that apply them to any bars.
+
+    `factor` (slots,) is the seasonal factor of absolute returns, `volume` (slots,) that of log volume; `har`
+    (H, J) are the coefficients of the HAR regression; `gain` (H, slots) turns its forecast into an expected
+    absolute return; `mean` and `std` (F,) standardise the features.
+    """
+
+    timeframe: str
+    horizons: tuple[int, ...]
+    factor: Array
+    volume: Array
+    har: Array
+    gain: Array
+    mean: Array
+    std: Array
+
+    @property
+    def layout(self) -> Layout:
+        """The reach of the rolling windows."""
+        return layout_of(self.timeframe)
+
+    @property
+    def window(self) -> int:
+        """Bars from which on more history changes nothing."""
+        return self.layout.har[-1] + self.layout.residuals + max(self.horizons) + 1
+
+    @property
+    def min_window(self) -> int:
+        """Bars below which nothing is forecast: a full sequence and a realised residual of each horizon."""
+        return self.layout.context + max(self.horizons) + 1
+
+    def frame(self, close_times: Ints, values: Array, first: int) -> Frame:
+        """Scale, features and channels of bars `first` to N - 1; each depends on no later bar.
+
+        `close_times` is (N,) nanoseconds, `values` (N, 5); `first` is at least 1.
+        """
+        s = _Series.of(close_times, values, self.layout)
+        raw = _raw_scales(s, self)  # (N-1, H)
+        residuals = _residuals(s, raw, self.horizons)
+        w, pairs = self.layout.residuals, zip(residuals, self.horizons, strict=True)
+        level = np.stack([_level(e, w, h, first) for e, h in pairs], 1)
+        x = np.stack(list(_columns(s, self, residuals, level, first).values()), 1)
+        features = np.clip((x - self.mean) / self.std, -CLIP, CLIP)
+        return Frame(first, raw[first - 1 :] * level, features, _channels(s, self))
+
+    def of_window(self, window: Window) -> Frame:
+        """The frame of a window's newest bar, n = 1, from its last `self.window` bars."""
+        if len(window) < self.min_window:
+            raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {self.min_window}")
+        times, values = window.close_times[-self.window :], window.values[-self.window :]
+        return self.frame(times, values, len(times) - 1)
+
+
+def signed_features(timeframe: str, horizons: Sequence[int]) -> NDArray[np.bool_]:
+    """(F,) which features change sign when prices are mirrored."""
+    signed = ("return", "semivariance", "location", "trend", "bias")
+    return np.array([name.startswith(signed) for name in feature_names(timeframe, horizons)])
+
+
+def feature_names(timeframe: str, horizons: Sequence[int]) -> list[str]:
+    """The F names of the features, in order."""
+    layout, h = layout_of(timeframe), tuple(horizons)
+    blank = _blank(timeframe, h)
+    n = blank.min_window
+    ones = np.ones((n, 5))
+    s = _Series.of(np.arange(n, dtype=np.int64) * HOUR, ones, layout)
+    return list(_columns(s, blank, [np.zeros(1)] * len(h), np.ones((1, len(h))), n - 1))
+
+
+def bars_to_learn(timeframe: str, horizons: Sequence[int]) -> int:
+    """Bars of a symbol below which `fit` refuses it."""
+    layout = layout_of(timeframe)
+    return 2 * layout.har[-1] + layout.context + max(horizons)
+
+
+def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) -> Scaling:
+    """Learn the statistics from whole histories that end where the training part ends.
+
+    Everything is pooled over symbols, each normalised by its own level, so that the result also serves
+    symbols that were not there. Raises `DataError` for a symbol that is too short or stands still.
+    """
+    layout, blank = layout_of(timeframe), _blank(timeframe, tuple(horizons))
+    series = [_checked(w, blank) for w in histories]
+    slots = np.concatenate([s.slot for s in series])
+
+    a = np.concatenate([np.abs(s.r) / np.abs(s.r).mean() for s in series])
+    factor = _slot_means(slots, a, layout.slots)
+    factor /= factor.mean()
+    v = np.concatenate([s.volume for s in series])
+    volume = _slot_means(slots, v - v.mean(), layout.slots, 0.0)
+    part = _replace(blank, factor=factor, volume=volume)
+
+    warm = layout.har[-1]
+    coefficients, gain = [], []
+    for h in part.horizons:
+        X, y = [], []
+        for s in series:
+            p = s.parkinson / factor[s.slot] ** 2
+            ratios, reference = _har_ratios(p, layout)
+            ahead = sliding_window_view(p[1:], h).mean(-1)  # row k: bars k+1 .. k+h
+            n = len(ahead)
+            X.append(np.column_stack([np.ones(n), ratios[:n]])[warm:])
+            y.append(np.log(ahead / reference[:n] + FLOOR)[warm:])
+        coefficients.append(np.linalg.lstsq(np.concatenate(X), np.concatenate(y), rcond=None)[0])
+    part = _replace(part, har=np.array(coefficients))
+    for j, h in enumerate(part.horizons):
+        z, k = [], []
+        for s in series:
+            raw = _raw_scales(s, part)[:-h, j]
+            z.append((np.abs(s.price[h:] - s.price[:-h]) / raw)[warm:])
+            k.append(s.slot[:-h][warm:])
+        ratio, slot = np.concatenate(z), np.concatenate(k)
+        gain.append(_slot_means(slot, ratio / ratio.mean(), layout.slots) * ratio.mean())
+    part = _replace(part, gain=np.array(gain))
+
+    rows = [part.frame(w.close_times, w.values, warm + 1).features for w in histories]
+    x = np.concatenate(rows)
+    mean = np.where(signed_features(timeframe, horizons), 0.0, x.mean(0))
+    std = np.sqrt(((x - mean) ** 2).mean(0))
+    return _replace(part, mean=mean, std=np.where(std > 1e-9, std, 1.0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Series:
+    """What each bar says with the close before it: an entry for every bar but the first, (N - 1,)."""
+
+    slot: Ints
+    price: Array  # log close
+    r: Array  # log return
+    parkinson: Array  # variance by Parkinson (1980), plus the squared opening gap
+    garman: Array  # variance by Garman and Klass (1980), plus the squared opening gap
+    location: Array  # the close within the bar's range, -1 .. 1
+    volume: Array  # log of volume over its rolling mean
+
+    @classmethod
+    def of(cls, close_times: Ints, values: Array, layout: Layout) -> "_Series":
+        o, h, low, c, v = values.T
+        price = np.log(c)
+        hour = (close_times[1:] - 1) // HOUR  # the hour or day in which the bar ends
+        slot = (hour + 24 * THURSDAY) % 168 if layout.slots == 168 else (hour // 24 + THURSDAY) % 7
+        gap2 = np.log(o[1:] / c[:-1]) ** 2
+        rng = np.log(h / low)[1:]
+        body2 = np.log(c / o)[1:] ** 2
+        width = (h - low)[1:]
+        location = np.where(width > 0, 2 * (c - low)[1:] / np.where(width > 0, width, 1.0) - 1, 0.0)
+        typical = trailing_mean(v[1:], layout.har[-1])
+        busy = typical > 0
+        volume = np.where(busy, np.log(v[1:] / np.where(busy, typical, 1.0) + 0.01), 0.0)
+        return cls(
+            slot=slot,
+            price=price[1:],
+            r=np.diff(price),
+            parkinson=rng**2 / (4 * log(2)) + gap2,
+            garman=np.maximum(0.5 * rng**2 - (2 * log(2) - 1) * body2, 0) + gap2,
+            location=location,
+            volume=volume,
+        )
+
+
+def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
+    """Mean of the last `w` entries, or of as many as there are, at entries `first` to N - 1 of x (N,)."""
+    short = np.cumsum(x[: w - 1]) / np.arange(1, min(w, len(x) + 1))
+    if len(x) < w:
+        return short[first:]
+    at = max(first - (w - 1), 0)
+    full: Array = sliding_window_view(x, w)[at:].mean(-1)
+    return np.concatenate([short[first:], full])
+
+
+def _slot_means(slot: Ints, x: Array, slots: int, prior: float = 1.0) -> Array:
+    """Mean of x by slot, shrunk to `prior`."""
+    total = np.bincount(slot, x, minlength=slots)
+    count = np.bincount(slot, minlength=slots)
+    mean: Array = (total + SLOT_PRIOR * prior) / (count + SLOT_PRIOR)
+    return mean
+
+
+def _har_ratios(p: Array, layout: Layout) -> tuple[Array, Array]:
+    """Log of each shorter HAR mean over the reference, (N, J - 1), and the reference variance, (N,)."""
+    reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
+    ratios = [np.log(trailing_mean(p, w) / reference + FLOOR) for w in layout.har[:-1]]
+    return np.stack(ratios, 1), reference
+
+
+def _raw_scales(s: _Series, scaling: Scaling) -> Array:
+    """The scale before its level is set: log-HAR on deseasonalised ranges, times the slot's gain, (N, H)."""
+    ratios, reference = _har_ratios(s.parkinson / scaling.factor[s.slot] ** 2, scaling.layout)
+    columns = []
+    for h, b, g in zip(scaling.horizons, scaling.har, scaling.gain, strict=True):
+        logv = b[0] + sum(b[j + 1] * ratios[:, j] for j in range(ratios.shape[1]))
+        columns.append(np.sqrt(reference * np.exp(logv) * h) * g[s.slot])
+    return np.stack(columns, 1)
+
+
+def _residuals(s: _Series, raw: Array, horizons: Sequence[int]) -> list[Array]:
+    """For each horizon the outcomes over their raw scale, in the order of their realisation, (N - h,)."""
+    return [(s.price[h:] - s.price[:-h]) / raw[:-h, j] for j, h in enumerate(horizons)]
+
+
+def _realised(x: Array, w: int, h: int, first: int) -> tuple[Array, Ints]:
+    """Mean of the last `w` of a residual series at bars `first` on, and how many they are; both (n,)."""
+    start = first - 1 - h  # entry i of x is realised at bar i + h + 1
+    count = np.clip(np.arange(start + 1, len(x) + 1), 0, w)
+    if start >= 0:
+        return trailing_mean(x, w, start), count
+    return np.concatenate([np.zeros(min(-start, len(count))), trailing_mean(x, w)])[: len(count)], count
+
+
+def _level(e: Array, w: int, h: int, first: int) -> Array:
+    """How large the last `w` realised residuals were against their scale, shrunk to 1, (n,)."""
+    mean, n = _realised(np.abs(e), w, h, first)
+    level: Array = (n * mean + LEVEL_PRIOR) / (n + LEVEL_PRIOR)
+    return level
+
+
+def _columns(
+    s: _Series, scaling: Scaling, residuals: list[Array], level: Array, first: int
+) -> dict[str, Array]:
+    """The features by name, each (n,), before they are standardised; none has a unit."""
+    layout, f = scaling.layout, scaling.factor[s.slot]
+    at = first - 1  # the first row of the series
+
+    def mean(x: Array, w: int) -> Array:
+        return trailing_mean(x, w, at)
+
+    p, x = s.parkinson / f**2, s.r / f
+    all_reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
+    v = all_reference[at:]
+    sigma = np.sqrt(v)
+    fast, middle = layout.fast, layout.fast[len(layout.fast) // 2]
+    slow = fast[-1]
+    out: dict[str, Array] = {}
+    for w in fast:
+        out[f"range {w}"] = 0.5 * np.log(mean(p, w) / v + FLOOR)
+        out[f"return {w}"] = mean(x, w) * np.sqrt(w) / sigma
+    for w in fast[1::2]:
+        out[f"absolute {w}"] = np.log(mean(np.abs(x), w) / sigma + FLOOR)
+        out[f"semivariance {w}"] = mean(x * np.abs(x), w) / (mean(x * x, w) + FLOOR * v)
+    out["bodies"] = 0.5 * np.log((mean(s.garman / f**2, middle) / v + FLOOR) / (mean(p, middle) / v + FLOOR))
+    quiet = 0.5 * np.log(p / all_reference + FLOOR)
+    for w in (middle, slow):
+        out[f"roughness {w}"] = np.sqrt(np.maximum(mean(quiet**2, w) - mean(quiet, w) ** 2, 0))
+        out[f"trend {w}"] = (s.price[at:] - mean(s.price, w)) / (sigma * np.sqrt(w))
+    for w in (1, middle):
+        out[f"location {w}"] = mean(s.location, w)
+    volume = s.volume - scaling.volume[s.slot]
+    for w in (1, *fast[2::2]):
+        out[f"volume {w}"] = mean(volume, w)
+    slot = s.slot[at:]
+    for j, h in enumerate(scaling.horizons):
+        out[f"level {h}"] = np.log(level[:, j])
+        out[f"recent level {h}"] = np.log(_level(residuals[j], SHORT_LEVEL, h, first))
+        out[f"gain {h}"] = np.log(scaling.gain[j][slot])
+    out["bias"] = _realised(residuals[0], BIAS, scaling.horizons[0], first)[0]
+    out["season"] = np.log(scaling.factor[slot])
+    if layout.slots == 168:
+        for hour in range(24):
+            out[f"hour {hour}"] = (slot % 24 == hour).astype(float)
+        out["week sin"], out["week cos"] = np.sin(2 * pi * slot / 168), np.cos(2 * pi * slot / 168)
+    else:
+        for day in range(7):
+            out[f"weekday {day}"] = (slot == day).astype(float)
+    return out
+
+
+def _channels(s: _Series, scaling: Scaling) -> Array:
+    """The normalised series, (N - 1, 4): each bar against the reference level of its own time."""
+    f = scaling.factor[s.slot]
+    p = s.parkinson / f**2
+    v = np.maximum(trailing_mean(p, scaling.layout.har[-1]), TINY)
+    columns = (
+        s.r / (f * np.sqrt(v)),
+        0.5 * np.log(p / v + FLOOR) + 0.5,
+        s.location,
+        s.volume - scaling.volume[s.slot],
+    )
+    return np.clip(np.stack(columns, 1), -CLIP, CLIP)
+
+
+def _blank(timeframe: str, horizons: tuple[int, ...]) -> Scaling:
+    layout, H = layout_of(timeframe), len(horizons)
+    one = np.ones(layout.slots)
+    har, gain = np.zeros((H, len(layout.har))), np.ones((H, layout.slots))
+    return Scaling(timeframe, horizons, one, np.zeros(layout.slots), har, gain, np.zeros(()), np.ones(()))
+
+
+def _replace(scaling: Scaling, **arrays: Array) -> Scaling:
+    kept = {name: getattr(scaling, name) for name in Scaling.__slots__}
+    return Scaling(**(kept | arrays))
+
+
+def _checked(w: Window, scaling: Scaling) -> _Series:
+    need = bars_to_learn(scaling.timeframe, scaling.horizons)
+    if len(w) < need:
+        raise DataError(f"{w.symbol} has {len(w)} bars to learn from: give it {need} or leave it out")
+    if not np.isfinite(w.values).all() or not (w.values[:, :4] > 0).all():
+        bad = int(np.flatnonzero(~(np.isfinite(w.values).all(1) & (w.values[:, :4] > 0).all(1)))[0])
+        raise DataError(
+            f"{w.symbol} has an unusable bar at row {bad}, {w.values[bad].tolist()}: remove or mend it"
+        )
+    s = _Series.of(w.close_times, w.values, scaling.layout)
+    still = float((s.r == 0).mean())
+    if still > 0.9:
+        raise DataError(
+            f"{w.symbol} closes unchanged in {still:.0%} of its bars: leave it out of the training"
+        )
+    return s
