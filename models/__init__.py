@@ -1,7 +1,12 @@
-"""From bars to windows, tensors and quantiles. The only package that imports torch or diffusers."""
+"""From bars to windows, tensors and quantiles. The only package that imports torch or diffusers.
+
+What needs torch is imported by its module: `diffusion` (the forecaster), `training` and `checkpoint`.
+"""
 
 from barcast.models.bar import Bar
+from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
+from barcast.models.evaluation import Scores, compare, score
 from barcast.models.forecast import Card, Forecast, Forecaster
 from barcast.models.window import Verdict, Window, Windows
 
@@ -12,9 +17,14 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "FilteredHistoricalSimulation",
     "Forecast",
     "Forecaster",
+    "HistoricalSimulation",
+    "Scores",
     "Verdict",
     "Window",
     "Windows",
+    "compare",
+    "score",
 ]
