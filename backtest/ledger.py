@@ -82,6 +82,11 @@ class Fill:
     slippage: float
     position: float
 
+    @property
+    def paid(self) -> float:
+        """What it took out of the cash."""
+        return self.units * self.price + self.commission + self.slippage
+
 
 @dataclass(slots=True)
 class _Series:
@@ -98,7 +103,8 @@ class _Book:
     """One strategy's money. The state is cash, units held, open orders, and what was done so far."""
 
     def __init__(self, capital: float) -> None:
-        self.cash = capital
+        self.capital = self.cash = capital
+        self.newest = 0
         self.units: dict[str, float] = {}
         self.orders: dict[str, tuple[int, float]] = {}
         self.fills: list[Fill] = []
@@ -112,18 +118,21 @@ class _Book:
             return
         traded = abs(units) * bar.open
         paid = (traded * commission, traded * slippage)
-        self.cash -= units * bar.open + sum(paid)
+        fill = Fill(bar.symbol, decided, bar.close_time, bar.open, units, *paid, position)
+        self.fills.append(fill)
+        self.cash -= fill.paid
         self.units[bar.symbol] = position
-        self.fills.append(Fill(bar.symbol, decided, bar.close_time, bar.open, units, *paid, position))
+        self.newest = max(self.newest, bar.close_time)
 
     def mark(self, time: int, series: Mapping[str, _Series]) -> float:
         """Note and return the equity at the close `time`, as if nothing newer had come."""
-        cash, units = self.cash, self.units.copy()
-        for fill in reversed(self.fills):
-            if fill.close_time <= time:
-                break
-            cash += fill.units * fill.price + fill.commission + fill.slippage
-            units[fill.symbol] -= fill.units
+        cash, units = self.cash, self.units
+        if time < self.newest:
+            cash, units = self.capital, {}
+            for fill in self.fills:
+                if fill.close_time <= time:
+                    cash -= fill.paid
+                    units[fill.symbol] = fill.position
         values = [held * series[symbol].close_at(time) for symbol, held in units.items() if held]
         equity = cash + sum(values)
         gross = sum(map(abs, values)) / equity if equity > 0 else 0.0
