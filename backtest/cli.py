@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from barcast.models import BarcastError
+from barcast.models import LEVELS, BarcastError, default_horizons
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -439,7 +439,7 @@ def _train(
             steps=steps,
             seconds=None if minutes is None else 60 * minutes,
             clock=time.monotonic,
-            init_from=start and (start.id, start.trained),
+            init_from=start and (start.model, start.trained),
             seed=seed,
             progress=stand,
         )

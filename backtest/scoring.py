@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 DEFINITIONS = {
     "n": "forecasts whose outcome is known",
-    "pinball": "mean over levels of max(level (y - q), (level - 1) (y - q)), y the log return; less is better",
+    "pinball": "mean over levels of max(level (y - q), (level - 1) (y - q)), y the log return",
     "crps": "twice the pinball loss: the continuous ranked probability score on the grid of levels",
     "coverage_50": "share of outcomes from q25 to q75; 50 % when calibrated",
     "coverage_80": "share of outcomes from q10 to q90; 80 % when calibrated",

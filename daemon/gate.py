@@ -6,14 +6,14 @@ from pathlib import Path
 import msgspec
 
 from barcast.daemon.store import open_model
-from barcast.models import Window
+from barcast.models import ConfigError, DataError, Window, compare
 
 MIN_ORIGINS = 50
 """Fewer forecasts than this say nothing about which model is better."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """What the gate decided and on what evidence. The CRPS values are relative to the scale of each series."""
+    """What the gate decided and on what evidence. CRPS is divided by the mean absolute outcome."""
 
     accepted: bool
     reason: str
@@ -33,31 +33,26 @@ def judge(
     levels and a CRPS below (1 - margin) times the champion's.
     """
     from barcast.models.checkpoint import load
-    from barcast.models.evaluation import score
 
-    new, old = open_model(str(challenger), timeframe, None, None), open_model(champion, timeframe, None, None)
+    new, old = (open_model(name, timeframe, None, None) for name in (str(challenger), champion))
     names = {"challenger": new.card.model, "champion": old.card.model}
-    for what in ("horizons", "levels"):
-        mine, theirs = getattr(new.card, what), getattr(old.card, what)
-        if mine != theirs:
-            return Verdict(accepted=False, reason=f"{what} {mine} are not the champion's {theirs}", **names)
-    since = load(challenger).held_out_since
     until = max(window.close_time for window in histories.values())
-    mine, theirs = (score(f, list(histories.values()), since=since, until=until) for f in (new, old))
+    since = load(challenger).trained.record.validation_end
+    try:
+        mine, theirs = compare([new, old], list(histories.values()), since=since, until=until)
+    except (ConfigError, DataError) as error:
+        return Verdict(accepted=False, reason=str(error), **names)
+    change = 100 * (mine.normalised / theirs.normalised - 1)
     if mine.n < MIN_ORIGINS:
-        return Verdict(
-            accepted=False,
-            reason=f"only {mine.n} forecasts to compare on; at least {MIN_ORIGINS} are needed",
-            origins=mine.n,
-            **names,
-        )
-    accepted = mine.crps < (1 - margin) * theirs.crps
-    change = 100 * (mine.crps / theirs.crps - 1)
+        accepted, reason = False, f"only {mine.n} forecasts to compare on; at least {MIN_ORIGINS} are needed"
+    else:
+        accepted = mine.normalised < (1 - margin) * theirs.normalised
+        reason = f"CRPS {change:+.2f} % against the champion's; {-100 * margin:.2f} % or less is needed"
     return Verdict(
         accepted=accepted,
-        reason=f"CRPS {change:+.2f} % against the champion; needs less than {-100 * margin:.2f} %",
-        challenger_crps=float(f"{mine.crps:.6g}"),
-        champion_crps=float(f"{theirs.crps:.6g}"),
+        reason=reason,
+        challenger_crps=float(f"{mine.normalised:.6g}"),
+        champion_crps=float(f"{theirs.normalised:.6g}"),
         origins=mine.n,
         **names,
     )

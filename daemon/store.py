@@ -4,10 +4,17 @@ import re
 import shutil
 from pathlib import Path
 
-from barcast.models import ConfigError, Forecaster
+from barcast.models import (
+    LEVELS,
+    ConfigError,
+    FilteredHistoricalSimulation,
+    Forecaster,
+    HistoricalSimulation,
+    default_horizons,
+)
 
-BASELINES = ("hs", "fhs")
-"""Names of the forecasters that are not trained: historical simulation, plain and EWMA-filtered."""
+BASELINES = {"hs": HistoricalSimulation, "fhs": FilteredHistoricalSimulation}
+"""The forecasters that are not trained: historical simulation, plain and EWMA-filtered."""
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -30,7 +37,7 @@ class ModelStore:
         """Copy a checkpoint into the store under its id; return the id. Raise CheckpointError if damaged."""
         from barcast.models.checkpoint import load
 
-        model = load(source).id
+        model = load(source).model
         if not (self.directory / model).is_dir():
             self.directory.mkdir(parents=True, exist_ok=True)
             partial = self.directory / f".{model}.partial"
@@ -66,10 +73,8 @@ class ModelStore:
 
 def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None) -> Forecaster:
     """Open a checkpoint directory, or a baseline by its name. Imports torch for a checkpoint only."""
-    from barcast.models.baselines import open_baseline
-
     if name in BASELINES:
-        return open_baseline(name, timeframe)
+        return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
     from barcast.models.checkpoint import open_forecaster
 
     forecaster = open_forecaster(Path(name), sampler, steps)

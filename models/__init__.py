@@ -7,10 +7,11 @@ from barcast.models.bar import Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
 from barcast.models.evaluation import Scores, compare, score
-from barcast.models.forecast import Card, Forecast, Forecaster
+from barcast.models.forecast import LEVELS, Card, Forecast, Forecaster, default_horizons
 from barcast.models.window import Verdict, Window, Windows
 
 __all__ = [
+    "LEVELS",
     "Bar",
     "BarcastError",
     "Card",
@@ -26,5 +27,6 @@ __all__ = [
     "Window",
     "Windows",
     "compare",
+    "default_horizons",
     "score",
 ]

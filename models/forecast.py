@@ -9,6 +9,14 @@ from numpy.typing import NDArray
 
 from barcast.models.window import Window
 
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+"""The quantile probabilities that are forecast unless others are asked for."""
+
+
+def default_horizons(timeframe: str) -> tuple[int, ...]:
+    """Bars ahead: a day, a week and a month of sessions for daily bars, else 1, 4 and 16 bars."""
+    return (1, 5, 20) if timeframe == "session" or timeframe.endswith("d") else (1, 4, 16)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Forecast:

@@ -1,0 +1,73 @@
+"""Seeded bars from a regime-switching GARCH-t process whose one-step quantiles are known."""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+
+from barcast.models import Window
+
+Array = NDArray[np.float64]
+
+HOUR = 3_600_000_000_000
+START = 1_704_067_200_000_000_000  # 2024-01-01T00:00Z, a Monday
+DEGREES = 5.0  # of freedom of the innovations
+ALPHA, BETA = 0.06, 0.92
+LEVELS = (0.0018, 0.0036)  # long-run volatility of one bar, calm and busy
+SWITCH = 0.005  # probability of a change of regime
+TICKS = 12  # of a bar's path, for its high and low
+
+
+@dataclass(frozen=True, slots=True)
+class Simulation:
+    """The bars of one symbol, and the true volatility of the return that follows each, (N,)."""
+
+    window: Window
+    ahead: Array
+
+    def quantiles(self, levels: tuple[float, ...]) -> Array:
+        """True quantiles of the log return from each close to the next, (N, Q)."""
+        unit = student.ppf(np.array(levels), DEGREES) / sqrt(DEGREES / (DEGREES - 2))
+        return np.asarray(self.ahead[:, None] * unit)
+
+
+def simulate(symbol: str, bars: int, seed: int, season: bool = False, step: int = HOUR) -> Simulation:
+    """Draw `bars` bars that follow each other every `step` nanoseconds, around the clock.
+
+    Given the past, a return is Student-t with 5 degrees of freedom times sigma_t, with
+    sigma_t^2 = (1 - alpha - beta) level^2 + alpha r^2 + beta sigma^2 before the season; the level switches
+    between two regimes. With `season`, sigma_t follows the hour of the day by a factor of up to 2.
+    """
+    rng = np.random.default_rng([seed, sum(symbol.encode())])
+    times = START + step * np.arange(1, bars + 1, dtype=np.int64)
+    hour = (np.arange(bars + 1) * step // HOUR) % 24
+    factor = np.exp(0.7 * np.sin(2 * np.pi * hour / 24)) if season else np.ones(bars + 1)
+    regime = np.cumsum(rng.random(bars + 1) < SWITCH) % 2
+    eps = rng.standard_t(DEGREES, bars) / sqrt(DEGREES / (DEGREES - 2))
+    variance = np.empty(bars + 1)
+    variance[0] = LEVELS[0] ** 2
+    for k in range(bars):
+        r2 = variance[k] * eps[k] ** 2
+        level2 = LEVELS[regime[k]] ** 2
+        variance[k + 1] = (1 - ALPHA - BETA) * level2 + ALPHA * r2 + BETA * variance[k]
+    sigma = np.sqrt(variance) * factor
+    r = sigma[:-1] * eps
+    close = np.log(100.0) + np.cumsum(r)
+    open_ = np.concatenate([[np.log(100.0)], close[:-1]])
+
+    steps = rng.standard_normal((bars, TICKS)) * sigma[:-1, None] / sqrt(TICKS)
+    path = np.cumsum(steps, 1)
+    bridge = path + np.arange(1, TICKS + 1) / TICKS * (r - path[:, -1])[:, None]
+    high = open_ + np.maximum(bridge.max(1), 0)
+    low = open_ + np.minimum(bridge.min(1), 0)
+    volume = 1000 * np.exp(0.5 * np.log(sigma[:-1] / LEVELS[0]) + 0.3 * rng.standard_normal(bars))
+    high, low = np.maximum(high, np.maximum(open_, close)), np.minimum(low, np.minimum(open_, close))
+    values = np.column_stack([np.exp(open_), np.exp(high), np.exp(low), np.exp(close), volume])
+    return Simulation(Window(symbol, times, values), sigma[1:])
+
+
+def windows(symbols: int, bars: int, seed: int = 0, season: bool = False) -> list[Window]:
+    """Whole histories of several symbols."""
+    return [simulate(f"SYM{i}", bars, seed, season).window for i in range(symbols)]
