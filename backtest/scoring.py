@@ -94,12 +94,13 @@ def portfolio(equity: pl.DataFrame, fills: pl.DataFrame, periods_per_year: int) 
 
     A row for each strategy: strategy, periods, total_return, volatility, sharpe, max_drawdown, fills, costs,
     as in `DEFINITIONS`. Volatility and Sharpe ratio are null with fewer than two returns, the ratio also
-    without any variation.
+    without any variation. Returns end with the first equity that is not positive.
     """
     rows = []
     for (strategy,), own in equity.group_by("strategy", maintain_order=True):
         value = own.sort("close_time")["equity"].to_numpy()
-        returns = np.diff(value) / value[:-1]
+        alive = value[: int(np.argmax(value <= 0)) + 1] if (value <= 0).any() else value
+        returns = np.diff(alive) / alive[:-1]
         deviation = float(returns.std(ddof=1)) if len(returns) > 1 else None
         trades = fills.filter(pl.col("strategy") == strategy)
         rows.append(
