@@ -1,21 +1,36 @@
 """The replay composition root: the very path that runs live, fed from history or from a journal."""
 
-from collections.abc import Coroutine, Iterable, Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path as FilePath
 from typing import Any
 
 import msgspec
+import polars as pl
 
+from barcast.backtest.ledger import Ledger
+from barcast.backtest.result import BacktestResult
+from barcast.backtest.scoring import portfolio, scores
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.events import events, read_history
+from barcast.daemon.history import Stamp, bars, digest, scan
 from barcast.daemon.journal import Journal, Kind
-from barcast.daemon.pipeline import Path, Settings, run
-from barcast.daemon.ports import Arrival, EndOfSource, Event, Outcome, Sink
-from barcast.daemon.store import ModelStore
+from barcast.daemon.pipeline import Path, Settings, StrategySettings, run
+from barcast.daemon.ports import (
+    Activation,
+    Arrival,
+    EndOfSource,
+    Event,
+    Outcome,
+    Revision,
+    Sink,
+    Warmup,
+)
+from barcast.daemon.store import ModelStore, open_model
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, ConfigError
@@ -84,6 +99,116 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
 def replay(source: Iterable[Event], path: Path, sink: Sink) -> None:
     """Drive the path with events until their end."""
     drive(run(ReplaySource(source), path, sink))
+
+
+class _Digest:
+    """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.sha256 = hashlib.sha256()
+        self._ledger = ledger
+
+    def accepted(self, bar: Bar) -> None:
+        """Hand it on."""
+        self._ledger.accepted(bar)
+
+    async def settle(self, now: int) -> None:
+        """Hand it on."""
+        await self._ledger.settle(now)
+
+    async def emit(self, outcome: Outcome) -> None:
+        """Hash the outcome's messages and hand it on."""
+        for message in wire.messages(outcome):
+            self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
+        await self._ledger.emit(outcome)
+
+
+def run_backtest(
+    files: Sequence[FilePath | str],
+    *,
+    stamp: Stamp,
+    model: str = "fhs",
+    timeframe: str = "1d",
+    calendar: str = "24x7",
+    strategies: Sequence[str | StrategySettings] = ("quantile-band", "median-drift"),
+    symbols: Sequence[str] | None = None,
+    since: int | None = None,
+    until: int | None = None,
+    sampler: str | None = None,
+    steps: int | None = None,
+    commission_bp: float = 1.0,
+    slippage_bp: float = 2.0,
+    progress: Callable[[int, str], None] = lambda _count, _at: None,
+) -> BacktestResult:
+    """Replay bars from Parquet or CSV files through the live path, and keep the books.
+
+    `stamp` says which end of a bar the files' times name. `since` and `until` are nanoseconds: bars before
+    `since` only warm the windows up. `model` is a checkpoint directory, `hs` or `fhs`. Bars of one close
+    count as received together at that moment; a target is filled at the next bar's open. Raise DataError for
+    bars that cannot be used, ConfigError for settings, CheckpointError for the model.
+    """
+    paths = [FilePath(file) for file in files]
+    closes = Calendar(calendar, Timeframe.parse(timeframe))
+    forecaster = open_model(model, timeframe, sampler, steps)
+    card = forecaster.card
+    frame = scan(paths, stamp, closes, symbols, None, until)
+    settings = Settings(
+        root="backtest",
+        timeframe=timeframe,
+        calendar=calendar,
+        symbols=tuple(symbols or ()),
+        max_wait=1,
+        sampler=sampler,
+        steps=steps,
+        strategies=tuple(
+            StrategySettings(s, s, {}) if isinstance(s, str) else s for s in strategies
+        ),
+    )
+    first = wire.to_ns(frame.select(pl.col("close_time").min()).collect().item())
+    start = first if since is None else since
+    begins = pl.lit(start).cast(pl.Datetime("ns", "UTC"))
+    before = frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
+    tested = frame.filter(pl.col("close_time") >= begins)
+
+    def story() -> Iterator[Event]:
+        yield Revision(start - 1, settings.encode())
+        yield Activation(start - 1, model, card.fingerprint)
+        yield Warmup(start - 1, "", tuple(bars(before)))
+        for arrival in arrivals(bars(tested)):
+            progress(len(arrival.bars), wire.to_text(arrival.time))
+            yield arrival
+
+    ledger = Ledger(commission_bp, slippage_bp)
+    digested = _Digest(ledger)
+    path = Path(lambda *_: forecaster)
+    replay(story(), path, digested)
+    signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
+    return BacktestResult(
+        signals=signals,
+        outcomes=outcomes,
+        fills=fills,
+        equity=equity,
+        scores=scores(signals, outcomes),
+        portfolio=portfolio(equity, fills, closes.periods_per_year),
+        meta={
+            "model": card.model,
+            "kind": card.kind,
+            "sampler": card.sampler,
+            "steps": card.steps,
+            "samples": card.samples,
+            "fingerprint": card.fingerprint,
+            "timeframe": timeframe,
+            "calendar": calendar,
+            "periods_per_year": closes.periods_per_year,
+            "strategies": ", ".join(s.name for s in settings.strategies),
+            "commission_bp": commission_bp,
+            "slippage_bp": slippage_bp,
+            "files": ", ".join(path.name for path in paths),
+            "files_sha256": digest(paths),
+            "messages_sha256": digested.sha256.hexdigest(),
+            **{f"bars_{name}": count for name, count in asdict(path.counts).items()},
+        },
+    )
 
 
 def replay_journal(journal: FilePath) -> list[Outgoing]:

@@ -1,0 +1,316 @@
+"""The whole product on real bars in two minutes: broker, daemon, signals, retraining, replay, backtest."""
+
+import asyncio
+import contextlib
+import math
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from barcast.backtest.replay import compare, read_capture, replay_journal, run_backtest
+from barcast.backtest.report import write_report
+from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.daemon import wire
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.journal import Journal, State
+from barcast.daemon.timeframe import Timeframe
+from barcast.models import ConfigError
+
+START = datetime(2011, 7, 1, tzinfo=UTC)
+SESSIONS = 125
+"""Trading days fed to the daemon: half a year."""
+LEAD_SECONDS = 8.0
+"""Time for the daemon to load its model before the first bar."""
+PATIENCE_SECONDS = 90.0
+"""How long to wait after the last bar for the retraining to end."""
+
+ROOT = "barcast/v1"
+CONFIG = """\
+# Written by `barcast demo`. Half a year of real daily bars passes in about a minute: the clock of this
+# instance runs faster than the wall's, see [rehearsal].
+instance = "demo"
+state_dir = "state"
+timeframe = "session"
+calendar = "XNYS"
+symbols = ["AAPL", "FB", "GOOG", "IBM", "MSFT"]
+max_wait = "12h"
+
+[mqtt]
+host = "{host}"
+port = {port}
+
+[model]
+first = "{model}"
+
+[[strategy]]
+kind = "quantile-band"
+
+[[strategy]]
+kind = "median-drift"
+
+[retrain]
+cron = "{second} {minute} {hour} * * *"
+steps = 150
+margin = 0.0
+
+[rehearsal]
+start = {start}
+at = {at}
+speed = {speed}
+"""
+
+BROKER = """\
+id = 0
+[router]
+id = 0
+max_connections = 100
+max_outgoing_packet_count = 200
+max_segment_size = 104857600
+max_segment_count = 10
+[v5.1]
+name = "v5"
+listen = "127.0.0.1:{port}"
+next_connection_delay_ms = 1
+[v5.1.connections]
+connection_timeout_ms = 60000
+max_payload_size = 4194304
+max_inflight_count = 200
+dynamic_filters = true
+"""
+
+
+class Demo:
+    """One demonstration in one folder. Every step that fails raises; nothing is made up."""
+
+    def __init__(self, folder: Path, broker: str | None, seconds: float, out: Console) -> None:
+        self.folder, self.seconds, self.out = folder.absolute(), seconds, out
+        self.embedded = broker is None
+        host, _, port = (broker or f"127.0.0.1:{_free_port()}").rpartition(":")
+        if not host or not port.isdigit():
+            raise ConfigError(f"--broker: {broker!r} is not HOST:PORT, such as 127.0.0.1:1883")
+        self.host, self.port = host, int(port)
+        self.state = self.folder / "state"
+        self.capture: list[tuple[str, bytes]] = []
+        self.latest: dict[str, wire.Signal] = {}
+        self.notices: list[wire.ModelNotice] = []
+        self.ready = asyncio.Event()
+
+    def run(self) -> None:
+        """Run the demonstration; raise when a promise does not hold."""
+        began = time.monotonic()
+        self._prepare()
+        with self._broker():
+            asyncio.run(self._live())
+        self._replay()
+        self._backtest()
+        self.out.print(f"[dim]The running part took {time.monotonic() - began:.0f} s.[/]")
+
+    def _prepare(self) -> None:
+        """Lay out the folder: history, a configuration, and a challenger made worse on purpose."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        (self.state / "history").mkdir(parents=True)
+        bars = pl.read_parquet(sample_bars())
+        bars.filter(pl.col("close_time") < START).write_parquet(self.state / "history" / "us_daily.parquet")
+        _spoil(sample_checkpoint(), self.state / "challengers" / "planted")
+        self.last = _session_after(START, SESSIONS)
+        span = (self.last - START).total_seconds()
+        at = datetime.now(UTC) + timedelta(seconds=LEAD_SECONDS)
+        retrain = at + timedelta(seconds=3)
+        (self.folder / "barcast.toml").write_text(
+            CONFIG.format(
+                host=self.host,
+                port=self.port,
+                model=sample_checkpoint(),
+                second=retrain.second,
+                minute=retrain.minute,
+                hour=retrain.hour,
+                start=START.isoformat(),
+                at=at.isoformat(),
+                speed=math.ceil(span / self.seconds),
+            )
+        )
+
+    @contextlib.contextmanager
+    def _broker(self) -> Iterator[None]:
+        if not self.embedded:
+            self.out.print(f"broker: {self.host}:{self.port}")
+            yield
+            return
+        try:
+            from iotcore import Broker
+        except ImportError as error:
+            raise ConfigError(
+                "the embedded broker is missing: pip install 'barcast[demo]', or name one with --broker"
+            ) from error
+        config = self.folder / "broker.toml"
+        config.write_text(BROKER.format(port=self.port))
+        with Broker(config_path=str(config)):
+            self.out.print(
+                f"broker: embedded, on 127.0.0.1:{self.port} (for trying out: it keeps nothing on disk; "
+                "with Debian's mosquitto: --broker 127.0.0.1:1883)"
+            )
+            yield
+
+    async def _live(self) -> None:
+        """Daemon, publisher and an independent subscriber, each a process or client of its own."""
+        command = [sys.executable, "-m", "barcast.backtest.cli"]
+        config = str(self.folder / "barcast.toml")
+        with (self.folder / "daemon.log").open("wb") as log:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(self._watch())
+                await self.ready.wait()
+                daemon = subprocess.Popen([*command, "run", config], stdout=log, stderr=log)
+                feed = ["--since", f"{START:%Y-%m-%d}", "--until", f"{self.last:%Y-%m-%dT%H:%M:%S}"]
+                publisher = subprocess.Popen(
+                    [*command, "publish", str(sample_bars()), "--stamp", "close", "--config", config, *feed],
+                    stdout=log,
+                    stderr=log,
+                )
+                self.out.print(
+                    f"daemon: process {daemon.pid}, log {self.folder / 'daemon.log'}\n"
+                    f"bars: {SESSIONS} sessions of 5 symbols from {START:%Y-%m-%d} in about {self.seconds:.0f} s"
+                )
+                try:
+                    with Live(self._table(), console=self.out, refresh_per_second=4) as live:
+                        while publisher.poll() is None or not self._judged():
+                            live.update(self._table())
+                            await asyncio.sleep(0.2)
+                            if daemon.poll() is not None:
+                                raise RuntimeError(f"the daemon ended: see {self.folder / 'daemon.log'}")
+                            if publisher.poll() is not None:
+                                self._expect_verdicts()
+                        await asyncio.sleep(1.5)
+                        live.update(self._table())
+                    if publisher.returncode:
+                        raise RuntimeError(f"the publisher failed: see {self.folder / 'daemon.log'}")
+                finally:
+                    publisher.terminate()
+                    daemon.send_signal(signal.SIGTERM)
+                    await asyncio.to_thread(daemon.wait, 20)
+                    await asyncio.sleep(0.3)
+                    watching.cancel()
+        with (self.folder / "capture.jsonl").open("wb") as file:
+            for topic, payload in self.capture:
+                file.write(msgspec.json.encode((topic, payload.decode())) + b"\n")
+        for notice in self.notices:
+            if notice.verdict:
+                v = notice.verdict
+                word = "[green]accepted[/]" if v["accepted"] else "[red]refused[/]"
+                self.out.print(f"challenger {v['challenger']}: {word}; {v['reason']} ({v['origins']} forecasts)")
+
+    async def _watch(self) -> None:
+        """Subscribe like any trading system would, and write down what comes."""
+        import aiomqtt
+
+        topics = [(f"{ROOT}/{kind}/#", 1) for kind in ("signals", "targets", "groups", "models")]
+        version = aiomqtt.ProtocolVersion.V5
+        async with aiomqtt.Client(self.host, self.port, identifier="demo-watch", protocol=version) as client:
+            await client.subscribe(topics)
+            self.ready.set()
+            async for message in client.messages:
+                topic, payload = str(message.topic), bytes(message.payload)  # type: ignore[arg-type]
+                if message.retain and not self.capture:
+                    continue  # left over on a broker of the user's own
+                if "/models/" in topic:
+                    self.notices.append(msgspec.json.decode(payload, type=wire.ModelNotice))
+                    continue
+                self.capture.append((topic, payload))
+                if "/signals/" in topic:
+                    found = msgspec.json.decode(payload, type=wire.Signal)
+                    self.latest[found.symbol] = found
+
+    def _judged(self) -> bool:
+        return sum(bool(n.verdict) for n in self.notices) >= 2
+
+    def _expect_verdicts(self) -> None:
+        self.seconds_over = getattr(self, "seconds_over", 0.0) + 0.2
+        if self.seconds_over > PATIENCE_SECONDS:
+            raise RuntimeError(f"no verdict on both challengers in time: see {self.folder / 'daemon.log'}")
+
+    def _table(self) -> Table:
+        counted = sum("/signals/" in topic for topic, _ in self.capture)
+        table = Table(title=f"signals as a subscriber sees them: {counted} so far", title_justify="left")
+        for name in ("symbol", "bar closed", "close", "until", "q05", "q25", "median", "q75", "q95", "P(rise)"):
+            table.add_column(name, justify="left" if name == "symbol" else "right")
+        for symbol in sorted(self.latest):
+            s = self.latest[symbol]
+            for i, horizon in enumerate(s.horizons):
+                prices = dict(zip(s.levels, s.quantiles[i], strict=True))
+                table.add_row(
+                    symbol if i == 0 else "",
+                    s.close_time[:10] if i == 0 else "",
+                    f"{s.reference:.2f}" if i == 0 else "",
+                    horizon.end_time[:10],
+                    *(f"{prices[p]:.2f}" for p in (0.05, 0.25, 0.5, 0.75, 0.95)),
+                    f"{s.rise[i]:.2f}",
+                )
+        models = ", ".join(dict.fromkeys(n.model for n in self.notices)) or "loading"
+        table.caption = f"models in service: {models}"
+        return table
+
+    def _replay(self) -> None:
+        """Compute every message again from the journal and hold it against what the subscriber wrote down."""
+        replayed = replay_journal(self.state / "journal.db")
+        difference = compare(replayed, read_capture(self.folder / "capture.jsonl"))
+        journal = Journal(self.state / "journal.db", readonly=True)
+        expired = journal.outbox_counts()[State.EXPIRED]
+        journal.close()
+        self.out.print(
+            f"replay of the journal: [bold]{difference.signals} signals, {len(difference.differing)} differ[/]"
+            + (f"; {expired} messages expired before delivery" if expired else "")
+        )
+        if difference.differing or not difference.signals or len(difference.missing) != expired:
+            raise RuntimeError(difference.sentence())
+
+    def _backtest(self) -> None:
+        """Both strategies on the years after the shipped model's training, and the report."""
+        result = run_backtest(
+            [sample_bars()],
+            stamp="close",
+            model=str(sample_checkpoint()),
+            timeframe="session",
+            calendar="XNYS",
+            since=wire.to_ns(datetime(2012, 1, 1, tzinfo=UTC)),
+        )
+        report = self.folder / "report.html"
+        write_report(result, report)
+        for row in result.portfolio.iter_rows(named=True):
+            sharpe = "-" if row["sharpe"] is None else f"{row['sharpe']:.2f}"
+            self.out.print(
+                f"backtest {row['strategy']}: return {100 * row['total_return']:.2f} %, Sharpe {sharpe}, "
+                f"drawdown {100 * row['max_drawdown']:.2f} %, {row['fills']} fills"
+            )
+        self.out.print(f"report: {report}")
+
+
+def _spoil(checkpoint: Path, out: Path) -> None:
+    """Write a valid checkpoint whose bands are far too wide: the gate must refuse it."""
+    from barcast.models.checkpoint import load, save, spoiled
+
+    save(spoiled(load(checkpoint).trained), out)
+
+
+def _session_after(start: datetime, count: int) -> datetime:
+    """The moment just after the `count`-th session close from `start`."""
+    closes = Calendar("XNYS", Timeframe.parse("session")).closes_after(wire.to_ns(start), count)
+    return datetime.fromtimestamp(closes[-1] // 10**9 + 1, UTC)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

@@ -1,0 +1,76 @@
+"""The journal: what was committed is there, once, in order."""
+
+import sqlite3
+
+import pytest
+
+from barcast.daemon.journal import Journal, Kind, Progress, State
+from barcast.daemon.wire import Outgoing
+from barcast.models import ConfigError
+
+
+def message(n):
+    return Outgoing(f"id{n}", f"t/{n}", b"payload", True, 10)
+
+
+@pytest.fixture
+def journal(tmp_path):
+    opened = Journal(tmp_path / "journal.db")
+    yield opened
+    opened.close()
+
+
+def test_records_come_back_in_order(journal):
+    """Records are numbered from one in the order in which they were appended."""
+    assert journal.append([(5, Kind.BARS, "a", b"1"), (6, Kind.BARS, "b", b"2")]) == [1, 2]
+    assert journal.append([(7, Kind.REVISION, "", b"3")]) == [3]
+    assert [(r.seq, r.time, r.kind, r.topic, r.payload) for r in journal.records(after=1)] == [
+        (2, 6, "bars", "b", b"2"),
+        (3, 7, "revision", "", b"3"),
+    ]
+    assert journal.last(Kind.BARS).seq == 2
+    assert journal.last_time() == 7
+
+
+def test_message_computed_again_is_not_sent_twice(journal):
+    """A message whose id is in the outbox, delivered or not, is not put there again."""
+    journal.settle(Progress(1, 5), [message(1), message(2)])
+    journal.mark([(1, State.DELIVERED)])
+    journal.settle(Progress(2, 6), [message(1), message(2), message(3)])
+    assert [q.message.id for q in journal.pending(0, 10)] == ["id2", "id3"]
+    assert journal.outbox_counts() == {State.PENDING: 2, State.DELIVERED: 1, State.EXPIRED: 0}
+    assert journal.progress() == Progress(2, 6)
+
+
+def test_failed_commit_leaves_nothing(journal):
+    """A commit is all or nothing."""
+    with pytest.raises(sqlite3.Error):
+        journal.append([(5, Kind.BARS, "a", b"1"), (6, None, "b", b"2")])
+    assert list(journal.records()) == []
+
+
+def test_state_survives_closing(tmp_path):
+    """What was committed is there after opening the file again, also for a second reader."""
+    first = Journal(tmp_path / "journal.db")
+    first.append([(5, Kind.BARS, "a", b"1")], [message(1)])
+    reader = Journal(tmp_path / "journal.db", readonly=True)
+    assert [r.payload for r in reader.records()] == [b"1"]
+    reader.close()
+    first.close()
+    again = Journal(tmp_path / "journal.db")
+    assert [q.message for q in again.pending(0, 10)] == [message(1)]
+    again.close()
+
+
+def test_foreign_files_are_refused_by_name(tmp_path):
+    """A file that is no journal, or of another version, is named in one sentence."""
+    (tmp_path / "text.db").write_text("no database at all, just some text that is long enough")
+    with pytest.raises(ConfigError, match=r"text\.db: not a journal"):
+        Journal(tmp_path / "text.db")
+    db = sqlite3.connect(tmp_path / "newer.db")
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(ConfigError, match="journal version 99"):
+        Journal(tmp_path / "newer.db")
+    with pytest.raises(ConfigError, match="no journal there"):
+        Journal(tmp_path / "absent.db", readonly=True)
