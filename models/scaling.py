@@ -98,7 +98,7 @@ class Scaling:
     @property
     def window(self) -> int:
         """Bars from which on more history changes nothing."""
-        return self.layout.har[-1] + self.layout.residuals + max(self.horizons) + 1
+        return self.layout.har[-1] + self.layout.residuals + max(self.horizons)
 
     @property
     def min_window(self) -> int:

@@ -42,10 +42,11 @@ from barcast.models.window import Window
 
 SAMPLES = 256
 TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
+MAP_RATE, DENOISER_RATE = 2e-3, 5e-4  # of learning
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
 LEAST = 100  # origins to learn from, and to validate on
 VALIDATIONS = 12  # looks at the validation part in each phase
-MAP_ORIGINS, DENOISER_ORIGINS = 4000, 1000  # validation origins, thinned evenly
+LOOK_ORIGINS = 2000  # of validation, thinned evenly
 LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
@@ -56,14 +57,14 @@ INPUT_DROP, HIDDEN_DROP = 0.3, 0.4
 class Progress:
     """Where the training stands.
 
-    `loss` is the fast loss of the last step, None before the first; `crps` is the score of forecasts sampled
+    `loss` is the fast loss of the last step, NaN before the first; `crps` is the score of forecasts sampled
     in full on the validation part, None where there was no look at it.
     """
 
     phase: str  # "map" or "denoiser"
     step: int
     steps: int
-    loss: float | None
+    loss: float
     crps: float | None
 
 
@@ -156,7 +157,7 @@ class _Training:
         self.seconds, self.clock, self.progress = seconds, clock, progress
 
         self.learn, validation = self._parts()
-        self.look_map, self.look_denoiser = validation.thin(MAP_ORIGINS), validation.thin(DENOISER_ORIGINS)
+        self.look = validation.thin(LOOK_ORIGINS)
         self.steps = steps or min(max(len(self.learn) // 60, 200), 1500)
         self.mirror = self.scaling.layout is INTRADAY
         self.generator = Generator().manual_seed(seed)
@@ -176,7 +177,7 @@ class _Training:
         if init_from is not None:
             _start_from(net, self.scaling, init_from[1])
         net.map.static.copy_(_static_knots(self.learn.z, self.mirror))
-        map_step = self._phase("map", [net.encoder, net.map], 2e-3, self._map_loss, self._map_crps)
+        map_step = self._phase("map", [net.encoder, net.map], MAP_RATE, self._map_loss, self._map_crps)
 
         net.eval()
         with torch.no_grad():
@@ -185,11 +186,11 @@ class _Training:
             W = torch.linalg.cholesky(torch.corrcoef(scores.T))  # (H, H)
             net.whiten.copy_(W)
             self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
-            self.look_context, self.look_knots = self._encoded(self.look_denoiser)
+            self.look_context, self.look_knots = self._encoded(self.look)
         a = samplers.alphas_cumprod()
         self.alpha, self.sigma, self.lam = a**0.5, (1 - a) ** 0.5, samplers.lambdas().float()
         denoiser_step = self._phase(
-            "denoiser", [net.denoiser], 5e-4, self._denoiser_loss, self._denoiser_crps
+            "denoiser", [net.denoiser], DENOISER_RATE, self._denoiser_loss, self._denoiser_crps
         )
 
         record = Record(
@@ -229,13 +230,13 @@ class _Training:
         warm = max(1, self.steps // 20)
         start = 0.0 if self.clock is None else self.clock()
         best, best_step, chosen = float("inf"), 0, averaged
-        last: float | None = None
+        last = float("nan")
         for step in range(self.steps + 1):
             late = self.seconds is not None and self.clock is not None and self.clock() - start > self.seconds
             self.capped |= late
             crps = None
             if step % every == 0 or step == self.steps or late:
-                crps = self._look(parameters, averaged, modules, crps_of)
+                crps = self._judge(parameters, averaged, modules, crps_of)
                 self.candidates.append(Candidate(name, step, crps))
                 if crps < best:
                     best, best_step, chosen = crps, step, [p.clone() for p in averaged]
@@ -258,7 +259,7 @@ class _Training:
         _assign(parameters, chosen)
         return best_step
 
-    def _look(
+    def _judge(
         self,
         parameters: list[nn.Parameter],
         averaged: list[Tensor],
@@ -295,10 +296,10 @@ class _Training:
 
     def _map_crps(self) -> float:
         """CRPS of the map alone, with exact normal scores."""
-        _, knots = self._encoded(self.look_map)
+        _, knots = self._encoded(self.look)
         levels = torch.tensor(self.levels, dtype=torch.float64)
         u = torch.special.ndtri(levels).expand(*knots.shape[:2], -1).contiguous()
-        return self._crps(self.look_map, piecewise(u, knot_scores().expand(knots.shape), knots))
+        return self._crps(self.look, piecewise(u, knot_scores().expand(knots.shape), knots))
 
     def _denoiser_loss(self) -> Tensor:
         """v-prediction loss at stratified noise levels, weighted so that the error of eps counts evenly."""
@@ -328,7 +329,7 @@ class _Training:
         parts = [distribution.quantiles(distribution.sample(self.look_context[b]), levels) for b in batches]
         knots = self.look_knots
         z = piecewise(torch.cat(parts).contiguous(), knot_scores().expand(knots.shape), knots)
-        return self._crps(self.look_denoiser, z)
+        return self._crps(self.look, z)
 
     def _crps(self, part: _Part, z: Tensor) -> float:
         """CRPS over the mean absolute outcome, averaged over the horizons, of quantiles z (n, H, Q)."""

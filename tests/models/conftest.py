@@ -1,0 +1,34 @@
+"""A model trained once for all tests of the package, on simulated hourly bars."""
+
+import pytest
+import torch
+
+from barcast.models import Window
+from barcast.models.diffusion import Trained
+from barcast.models.training import train
+from tests.garch import simulate
+
+HORIZONS = (1, 4, 16)
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+BARS = 3000
+STEPS = 24
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def histories() -> list[Window]:
+    return [simulate(f"SYM{i}", BARS, seed=7, season=True).window for i in range(2)]
+
+
+@pytest.fixture(scope="session")
+def trained(histories: list[Window]) -> Trained:
+    """A trained model whose denoiser has been made to matter, whatever validation thought of it."""
+    model = train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=STEPS)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        model.net.denoiser.leave.weight.normal_(0, 0.05, generator=generator)
+    return model

@@ -1,0 +1,201 @@
+"""The forecaster: its promises about look-ahead, batches, order and noise."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import norm
+
+from barcast.models import Forecast, Window
+from barcast.models.diffusion import SSSDForecaster, Trained, one_thread
+from barcast.models.samplers import SAMPLERS
+from barcast.models.sssd import knot_scores, piecewise
+from tests.garch import simulate
+
+Open = Callable[..., SSSDForecaster]
+
+
+@pytest.fixture(scope="module")
+def opened(trained: Trained) -> Open:
+    def open_(sampler: str = "dpmpp", steps: int = 8) -> SSSDForecaster:
+        return SSSDForecaster(trained.net, trained.scaling, trained.levels, "test", sampler, steps)
+
+    return open_
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[Window]:
+    """64 windows of unseen symbols, from warming to full."""
+    series = [simulate(f"NEW{i}", 1700, seed=20 + i).window for i in range(4)]
+    ends = np.linspace(90, 1700, 16).astype(int)
+    return [Window(w.symbol, w.close_times[:n], w.values[:n]) for w in series for n in ends]
+
+
+def _bytes(f: Forecast) -> bytes:
+    return f.quantiles.tobytes() + f.mean.tobytes() + f.std.tobytes() + f.rise.tobytes()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_forecast_does_not_depend_on_its_batch(opened: Open, windows: list[Window], sampler: str) -> None:
+    """In batches of 1 to 64 windows, in random company, every window gets the same bits."""
+    forecaster = opened(sampler)
+    alone = [_bytes(forecaster.forecast([w])[0]) for w in windows]
+    rng = np.random.default_rng(1)
+    for size in (1, 2, 3, 7, 16, 31, 64):
+        for _ in range(2):
+            chosen = rng.permutation(len(windows))[:size]
+            together = forecaster.forecast([windows[i] for i in chosen])
+            assert [_bytes(f) for f in together] == [alone[i] for i in chosen]
+
+
+def test_control_variable_batch_shapes_do_change_bits(trained: Trained, windows: list[Window]) -> None:
+    """Called with the whole batch at once, the same network gives other bits: the test above could fail."""
+    net, scaling = trained.net, trained.scaling
+    frames = [scaling.of_window(w) for w in windows]
+    features = torch.from_numpy(np.concatenate([f.features for f in frames])).float()
+    sequences = torch.from_numpy(np.stack([f.channels[-scaling.layout.context :] for f in frames])).float()
+    with torch.inference_mode():
+        together = net.encoder(features, sequences)
+        alone = torch.cat([net.encoder(features[i, None], sequences[i, None]) for i in range(len(frames))])
+    assert 0 < (together - alone).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("n", [90, 800, 1500])
+def test_later_bars_change_no_forecast(opened: Open, n: int) -> None:
+    """Whatever stands after t in the arrays a window was cut from, the forecast at t keeps its bits."""
+    w = simulate("NEW", 1700, seed=30).window
+    poisoned = w.values.copy()
+    poisoned[n:] = np.nan
+    forecaster = opened()
+    clean, dirty = (
+        forecaster.forecast([Window("NEW", w.close_times[:n], values[:n])])[0]
+        for values in (w.values, poisoned)
+    )
+    assert _bytes(clean) == _bytes(dirty)
+
+
+def test_older_bars_than_the_window_change_no_forecast(opened: Open) -> None:
+    """A window longer than the card asks for gives the bits of one cut to that length."""
+    w = simulate("NEW", 1700, seed=31).window
+    forecaster = opened()
+    n = forecaster.card.window
+    cut = Window("NEW", w.close_times[-n:], w.values[-n:])
+    assert _bytes(forecaster.forecast([w])[0]) == _bytes(forecaster.forecast([cut])[0])
+
+
+def test_thread_settings_do_not_matter_and_are_left_alone(opened: Open, windows: list[Window]) -> None:
+    """Forecasts use one thread whatever the caller had set, and the caller's setting stays."""
+    forecaster = opened()
+    one = [_bytes(f) for f in forecaster.forecast(windows[:4])]
+    torch.set_num_threads(2)
+    two = [_bytes(f) for f in forecaster.forecast(windows[:4])]
+    assert torch.get_num_threads() == 2
+    assert one == two
+
+
+def test_the_global_generator_is_neither_used_nor_moved(opened: Open, windows: list[Window]) -> None:
+    """Forecasts ignore torch's global seed and leave its state as it was."""
+    forecaster = opened()
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = _bytes(forecaster.forecast(windows[:1])[0])
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert _bytes(forecaster.forecast(windows[:1])[0]) == first
+
+
+@given(seed=st.integers(0, 1000), n=st.integers(81, 200), crash=st.floats(-3, 3), quiet=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_quantiles_rise_on_any_window(opened: Open, seed: int, n: int, crash: float, quiet: bool) -> None:
+    """Quantiles are finite and rise along the levels, also after a crash and on bars without any range."""
+    w = simulate("ANY", 200, seed).window
+    values = w.values[:n].copy()
+    values[n // 2 :, :4] *= np.exp(crash)
+    if quiet:
+        values[:, :4] = values[:, 3:4]
+    f = opened().forecast([Window("ANY", w.close_times[:n], values)])[0]
+    assert np.isfinite(f.quantiles).all()
+    assert (np.diff(f.quantiles, axis=1) >= 0).all()
+    assert np.isfinite([f.mean, f.std]).all()
+    assert (f.std > 0).all()
+    assert ((f.rise >= 0) & (f.rise <= 1)).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_zero_denoiser_is_the_map_alone(trained: Trained, windows: list[Window], sampler: str) -> None:
+    """Without a velocity the quantiles are those of the map at exact normal scores, by any sampler."""
+    net, window = trained.net, windows[-1]
+    weight = net.denoiser.leave.weight.detach().clone()
+    with torch.no_grad():
+        net.denoiser.leave.weight.zero_()
+    try:
+        forecaster = SSSDForecaster(net, trained.scaling, trained.levels, "zero", sampler)
+        f = forecaster.forecast([window])[0]
+        frame = trained.scaling.of_window(window)
+        with one_thread(), torch.inference_mode():
+            sequence = torch.from_numpy(frame.channels[-64:]).float()[None]
+            knots = net.map(net.encoder(torch.from_numpy(frame.features).float(), sequence)).double()[0]
+    finally:
+        with torch.no_grad():
+            net.denoiser.leave.weight.copy_(weight)
+    u = torch.from_numpy(norm.ppf(trained.levels)).expand(3, -1)
+    expected = piecewise(u, knot_scores().expand(knots.shape), knots).numpy() * frame.scale[0][:, None]
+    np.testing.assert_allclose(f.quantiles, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_the_denoiser_matters(trained: Trained, opened: Open, windows: list[Window]) -> None:
+    """Zeroing the denoiser of a trained model changes its forecasts."""
+    net = trained.net
+    before = opened().forecast(windows[-1:])[0]
+    weight = net.denoiser.leave.weight.detach().clone()
+    with torch.no_grad():
+        net.denoiser.leave.weight.zero_()
+    after = opened().forecast(windows[-1:])[0]
+    with torch.no_grad():
+        net.denoiser.leave.weight.copy_(weight)
+    assert np.abs(before.quantiles / after.quantiles - 1).max() > 1e-3
+
+
+def test_mean_std_and_rise_fit_the_quantiles(opened: Open, windows: list[Window]) -> None:
+    """Mean, spread and probability of a rise describe the same distribution as the quantiles."""
+    for f in opened().forecast(windows[15::16]):
+        width = f.quantiles[:, 5] - f.quantiles[:, 1]
+        assert (np.abs(f.mean - f.quantiles[:, 3]) < 0.3 * width).all()
+        assert ((f.std / width > 0.25) & (f.std / width < 0.7)).all()
+        above = 1 - np.array([np.interp(0, q, f.levels) for q in f.quantiles])
+        np.testing.assert_allclose(f.rise, above, atol=0.03)
+
+
+def test_more_steps_and_the_other_sampler_agree(opened: Open, windows: list[Window]) -> None:
+    """Samplers differ in their error only: the default is near both samplers with many steps."""
+    reference = opened("dpmpp", 100).forecast(windows[-1:])[0]
+    width = (reference.quantiles[:, -1] - reference.quantiles[:, 0])[:, None]
+    for sampler, steps, tolerance in (("dpmpp", 8, 0.02), ("ddim", 8, 0.05), ("ddim", 200, 0.005)):
+        f = opened(sampler, steps).forecast(windows[-1:])[0]
+        assert (np.abs(f.quantiles - reference.quantiles) / width).max() < tolerance
+
+
+def test_short_windows_are_warming_and_shorter_ones_refused(opened: Open) -> None:
+    """A window below `card.window` forecasts as warming; one below `card.min_window` raises ValueError."""
+    forecaster = opened()
+    card = forecaster.card
+    w = simulate("NEW", card.window, seed=40).window
+
+    def cut(n: int) -> Window:
+        return Window("NEW", w.close_times[:n], w.values[:n])
+
+    states = [f.warming for f in forecaster.forecast([cut(card.min_window), cut(card.window - 1), w])]
+    assert states == [True, True, False]
+    with pytest.raises(ValueError, match="NEW has"):
+        forecaster.forecast([cut(card.min_window - 1)])
+
+
+def test_the_card_tells_what_the_bits_depend_on(opened: Open) -> None:
+    """The card carries sampler, steps, samples and a fingerprint with versions, CPU, threads and tile."""
+    card = opened("ddim", 20).card
+    assert (card.kind, card.sampler, card.steps, card.samples) == ("sssd", "ddim", 20, 256)
+    for part in (f"torch={torch.__version__}", f"numpy={np.__version__}", "threads=1", "tile=1x256"):
+        assert part in card.fingerprint
