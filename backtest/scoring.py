@@ -56,7 +56,11 @@ def scores(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
     )
     both = pl.concat([rows, rows.with_columns(symbol=pl.lit(POOLED))])
     means = [pl.col(name).mean().fill_nan(None) for name in columns]
-    return both.group_by("symbol", "horizon").agg(pl.len().alias("n"), *means).sort("symbol", "horizon")
+    return (
+        both.group_by("symbol", "horizon")
+        .agg(pl.len().cast(pl.Int64).alias("n"), *means)
+        .sort("symbol", "horizon")
+    )
 
 
 def pit(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:

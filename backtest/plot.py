@@ -1,0 +1,197 @@
+"""Figures of a backtest, for the report and for notebooks."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+import polars as pl
+
+from barcast.backtest.result import BacktestResult, levels_of
+from barcast.backtest.scoring import INTERVALS, POOLED
+from barcast.backtest.scoring import pit as pit_bins
+
+COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
+INK, GRID, BAND = "#334155", "#e2e8f0", "37, 99, 235"
+_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
+_MOST_POINTS = 4000
+
+
+def equity(result: BacktestResult) -> go.Figure:
+    """The equity of each strategy, as a multiple of what it began with."""
+    figure = _figure("multiple of the first equity", ".2f")
+    for k, (name, own) in enumerate(_books(result)):
+        figure.add_scatter(
+            x=own["close_time"].to_list(), y=own["growth"].to_list(), name=name, mode="lines", line=_line(k)
+        )
+    return figure
+
+
+def drawdown(result: BacktestResult) -> go.Figure:
+    """How far each strategy's equity is below its highest before."""
+    figure = _figure("below the highest equity before", ".0%")
+    for k, (name, own) in enumerate(_books(result)):
+        figure.add_scatter(
+            x=own["close_time"].to_list(),
+            y=own["drawdown"].to_list(),
+            name=name,
+            mode="lines",
+            line=_line(k),
+            fill="tozeroy",
+            fillcolor=_faint(k),
+        )
+    return figure
+
+
+def fan(result: BacktestResult, symbol: str, origins: int = 6, bars: int = 120) -> go.Figure:
+    """A symbol's last closes, and what was forecast from some of them: nested central intervals.
+
+    From up to `origins` closes, evenly spread over the last `bars` whose outcomes are known and the longest
+    horizon apart, the intervals between pairs of levels fan out over the horizons, around the median.
+    """
+    own = result.signals.filter(pl.col("symbol") == symbol).sort("close_time", "horizon")
+    ends = result.outcomes.filter(pl.col("symbol") == symbol).select(
+        "close_time", "horizon", "end_time", "price"
+    )
+    made = own.select("close_time", pl.col("reference").alias("price"))
+    later = ends.select(pl.col("end_time").alias("close_time"), "price")
+    closes = pl.concat([made, later]).unique("close_time", keep="first", maintain_order=True)
+    closes = closes.sort("close_time").tail(bars)
+    longest = own.select(pl.col("horizon").max()).item() or 1
+    whole = ends.filter(pl.col("horizon") == longest).sort("close_time")["close_time"]
+    whole = whole.filter(whole >= closes["close_time"].min()) if closes.height else whole
+    step = max(longest, -(-len(whole) // origins))
+    figure = _figure("price", "~g")
+    named = list(levels_of(own.columns).values())
+    pairs = list(zip(named[: len(named) // 2], reversed(named), strict=False))
+    for k, origin in enumerate(whole.reverse().gather_every(step).reverse()):
+        paths = own.filter(pl.col("close_time") == origin)
+        paths = paths.join(ends, on=["close_time", "horizon"], maintain_order="left")
+        start = paths["reference"][0]
+        x = [origin, *paths["end_time"]]
+        for j, (lower, upper) in enumerate(pairs):
+            figure.add_scatter(
+                x=[*x, *reversed(x)],
+                y=[start, *_prices(paths, lower), *reversed([start, *_prices(paths, upper)])],
+                fill="toself",
+                fillcolor=f"rgba({BAND}, {_opacity(j, len(pairs))})",
+                mode="none",
+                name=f"{lower} to {upper}",
+                legendgroup=lower,
+                showlegend=k == 0,
+                hoverinfo="skip",
+            )
+        if "q50" in named:
+            figure.add_scatter(
+                x=x,
+                y=[start, *_prices(paths, "q50")],
+                mode="lines",
+                line={"color": COLOURS[0], "width": 1.5, "dash": "dot"},
+                name="median",
+                legendgroup="median",
+                showlegend=k == 0,
+                hoverinfo="skip",
+            )
+    figure.add_scatter(
+        x=closes["close_time"].to_list(),
+        y=closes["price"].to_list(),
+        mode="lines",
+        line={"color": INK, "width": 1.6},
+        name="close",
+    )
+    return figure
+
+
+def pit(result: BacktestResult) -> go.Figure:
+    """Where outcomes fell between the forecast levels, a line for each horizon; flat at 1 when calibrated."""
+    bins = pit_bins(result.signals, result.outcomes)
+    figure = _figure("density of outcomes", ".1f")
+    for k, ((horizon,), own) in enumerate(bins.group_by("horizon", maintain_order=True)):
+        edges = [own["lower"][0], *own["upper"]]
+        density = [*own["density"], own["density"][-1]]
+        figure.add_scatter(
+            x=edges, y=density, mode="lines", line=_line(k) | {"shape": "hv"}, name=_bars(horizon)
+        )
+    figure.add_hline(y=1, line={"color": INK, "width": 1, "dash": "dash"})
+    return figure.update_layout(
+        xaxis={"title": _title("level"), "range": [0, 1], "tickformat": ".0%"},
+        yaxis={"rangemode": "tozero"},
+        hovermode="closest",
+    )
+
+
+def coverage(result: BacktestResult) -> go.Figure:
+    """The share of outcomes inside each central interval, beside the share that belongs there."""
+    pooled = result.scores.filter(pl.col("symbol") == POOLED).sort("horizon")
+    figure = _figure("share of outcomes inside", ".0%")
+    for k, percent in enumerate(INTERVALS):
+        values = pooled[f"coverage_{percent}"].to_list()
+        figure.add_bar(
+            x=[_bars(horizon) for horizon in pooled["horizon"]],
+            y=values,
+            text=["" if value is None else f"{value:.1%}" for value in values],
+            name=f"{percent} % interval",
+            marker_color=COLOURS[k],
+            textposition="inside",
+            insidetextanchor="start",
+            textangle=0,
+        )
+        figure.add_hline(y=percent / 100, line={"color": COLOURS[k], "width": 1.5, "dash": "dash"})
+    return figure.update_layout(
+        barmode="group",
+        yaxis={"range": [0, 1]},
+        xaxis={"title": _title("horizon"), "type": "category"},
+        hovermode="closest",
+    )
+
+
+def _figure(title: str, tickformat: str) -> go.Figure:
+    axis: dict[str, Any] = {"gridcolor": GRID, "zeroline": False, "linecolor": GRID}
+    return go.Figure(
+        layout={
+            "height": 380,
+            "margin": {"l": 64, "r": 16, "t": 36, "b": 44},
+            "paper_bgcolor": "rgba(0,0,0,0)",
+            "plot_bgcolor": "rgba(0,0,0,0)",
+            "font": {"family": _FONT, "size": 13, "color": INK},
+            "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+            "hovermode": "x unified",
+            "xaxis": axis,
+            "yaxis": axis | {"title": _title(title), "tickformat": tickformat},
+        }
+    )
+
+
+def _title(text: str) -> dict[str, Any]:
+    return {"text": text, "font": {"size": 13}}
+
+
+def _line(k: int) -> dict[str, Any]:
+    return {"color": COLOURS[k % len(COLOURS)], "width": 1.6}
+
+
+def _faint(k: int) -> str:
+    red, green, blue = bytes.fromhex(COLOURS[k % len(COLOURS)][1:])
+    return f"rgba({red}, {green}, {blue}, 0.08)"
+
+
+def _books(result: BacktestResult) -> list[tuple[str, pl.DataFrame]]:
+    """Growth and drawdown of each strategy, thinned to as many closes as a screen can show."""
+    books = []
+    for (name,), own in result.equity.sort("close_time").group_by("strategy", maintain_order=True):
+        value = pl.col("equity")
+        own = own.with_columns(growth=value / value.first(), drawdown=value / value.cum_max() - 1)
+        step = -(-own.height // _MOST_POINTS)
+        last = pl.int_range(pl.len()) == pl.len() - 1
+        books.append((str(name), own.filter((pl.int_range(pl.len()) % step == 0) | last)))
+    return sorted(books)
+
+
+def _prices(paths: pl.DataFrame, column: str) -> list[float]:
+    return paths.select(pl.col("reference") * pl.col(column).exp()).to_series().to_list()
+
+
+def _opacity(inner: int, pairs: int) -> float:
+    return round(0.08 + 0.22 * inner / max(1, pairs), 3)
+
+
+def _bars(horizon: object) -> str:
+    return f"{horizon} bar" if horizon == 1 else f"{horizon} bars"
