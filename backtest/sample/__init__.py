@@ -1,4 +1,4 @@
-"""What is shipped to try the program with: thirteen years of daily bars of five US stocks."""
+"""What is shipped to try the program with: thirteen years of daily bars of five US stocks, and a model."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,3 +7,8 @@ from pathlib import Path
 def sample_bars() -> Path:
     """The Parquet file with the sample bars; `README.md` beside it says where they come from."""
     return Path(str(files(__name__) / "us_daily.parquet"))
+
+
+def sample_checkpoint() -> Path:
+    """The folder of the model that is shipped with the sample bars."""
+    return Path(str(files(__name__) / "checkpoint"))

@@ -17,6 +17,8 @@ from pathlib import Path
 import polars as pl
 
 from barcast.backtest.sample import sample_bars
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.timeframe import Timeframe
 from barcast.models import DataError
 
 PRICES = ("open", "high", "low", "close")
@@ -68,16 +70,11 @@ def adjust(source: pl.DataFrame, closes: pl.DataFrame) -> Adjusted:
 
 def session_closes(source: pl.DataFrame) -> pl.DataFrame:
     """The sessions of the New York Stock Exchange over the source's dates: `date` and `close_time` (UTC)."""
-    from exchange_calendars import get_calendar
-
-    dates = source["date"]
-    closes = get_calendar("XNYS", start=str(dates.min()), end=str(dates.max())).closes
-    return pl.DataFrame(
-        {
-            "date": closes.index.to_numpy().astype("datetime64[D]"),
-            "close_time": closes.to_numpy(dtype="datetime64[ns]"),
-        }
-    ).with_columns(pl.col("close_time").dt.replace_time_zone("UTC"))
+    dates = pl.date_range(source["date"].min(), source["date"].max(), eager=True).alias("date")
+    midnights = dates.cast(pl.Datetime("ns")).to_physical().to_numpy()
+    closes = Calendar("XNYS", Timeframe.parse("session")).closes_for_opens(midnights)
+    every = pl.DataFrame({"date": dates, "close_time": closes}).filter(pl.col("close_time") >= 0)
+    return every.with_columns(pl.from_epoch("close_time", "ns").dt.replace_time_zone("UTC"))
 
 
 def build(path: Path) -> Adjusted:
