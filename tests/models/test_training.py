@@ -1,0 +1,151 @@
+"""Training: reproducible, blind to what is withheld, and honest about its choices."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from barcast.models import ConfigError, DataError, HistoricalSimulation, Window, compare
+from barcast.models.diffusion import SSSDForecaster, Trained
+from barcast.models.training import Progress, train
+from tests.garch import START, simulate
+from tests.models.conftest import HORIZONS, LEVELS
+
+HOUR = 3_600_000_000_000
+
+
+def _train(histories: list[Window], steps: int = 6, **options: object) -> Trained:
+    return train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=steps, **options)  # type: ignore[arg-type]
+
+
+def _state(trained: Trained) -> dict[str, bytes]:
+    state: dict[str, Tensor] = trained.net.state_dict()
+    return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def small() -> list[Window]:
+    return [simulate("A", 2000, seed=1).window, simulate("B", 1800, seed=1).window]
+
+
+def test_the_same_bars_and_seed_give_the_same_model(small: list[Window]) -> None:
+    """Training twice gives the same bits, whatever the global generator; another seed gives others."""
+    torch.manual_seed(1)
+    first = _train(small)
+    torch.manual_seed(2)
+    second, other = _train(small), _train(small, seed=1)
+    assert _state(first) == _state(second)
+    assert first.record == second.record
+    assert _state(first) != _state(other)
+
+
+def test_training_leaves_the_global_generator_alone(small: list[Window]) -> None:
+    """The state of torch's global generator is the same before and after."""
+    before = torch.get_rng_state()
+    _train(small, steps=2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_bars_after_until_do_not_exist(small: list[Window]) -> None:
+    """Replacing every bar after `until` changes no bit of the model."""
+    until = START + 1500 * HOUR
+    poisoned = []
+    for w in small:
+        values = w.values.copy()
+        values[1500:] = np.nan
+        poisoned.append(Window(w.symbol, w.close_times, values))
+    clean, dirty = _train(small, until=until), _train(poisoned, until=until)
+    assert _state(clean) == _state(dirty)
+    assert clean.record == dirty.record
+    assert clean.record.until == until
+
+
+def test_the_gate_part_is_not_seen(small: list[Window]) -> None:
+    """Bars after the validation part change nothing but the hash of the data."""
+    clean = _train(small)
+    poisoned = []
+    for w in small:
+        values = w.values.copy()
+        values[w.close_times > clean.record.validation_end] *= 2
+        poisoned.append(Window(w.symbol, w.close_times, values))
+    dirty = _train(poisoned)
+    assert _state(clean) == _state(dirty)
+    assert replace(clean.record, data=dirty.record.data) == dirty.record
+    assert clean.record.data != dirty.record.data
+
+
+def test_progress_and_record_tell_both_losses_and_every_candidate(small: list[Window]) -> None:
+    """Each phase reports its steps in order, the loss of each, and the CRPS of every look at validation."""
+    seen: list[Progress] = []
+    trained = _train(small, progress=seen.append)
+    record = trained.record
+    for phase, chosen in (("map", record.map_step), ("denoiser", record.denoiser_step)):
+        mine = [p for p in seen if p.phase == phase]
+        assert [p.step for p in mine] == list(range(7))
+        assert all(np.isfinite(p.loss) for p in mine[1:])
+        looks = {p.step: p.crps for p in mine if p.crps is not None}
+        candidates = {c.step: c.crps for c in record.candidates if c.phase == phase}
+        assert looks == candidates
+        assert 0 in candidates
+        assert candidates[chosen] == min(candidates.values())
+
+
+def test_the_cap_on_seconds_is_kept_and_recorded(small: list[Window]) -> None:
+    """A phase that runs into the cap ends there, and the record says so."""
+    now = iter(range(10_000))
+    clock: Callable[[], float] = lambda: float(next(now))  # noqa: E731
+    capped = _train(small, steps=50, seconds=3.5, clock=clock)
+    assert capped.record.capped
+    assert max(c.step for c in capped.record.candidates) < 10
+    assert not _train(small, steps=2, seconds=1e9, clock=clock).record.capped
+    with pytest.raises(ValueError, match="clock"):
+        _train(small, seconds=1.0)
+
+
+def test_training_can_start_from_a_model(small: list[Window]) -> None:
+    """A warm start begins at the given weights, records their id, and refuses another shape."""
+    first = _train(small, steps=12)
+    again = _train(small, steps=2, init_from=("abc", first), seed=9)
+    assert again.record.init_from == "abc"
+    begin = next(c.crps for c in again.record.candidates if c.phase == "map")
+    best = min(c.crps for c in first.record.candidates if c.phase == "map")
+    assert begin == pytest.approx(best, rel=1e-9)
+    with pytest.raises(ConfigError, match="horizons"):
+        train(small, timeframe="1h", horizons=(1, 2), levels=LEVELS, steps=2, init_from=("abc", first))
+
+
+def test_a_symbol_with_too_few_bars_is_left_out_and_named(small: list[Window]) -> None:
+    """A new listing does not stop the training; the record says that it was left out."""
+    record = _train([*small, simulate("NEW", 300, seed=1).window], steps=2).record
+    assert record.symbols == ("A", "B")
+    assert record.left_out == ("NEW",)
+
+
+def test_unusable_bars_are_refused(small: list[Window]) -> None:
+    """No bars, too few, a flat symbol and a hole in the numbers raise DataError that says what to do."""
+    flat = Window("FLAT", small[0].close_times, np.ones((2000, 5)))
+    broken = Window("BAD", small[0].close_times, small[0].values.copy())
+    broken.values[900, 4] = np.nan
+    short = Window("A", small[0].close_times[:500], small[0].values[:500])
+    for histories, words in (
+        ([], "no bars"),
+        ([short], "give at least"),
+        ([small[0], flat], "FLAT closes unchanged .* leave it out"),
+        ([small[0], broken], "BAD has an unusable bar at row 900"),
+    ):
+        with pytest.raises(DataError, match=words):
+            _train(histories)
+    with pytest.raises(DataError, match="choose a later date"):
+        _train(small, until=START)
+
+
+def test_a_trained_model_beats_historical_simulation(trained: Trained, histories: list[Window]) -> None:
+    """On bars that training did not use, the CRPS is below that of historical simulation."""
+    forecaster = SSSDForecaster(trained.net, trained.scaling, LEVELS, "test")
+    baseline = HistoricalSimulation("1h", HORIZONS, LEVELS)
+    since, until = trained.record.validation_end, histories[0].close_time
+    mine, theirs = compare([forecaster, baseline], histories, since=since, until=until, stride=3)
+    assert mine.normalised < theirs.normalised
