@@ -1,9 +1,9 @@
 """When bars close: used for holes, the end times of horizons and periods per year; never for filling.
 
 Three kinds of calendar. `24x7`: bars step from 1970-01-01 UTC. `fx`: a day runs from 17:00 to 17:00 New York,
-Sunday evening to Friday; bars step from 17:00. Any other name is a calendar of exchange_calendars: bars step
-from the session's open and the last one ends at the session's close; where there is a lunch break, each half
-steps from its own open. All times are int64 nanoseconds since 1970, UTC.
+Sunday evening to Friday, holidays included; bars step from 17:00. Any other name is a calendar of
+exchange_calendars: bars step from the session's open and the last one ends at the session's close; where there
+is a lunch break, each half steps from its own open. All times are int64 nanoseconds since 1970, UTC.
 """
 
 import difflib
@@ -89,7 +89,8 @@ class Calendar:
         """Bars in a year, by which returns are annualised.
 
         `24x7`: 365 days. `fx`: 260 days (52 weeks of five). An exchange: the mean number of closes in a year
-        from 2010 to 2019, rounded, which is 252 for daily bars of the New York Stock Exchange.
+        from 2010 to 2019, or in the first years of a calendar that begins later, rounded: 252 for daily bars
+        of the New York Stock Exchange.
         """
         if self._periods_per_year is None:
             duration = self.timeframe.duration or DAY
@@ -98,8 +99,10 @@ class Calendar:
             elif self.name == "fx":
                 self._periods_per_year = round(260 * DAY / duration)
             else:
-                decade = self._closes.between(_new_year(2010), _new_year(2020))
-                self._periods_per_year = round(decade / 10)
+                first = max(2010, self._closes.years.start)
+                last = max(2020, first + 5)
+                closes = self._closes.between(_new_year(first), _new_year(last))
+                self._periods_per_year = round(closes / (last - first))
         return self._periods_per_year
 
 
@@ -111,6 +114,9 @@ def iso(time: int) -> str:
 
 
 class _Closes(Protocol):
+    @property
+    def years(self) -> range: ...
+
     def after(self, time: int, count: int) -> tuple[int, ...]: ...
 
     def between(self, start: int, stop: int) -> int: ...
@@ -139,6 +145,7 @@ def _closes(name: str, timeframe: Timeframe) -> _Closes:
 @dataclass(frozen=True, slots=True)
 class _Steps:
     step: int
+    years: range = YEARS
 
     def after(self, time: int, count: int) -> tuple[int, ...]:
         first = (time // self.step + 1) * self.step
@@ -265,18 +272,22 @@ def _exchange(name: str, duration: int | None) -> _Sessions:
     from exchange_calendars import errors, get_calendar, get_calendar_names
 
     try:
-        known = get_calendar(name, start="2020-01-01", end="2020-12-31")
+        known = get_calendar(name, start="2024-01-01", end="2024-12-31")
     except errors.InvalidCalendarName:
         near = difflib.get_close_matches(name, ["24x7", "fx", *get_calendar_names()], n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "such as XNYS."
         raise ConfigError(
             f"calendar {name!r} is unknown: take 24x7, fx or a name of exchange_calendars, {hint}"
         ) from None
+    except (NotImplementedError, ValueError) as error:
+        reason = str(error)[:80]
+        raise ConfigError(
+            f"calendar {name!r} cannot be read by the installed exchange_calendars ({reason}): take another."
+        ) from error
     low, high = known.bound_min(), known.bound_max()
-    years = range(
-        max(YEARS.start, low.year + 1 if low is not None else YEARS.start),
-        min(YEARS.stop, high.year + 1 if high is not None else YEARS.stop),
-    )
+    start = YEARS.start if low is None else low.year + (low.dayofyear > 1)
+    stop = YEARS.stop if high is None else high.year + (high.month == 12 and high.day == 31)
+    years = range(max(YEARS.start, start), min(YEARS.stop, stop))
 
     def load(start: int, stop: int) -> _Spans:
         calendar = get_calendar(name, start=f"{start}-01-01", end=f"{stop - 1}-12-31")

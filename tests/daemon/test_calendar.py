@@ -150,6 +150,14 @@ def test_lunch_break() -> None:
     assert [iso(close)[11:16] for close in closes] == ["02:30", "03:30", "04:00", "06:00", "07:00", "08:00"]
 
 
+def test_young_calendar() -> None:
+    """A calendar that begins after 2010 is annualised by its own first years."""
+    days = calendar("AIXK", "session")
+    assert 240 < days.periods_per_year < 262
+    with pytest.raises(DataError, match="it reaches from 20"):
+        days.closes_after(utc(2009, 1, 1), 1)
+
+
 def test_years_beyond_reach() -> None:
     """A time outside the calendar's years is refused, and sessions are read as far as they are needed."""
     days = calendar("XHKG", "session")
