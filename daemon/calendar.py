@@ -2,8 +2,8 @@
 
 Three kinds of calendar. `24x7`: bars step from 1970-01-01 UTC. `fx`: a day runs from 17:00 to 17:00 New York,
 Sunday evening to Friday, holidays included; bars step from 17:00. Any other name is a calendar of
-exchange_calendars: bars step from the session's open and the last one ends at the session's close; where there
-is a lunch break, each half steps from its own open. All times are int64 nanoseconds since 1970, UTC.
+exchange_calendars: bars step from the session's open and the last one ends at its close; where there is a
+lunch break, each half steps from its own open. All times are int64 nanoseconds since 1970, UTC.
 """
 
 import difflib
