@@ -17,7 +17,7 @@ _MOST_POINTS = 4000
 
 def equity(result: BacktestResult) -> go.Figure:
     """The equity of each strategy, as a multiple of what it began with."""
-    figure = _figure("multiple of the first equity", ".2f")
+    figure = _figure("multiple of the first equity", "~g")
     for k, (name, own) in enumerate(_books(result)):
         figure.add_scatter(
             x=own["close_time"].to_list(), y=own["growth"].to_list(), name=name, mode="lines", line=_line(k)
@@ -27,7 +27,7 @@ def equity(result: BacktestResult) -> go.Figure:
 
 def drawdown(result: BacktestResult) -> go.Figure:
     """How far each strategy's equity is below its highest before."""
-    figure = _figure("below the highest equity before", ".0%")
+    figure = _figure("below the highest equity before", "~%")
     for k, (name, own) in enumerate(_books(result)):
         figure.add_scatter(
             x=own["close_time"].to_list(),

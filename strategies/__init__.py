@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from math import isfinite
+from math import inf, isfinite
 from typing import Protocol
 
 from barcast.models import ConfigError, Forecast
@@ -51,10 +51,14 @@ def build(kind: str, name: str, params: Mapping[str, object]) -> Strategy:
     for param, value in params.items():
         if param not in known:
             raise ConfigError(f"strategy {name!r} has no parameter {param!r}: {_one_of(param, known)}.")
-        whole = param == "horizon"
+        whole, highest = param == "horizon", 1 if param == "band" else inf
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not (number and isfinite(value) and value >= (1 if whole else 0)):  # type: ignore[arg-type, operator]
-            wanted = "a whole number of bars from 1" if whole else "a number from 0"
+        if not (number and isfinite(value) and (1 if whole else 0) <= value <= highest):  # type: ignore[arg-type, operator]
+            wanted = (
+                "a whole number of bars from 1"
+                if whole
+                else "a number from 0" + (" to 1" if highest == 1 else "")
+            )
             raise ConfigError(f"strategy {name!r}: parameter {param} is {value!r}, not {wanted}.")
     return KINDS[kind](name, **params)  # type: ignore[arg-type]
 

@@ -1,4 +1,6 @@
-"""Which horizon of a forecast a strategy trades on."""
+"""What a strategy reads from a forecast: which horizon, and the quantile at any level."""
+
+import numpy as np
 
 from barcast.models import ConfigError, Forecast
 
@@ -16,10 +18,13 @@ def chosen(strategy: str, horizon: int | None, forecast: Forecast) -> int:
 
 
 def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> float:
-    """The forecast's quantile. Raise `ConfigError` if the model has no such level."""
-    if level not in forecast.levels:
+    """The log return at `level`, linear between the forecast's levels.
+
+    Raise `ConfigError` for a level outside of them.
+    """
+    if not forecast.levels[0] <= level <= forecast.levels[-1]:
         raise ConfigError(
-            f"strategy {strategy!r} needs the level {level}, but the model forecasts "
-            f"{', '.join(map(str, forecast.levels))}: take another strategy, or a model with that level."
+            f"strategy {strategy!r} needs the level {level:g}, but the model forecasts "
+            f"{forecast.levels[0]} to {forecast.levels[-1]}: stay within, or take a model with that level."
         )
-    return forecast.quantile(level, horizon)
+    return float(np.interp(level, forecast.levels, forecast.quantiles[forecast.horizons.index(horizon)]))

@@ -1,4 +1,4 @@
-"""Trade only when the central half of the forecast clears the costs of a round trip."""
+"""Trade only when the central band of the forecast clears the costs of a round trip."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +10,16 @@ from barcast.strategies.horizon import chosen, quantile
 
 @dataclass(frozen=True, slots=True)
 class QuantileBand:
-    """Long when even the lower quartile gains more than a round trip costs, short when the upper loses more.
+    """Long when even the band's lower edge gains more than a round trip costs, short when its upper loses it.
 
-    `costs` is the cost of one side in basis points of the traded value; a round trip pays it twice. The size
-    is |median| / (upper - lower quartile), at most 1. `horizon` is in bars; None takes the shortest.
+    `band` is the probability inside the band: 0.5 reaches from the lower to the upper quartile, and asks for
+    a median beyond two thirds of a standard deviation; a narrower band trades sooner. `costs` is the cost of
+    one side in basis points of the traded value; a round trip pays it twice. The size is |median| / distance
+    of the quartiles, at most 1. `horizon` is in bars; None takes the shortest.
     """
 
     name: str
+    band: float = 0.5
     costs: float = 2.0
     horizon: int | None = None
 
@@ -26,9 +29,12 @@ class QuantileBand:
 
     def _target(self, forecast: Forecast) -> float:
         horizon = chosen(self.name, self.horizon, forecast)
-        lower, median, upper = (quantile(self.name, level, horizon, forecast) for level in (0.25, 0.5, 0.75))
+        levels = (0.5 - self.band / 2, 0.5 + self.band / 2, 0.25, 0.5, 0.75)
+        lower, upper, first, median, third = (
+            quantile(self.name, level, horizon, forecast) for level in levels
+        )
         round_trip = 2e-4 * self.costs
         if lower <= round_trip and upper >= -round_trip:
             return 0.0
-        width = upper - lower
+        width = third - first
         return copysign(1.0 if abs(median) >= width else abs(median) / width, median)

@@ -49,6 +49,17 @@ def test_quantile_band(row: list[float], target: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("band", "target"),
+    [(0.5, 0.0), (0.3, 0.0), (0.14, 0.002 / 0.0095), (0.1, 0.002 / 0.0095), (0.0, 0.002 / 0.0095)],
+)
+def test_narrower_band(band: float, target: float) -> None:
+    """A narrower band trades sooner, not larger; its edges lie on the line between the levels."""
+    row = [-0.02, -0.005, 0.002, 0.0045, 0.03]
+    targets = QuantileBand("band", band, costs=0.0).on_forecasts(0, {"IBM": forecast("IBM", row)})
+    assert targets == {"IBM": pytest.approx(target)}
+
+
+@pytest.mark.parametrize(
     ("median", "std", "target"),
     [(0.002, 0.01, 0.4), (-0.002, 0.01, -0.4), (0.0004, 0.01, 0.0), (0.02, 0.01, 1.0), (-0.02, 0.0, -1.0)],
 )
@@ -69,10 +80,12 @@ def test_horizon() -> None:
 
 
 def test_level_not_forecast() -> None:
-    """A model without the quartiles is refused by name."""
+    """A model that does not reach the band's edges is refused by name."""
     one = np.zeros((1, 1))
     narrow = Forecast("IBM", 0, 1.0, (1,), (0.5,), one, one[0], one[0], one[0], False)
-    with pytest.raises(ConfigError, match=r"'band' needs the level 0.25, but the model forecasts 0\.5:"):
+    with pytest.raises(
+        ConfigError, match=r"'band' needs the level 0\.25, but the model forecasts 0\.5 to 0\.5:"
+    ):
         QuantileBand("band").on_forecasts(0, {"IBM": narrow})
 
 
@@ -92,7 +105,9 @@ def test_targets(group: dict[str, Forecast], kind: str, gain: float, costs: floa
 
 def test_build() -> None:
     """A config names the kind and gives the parameters."""
-    assert build("quantile-band", "tight", {"costs": 1, "horizon": 5}) == QuantileBand("tight", 1, 5)
+    assert build("quantile-band", "tight", {"costs": 1, "horizon": 5}) == QuantileBand(
+        "tight", costs=1, horizon=5
+    )
     assert build("median-drift", "drift", {}) == MedianDrift("drift")
 
 
