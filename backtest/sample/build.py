@@ -70,7 +70,8 @@ def adjust(source: pl.DataFrame, closes: pl.DataFrame) -> Adjusted:
 
 def session_closes(source: pl.DataFrame) -> pl.DataFrame:
     """The sessions of the New York Stock Exchange over the source's dates: `date` and `close_time` (UTC)."""
-    dates = pl.date_range(source["date"].min(), source["date"].max(), eager=True).alias("date")
+    first, last = source.select(first=pl.col("date").min(), last=pl.col("date").max()).row(0)
+    dates = pl.date_range(first, last, eager=True)
     midnights = dates.cast(pl.Datetime("ns")).to_physical().to_numpy()
     closes = Calendar("XNYS", Timeframe.parse("session")).closes_for_opens(midnights)
     every = pl.DataFrame({"date": dates, "close_time": closes}).filter(pl.col("close_time") >= 0)
