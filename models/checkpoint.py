@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Candidate, Record, SSSDForecaster, Trained
 from barcast.models.errors import BarcastError, CheckpointError
-from barcast.models.scaling import Scaling, feature_names
+from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.sssd import SSSD, Architecture
 
 FORMAT = 1
@@ -105,7 +105,7 @@ def _body(trained: Trained) -> dict[str, Any]:
 
 
 def _identity(body: Mapping[str, Any], weights: bytes) -> str:
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return sha256(canonical.encode() + b"\0" + weights).hexdigest()[:16]
 
 
@@ -120,7 +120,7 @@ def _trained(path: Path, body: dict[str, Any]) -> Trained:
         for name in ("symbols", "left_out"):
             record[name] = tuple(record[name])
         architecture = Architecture(**body["architecture"])
-        expected = {"window": scaling.window, "features": feature_names(scaling.timeframe, horizons)}
+        names = feature_names(scaling.timeframe, horizons)
         trained = Trained(
             net=SSSD(architecture, torch.Generator().manual_seed(0)),
             scaling=scaling,
@@ -129,9 +129,23 @@ def _trained(path: Path, body: dict[str, Any]) -> Trained:
         )
     except (KeyError, TypeError, ValueError, BarcastError) as e:
         raise CheckpointError(f"{path}: {type(e).__name__}: {e}; train again with this version") from e
-    for field, value in expected.items():
-        if body[field] != value:
-            raise CheckpointError(f"{path}: {field} is not what this version computes; train again")
+    slots, H, F = scaling.layout.slots, len(horizons), len(names)
+    shapes = {"factor": (slots,), "volume": (slots,), "gain": (H, slots), "mean": (F,), "std": (F,)}
+    shapes["har"] = (H, len(scaling.layout.har))
+    for field, found, mine in (
+        ("window", body["window"], scaling.window),
+        ("features", body["features"], names),
+        ("architecture.features", architecture.features, F),
+        ("architecture.horizons", architecture.horizons, H),
+        ("architecture.context", architecture.context, scaling.layout.context),
+        ("architecture.channels", architecture.channels, CHANNELS),
+        *((f"scaling.{name}", statistics[name].shape, shape) for name, shape in shapes.items()),
+    ):
+        if found != mine:
+            raise CheckpointError(f"{path}: {field} is {found}, not {mine}; train again with this version")
+    for name, array in statistics.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(f"{path}: scaling.{name} holds a number that is not finite; train again")
     return trained
 
 

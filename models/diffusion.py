@@ -1,7 +1,6 @@
 """The forecaster that serves: windows -> quantiles through the map and the diffusion model."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,15 +24,14 @@ def fingerprint(samples: int) -> str:
     return f"torch={torch.__version__} numpy={np.__version__} cpu={cpu} threads={THREADS} tile=1x{samples}"
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch use one thread: the setting belongs to the calling thread of the operating system."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def use_one_thread() -> None:
+    """Let torch use one thread from now on.
+
+    The setting belongs to the calling thread of the operating system, but for MKL to the whole process. It
+    is not set back, since that would reach into other threads that forecast or train at the same time.
+    """
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 class Distribution:
@@ -107,8 +105,8 @@ class SSSDForecaster:
         steps: int = STEPS,
     ) -> None:
         samples = len(net.noise)
-        with one_thread():
-            self._distribution = Distribution(net, sampler, steps, samples)
+        use_one_thread()
+        self._distribution = Distribution(net, sampler, steps, samples)
         self._net = net.eval()
         self._scaling = scaling
         self._levels = torch.tensor(levels, dtype=torch.float64)
@@ -133,7 +131,8 @@ class SSSDForecaster:
 
     def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
-        with one_thread(), torch.inference_mode():
+        use_one_thread()
+        with torch.inference_mode():
             return [self._forecast(window) for window in windows]
 
     def _forecast(self, window: Window) -> Forecast:

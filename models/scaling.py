@@ -235,6 +235,8 @@ class _Series:
 
 def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
     """Mean of the last `w` entries, or of as many as there are, at entries `first` to N - 1 of x (N,)."""
+    if w <= len(x) == first + 1:  # a forecast asks for the newest entry alone
+        return np.array([x[-w:].mean()])
     short = np.cumsum(x[: w - 1]) / np.arange(1, min(w, len(x) + 1))
     if len(x) < w:
         return short[first:]

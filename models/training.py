@@ -25,7 +25,7 @@ from barcast.models.diffusion import (
     Record,
     Trained,
     fingerprint,
-    one_thread,
+    use_one_thread,
 )
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.scaling import (
@@ -42,11 +42,11 @@ from barcast.models.window import Window
 
 SAMPLES = 256
 TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
-MAP_RATE, DENOISER_RATE = 2e-3, 5e-4  # of learning
+MAP_RATE, DENOISER_RATE = 1e-3, 5e-4  # of learning
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
 LEAST = 100  # origins to learn from, and to validate on
 VALIDATIONS = 12  # looks at the validation part in each phase
-LOOK_ORIGINS = 2000  # of validation, thinned evenly
+LOOK_ORIGINS = 1500  # of validation, thinned evenly
 LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
@@ -107,17 +107,22 @@ def train(
     """Train a model on whole histories, one window for each symbol.
 
     `until` (nanoseconds) is the last close that may be used, the newest if None. `steps` is the number of
-    optimiser steps in each phase; by default it follows from the number of origins. `seconds` caps each phase
-    by the monotonic `clock`, and the record says if it did. `init_from`, a model and its id, gives the
-    starting weights. Raises `DataError` for bars that cannot be learnt from, `ConfigError` for a model in
-    `init_from` of another shape.
+    optimiser steps in each phase; by default it follows from the number of origins. `seconds` on the
+    monotonic `clock` caps the training, half for each phase, and the record says if it did. `init_from`, a
+    model's id and the model, gives the starting weights. Raises `DataError` for bars that cannot be learnt
+    from, `ConfigError` for horizons, levels or a first model that cannot be used.
     """
     if seconds is not None and clock is None:
         raise ValueError("a cap on seconds needs a clock")
-    with one_thread():
-        return _Training(
-            histories, timeframe, tuple(horizons), tuple(levels), until, seed, steps, seconds, clock, progress
-        ).run(init_from)
+    if not horizons or list(horizons) != sorted({h for h in horizons if h > 0}):
+        raise ConfigError(f"horizons {tuple(horizons)} cannot be used: give rising counts of bars")
+    if not levels or list(levels) != sorted({p for p in levels if 0 < p < 1}):
+        raise ConfigError(f"levels {tuple(levels)} cannot be used: give rising probabilities between 0 and 1")
+    cap = float("inf") if seconds is None else seconds
+    use_one_thread()
+    return _Training(
+        histories, timeframe, tuple(horizons), tuple(levels), until, seed, steps, cap, clock, progress
+    ).run(init_from)
 
 
 class _Training:
@@ -132,7 +137,7 @@ class _Training:
         until: int | None,
         seed: int,
         steps: int | None,
-        seconds: float | None,
+        seconds: float,
         clock: Callable[[], float] | None,
         progress: Callable[[Progress], None],
     ) -> None:
@@ -183,7 +188,8 @@ class _Training:
         with torch.no_grad():
             self.context = self._contexts(self.learn)
             scores = self._scores(self.learn)
-            W = torch.linalg.cholesky(torch.corrcoef(scores.T))  # (H, H)
+            H = scores.shape[1]
+            W = torch.linalg.cholesky(torch.corrcoef(scores.T).reshape(H, H))
             net.whiten.copy_(W)
             self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
             self.look_context, self.look_knots = self._encoded(self.look)
@@ -232,7 +238,7 @@ class _Training:
         best, best_step, chosen = float("inf"), 0, averaged
         last = float("nan")
         for step in range(self.steps + 1):
-            late = self.seconds is not None and self.clock is not None and self.clock() - start > self.seconds
+            late = self.clock is not None and self.clock() - start > self.seconds / 2
             self.capped |= late
             crps = None
             if step % every == 0 or step == self.steps or late:

@@ -108,6 +108,10 @@ def _without(body: dict[str, Any], name: str) -> dict[str, Any]:
     return {k: v for k, v in body.items() if k != name}
 
 
+def _statistic(name: str, value: object) -> Callable[[Path], None]:
+    return lambda d: _signed(d, _body(d) | {"scaling": _body(d)["scaling"] | {name: value}})
+
+
 def _garbage(d: Path) -> None:
     (d / "weights.safetensors").write_bytes(b"x" * 100)
     _signed(d, _body(d))
@@ -132,9 +136,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "foreign kind": (_field("kind", "ldm"), "kind is 'ldm'"),
     "other schedule": (_field("schedule", ["linear", 1000]), "schedule is"),
     "other prediction": (_field("prediction", "epsilon"), "prediction is 'epsilon'"),
-    "other window": (_field("window", 10), "window is not what this version computes"),
-    "other features": (_field("features", ["a"]), "features is not what this version computes"),
+    "other window": (_field("window", 10), "window is 10, not"),
+    "other features": (_field("features", ["a"]), "features is .'a'., not"),
     "unknown timeframe": (_field("timeframe", "1w"), "timeframe '1w' is unknown"),
+    "other statistics": (_statistic("gain", [[1.0]]), r"scaling.gain is \(1, 1\), not \(3, 168\)"),
+    "statistics not finite": (_statistic("factor", [float("nan")] * 168), "scaling.factor holds a number"),
     "no record": (lambda d: _signed(d, _without(_body(d), "record")), "KeyError: 'record'"),
     "unknown size": (
         lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"heads": 4}}),

@@ -1,6 +1,7 @@
 """The forecaster: its promises about look-ahead, batches, order and noise."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from barcast.models import Forecast, Window
-from barcast.models.diffusion import SSSDForecaster, Trained, one_thread
+from barcast.models.diffusion import SSSDForecaster, Trained, use_one_thread
 from barcast.models.samplers import SAMPLERS
 from barcast.models.sssd import knot_scores, piecewise
 from tests.garch import simulate
@@ -86,14 +87,20 @@ def test_older_bars_than_the_window_change_no_forecast(opened: Open) -> None:
     assert _bytes(forecaster.forecast([w])[0]) == _bytes(forecaster.forecast([cut])[0])
 
 
-def test_thread_settings_do_not_matter_and_are_left_alone(opened: Open, windows: list[Window]) -> None:
-    """Forecasts use one thread whatever the caller had set, and the caller's setting stays."""
+def test_the_number_of_threads_is_set_where_forecasts_run(opened: Open, windows: list[Window]) -> None:
+    """Forecasts use one thread whatever was set before, in any thread of the operating system."""
     forecaster = opened()
     one = [_bytes(f) for f in forecaster.forecast(windows[:4])]
     torch.set_num_threads(2)
-    two = [_bytes(f) for f in forecaster.forecast(windows[:4])]
-    assert torch.get_num_threads() == 2
-    assert one == two
+    assert [_bytes(f) for f in forecaster.forecast(windows[:4])] == one
+    assert torch.get_num_threads() == 1
+
+    def elsewhere() -> tuple[list[bytes], int]:
+        torch.set_num_threads(2)
+        return [_bytes(f) for f in forecaster.forecast(windows[:4])], torch.get_num_threads()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(elsewhere).result() == (one, 1)
 
 
 def test_the_global_generator_is_neither_used_nor_moved(opened: Open, windows: list[Window]) -> None:
@@ -135,7 +142,8 @@ def test_a_zero_denoiser_is_the_map_alone(trained: Trained, windows: list[Window
         forecaster = SSSDForecaster(net, trained.scaling, trained.levels, "zero", sampler)
         f = forecaster.forecast([window])[0]
         frame = trained.scaling.of_window(window)
-        with one_thread(), torch.inference_mode():
+        use_one_thread()
+        with torch.inference_mode():
             sequence = torch.from_numpy(frame.channels[-64:]).float()[None]
             knots = net.map(net.encoder(torch.from_numpy(frame.features).float(), sequence)).double()[0]
     finally:

@@ -31,21 +31,25 @@ def small() -> list[Window]:
     return [simulate("A", 2000, seed=1).window, simulate("B", 1800, seed=1).window]
 
 
-def test_the_same_bars_and_seed_give_the_same_model(small: list[Window]) -> None:
-    """Training twice gives the same bits, whatever the global generator; another seed gives others."""
+@pytest.fixture(scope="module")
+def base(small: list[Window]) -> Trained:
     torch.manual_seed(1)
-    first = _train(small)
+    return _train(small)
+
+
+def test_the_same_bars_and_seed_give_the_same_model(small: list[Window], base: Trained) -> None:
+    """Training twice gives the same bits, whatever the global generator; another seed gives others."""
     torch.manual_seed(2)
-    second, other = _train(small), _train(small, seed=1)
-    assert _state(first) == _state(second)
-    assert first.record == second.record
-    assert _state(first) != _state(other)
+    again, other = _train(small), _train(small, seed=1)
+    assert _state(base) == _state(again)
+    assert base.record == again.record
+    assert _state(base) != _state(other)
 
 
 def test_training_leaves_the_global_generator_alone(small: list[Window]) -> None:
     """The state of torch's global generator is the same before and after."""
     before = torch.get_rng_state()
-    _train(small, steps=2)
+    _train(small, steps=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -57,15 +61,15 @@ def test_bars_after_until_do_not_exist(small: list[Window]) -> None:
         values = w.values.copy()
         values[1500:] = np.nan
         poisoned.append(Window(w.symbol, w.close_times, values))
-    clean, dirty = _train(small, until=until), _train(poisoned, until=until)
+    clean, dirty = (_train(bars, steps=2, until=until) for bars in (small, poisoned))
     assert _state(clean) == _state(dirty)
     assert clean.record == dirty.record
     assert clean.record.until == until
 
 
-def test_the_gate_part_is_not_seen(small: list[Window]) -> None:
+def test_the_gate_part_is_not_seen(small: list[Window], base: Trained) -> None:
     """Bars after the validation part change nothing but the hash of the data."""
-    clean = _train(small)
+    clean = base
     poisoned = []
     for w in small:
         values = w.values.copy()
@@ -105,16 +109,40 @@ def test_the_cap_on_seconds_is_kept_and_recorded(small: list[Window]) -> None:
         _train(small, seconds=1.0)
 
 
-def test_training_can_start_from_a_model(small: list[Window]) -> None:
+@pytest.mark.parametrize(
+    ("horizons", "levels", "words"),
+    [
+        ((), LEVELS, "horizons"),
+        ((4, 1), LEVELS, "horizons"),
+        ((0, 1), LEVELS, "horizons"),
+        ((1,), (0.9, 0.1), "levels"),
+        ((1,), (0.5, 1.0), "levels"),
+    ],
+)
+def test_impossible_horizons_and_levels_are_refused(
+    small: list[Window], horizons: tuple[int, ...], levels: tuple[float, ...], words: str
+) -> None:
+    """Horizons and levels that do not rise or have no meaning raise ConfigError with the value."""
+    with pytest.raises(ConfigError, match=words):
+        train(small, timeframe="1h", horizons=horizons, levels=levels)
+
+
+def test_one_horizon_is_enough(small: list[Window]) -> None:
+    """A model of a single horizon can be trained and forecasts."""
+    trained = train(small, timeframe="1h", horizons=(3,), levels=(0.1, 0.5, 0.9), steps=2)
+    forecast = SSSDForecaster(trained.net, trained.scaling, trained.levels, "one").forecast(small[:1])[0]
+    assert forecast.quantiles.shape == (1, 3)
+
+
+def test_training_can_start_from_a_model(small: list[Window], base: Trained) -> None:
     """A warm start begins at the given weights, records their id, and refuses another shape."""
-    first = _train(small, steps=12)
-    again = _train(small, steps=2, init_from=("abc", first), seed=9)
+    again = _train(small, steps=1, init_from=("abc", base), seed=9)
     assert again.record.init_from == "abc"
     begin = next(c.crps for c in again.record.candidates if c.phase == "map")
-    best = min(c.crps for c in first.record.candidates if c.phase == "map")
+    best = min(c.crps for c in base.record.candidates if c.phase == "map")
     assert begin == pytest.approx(best, rel=1e-9)
     with pytest.raises(ConfigError, match="horizons"):
-        train(small, timeframe="1h", horizons=(1, 2), levels=LEVELS, steps=2, init_from=("abc", first))
+        train(small, timeframe="1h", horizons=(1, 2), levels=LEVELS, steps=2, init_from=("abc", base))
 
 
 def test_a_symbol_with_too_few_bars_is_left_out_and_named(small: list[Window]) -> None:
