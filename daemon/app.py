@@ -261,8 +261,8 @@ class Daemon:
         assert config.retrain is not None
         retrainer = Retrainer(
             config.state_dir,
-            [*self.commands.train, "--champion", self.champion.model],
-            [*self.commands.gate, "--champion", self.champion.model],
+            lambda: [*self.commands.train, "--champion", self.champion.model],
+            lambda: [*self.commands.gate, "--champion", self.champion.model],
             config.retrain.timeout / 1e9,
             self._promote,
             self._refuse,
@@ -284,7 +284,7 @@ class Daemon:
         settings = self.config.model
         forecaster = await asyncio.to_thread(self.store.open, model, settings.sampler, settings.steps)
         champion = Champion(model, forecaster.card.fingerprint, verdict.reason)
-        self.source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
+        await self.source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
 
     async def _refuse(self, verdict: Verdict) -> None:
         notice = self._notice(msgspec.to_builtins(verdict))

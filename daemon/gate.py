@@ -10,6 +10,8 @@ from barcast.models import ConfigError, DataError, Window, compare
 
 MIN_ORIGINS = 50
 """Fewer forecasts than this say nothing about which model is better."""
+MAX_ORIGINS = 1500
+"""With more bars than this, every second, third … one is an origin: the verdict must not take an hour."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,8 +40,9 @@ def judge(
     names = {"challenger": new.card.model, "champion": old.card.model}
     until = max(window.close_time for window in histories.values())
     since = load(challenger).trained.record.validation_end
+    stride = 1 + sum(int((w.close_times >= since).sum()) for w in histories.values()) // MAX_ORIGINS
     try:
-        mine, theirs = compare([new, old], list(histories.values()), since=since, until=until)
+        mine, theirs = compare([new, old], list(histories.values()), since=since, until=until, stride=stride)
     except (ConfigError, DataError) as error:
         return Verdict(accepted=False, reason=str(error), **names)
     change = 100 * (mine.normalised / theirs.normalised - 1)

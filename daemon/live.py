@@ -93,7 +93,7 @@ class LiveSource:
         self._link, self._scribe, self._clock = link, scribe, clock
         self._root, self._timeframe, self._deadletters = root, timeframe, deadletters
         self._ready: deque[tuple[int, Event]] = deque(backlog)
-        self._decisions: deque[Decision] = deque()
+        self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
         self._stamped = stamped
 
     def now(self) -> int:
@@ -101,10 +101,15 @@ class LiveSource:
         self._stamped = max(self._stamped, self._clock.now())
         return self._stamped
 
-    def decide(self, decision: Decision) -> None:
-        """Let a decision take its place before everything that is not committed yet."""
-        self._decisions.append(decision)
+    def decide(self, decision: Decision) -> asyncio.Future[None]:
+        """Let a decision take its place before everything that is not committed yet.
+
+        The future is done when the decision is in the journal.
+        """
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._decisions.append((decision, written))
         self._link.arrived.set()
+        return written
 
     async def next(self, deadline: int | None) -> Event | None:
         """The next committed event, or None once `deadline` passed with nothing left that came before."""
@@ -133,7 +138,7 @@ class LiveSource:
         records: list[tuple[int, str, str, bytes]] = []
         events: list[Event] = []
         outgoing: list[Outgoing] = []
-        for decision in decisions:
+        for decision, _ in decisions:
             records.append((time, decision.kind, "", decision.payload))
             events.append(decision.event(time))
             outgoing.extend(decision.notices(time))
@@ -149,6 +154,8 @@ class LiveSource:
                 outgoing.append(wire.dead_letter(reject, delivery.topic, time, self._deadletters))
         seqs = await self._scribe(self._scribe.journal.append, records, outgoing)
         self._link.ack(deliveries)
+        for _, written in decisions:
+            written.set_result(None)
         self._ready.extend(zip(seqs, events, strict=True))
 
 

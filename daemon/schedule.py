@@ -42,22 +42,23 @@ def scheduler(expression: str, job: Callable[[], Awaitable[None]]) -> AsyncIOSch
 class Retrainer:
     """Trains challengers and has them judged, each in a subprocess, so that the live loop never waits.
 
-    A checkpoint that somebody puts into `challengers/` is judged at the next run like one trained here.
-    An accepted one is handed to `promote`, a refused one is kept in `refused/` until the next of its name.
-    The state is the two folders.
+    A checkpoint that somebody puts into `challengers/` is judged first, like one trained here. An accepted
+    one is handed to `promote`, a refused one is kept in `refused/` until the next of its name. `train` and
+    `gate` give the argument lists of the two subprocesses, up to the directory that they work on; `timeout`
+    is in seconds. The state is the two folders.
     """
 
     def __init__(
         self,
         state_dir: Path,
-        train: Sequence[str],
-        gate: Sequence[str],
+        train: Callable[[], Sequence[str]],
+        gate: Callable[[], Sequence[str]],
         timeout: float,
         promote: Callable[[Path, Verdict], Awaitable[None]],
         refuse: Callable[[Verdict], Awaitable[None]],
     ) -> None:
         self.inbox, self.refused = state_dir / "challengers", state_dir / "refused"
-        self._train, self._gate, self._timeout = list(train), list(gate), timeout
+        self._train, self._gate, self._timeout = train, gate, timeout
         self._promote, self._refuse = promote, refuse
 
     async def run(self) -> None:
@@ -68,27 +69,29 @@ class Retrainer:
             log.exception("retrain_failed")
 
     async def _run(self) -> None:
-        self.inbox.mkdir(parents=True, exist_ok=True)
-        fresh = self.inbox / "trained"
-        shutil.rmtree(fresh, ignore_errors=True)
         log.info("retrain_started")
-        output = await self._call([*self._train, "--out", str(fresh)], "train")
-        if output is None:
-            return
+        trained = self.inbox / "trained"
+        shutil.rmtree(trained, ignore_errors=True)
+        self.inbox.mkdir(parents=True, exist_ok=True)
         for challenger in sorted(p for p in self.inbox.iterdir() if (p / "model.json").is_file()):
-            answer = await self._call([*self._gate, str(challenger)], "gate")
-            if answer is None:
-                continue
-            verdict = msgspec.json.decode(answer, type=Verdict)
-            log.info("challenger_judged", name=challenger.name, **msgspec.to_builtins(verdict))
-            if verdict.accepted:
-                await self._promote(challenger, verdict)
-                shutil.rmtree(challenger)
-            else:
-                await self._refuse(verdict)
-                self.refused.mkdir(exist_ok=True)
-                shutil.rmtree(self.refused / challenger.name, ignore_errors=True)
-                challenger.rename(self.refused / challenger.name)
+            await self._judge(challenger)
+        if await self._call([*self._train(), "--out", str(trained)], "train") is not None:
+            await self._judge(trained)
+
+    async def _judge(self, challenger: Path) -> None:
+        answer = await self._call([*self._gate(), str(challenger)], "gate")
+        if answer is None:
+            return
+        verdict = msgspec.json.decode(answer, type=Verdict)
+        log.info("challenger_judged", name=challenger.name, **msgspec.to_builtins(verdict))
+        if verdict.accepted:
+            await self._promote(challenger, verdict)
+            shutil.rmtree(challenger)
+        else:
+            await self._refuse(verdict)
+            self.refused.mkdir(exist_ok=True)
+            shutil.rmtree(self.refused / challenger.name, ignore_errors=True)
+            challenger.rename(self.refused / challenger.name)
 
     async def _call(self, command: Sequence[str], what: str) -> bytes | None:
         """Run a command to its end; return what it printed, or None when it failed, died or took too long."""

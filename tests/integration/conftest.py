@@ -1,0 +1,51 @@
+"""A real broker and a trained intraday model for the tests that run the daemon as a process."""
+
+import dataclasses
+
+import pytest
+
+from tests.garch import simulate
+from tests.integration.broker import Mosquitto, executable
+
+MINUTE = 60 * 10**9
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+
+
+def pytest_collection_modifyitems(items):
+    """Everything in this folder needs mosquitto."""
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.broker)
+
+
+@pytest.fixture
+def broker(tmp_path):
+    """A running mosquitto. Its absence is a failure: a skipped promise is not a kept one."""
+    if executable() is None:
+        pytest.fail("mosquitto is missing: run `make test`, which installs it, or `apt-get install mosquitto`")
+    server = Mosquitto(tmp_path / "broker")
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """Two one-minute models: one that was trained, and a spoiled copy of it with bands far too wide."""
+    import torch
+
+    from barcast.models.checkpoint import save
+    from barcast.models.training import train
+
+    torch.set_num_threads(1)
+    histories = [simulate(f"SYM{i}", 1450, seed=3, step=MINUTE).window for i in range(2)]
+    good = train(histories, timeframe="1m", horizons=(1, 4, 16), levels=LEVELS, steps=40)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        good.net.denoiser.leave.weight.normal_(0, 0.02, generator=generator)
+    folder = tmp_path_factory.mktemp("models")
+    save(good, folder / "good")
+    with torch.no_grad():
+        good.net.map.static.mul_(3.0)
+    save(good, folder / "spoiled")
+    return folder
