@@ -26,6 +26,7 @@ THURSDAY = 3  # the weekday of 1970-01-01, Monday being 0
 FLOOR = 1e-3  # of the reference variance: keeps the logarithm of a quiet bar finite
 TINY = 1e-12  # variance per bar below which a symbol counts as standing still: (0.01 bp)²
 SLOT_PRIOR = 30.0  # bars of evidence for "no seasonality" in every slot
+OUTLIER = 20.0  # a realised residual counts as at most this: one broken bar must not blow up the scale
 LEVEL_PRIOR = 50.0  # realised residuals of evidence for "the scale is right"
 SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
 CLIP = 5.0  # standardised features end here
@@ -143,6 +144,16 @@ def feature_names(timeframe: str, horizons: Sequence[int]) -> list[str]:
     return list(_columns(s, blank, [np.zeros(1)] * len(h), np.ones((1, len(h))), n - 1))
 
 
+def check(w: Window) -> None:
+    """Raise `DataError` for a history with prices or volumes that are not finite, or prices not positive."""
+    good = np.isfinite(w.values).all(1) & (w.values[:, :4] > 0).all(1)
+    if not good.all():
+        k = int(np.argmin(good))
+        raise DataError(
+            f"{w.symbol} has an unusable bar at row {k}, {w.values[k].tolist()}: mend or remove it"
+        )
+
+
 def bars_to_learn(timeframe: str, horizons: Sequence[int]) -> int:
     """Bars of a symbol below which `fit` refuses it."""
     layout = layout_of(timeframe)
@@ -183,7 +194,7 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
         z, k = [], []
         for s in series:
             raw = _raw_scales(s, part)[:-h, j]
-            z.append((np.abs(s.price[h:] - s.price[:-h]) / raw)[warm:])
+            z.append(np.minimum(np.abs(s.price[h:] - s.price[:-h]) / raw, OUTLIER)[warm:])
             k.append(s.slot[:-h][warm:])
         ratio, slot = np.concatenate(z), np.concatenate(k)
         gain.append(_slot_means(slot, ratio / ratio.mean(), layout.slots) * ratio.mean())
@@ -272,7 +283,8 @@ def _raw_scales(s: _Series, scaling: Scaling) -> Array:
 
 def _residuals(s: _Series, raw: Array, horizons: Sequence[int]) -> list[Array]:
     """For each horizon the outcomes over their raw scale, in the order of their realisation, (N - h,)."""
-    return [(s.price[h:] - s.price[:-h]) / raw[:-h, j] for j, h in enumerate(horizons)]
+    outcomes = [(s.price[h:] - s.price[:-h]) / raw[:-h, j] for j, h in enumerate(horizons)]
+    return [np.clip(z, -OUTLIER, OUTLIER) for z in outcomes]
 
 
 def _realised(x: Array, w: int, h: int, first: int) -> tuple[Array, Ints]:
@@ -371,11 +383,7 @@ def _checked(w: Window, scaling: Scaling) -> _Series:
     need = bars_to_learn(scaling.timeframe, scaling.horizons)
     if len(w) < need:
         raise DataError(f"{w.symbol} has {len(w)} bars to learn from: give it {need} or leave it out")
-    if not np.isfinite(w.values).all() or not (w.values[:, :4] > 0).all():
-        bad = int(np.flatnonzero(~(np.isfinite(w.values).all(1) & (w.values[:, :4] > 0).all(1)))[0])
-        raise DataError(
-            f"{w.symbol} has an unusable bar at row {bad}, {w.values[bad].tolist()}: remove or mend it"
-        )
+    check(w)
     s = _Series.of(w.close_times, w.values, scaling.layout)
     still = float((s.r == 0).mean())
     if still > 0.9:

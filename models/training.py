@@ -7,13 +7,10 @@ first one included. Randomness comes from one generator; the number of steps is 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from math import cos, pi
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from barcast.models import samplers
@@ -27,24 +24,15 @@ from barcast.models.diffusion import (
     fingerprint,
     use_one_thread,
 )
-from barcast.models.errors import ConfigError, DataError
-from barcast.models.scaling import (
-    CHANNELS,
-    INTRADAY,
-    SIGNED_CHANNELS,
-    Scaling,
-    bars_to_learn,
-    fit,
-    signed_features,
-)
+from barcast.models.errors import ConfigError
+from barcast.models.origins import Origins, Split, split
+from barcast.models.scaling import CHANNELS, INTRADAY, SIGNED_CHANNELS, Scaling, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
 from barcast.models.window import Window
 
 SAMPLES = 256
-TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
 MAP_RATE, DENOISER_RATE = 1e-3, 5e-4  # of learning
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
-LEAST = 100  # origins to learn from, and to validate on
 VALIDATIONS = 12  # looks at the validation part in each phase
 LOOK_ORIGINS = 1500  # of validation, thinned evenly
 LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
@@ -66,28 +54,6 @@ class Progress:
     steps: int
     loss: float
     crps: float | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Part:
-    """Origins of one calendar part: n origins, H horizons, T rows of channels of all symbols."""
-
-    features: Tensor  # (n, F)
-    channels: Tensor  # (T, C)
-    row: Tensor  # (n,): the channel row of the origin's bar
-    z: Tensor  # (n, H) outcome over scale, float64
-    scale: Tensor  # (n, H)
-
-    def __len__(self) -> int:
-        return len(self.row)
-
-    def thin(self, n: int) -> "_Part":
-        keep = torch.arange(0, len(self), max(1, -(-len(self) // n)))
-        return _Part(self.features[keep], self.channels, self.row[keep], self.z[keep], self.scale[keep])
-
-    def sequence(self, at: Tensor, context: int) -> Tensor:
-        """(b,) origins -> (b, L, C)."""
-        return self.channels[self.row[at][:, None] + torch.arange(1 - context, 1)]
 
 
 def train(
@@ -120,9 +86,8 @@ def train(
         raise ConfigError(f"levels {tuple(levels)} cannot be used: give rising probabilities between 0 and 1")
     cap = float("inf") if seconds is None else seconds
     use_one_thread()
-    return _Training(
-        histories, timeframe, tuple(horizons), tuple(levels), until, seed, steps, cap, clock, progress
-    ).run(init_from)
+    data = split(histories, timeframe, tuple(horizons), until)
+    return _Training(data, tuple(levels), seed, steps, cap, clock, progress).run(init_from)
 
 
 class _Training:
@@ -130,57 +95,36 @@ class _Training:
 
     def __init__(
         self,
-        histories: Sequence[Window],
-        timeframe: str,
-        horizons: tuple[int, ...],
+        data: Split,
         levels: tuple[float, ...],
-        until: int | None,
         seed: int,
         steps: int | None,
         seconds: float,
         clock: Callable[[], float] | None,
         progress: Callable[[Progress], None],
     ) -> None:
-        if not histories or not all(len(w) for w in histories):
-            raise DataError("there are no bars to learn from: check symbols and dates of the history")
-        until = max(w.close_time for w in histories) if until is None else until
-        histories = [_cut(w, until) for w in histories]
-        times = np.sort(np.concatenate([w.close_times for w in histories]))
-        if not len(times):
-            raise DataError(f"there are no bars closed by {until} to learn from: choose a later date")
-        self.until = until
-        self.train_end = int(times[int(TRAIN * (len(times) - 1))])
-        self.validation_end = int(times[int((TRAIN + VALIDATION) * (len(times) - 1))])
-        need = bars_to_learn(timeframe, horizons)
-        self.histories = [w for w in histories if len(_cut(w, self.train_end)) >= need]
-        self.left_out = tuple(w.symbol for w in histories if len(_cut(w, self.train_end)) < need)
-        if not self.histories:
-            longest = max(len(_cut(w, self.train_end)) for w in histories)
-            raise DataError(f"the longest history has {longest} bars to learn from: give at least {need}")
-        self.scaling = fit([_cut(w, self.train_end) for w in self.histories], timeframe, horizons)
-        self.levels, self.seed = levels, seed
+        self.data, self.seed = data, seed
         self.seconds, self.clock, self.progress = seconds, clock, progress
-
-        self.learn, validation = self._parts()
-        self.look = validation.thin(LOOK_ORIGINS)
+        self.levels = torch.tensor(levels, dtype=torch.float64)
+        self.learn, self.look = data.learn, data.validation.thin(LOOK_ORIGINS)
         self.steps = steps or min(max(len(self.learn) // 60, 200), 1500)
-        self.mirror = self.scaling.layout is INTRADAY
+        self.mirror = data.scaling.layout is INTRADAY
         self.generator = Generator().manual_seed(seed)
         self.candidates: list[Candidate] = []
         self.capped = False
         architecture = Architecture(
             features=self.learn.features.shape[1],
             channels=CHANNELS,
-            context=self.scaling.layout.context,
-            horizons=len(horizons),
+            context=data.scaling.layout.context,
+            horizons=len(data.scaling.horizons),
             samples=SAMPLES,
         )
         self.net = SSSD(architecture, self.generator)
 
     def run(self, init_from: tuple[str, Trained] | None) -> Trained:
-        net = self.net
+        net, data = self.net, self.data
         if init_from is not None:
-            _start_from(net, self.scaling, init_from[1])
+            _start_from(net, data.scaling, init_from[1])
         net.map.static.copy_(_static_knots(self.learn.z, self.mirror))
         map_step = self._phase("map", [net.encoder, net.map], MAP_RATE, self._map_loss, self._map_crps)
 
@@ -200,14 +144,14 @@ class _Training:
         )
 
         record = Record(
-            data=_digest(self.histories),
-            symbols=tuple(w.symbol for w in self.histories),
-            left_out=self.left_out,
-            bars=sum(len(w) for w in self.histories),
+            data=data.digest,
+            symbols=tuple(w.symbol for w in data.histories),
+            left_out=data.left_out,
+            bars=sum(len(w) for w in data.histories),
             origins=len(self.learn),
-            until=self.until,
-            train_end=self.train_end,
-            validation_end=self.validation_end,
+            until=data.until,
+            train_end=data.train_end,
+            validation_end=data.validation_end,
             seed=self.seed,
             map_steps=self.steps,
             denoiser_steps=self.steps,
@@ -218,7 +162,7 @@ class _Training:
             denoiser_step=denoiser_step,
             fingerprint=fingerprint(SAMPLES),
         )
-        return Trained(net.eval(), self.scaling, self.levels, record)
+        return Trained(net.eval(), data.scaling, tuple(self.levels.tolist()), record)
 
     def _phase(
         self,
@@ -235,7 +179,7 @@ class _Training:
         every = max(1, self.steps // VALIDATIONS)
         warm = max(1, self.steps // 20)
         start = 0.0 if self.clock is None else self.clock()
-        best, best_step, chosen = float("inf"), 0, averaged
+        best, best_step, chosen = float("inf"), 0, [p.clone() for p in averaged]
         last = float("nan")
         for step in range(self.steps + 1):
             late = self.clock is not None and self.clock() - start > self.seconds / 2
@@ -288,10 +232,10 @@ class _Training:
         """Pinball loss of the knots on a random batch; intraday bars are mirrored half the time."""
         part, g = self.learn, self.generator
         at = torch.randint(len(part), (BATCH,), generator=g)
-        x, s, z = part.features[at], part.sequence(at, self.scaling.layout.context), part.z[at].float()
+        x, s, z = part.features[at], part.sequence(at, self.data.scaling.layout.context), part.z[at].float()
         if self.mirror:
             sign = 1 - 2 * torch.randint(2, (BATCH, 1), generator=g).float()
-            odd = torch.from_numpy(signed_features(self.scaling.timeframe, self.scaling.horizons))
+            odd = torch.from_numpy(signed_features(self.data.scaling.timeframe, self.data.scaling.horizons))
             x = torch.where(odd, sign * x, x)
             s = torch.where(torch.tensor(SIGNED_CHANNELS), sign[..., None] * s, s)
             z = sign * z
@@ -303,8 +247,7 @@ class _Training:
     def _map_crps(self) -> float:
         """CRPS of the map alone, with exact normal scores."""
         _, knots = self._encoded(self.look)
-        levels = torch.tensor(self.levels, dtype=torch.float64)
-        u = torch.special.ndtri(levels).expand(*knots.shape[:2], -1).contiguous()
+        u = torch.special.ndtri(self.levels).expand(*knots.shape[:2], -1).contiguous()
         return self._crps(self.look, piecewise(u, knot_scores().expand(knots.shape), knots))
 
     def _denoiser_loss(self) -> Tensor:
@@ -330,82 +273,40 @@ class _Training:
     def _denoiser_crps(self) -> float:
         """CRPS of forecasts sampled in full, on the first rows of the fixed noise."""
         distribution = Distribution(self.net, SAMPLER, STEPS, LOOK_SAMPLES)
-        levels = torch.tensor(self.levels, dtype=torch.float64)
         batches = _blocks(len(self.look_context), BATCH)
-        parts = [distribution.quantiles(distribution.sample(self.look_context[b]), levels) for b in batches]
+        parts = [
+            distribution.quantiles(distribution.sample(self.look_context[b]), self.levels) for b in batches
+        ]
         knots = self.look_knots
         z = piecewise(torch.cat(parts).contiguous(), knot_scores().expand(knots.shape), knots)
         return self._crps(self.look, z)
 
-    def _crps(self, part: _Part, z: Tensor) -> float:
+    def _crps(self, part: Origins, z: Tensor) -> float:
         """CRPS over the mean absolute outcome, averaged over the horizons, of quantiles z (n, H, Q)."""
-        levels = torch.tensor(self.levels, dtype=torch.float64)
+        levels = self.levels
         miss = part.z[..., None] - z
         loss = 2 * torch.maximum(levels * miss, (levels - 1) * miss).mean(-1) * part.scale  # (n, H)
         return float((loss.mean(0) / (part.z.abs() * part.scale).mean(0)).mean())
 
-    def _encoded(self, part: _Part) -> tuple[Tensor, Tensor]:
+    def _encoded(self, part: Origins) -> tuple[Tensor, Tensor]:
         """Contexts (n, code) and knots (n, H, K) float64 of every origin of a part."""
         c = self._contexts(part)
         return c, self.net.map(c).double()
 
-    def _contexts(self, part: _Part) -> Tensor:
-        L = self.scaling.layout.context
+    def _contexts(self, part: Origins) -> Tensor:
+        L = self.data.scaling.layout.context
         batches = [torch.arange(b.start, b.stop) for b in _blocks(len(part), 4096)]
         return torch.cat([self.net.encoder(part.features[i], part.sequence(i, L)) for i in batches])
 
-    def _scores(self, part: _Part) -> Tensor:
+    def _scores(self, part: Origins) -> Tensor:
         """Normal scores of the outcomes under the map, (n, H) float64."""
         knots = self.net.map(self.context).double()
         u = piecewise(part.z[..., None], knots, knot_scores().expand(knots.shape))[..., 0]
         return u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
 
-    def _parts(self) -> tuple[_Part, _Part]:
-        """The training and the validation part; outcomes are realised before their part ends."""
-        H = max(self.scaling.horizons)
-        first = self.scaling.layout.har[-1] + 1
-        rows = 0
-        channels: list[NDArray[np.float64]] = []
-        found: tuple[_Pieces, _Pieces] = ([], [])
-        for w in self.histories:
-            frame = self.scaling.frame(w.close_times, w.values, first)
-            price = np.log(w.values[:, 3])
-            k = np.arange(first, len(w) - H)
-            z = np.stack([price[k + h] - price[k] for h in self.scaling.horizons], 1)
-            opened, closed = w.close_times[k], w.close_times[k + H]
-            learn = closed <= self.train_end
-            look = (opened > self.train_end) & (closed <= self.validation_end)
-            for pieces, chosen in zip(found, (learn, look), strict=True):
-                i = k[chosen] - first
-                scale = frame.scale[i]
-                pieces.append((frame.features[i], rows + k[chosen] - 1, z[chosen] / scale, scale))
-            channels.append(frame.channels)
-            rows += len(frame.channels)
-        table = torch.from_numpy(np.concatenate(channels)).float()
-        learn_part, look_part = (_part(table, pieces) for pieces in found)
-        for part, what in ((learn_part, "learn from"), (look_part, "validate on")):
-            if len(part) < LEAST:
-                raise DataError(f"only {len(part)} forecast origins to {what}, not {LEAST}: give more bars")
-        return learn_part, look_part
-
-
-_Pieces = list[tuple[NDArray[Any], ...]]  # of each symbol: features, row, z and scale
-
 
 def _blocks(n: int, size: int) -> list[slice]:
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
-
-
-def _part(channels: Tensor, pieces: _Pieces) -> _Part:
-    features, row, z, scale = (
-        torch.from_numpy(np.concatenate(column)) for column in zip(*pieces, strict=True)
-    )
-    return _Part(features.float(), channels, row, z, scale)
-
-
-def _cut(w: Window, until: int) -> Window:
-    n = int(np.searchsorted(w.close_times, until, "right"))
-    return Window(w.symbol, w.close_times[:n], w.values[:n])
 
 
 def _static_knots(z: Tensor, mirror: bool) -> Tensor:
@@ -434,12 +335,3 @@ def _assign(parameters: list[nn.Parameter], values: Sequence[Tensor]) -> None:
     with torch.no_grad():
         for p, value in zip(parameters, values, strict=True):
             p.copy_(value)
-
-
-def _digest(histories: Sequence[Window]) -> str:
-    h = sha256()
-    for w in histories:
-        h.update(f"{w.symbol} {len(w)}\n".encode())
-        h.update(np.ascontiguousarray(w.close_times).tobytes())
-        h.update(np.ascontiguousarray(w.values).tobytes())
-    return h.hexdigest()

@@ -159,14 +159,14 @@ def test_unusable_bars_are_refused(small: list[Window]) -> None:
     broken.values[900, 4] = np.nan
     short = Window("A", small[0].close_times[:500], small[0].values[:500])
     for histories, words in (
-        ([], "no bars"),
+        ([], "no bars closed"),
         ([short], "give at least"),
         ([small[0], flat], "FLAT closes unchanged .* leave it out"),
         ([small[0], broken], "BAD has an unusable bar at row 900"),
     ):
         with pytest.raises(DataError, match=words):
             _train(histories)
-    with pytest.raises(DataError, match="choose a later date"):
+    with pytest.raises(DataError, match="no bars closed by"):
         _train(small, until=START)
 
 

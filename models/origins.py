@@ -1,0 +1,140 @@
+"""Forecast origins to learn from: what the network would have seen at each, and what then happened."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from barcast.models.errors import DataError
+from barcast.models.scaling import Scaling, bars_to_learn, check, fit
+from barcast.models.window import Window
+
+TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
+LEAST = 100  # origins to learn from, and to validate on
+OUTLIER = 50.0  # outcomes count as at most this many scales
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Origins:
+    """n forecast origins over H horizons, with the T rows of channels of all symbols."""
+
+    features: Tensor  # (n, F)
+    channels: Tensor  # (T, C)
+    row: Tensor  # (n,): the channel row of the origin's bar
+    z: Tensor  # (n, H) outcome over scale, float64
+    scale: Tensor  # (n, H)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def thin(self, n: int) -> "Origins":
+        """About n of the origins, evenly spread."""
+        keep = torch.arange(0, len(self), max(1, -(-len(self) // n)))
+        return Origins(self.features[keep], self.channels, self.row[keep], self.z[keep], self.scale[keep])
+
+    def sequence(self, at: Tensor, context: int) -> Tensor:
+        """The sequences (b, L, C) of some origins (b,), L = context."""
+        return self.channels[self.row[at][:, None] + torch.arange(1 - context, 1)]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split:
+    """Histories cut into calendar parts, the same for every symbol.
+
+    Learning ends at `train_end`, validation at `validation_end`; what follows up to `until` is held out.
+    The outcomes of a part are realised before it ends. `left_out` are the symbols that are too short.
+    """
+
+    histories: tuple[Window, ...]
+    left_out: tuple[str, ...]
+    until: int
+    train_end: int
+    validation_end: int
+    scaling: Scaling
+    learn: Origins
+    validation: Origins
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all bars up to `until`."""
+        h = sha256()
+        for w in self.histories:
+            h.update(f"{w.symbol} {len(w)}\n".encode())
+            h.update(np.ascontiguousarray(w.close_times).tobytes())
+            h.update(np.ascontiguousarray(w.values).tobytes())
+        return h.hexdigest()
+
+
+def split(histories: Sequence[Window], timeframe: str, horizons: tuple[int, ...], until: int | None) -> Split:
+    """Cut whole histories, learn the scaling and collect the origins; no bar after `until` is looked at.
+
+    Raises `DataError` for histories that cannot be learnt from.
+    """
+    if until is None:
+        until = max((w.close_time for w in histories if len(w)), default=0)
+    cut = [w for w in (_cut(w, until) for w in histories) if len(w)]
+    if not cut:
+        raise DataError(f"there are no bars closed by {until} to learn from: check the symbols and the date")
+    for w in cut:
+        check(w)
+    times = np.sort(np.concatenate([w.close_times for w in cut]))
+    train_end, validation_end = (int(times[int(x * (len(times) - 1))]) for x in (TRAIN, TRAIN + VALIDATION))
+    need = bars_to_learn(timeframe, horizons)
+    bars = [len(_cut(w, train_end)) for w in cut]
+    if max(bars) < need:
+        raise DataError(f"the longest history has {max(bars)} bars to learn from: give at least {need}")
+    used = tuple(w for w, n in zip(cut, bars, strict=True) if n >= need)
+    scaling = fit([_cut(w, train_end) for w in used], timeframe, horizons)
+    learn, validation = _collect(used, scaling, train_end, validation_end)
+    for part, what in ((learn, "learn from"), (validation, "validate on")):
+        if len(part) < LEAST:
+            raise DataError(f"only {len(part)} forecast origins to {what}, not {LEAST}: give more bars")
+    left_out = tuple(w.symbol for w in histories if all(w.symbol != u.symbol for u in used))
+    return Split(used, left_out, until, train_end, validation_end, scaling, learn, validation)
+
+
+_Pieces = list[tuple[NDArray[Any], ...]]  # of each symbol: features, row, z and scale
+
+
+def _collect(
+    histories: Sequence[Window], scaling: Scaling, train_end: int, validation_end: int
+) -> tuple[Origins, Origins]:
+    reach = max(scaling.horizons)
+    first = scaling.layout.har[-1] + 1
+    rows = 0
+    channels: list[NDArray[np.float64]] = []
+    found: tuple[_Pieces, _Pieces] = ([], [])
+    for w in histories:
+        frame = scaling.frame(w.close_times, w.values, first)
+        price = np.log(w.values[:, 3])
+        k = np.arange(first, len(w) - reach)
+        y = np.stack([price[k + h] - price[k] for h in scaling.horizons], 1)
+        opened, closed = w.close_times[k], w.close_times[k + reach]
+        learn = closed <= train_end
+        validate = (opened > train_end) & (closed <= validation_end)
+        for pieces, chosen in zip(found, (learn, validate), strict=True):
+            i = k[chosen] - first
+            scale = frame.scale[i]
+            z = np.clip(y[chosen] / scale, -OUTLIER, OUTLIER)
+            pieces.append((frame.features[i], rows + k[chosen] - 1, z, scale))
+        channels.append(frame.channels)
+        rows += len(frame.channels)
+    table = torch.from_numpy(np.concatenate(channels)).float()
+    learnt, validated = (_origins(table, pieces) for pieces in found)
+    return learnt, validated
+
+
+def _origins(channels: Tensor, pieces: _Pieces) -> Origins:
+    columns = zip(*pieces, strict=True)
+    features, row, z, scale = (torch.from_numpy(np.concatenate(column)) for column in columns)
+    return Origins(features.float(), channels, row, z, scale)
+
+
+def _cut(w: Window, until: int) -> Window:
+    n = int(np.searchsorted(w.close_times, until, "right"))
+    return Window(w.symbol, w.close_times[:n], w.values[:n])
