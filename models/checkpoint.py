@@ -16,10 +16,11 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from barcast.models import samplers
-from barcast.models.diffusion import SAMPLER, STEPS, Candidate, Record, SSSDForecaster, Trained
+from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.sssd import SSSD, Architecture
+from barcast.models.trained import Candidate, Record, Trained
 
 FORMAT = 1
 JSON, WEIGHTS = "model.json", "weights.safetensors"

@@ -1,7 +1,6 @@
 """The forecaster that serves: windows -> quantiles through the map and the diffusion model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -166,45 +165,3 @@ class SSSDForecaster:
 
 def _array(x: Tensor) -> NDArray[np.float64]:
     return np.asarray(x.numpy(), np.float64)
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A state of the network that validation looked at, and its normalised CRPS there."""
-
-    phase: str  # "map" or "denoiser"
-    step: int
-    crps: float
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """How a model came about. Times are nanoseconds since 1970 UTC."""
-
-    data: str  # sha256 of the bars that were used
-    symbols: tuple[str, ...]
-    left_out: tuple[str, ...]  # symbols with too few bars in the training part
-    bars: int
-    origins: int  # of the training part
-    until: int  # no later bar was seen
-    train_end: int  # learning ends, validation begins
-    validation_end: int  # validation ends; what follows up to `until` was held out for the gate
-    seed: int
-    map_steps: int
-    denoiser_steps: int
-    capped: bool  # the cap on seconds ended a phase early: not reproducible
-    init_from: str | None  # id of the model from which training started
-    candidates: tuple[Candidate, ...]
-    map_step: int  # chosen by validation
-    denoiser_step: int
-    fingerprint: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Trained:
-    """A network, the scaling of its inputs and outputs, the levels it was validated on, and its history."""
-
-    net: SSSD
-    scaling: Scaling
-    levels: tuple[float, ...]
-    record: Record

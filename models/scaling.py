@@ -170,7 +170,7 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
     series = [_checked(w, blank) for w in histories]
     slots = np.concatenate([s.slot for s in series])
 
-    a = np.concatenate([np.abs(s.r) / np.abs(s.r).mean() for s in series])
+    a = np.concatenate([_typical(np.abs(s.r)) for s in series])
     factor = _slot_means(slots, a, layout.slots)
     factor /= factor.mean()
     v = np.concatenate([s.volume for s in series])
@@ -254,6 +254,12 @@ def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
     at = max(first - (w - 1), 0)
     full: Array = sliding_window_view(x, w)[at:].mean(-1)
     return np.concatenate([short[first:], full])
+
+
+def _typical(a: Array) -> Array:
+    """Absolute returns over their mean, none counting more than 20 times their ninth decile."""
+    a = np.minimum(a, OUTLIER * np.quantile(a, 0.9))
+    return a / float(a.mean())
 
 
 def _slot_means(slot: Ints, x: Array, slots: int, prior: float = 1.0) -> Array:

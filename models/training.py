@@ -14,20 +14,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from barcast.models import samplers
-from barcast.models.diffusion import (
-    SAMPLER,
-    STEPS,
-    Candidate,
-    Distribution,
-    Record,
-    Trained,
-    fingerprint,
-    use_one_thread,
-)
+from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError
 from barcast.models.origins import Origins, Split, split
 from barcast.models.scaling import CHANNELS, INTRADAY, SIGNED_CHANNELS, Scaling, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
+from barcast.models.trained import Candidate, Record, Trained
 from barcast.models.window import Window
 
 SAMPLES = 256
@@ -109,6 +101,7 @@ class _Training:
         self.learn, self.look = data.learn, data.validation.thin(LOOK_ORIGINS)
         self.steps = steps or min(max(len(self.learn) // 60, 200), 1500)
         self.mirror = data.scaling.layout is INTRADAY
+        self.signed = torch.from_numpy(signed_features(data.scaling.timeframe, data.scaling.horizons))
         self.generator = Generator().manual_seed(seed)
         self.candidates: list[Candidate] = []
         self.capped = False
@@ -235,8 +228,7 @@ class _Training:
         x, s, z = part.features[at], part.sequence(at, self.data.scaling.layout.context), part.z[at].float()
         if self.mirror:
             sign = 1 - 2 * torch.randint(2, (BATCH, 1), generator=g).float()
-            odd = torch.from_numpy(signed_features(self.data.scaling.timeframe, self.data.scaling.horizons))
-            x = torch.where(odd, sign * x, x)
+            x = torch.where(self.signed, sign * x, x)
             s = torch.where(torch.tensor(SIGNED_CHANNELS), sign[..., None] * s, s)
             z = sign * z
         knots = self.net.map(self.net.encoder(x, s, Dropout(INPUT_DROP, HIDDEN_DROP, g)))  # (B, H, K)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from barcast.models import Window
-from barcast.models.diffusion import Trained
+from barcast.models.trained import Trained
 from barcast.models.training import train
 from tests.garch import simulate
 

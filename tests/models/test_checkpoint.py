@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from barcast.models import CheckpointError, ConfigError, Window
 from barcast.models.checkpoint import load, open_forecaster, save
-from barcast.models.diffusion import SSSDForecaster, Trained
+from barcast.models.diffusion import SSSDForecaster
+from barcast.models.trained import Trained
 
 
 @pytest.fixture

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from barcast.models import Forecast, Window
-from barcast.models.diffusion import SSSDForecaster, Trained, use_one_thread
+from barcast.models.diffusion import SSSDForecaster, use_one_thread
 from barcast.models.samplers import SAMPLERS
 from barcast.models.sssd import knot_scores, piecewise
+from barcast.models.trained import Trained
 from tests.garch import simulate
 
 Open = Callable[..., SSSDForecaster]

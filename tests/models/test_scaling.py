@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from barcast.models import ConfigError, DataError, Window
-from barcast.models.diffusion import Trained
 from barcast.models.scaling import (
     DAILY,
     INTRADAY,
@@ -18,6 +17,7 @@ from barcast.models.scaling import (
     signed_features,
     trailing_mean,
 )
+from barcast.models.trained import Trained
 from tests.garch import simulate
 from tests.models.conftest import HORIZONS
 

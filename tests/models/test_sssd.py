@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from barcast.models.diffusion import Trained
 from barcast.models.sssd import (
     PROBABILITIES,
     S4D,
@@ -17,6 +16,7 @@ from barcast.models.sssd import (
     piecewise,
     sobol_normals,
 )
+from barcast.models.trained import Trained
 
 A = Architecture(features=5, channels=4, context=64, horizons=3, samples=256)
 

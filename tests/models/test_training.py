@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from barcast.models import ConfigError, DataError, HistoricalSimulation, Window, compare
-from barcast.models.diffusion import SSSDForecaster, Trained
+from barcast.models.diffusion import SSSDForecaster
+from barcast.models.trained import Trained
 from barcast.models.training import Progress, train
 from tests.garch import START, simulate
 from tests.models.conftest import HORIZONS, LEVELS

@@ -1,0 +1,79 @@
+"""The cut into learning, validation and the part that is held out."""
+
+import numpy as np
+import pytest
+import torch
+
+from barcast.models import DataError, Window
+from barcast.models.origins import OUTLIER, split
+from tests.garch import simulate
+
+HORIZONS = (1, 4, 16)
+
+
+@pytest.fixture(scope="module")
+def histories() -> list[Window]:
+    return [simulate("A", 2400, seed=1).window, simulate("B", 2000, seed=2).window]
+
+
+def test_outcomes_are_realised_before_their_part_ends(histories: list[Window]) -> None:
+    """No training origin has a target after the part ends, no validation origin starts before it begins."""
+    data = split(histories, "1h", HORIZONS, None)
+    first = data.scaling.layout.har[-1] + 1
+    learn = look = 0
+    for w in histories:
+        k = np.arange(first, len(w) - max(HORIZONS))
+        opened, closed = w.close_times[k], w.close_times[k + max(HORIZONS)]
+        learn += int((closed <= data.train_end).sum())
+        look += int(((opened > data.train_end) & (closed <= data.validation_end)).sum())
+    assert (len(data.learn), len(data.validation)) == (learn, look)
+    assert data.train_end < data.validation_end < data.until
+
+
+def test_an_origin_holds_what_a_window_shows_and_what_came_after(histories: list[Window]) -> None:
+    """Features, sequence, scale and outcome of an origin are those of the window cut at its bar."""
+    data = split(histories, "1h", HORIZONS, None)
+    w, k = histories[0], data.scaling.layout.har[-1] + 1 + 700
+    frame = data.scaling.of_window(Window("A", w.close_times[: k + 1], w.values[: k + 1]))
+    np.testing.assert_allclose(data.learn.features[700], frame.features[0], atol=1e-6)
+    np.testing.assert_allclose(data.learn.scale[700], frame.scale[0], rtol=1e-9)
+    L = data.scaling.layout.context
+    sequence = data.learn.sequence(torch.tensor([700]), L)[0]
+    np.testing.assert_allclose(sequence, frame.channels[-L:], atol=1e-6)
+    price = np.log(w.values[:, 3])
+    y = [price[k + h] - price[k] for h in HORIZONS]
+    np.testing.assert_allclose(data.learn.z[700] * data.learn.scale[700], y, rtol=1e-9, atol=1e-12)
+
+
+def test_one_wild_bar_does_not_spoil_the_statistics(histories: list[Window]) -> None:
+    """A price that jumps a thousandfold for one bar leaves scale and outcomes within bounds."""
+    values = histories[1].values.copy()
+    values[900, :4] *= 1000
+    clean = split(histories, "1h", HORIZONS, None)
+    wild = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, None)
+    assert wild.learn.z.abs().max() <= OUTLIER
+    ratio = wild.scaling.gain / clean.scaling.gain
+    assert ratio.max() < 1.6
+    assert ratio.min() > 0.6
+
+
+def test_a_broken_bar_is_refused_wherever_it_stands(histories: list[Window]) -> None:
+    """A bar that is not finite is refused also in the parts that are not learnt from."""
+    for k in (10, 1700, 1990):
+        values = histories[1].values.copy()
+        values[k, 1] = np.inf
+        with pytest.raises(DataError, match=f"B has an unusable bar at row {k}"):
+            split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, None)
+
+
+def test_the_digest_follows_every_bar(histories: list[Window]) -> None:
+    """The hash of the data changes with one volume in the held-out part, and not with bars after `until`."""
+    until = int(histories[1].close_times[1800])
+    first = split(histories, "1h", HORIZONS, until)
+    values = histories[1].values.copy()
+    values[1801:] *= 2
+    same = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, until)
+    values = values.copy()
+    values[1800, 4] += 1
+    other = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, until)
+    assert first.digest == same.digest != other.digest
