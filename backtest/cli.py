@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from barcast.models import LEVELS, BarcastError, default_horizons
+
+if TYPE_CHECKING:
+    from barcast.backtest.result import BacktestResult
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,7 +36,7 @@ LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
 
 
-class Stamp(str, Enum):
+class Stamp(StrEnum):
     """Which end of a bar its time names."""
 
     open = "open"
@@ -66,11 +69,15 @@ Steps = Annotated[
 
 def main() -> None:
     """Run a command; a fault that a person can mend ends in one sentence and exit status 78."""
+    faults: list[BaseException] = []
     try:
         app()
-    except BarcastError as error:
+    except* BarcastError as group:
+        faults = _leaves(group)
+    for fault in faults:
         err.print("error: ", style="bold red", end="")
-        err.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        err.print(str(fault), highlight=False, markup=False, soft_wrap=True)
+    if faults:
         sys.exit(EX_CONFIG)
 
 
@@ -303,10 +310,15 @@ def forecast(
         table.add_column(column, justify="left" if column == "symbol" else "right")
     for f in forecaster.forecast(windows):
         ends = closes.closes_after(f.close_time, max(f.horizons))
-        for h, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
+        for bars, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
             prices = (f"{price:.6g}" for price in row)
             table.add_row(
-                f.symbol, to_text(f.close_time), f"{f.reference:.6g}", str(h), to_text(ends[h - 1]), *prices
+                f.symbol,
+                to_text(f.close_time),
+                f"{f.reference:.6g}",
+                str(bars),
+                to_text(ends[bars - 1]),
+                *prices,
             )
     out.print(table)
 
@@ -317,7 +329,7 @@ def backtest(
     stamp: Annotated[
         Stamp | None,
         typer.Option(
-            help="Whether times in the files are the open or the close of the bar; required unless a journal is replayed."
+            help="Whether times in the files are the open or the close of the bar; not for a journal."
         ),
     ] = None,
     model: ModelName = "fhs",
@@ -439,12 +451,37 @@ def _train(
             steps=steps,
             seconds=None if minutes is None else 60 * minutes,
             clock=time.monotonic,
-            init_from=start and (start.model, start.trained),
+            init_from=None if start is None else (start.model, start.trained),
             seed=seed,
             progress=stand,
         )
     model = save(trained, out_dir)
     err.print(f"model {model} written to {out_dir}")
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for inner in error.exceptions for leaf in _leaves(inner)]
+    return [error]
+
+
+def _print_result(result: "BacktestResult") -> None:
+    pooled = result.scores.filter(symbol="all")
+    scores = Table(title=f"forecasts of {result.meta['model']}, all symbols pooled", title_justify="left")
+    for column in ("horizon, bars", "forecasts", "CRPS, bp", "in 50 %", "in 80 %", "in 90 %"):
+        scores.add_column(column, justify="right")
+    for row in pooled.iter_rows(named=True):
+        inside = (f"{100 * row[f'coverage_{nominal}']:.1f} %" for nominal in (50, 80, 90))
+        scores.add_row(str(row["horizon"]), str(row["n"]), f"{1e4 * row['crps']:.2f}", *inside)
+    books = Table(title="books, after costs", title_justify="left")
+    for column in ("strategy", "return", "Sharpe", "drawdown", "fills"):
+        books.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in result.portfolio.iter_rows(named=True):
+        sharpe = "-" if row["sharpe"] is None else f"{row['sharpe']:.2f}"
+        percent = (f"{100 * row[name]:.2f} %" for name in ("total_return", "max_drawdown"))
+        total, drawdown = percent
+        books.add_row(row["strategy"], total, sharpe, drawdown, str(row["fills"]))
+    out.print(scores, books)
 
 
 def _ns(moment: datetime | None) -> int | None:

@@ -6,17 +6,16 @@ import math
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections import Counter
+from asyncio.subprocess import Process
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import polars as pl
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -27,14 +26,16 @@ from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.journal import Journal, State
+from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import ConfigError
+from barcast.models import BarcastError, ConfigError
 
-START = datetime(2011, 7, 1, tzinfo=UTC)
+START = datetime(2012, 8, 1, tzinfo=UTC)
 SESSIONS = 125
 """Trading days fed to the daemon: half a year."""
 LEAD_SECONDS = 8.0
 """Time for the daemon to load its model before the first bar."""
+PULSE_SECONDS = 0.2
 PATIENCE_SECONDS = 90.0
 """How long to wait after the last bar for the retraining to end."""
 
@@ -58,6 +59,7 @@ first = "{model}"
 
 [[strategy]]
 kind = "quantile-band"
+params = {{ band = 0.1, horizon = 5 }}
 
 [[strategy]]
 kind = "median-drift"
@@ -107,7 +109,8 @@ class Demo:
         self.capture: list[tuple[str, bytes]] = []
         self.latest: dict[str, wire.Signal] = {}
         self.notices: list[wire.ModelNotice] = []
-        self.ready = asyncio.Event()
+        self.config = str(self.folder / "barcast.toml")
+        self.watched = asyncio.Event()
 
     def run(self) -> None:
         """Run the demonstration; raise when a promise does not hold."""
@@ -130,7 +133,7 @@ class Demo:
         span = (self.last - START).total_seconds()
         at = datetime.now(UTC) + timedelta(seconds=LEAD_SECONDS)
         retrain = at + timedelta(seconds=3)
-        (self.folder / "barcast.toml").write_text(
+        Path(self.config).write_text(
             CONFIG.format(
                 host=self.host,
                 port=self.port,
@@ -167,50 +170,58 @@ class Demo:
 
     async def _live(self) -> None:
         """Daemon, publisher and an independent subscriber, each a process or client of its own."""
-        command = [sys.executable, "-m", "barcast.backtest.cli"]
-        config = str(self.folder / "barcast.toml")
-        with (self.folder / "daemon.log").open("wb") as log:
-            async with asyncio.TaskGroup() as group:
-                watching = group.create_task(self._watch())
-                await self.ready.wait()
-                daemon = subprocess.Popen([*command, "run", config], stdout=log, stderr=log)
-                feed = ["--since", f"{START:%Y-%m-%d}", "--until", f"{self.last:%Y-%m-%dT%H:%M:%S}"]
-                publisher = subprocess.Popen(
-                    [*command, "publish", str(sample_bars()), "--stamp", "close", "--config", config, *feed],
-                    stdout=log,
-                    stderr=log,
-                )
-                self.out.print(
-                    f"daemon: process {daemon.pid}, log {self.folder / 'daemon.log'}\n"
-                    f"bars: {SESSIONS} sessions of 5 symbols from {START:%Y-%m-%d} in about {self.seconds:.0f} s"
-                )
-                try:
-                    with Live(self._table(), console=self.out, refresh_per_second=4) as live:
-                        while publisher.poll() is None or not self._judged():
-                            live.update(self._table())
-                            await asyncio.sleep(0.2)
-                            if daemon.poll() is not None:
-                                raise RuntimeError(f"the daemon ended: see {self.folder / 'daemon.log'}")
-                            if publisher.poll() is not None:
-                                self._expect_verdicts()
-                        await asyncio.sleep(1.5)
-                        live.update(self._table())
-                    if publisher.returncode:
-                        raise RuntimeError(f"the publisher failed: see {self.folder / 'daemon.log'}")
-                finally:
-                    publisher.terminate()
-                    daemon.send_signal(signal.SIGTERM)
-                    await asyncio.to_thread(daemon.wait, 20)
-                    await asyncio.sleep(0.3)
-                    watching.cancel()
+        async with asyncio.TaskGroup() as group:
+            watching = group.create_task(self._watch())
+            await self.watched.wait()
+            daemon = await self._start("daemon", "run", self.config)
+            feed = ["--since", f"{START:%Y-%m-%d}", "--until", f"{self.last:%Y-%m-%dT%H:%M:%S}"]
+            bars = [str(sample_bars()), "--stamp", "close", "--config", self.config, *feed]
+            publisher = await self._start("publisher", "publish", *bars)
+            self.out.print(
+                f"daemon: process {daemon.pid}, log in {self.folder / 'daemon.log'}\n"
+                f"bars: {SESSIONS} sessions from {START:%Y-%m-%d} in about {self.seconds:.0f} s; meanwhile a "
+                "challenger is trained"
+            )
+            try:
+                with Live(self._table(), console=self.out, refresh_per_second=4) as live:
+                    await self._follow(live, daemon, publisher)
+                self.out.print()
+            finally:
+                for process in (publisher, daemon):
+                    if process.returncode is None:
+                        process.send_signal(signal.SIGTERM)
+                        await process.wait()
+                watching.cancel()
         with (self.folder / "capture.jsonl").open("wb") as file:
             for topic, payload in self.capture:
                 file.write(msgspec.json.encode((topic, payload.decode())) + b"\n")
         for notice in self.notices:
-            if notice.verdict:
-                v = notice.verdict
+            if v := notice.verdict:
                 word = "[green]accepted[/]" if v["accepted"] else "[red]refused[/]"
-                self.out.print(f"challenger {v['challenger']}: {word}; {v['reason']} ({v['origins']} forecasts)")
+                self.out.print(
+                    f"challenger {v['challenger']}: {word}; {v['reason']} ({v['origins']} forecasts)"
+                )
+
+    async def _start(self, name: str, *arguments: str) -> Process:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            command = [sys.executable, "-m", "barcast.backtest.cli", *arguments]
+            return await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+
+    async def _follow(self, live: Live, daemon: Process, publisher: Process) -> None:
+        """Show signals until all bars are sent and both challengers are judged."""
+        waited = 0.0
+        while publisher.returncode is None or sum(bool(n.verdict) for n in self.notices) < 2:
+            await asyncio.sleep(PULSE_SECONDS)
+            live.update(self._table())
+            if daemon.returncode is not None:
+                raise BarcastError(f"the daemon ended: see {self.folder / 'daemon.log'}")
+            if publisher.returncode:
+                raise BarcastError(f"the publisher failed: see {self.folder / 'publisher.log'}")
+            waited += PULSE_SECONDS if publisher.returncode is not None else 0.0
+            if waited > PATIENCE_SECONDS:
+                raise BarcastError(f"no verdict on both challengers: see {self.folder / 'daemon.log'}")
+        await asyncio.sleep(1.5)
+        live.update(self._table())
 
     async def _watch(self) -> None:
         """Subscribe like any trading system would, and write down what comes."""
@@ -220,9 +231,9 @@ class Demo:
         version = aiomqtt.ProtocolVersion.V5
         async with aiomqtt.Client(self.host, self.port, identifier="demo-watch", protocol=version) as client:
             await client.subscribe(topics)
-            self.ready.set()
+            self.watched.set()
             async for message in client.messages:
-                topic, payload = str(message.topic), bytes(message.payload)  # type: ignore[arg-type]
+                topic, payload = str(message.topic), bytes(message.payload)
                 if message.retain and not self.capture:
                     continue  # left over on a broker of the user's own
                 if "/models/" in topic:
@@ -233,33 +244,29 @@ class Demo:
                     found = msgspec.json.decode(payload, type=wire.Signal)
                     self.latest[found.symbol] = found
 
-    def _judged(self) -> bool:
-        return sum(bool(n.verdict) for n in self.notices) >= 2
-
-    def _expect_verdicts(self) -> None:
-        self.seconds_over = getattr(self, "seconds_over", 0.0) + 0.2
-        if self.seconds_over > PATIENCE_SECONDS:
-            raise RuntimeError(f"no verdict on both challengers in time: see {self.folder / 'daemon.log'}")
-
     def _table(self) -> Table:
         counted = sum("/signals/" in topic for topic, _ in self.capture)
-        table = Table(title=f"signals as a subscriber sees them: {counted} so far", title_justify="left")
-        for name in ("symbol", "bar closed", "close", "until", "q05", "q25", "median", "q75", "q95", "P(rise)"):
-            table.add_column(name, justify="left" if name == "symbol" else "right")
+        newest = max((s.close_time[:10] for s in self.latest.values()), default="-")
+        models = ", ".join(dict.fromkeys(n.model for n in self.notices)) or "loading"
+        table = Table(
+            title=f"{counted} signals as a subscriber sees them; bars closed {newest}; model {models}",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+        )
+        for name in ("symbol", "close", "until", "q05", "q25", "median", "q75", "q95", "rise"):
+            table.add_column(name, justify="left" if name == "symbol" else "right", no_wrap=True)
         for symbol in sorted(self.latest):
             s = self.latest[symbol]
             for i, horizon in enumerate(s.horizons):
                 prices = dict(zip(s.levels, s.quantiles[i], strict=True))
                 table.add_row(
-                    symbol if i == 0 else "",
-                    s.close_time[:10] if i == 0 else "",
-                    f"{s.reference:.2f}" if i == 0 else "",
+                    symbol if i == 0 else ", ".join(s.flags) if i == 1 else "",
+                    f"{s.reference:.1f}" if i == 0 else "",
                     horizon.end_time[:10],
-                    *(f"{prices[p]:.2f}" for p in (0.05, 0.25, 0.5, 0.75, 0.95)),
+                    *(f"{prices[p]:.1f}" for p in (0.05, 0.25, 0.5, 0.75, 0.95)),
                     f"{s.rise[i]:.2f}",
                 )
-        models = ", ".join(dict.fromkeys(n.model for n in self.notices)) or "loading"
-        table.caption = f"models in service: {models}"
         return table
 
     def _replay(self) -> None:
@@ -274,7 +281,7 @@ class Demo:
             + (f"; {expired} messages expired before delivery" if expired else "")
         )
         if difference.differing or not difference.signals or len(difference.missing) != expired:
-            raise RuntimeError(difference.sentence())
+            raise BarcastError(difference.sentence())
 
     def _backtest(self) -> None:
         """Both strategies on the years after the shipped model's training, and the report."""
@@ -284,6 +291,10 @@ class Demo:
             model=str(sample_checkpoint()),
             timeframe="session",
             calendar="XNYS",
+            strategies=[
+                StrategySettings("quantile-band", "quantile-band", {"band": 0.1, "horizon": 5}),
+                StrategySettings("median-drift", "median-drift", {}),
+            ],
             since=wire.to_ns(datetime(2012, 1, 1, tzinfo=UTC)),
         )
         report = self.folder / "report.html"
@@ -298,10 +309,13 @@ class Demo:
 
 
 def _spoil(checkpoint: Path, out: Path) -> None:
-    """Write a valid checkpoint whose bands are far too wide: the gate must refuse it."""
-    from barcast.models.checkpoint import load, save, spoiled
+    """Write a valid checkpoint whose bands are three times too wide: the gate must refuse it."""
+    from barcast.models.checkpoint import load, save
 
-    save(spoiled(load(checkpoint).trained), out)
+    trained = load(checkpoint).trained
+    trained.net.map.static *= 3
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save(trained, out)
 
 
 def _session_after(start: datetime, count: int) -> datetime:

@@ -160,9 +160,7 @@ def run_backtest(
         max_wait=1,
         sampler=sampler,
         steps=steps,
-        strategies=tuple(
-            StrategySettings(s, s, {}) if isinstance(s, str) else s for s in strategies
-        ),
+        strategies=tuple(StrategySettings(s, s, {}) if isinstance(s, str) else s for s in strategies),
     )
     first = wire.to_ns(frame.select(pl.col("close_time").min()).collect().item())
     start = first if since is None else since
@@ -223,7 +221,7 @@ def replay_journal(journal: FilePath) -> list[Outgoing]:
         if revision is None:
             raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
         settings = Settings.decode(revision.payload)
-        calendar = Calendar(settings.calendar, Timeframe.parse(settings.timeframe))
+        calendar = settings.bar_calendar()
         folder = journal.parent
         store = ModelStore(folder / "models", settings.timeframe)
         recorded = events(reader.records(), lambda warmth: read_history(folder / "history", warmth, calendar))

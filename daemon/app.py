@@ -147,7 +147,7 @@ class Daemon:
             self.scribe,
             self.clock,
             root=config.mqtt.root,
-            timeframe=config.timeframe,
+            calendar=config.bar_calendar(),
             deadletters=topics.deadletter,
             backlog=backlog,
             position=journal.progress().seq,
@@ -209,7 +209,9 @@ class Daemon:
             if record is None or msgspec.json.decode(record.payload, type=Warmth) != warmth:
                 bars = tuple(self._history(warmth))
                 payload = msgspec.json.encode(warmth)
-                decisions.append(Decision(Kind.WARMUP, payload, lambda time: Warmup(time, warmth.digest, bars)))
+                decisions.append(
+                    Decision(Kind.WARMUP, payload, lambda time: Warmup(time, warmth.digest, bars))
+                )
         return decisions
 
     def _activation(self, champion: Champion, verdict: dict[str, Any]) -> Decision:

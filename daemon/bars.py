@@ -32,7 +32,9 @@ def known_bars(state_dir: Path, calendar: Calendar) -> dict[str, Window]:
         finally:
             journal.close()
     if not known:
-        raise DataError(f"{state_dir}: neither history/ nor journal.db holds a bar; let the daemon collect some first")
+        raise DataError(
+            f"{state_dir}: neither history/ nor journal.db holds a bar; let the daemon collect some first"
+        )
     return {symbol: _window(symbol, known[symbol]) for symbol in sorted(known)}
 
 

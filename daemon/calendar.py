@@ -24,6 +24,9 @@ from barcast.models.bar import TIME_UNIT
 YEARS = range(1970, 2200)
 """The years in which sessions are looked up."""
 
+REACH = 64
+"""Closes after a bar that must be known: horizons end there."""
+
 _MARGIN = 5
 """Years read before and after a time that is not covered yet."""
 
@@ -53,6 +56,14 @@ class Calendar:
     def closes_after(self, close_time: int, count: int) -> tuple[int, ...]:
         """The next `count` bar closes after `close_time`, over closures: where horizons end."""
         return self._closes.after(close_time, count)
+
+    def covers(self, time: int) -> bool:
+        """Whether sessions are known around `time`, and far enough after it for a quarter of daily bars."""
+        try:
+            self._closes.after(time, REACH)
+        except DataError:
+            return False
+        return True
 
     def missing_between(self, previous_close: int, close_time: int) -> int:
         """How many bars close strictly between: a hole inside sessions. A closure counts nothing."""

@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
-    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
@@ -25,7 +24,6 @@ from barcast.daemon.wire import SYMBOL
 from barcast.models import ConfigError
 from barcast.strategies import build
 
-VERSION = 1
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
 
 
@@ -39,7 +37,9 @@ def _duration(value: object) -> object:
 
 def _symbol(value: str) -> str:
     if not SYMBOL.fullmatch(value):
-        raise ValueError("a symbol is A-Z, 0-9, '.', '_' or '-', at most 32 characters, and begins with A-Z or 0-9")
+        raise ValueError(
+            "a symbol is A-Z, 0-9, '.', '_' or '-', at most 32 characters, and begins with A-Z or 0-9"
+        )
     return value
 
 
@@ -81,7 +81,9 @@ class Mqtt(_Section):
         if self.password_file is None:
             return None
         if not self.password_file.is_file():
-            raise ConfigError(f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key")
+            raise ConfigError(
+                f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key"
+            )
         return self.password_file.read_text().strip()
 
     def _tls(self) -> ssl.SSLContext | None:
@@ -158,7 +160,7 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True)
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     instance: Segment
     state_dir: Path
     timeframe: str
@@ -174,10 +176,15 @@ class Config(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take the file alone: an environment variable with a typing error would be ignored silently."""
-        return (InitSettingsSource(settings_cls, init_settings.init_kwargs),)  # type: ignore[attr-defined]
+        return (init_settings,)
 
     @model_validator(mode="after")
     def _works(self) -> "Config":
@@ -189,7 +196,7 @@ class Config(BaseSettings):
         if self.retrain and self.model.name != "champion":
             raise ValueError(
                 f"model.name = {self.model.name!r} pins the model, so [retrain] could never change it; "
-                "take name = \"champion\" and put the model into `first`, or drop [retrain]"
+                'take name = "champion" and put the model into `first`, or drop [retrain]'
             )
         try:
             self.bar_calendar()

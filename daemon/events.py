@@ -11,7 +11,9 @@ from barcast.daemon.history import bars, digest, files, scan
 from barcast.daemon.journal import Kind, Record
 from barcast.daemon.pipeline import Settings
 from barcast.daemon.ports import Activation, Arrival, Event, Revision, Warmup
+from barcast.daemon.timeframe import Timeframe
 from barcast.models import Bar, DataError
+
 
 class Warmth(msgspec.Struct, frozen=True):
     """The payload of a warm-up: the content hash of the history, and how many bars a symbol took of it."""
@@ -38,15 +40,15 @@ def events(records: Iterable[Record], history: ReadHistory) -> Iterator[tuple[in
     Bars are decoded under the settings that were in force when they were received, as the live daemon
     decoded them.
     """
-    root = timeframe = ""
+    root, calendar = "", Calendar("24x7", Timeframe.parse("1m"))
     for record in records:
         match record.kind:
             case Kind.BARS:
-                came, _ = wire.decode(record.topic, record.payload, record.time, root, timeframe)
+                came, _ = wire.decode(record.topic, record.payload, record.time, root, calendar)
                 yield record.seq, Arrival(record.time, tuple(came))
             case Kind.REVISION:
                 settings = Settings.decode(record.payload)
-                root, timeframe = settings.root, settings.timeframe
+                root, calendar = settings.root, settings.bar_calendar()
                 yield record.seq, Revision(record.time, record.payload)
             case Kind.WARMUP:
                 warmth = msgspec.json.decode(record.payload, type=Warmth)

@@ -37,25 +37,25 @@ def judge(
     from barcast.models.checkpoint import load
 
     new, old = (open_model(name, timeframe, None, None) for name in (str(challenger), champion))
-    names = {"challenger": new.card.model, "champion": old.card.model}
+    refused = Verdict(accepted=False, reason="", challenger=new.card.model, champion=old.card.model)
     until = max(window.close_time for window in histories.values())
     since = load(challenger).trained.record.validation_end
     stride = 1 + sum(int((w.close_times >= since).sum()) for w in histories.values()) // MAX_ORIGINS
     try:
         mine, theirs = compare([new, old], list(histories.values()), since=since, until=until, stride=stride)
     except (ConfigError, DataError) as error:
-        return Verdict(accepted=False, reason=str(error), **names)
+        return msgspec.structs.replace(refused, reason=str(error))
     change = 100 * (mine.normalised / theirs.normalised - 1)
     if mine.n < MIN_ORIGINS:
         accepted, reason = False, f"only {mine.n} forecasts to compare on; at least {MIN_ORIGINS} are needed"
     else:
         accepted = mine.normalised < (1 - margin) * theirs.normalised
-        reason = f"CRPS {change:+.2f} % against the champion's; {-100 * margin:.2f} % or less is needed"
-    return Verdict(
+        reason = f"CRPS {change:+.2f} % against the champion's; it must be below {0 - 100 * margin:.2f} %"
+    return msgspec.structs.replace(
+        refused,
         accepted=accepted,
         reason=reason,
         challenger_crps=float(f"{mine.normalised:.6g}"),
         champion_crps=float(f"{theirs.normalised:.6g}"),
         origins=mine.n,
-        **names,
     )

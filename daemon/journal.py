@@ -16,7 +16,8 @@ from barcast.models import ConfigError
 VERSION = 1
 _SCHEMA = """
 CREATE TABLE record (
-  seq INTEGER PRIMARY KEY, time INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL, payload BLOB NOT NULL
+  seq INTEGER PRIMARY KEY, time INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
+  payload BLOB NOT NULL
 );
 CREATE TABLE outbox (
   n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, topic TEXT NOT NULL, payload BLOB NOT NULL,
@@ -136,7 +137,8 @@ class Journal:
     def last(self, kind: str) -> Record | None:
         """The newest record of a kind."""
         row = self._db.execute(
-            "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq DESC LIMIT 1", (kind,)
+            "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq DESC LIMIT 1",
+            (kind,),
         ).fetchone()
         return None if row is None else Record(*row)
 
@@ -147,7 +149,8 @@ class Journal:
     def pending(self, after: int, limit: int) -> list[Queued]:
         """Undelivered messages in outbox order, those numbered above `after`."""
         rows = self._db.execute(
-            "SELECT n, id, topic, payload, retain, expires FROM outbox WHERE state = 0 AND n > ? ORDER BY n LIMIT ?",
+            "SELECT n, id, topic, payload, retain, expires FROM outbox "
+            "WHERE state = 0 AND n > ? ORDER BY n LIMIT ?",
             (after, limit),
         )
         return [Queued(n, Outgoing(i, t, p, bool(r), e)) for n, i, t, p, r, e in rows]
@@ -155,7 +158,7 @@ class Journal:
     def outbox_counts(self) -> dict[State, int]:
         """How many messages are pending, delivered and expired."""
         rows = self._db.execute("SELECT state, COUNT(*) FROM outbox GROUP BY state")
-        return {state: 0 for state in State} | {State(state): count for state, count in rows}
+        return dict.fromkeys(State, 0) | {State(state): count for state, count in rows}
 
     def close(self) -> None:
         """Close the file."""

@@ -11,6 +11,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 from barcast.daemon import wire
+from barcast.daemon.calendar import Calendar
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
 from barcast.daemon.mqtt import PUBLISH_WINDOW, Link
 from barcast.daemon.ports import Arrival, Event, Outcome
@@ -82,7 +83,7 @@ class LiveSource:
         clock: Clock,
         *,
         root: str,
-        timeframe: str,
+        calendar: Calendar,
         deadletters: str,
         backlog: Iterable[tuple[int, Event]],
         position: int,
@@ -91,7 +92,7 @@ class LiveSource:
         self.position = position
         self.waiting = False
         self._link, self._scribe, self._clock = link, scribe, clock
-        self._root, self._timeframe, self._deadletters = root, timeframe, deadletters
+        self._root, self._calendar, self._deadletters = root, calendar, deadletters
         self._ready: deque[tuple[int, Event]] = deque(backlog)
         self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
         self._stamped = stamped
@@ -143,9 +144,7 @@ class LiveSource:
             events.append(decision.event(time))
             outgoing.extend(decision.notices(time))
         for delivery in deliveries:
-            bars, rejects = wire.decode(
-                delivery.topic, delivery.payload, time, self._root, self._timeframe
-            )
+            bars, rejects = wire.decode(delivery.topic, delivery.payload, time, self._root, self._calendar)
             if bars:
                 records.append((time, Kind.BARS, delivery.topic, delivery.payload))
                 events.append(Arrival(time, tuple(bars)))
@@ -160,7 +159,7 @@ class LiveSource:
 
 
 class Courier:
-    """Publishes the outbox: in its order for each topic, at least once, until the broker has it or it expired."""
+    """Publishes the outbox in its order for each topic, until the broker has a message or it expired."""
 
     def __init__(self, link: Link, scribe: Scribe, clock: Clock, instance: str, boot: str) -> None:
         self.delivered = self.expired = self.refused = 0

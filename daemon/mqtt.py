@@ -29,6 +29,8 @@ SESSION_SECONDS = 7 * 86_400
 """How long the broker keeps our session, and queues bars for it, while we are away."""
 PUBLISH_WINDOW = 64
 """Publications under way at once."""
+NOT_CONNECTED = "not connected"
+"""The fault of a publication that was not refused: it may be sent again."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 
 log = structlog.get_logger()
@@ -91,7 +93,9 @@ class Link:
                     reason = client._disconnected.exception()
                     log.warning("broker_lost", reason=str(reason))
             except aiomqtt.MqttError as error:
-                log.warning("broker_unreachable", host=self._address.host, port=self._address.port, reason=str(error))
+                log.warning(
+                    "broker_unreachable", host=self._address.host, port=self._address.port, reason=str(error)
+                )
             finally:
                 self._lost()
             await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
@@ -104,10 +108,12 @@ class Link:
                 if delivery.connection == self.connection and delivery.qos:
                     self._client._client.ack(delivery.mid, delivery.qos)
 
-    async def publish(self, message: Outgoing, now: int, properties: Sequence[tuple[str, str]] = ()) -> str | None:
+    async def publish(
+        self, message: Outgoing, now: int, properties: Sequence[tuple[str, str]] = ()
+    ) -> str | None:
         """Publish with QoS 1 and wait for the broker; return None on success, else what was wrong."""
         if self._client is None:
-            return "not connected"
+            return NOT_CONNECTED
         extra = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         extra.ContentType = "application/json"
         if properties:
@@ -128,7 +134,8 @@ class Link:
         # Without subscriptions there is nothing to keep between connections.
         connect.SessionExpiryInterval = SESSION_SECONDS if self._subscriptions else 0
         connect.ReceiveMaximum = RECEIVE_MAXIMUM
-        will = self._will and aiomqtt.Will(self._will.topic, self._will.payload, 1, self._will.retain)
+        w = self._will
+        will = None if w is None else aiomqtt.Will(w.topic, w.payload, 1, w.retain)
         client = aiomqtt.Client(
             a.host,
             a.port,
@@ -150,10 +157,14 @@ class Link:
         return client
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
-        self.inbox.append(Delivery(message.topic, message.payload, message.mid, message.qos, connection))
+        self.inbox.append(
+            Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection)
+        )
         self.arrived.set()
 
-    def _on_publish(self, _client: object, _userdata: object, mid: int, code: Any, _properties: object) -> None:
+    def _on_publish(
+        self, _client: object, _userdata: object, mid: int, code: Any, _properties: object
+    ) -> None:
         answer = self._waiting.pop(mid, None)
         if answer is not None and not answer.done():
             answer.set_result(f"refused by the broker: {code}" if code.is_failure else None)
@@ -163,5 +174,5 @@ class Link:
         self.connected.clear()
         for answer in self._waiting.values():
             if not answer.done():
-                answer.set_result("connection lost")
+                answer.set_result(NOT_CONNECTED)
         self._waiting.clear()

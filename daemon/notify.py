@@ -4,7 +4,7 @@ import socket
 
 
 class Notifier:
-    """Sends states such as `READY=1` or `WATCHDOG=1` to the socket of the service manager, if there is one."""
+    """Sends states such as `READY=1` or `WATCHDOG=1` to the service manager, if there is one."""
 
     def __init__(self, address: str | None) -> None:
         self._address = address

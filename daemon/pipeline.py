@@ -50,6 +50,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     steps: int | None
     strategies: tuple[StrategySettings, ...]
 
+    def bar_calendar(self) -> Calendar:
+        """The bar closes of the path."""
+        return Calendar(self.calendar, Timeframe.parse(self.timeframe))
+
     def encode(self) -> bytes:
         """Canonical JSON: the same settings always give the same bytes."""
         return msgspec.json.encode(self, order="deterministic")
@@ -186,7 +190,7 @@ class Path:
 
     def _revise(self, settings: Settings) -> None:
         self._revision, self._forecaster = settings, None
-        self.calendar = Calendar(settings.calendar, Timeframe.parse(settings.timeframe))
+        self.calendar = settings.bar_calendar()
         self.batcher.reconfigure(settings.symbols, settings.max_wait)
         self.strategies = tuple(build(s.kind, s.name, s.params) for s in settings.strategies)
 

@@ -106,5 +106,5 @@ class Sink(Protocol):
         ...
 
 
-class EndOfSource(Exception):
+class EndOfSource(Exception):  # noqa: N818 - an end, not an error
     """The source has no further event and never will."""

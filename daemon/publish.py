@@ -6,11 +6,9 @@ from itertools import groupby
 from operator import attrgetter
 
 from barcast.daemon.live import Clock
-from barcast.daemon.mqtt import Address, Link
+from barcast.daemon.mqtt import NOT_CONNECTED, Address, Link
 from barcast.daemon.wire import Outgoing, encode_bars
-from barcast.models import Bar
-
-RETRY_SECONDS = 0.2
+from barcast.models import Bar, ConfigError
 
 
 async def publish(
@@ -23,15 +21,18 @@ async def publish(
 ) -> None:
     """Publish bars, sorted by close time, one message a bar, and wait for the broker to have each.
 
-    What the broker does not take is sent again. `sent(count, close_time)` is called after each close.
+    What a lost connection interrupted is sent again; what the broker refuses raises ConfigError.
+    `sent(count, close_time)` is called after each close.
     """
     link = Link(address, (), None)
 
     async def deliver(bar: Bar) -> None:
         topic = f"{root}/bars/{timeframe}/{bar.symbol}"
         message = Outgoing("", topic, encode_bars([bar]), retain=False, expires=None)
-        while await link.publish(message, clock.now()) is not None:
-            await asyncio.sleep(RETRY_SECONDS)
+        while fault := await link.publish(message, clock.now()):
+            if fault != NOT_CONNECTED:
+                raise ConfigError(f"{topic}: {fault}; let the broker's access list allow it")
+            await link.connected.wait()
 
     async def connected() -> None:
         pass

@@ -23,7 +23,9 @@ def cron(expression: str) -> CronTrigger:
     """A trigger in UTC from five fields (minute first) or six (second first)."""
     fields = expression.split()
     if len(fields) not in (5, 6):
-        raise ConfigError(f"retrain.cron: {expression!r} has {len(fields)} fields; write five, or six with seconds")
+        raise ConfigError(
+            f"retrain.cron: {expression!r} has {len(fields)} fields; write five, or six with seconds"
+        )
     if len(fields) == 5:
         fields.insert(0, "0")
     try:
@@ -35,7 +37,9 @@ def cron(expression: str) -> CronTrigger:
 def scheduler(expression: str, job: Callable[[], Awaitable[None]]) -> AsyncIOScheduler:
     """A scheduler that runs the job: one instance, a missed run once and late rather than never."""
     planner = AsyncIOScheduler(timezone=ZoneInfo("UTC"))
-    planner.add_job(job, cron(expression), id="retrain", misfire_grace_time=None, coalesce=True, max_instances=1)
+    planner.add_job(
+        job, cron(expression), id="retrain", misfire_grace_time=None, coalesce=True, max_instances=1
+    )
     return planner
 
 
@@ -65,7 +69,7 @@ class Retrainer:
         """The job. What goes wrong in it is logged and changes nothing: the one broad handler."""
         try:
             await self._run()
-        except Exception:  # noqa: BLE001 - the job boundary
+        except Exception:
             log.exception("retrain_failed")
 
     async def _run(self) -> None:

@@ -13,7 +13,10 @@ from barcast.models import (
     default_horizons,
 )
 
-BASELINES = {"hs": HistoricalSimulation, "fhs": FilteredHistoricalSimulation}
+BASELINES: dict[str, type[HistoricalSimulation] | type[FilteredHistoricalSimulation]] = {
+    "hs": HistoricalSimulation,
+    "fhs": FilteredHistoricalSimulation,
+}
 """The forecasters that are not trained: historical simulation, plain and EWMA-filtered."""
 _ID = re.compile(r"[0-9a-f]{16}")
 

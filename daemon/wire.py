@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
+from barcast.daemon.calendar import Calendar
 from barcast.daemon.ports import Outcome
 from barcast.models import Bar
 
@@ -22,7 +23,7 @@ SCHEMA = 1
 """Version of the outgoing messages. Fields may be added within a version; readers ignore unknown ones."""
 
 AHEAD = 86_400_000_000_000
-"""How far ahead of its arrival a bar may close: clocks differ, and a day of exchanges is stamped by its end."""
+"""How far ahead of its arrival a bar may close, in nanoseconds: clocks differ, and some feeds send early."""
 
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,31}")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -183,21 +184,23 @@ _pack_raw = msgspec.msgpack.Decoder(list[msgspec.Raw])
 
 
 def decode(
-    topic: str, payload: bytes, received: int, root: str, timeframe: str
+    topic: str, payload: bytes, received: int, root: str, calendar: Calendar
 ) -> tuple[list[Bar], list[Reject]]:
     """Bars of one message, and what of it could not be used.
 
     `{root}/bars/{timeframe}/{symbol}` carries one bar or an array of that symbol,
     `{root}/bars/{timeframe}` an array of many symbols; JSON and msgpack are told apart by the first byte.
     Good bars of an array with a bad one are kept. `received` is the time of arrival in nanoseconds: a bar
-    that closes more than `AHEAD` after it is refused, as it would pass for the newest until then.
+    that closes more than `AHEAD` after it is refused, as it would pass for the newest until then. The
+    calendar says which timeframe is taken, and when an exchange is known to be open.
     """
     prefix = f"{root}/bars/"
     parts = topic.removeprefix(prefix).split("/") if topic.startswith(prefix) else []
     if not 1 <= len(parts) <= 2:
         return [], [Reject(f"topic {topic!r} is not {prefix}TIMEFRAME/SYMBOL or {prefix}TIMEFRAME", payload)]
-    if parts[0] != timeframe:
-        return [], [Reject(f"timeframe {parts[0]!r}: this instance takes {timeframe!r} bars only", payload)]
+    if parts[0] != calendar.timeframe.text:
+        mine = calendar.timeframe.text
+        return [], [Reject(f"timeframe {parts[0]!r}: this instance takes {mine!r} bars only", payload)]
     symbol = parts[1] if len(parts) == 2 else None
     if not payload:
         return [], [Reject("the payload is empty; send a bar or an array of bars", payload)]
@@ -208,10 +211,11 @@ def decode(
         else:
             messages = [(_pack_bar if packed else _json_bar).decode(payload)]
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        return _piecewise(payload, symbol, received, packed, error)
-    bars, rejects = [], []
+        return _piecewise(payload, symbol, received, calendar, packed, error)
+    bars: list[Bar] = []
+    rejects: list[Reject] = []
     for message in messages:
-        if reason := _fault(message, symbol, received):
+        if reason := _fault(message, symbol, received, calendar):
             rejects.append(Reject(reason, msgspec.json.encode(_finite(message))))
         else:
             bars.append(_bar(message, symbol))
@@ -225,7 +229,7 @@ def encode_bars(bars: list[Bar]) -> bytes:
 
 
 def _piecewise(
-    payload: bytes, symbol: str | None, received: int, packed: bool, error: Exception
+    payload: bytes, symbol: str | None, received: int, calendar: Calendar, packed: bool, error: Exception
 ) -> tuple[list[Bar], list[Reject]]:
     """Keep the good bars of an array of which one does not even decode."""
     try:
@@ -241,7 +245,7 @@ def _piecewise(
         except (msgspec.DecodeError, UnicodeDecodeError) as fault:
             rejects.append(Reject(str(fault), bytes(piece)))
             continue
-        if reason := _fault(message, symbol, received):
+        if reason := _fault(message, symbol, received, calendar):
             rejects.append(Reject(reason, bytes(piece)))
         else:
             bars.append(_bar(message, symbol))
@@ -263,7 +267,7 @@ def _bar(message: BarMessage, symbol: str | None) -> Bar:
     )
 
 
-def _fault(message: BarMessage, symbol: str | None, received: int) -> str | None:
+def _fault(message: BarMessage, symbol: str | None, received: int, calendar: Calendar) -> str | None:
     """Why a decoded bar cannot be used, or None."""
     m = message
     name = m.symbol or symbol
@@ -273,8 +277,11 @@ def _fault(message: BarMessage, symbol: str | None, received: int) -> str | None
         return f"symbol {m.symbol!r} disagrees with the topic's {symbol!r}"
     if not SYMBOL.fullmatch(name):
         return f"symbol {name!r} is not of the form [A-Z0-9][A-Z0-9._-]{{0,31}}"
-    if not 0 < to_ns(m.close_time) <= received + AHEAD:
-        return f"close_time {m.close_time.isoformat()} is not between 1970 and the time of arrival, {to_text(received)}"
+    close, given = to_ns(m.close_time), m.close_time.isoformat()
+    if not 0 < close <= received + AHEAD:
+        return f"close_time {given} is not between 1970 and the time of arrival, {to_text(received)}"
+    if not calendar.covers(close):
+        return f"close_time {given} is outside the years that the calendar {calendar.name} knows"
     # One comparison chain refuses NaN as well: every comparison with it is false.
     if 0 < m.low <= m.open <= m.high < math.inf and m.low <= m.close <= m.high and 0 <= m.volume < math.inf:
         return None

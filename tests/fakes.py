@@ -30,8 +30,16 @@ class Spread:
         q = r.mean() + spread * np.array([[-1.6, 0.0, 1.6], [-2.3, 0.0, 2.3]])
         two = np.array([1.0, 2.0])
         return Forecast(
-            w.symbol, w.close_time, w.reference, (1, 2), LEVELS, q, two * r.mean(), two * spread,
-            np.array([0.5, 0.5]), len(w) < self.card.window,
+            w.symbol,
+            w.close_time,
+            w.reference,
+            (1, 2),
+            LEVELS,
+            q,
+            two * r.mean(),
+            two * spread,
+            np.array([0.5, 0.5]),
+            len(w) < self.card.window,
         )
 
 

@@ -31,7 +31,13 @@ def test_complete_group_gives_signals_targets_and_an_end():
     """A due group is told as its signals, then its targets, then a message that says it is complete."""
     messages = outgoing([*opening(), *arrivals(*(both(m) for m in range(1, 5)))])
     last = [m.topic for m in messages[-5:]]
-    assert last == ["t/signals/1m/A", "t/signals/1m/B", "t/targets/drift/1m/A", "t/targets/drift/1m/B", "t/groups/1m"]
+    assert last == [
+        "t/signals/1m/A",
+        "t/signals/1m/B",
+        "t/targets/drift/1m/A",
+        "t/targets/drift/1m/B",
+        "t/groups/1m",
+    ]
     body = json.loads(messages[-5].payload)
     assert body["close_time"] == "2023-11-14T22:18:00Z"
     assert [h["end_time"] for h in body["horizons"]] == ["2023-11-14T22:19:00Z", "2023-11-14T22:20:00Z"]
@@ -54,7 +60,9 @@ def test_duplicate_is_dropped_also_after_a_correction():
     base = [both(1), both(2), both(3)]
     wrong = bar("A", 2, close=120.0)
     once = outgoing([*opening(), *arrivals(*base, (181.2, wrong), both(4))])
-    again = outgoing([*opening(), *arrivals(*base, (181.2, wrong), (181.3, bar("A", 2)), (181.4, wrong), both(4))])
+    again = outgoing(
+        [*opening(), *arrivals(*base, (181.2, wrong), (181.3, bar("A", 2)), (181.4, wrong), both(4))]
+    )
     assert once == again
 
 
@@ -82,7 +90,9 @@ def test_hole_inside_the_shortest_window_degrades_the_signal():
     """A bar missing among the last ones that a forecast needs is flagged as long as it is among them."""
     minutes = [m for m in range(1, 26) if m != 12]
     model = Spread(window=16, min_window=12)
-    messages = outgoing([*opening(("A",)), *arrivals(*((60 * m + 1, bar("A", m)) for m in minutes))], spread=model)
+    messages = outgoing(
+        [*opening(("A",)), *arrivals(*((60 * m + 1, bar("A", m)) for m in minutes))], spread=model
+    )
     signals = [json.loads(m.payload) for m in messages if "/signals/" in m.topic]
     degraded = [s["close_time"][14:16] for s in signals if "degraded" in s["flags"]]
     assert degraded == [f"{14 + m:02d}" for m in range(13, 24)]
@@ -94,7 +104,6 @@ def test_too_many_holes_withhold_the_forecast():
     messages = outgoing([*opening(("A",)), *arrivals(*((60 * m + 1, bar("A", m)) for m in (1, 3, 5)))])
     [group] = [json.loads(m.payload) for m in messages][2:]
     assert group["withheld"] == {"A": "2 of the last 3 bars are missing"}
-
 
 
 def test_straggler_gets_a_signal_of_its_own_and_no_target():
@@ -120,7 +129,9 @@ def test_activation_takes_over_between_two_groups():
     """Signals name the old model up to the activation and the new one after it."""
     base = [both(m) for m in range(1, 5)]
     swap = Activation(START + 242 * SECOND, "other", "numpy")
-    messages = outgoing([*opening(), *arrivals(*base), swap, *arrivals(both(5), both(6))], other=Spread("other"))
+    messages = outgoing(
+        [*opening(), *arrivals(*base), swap, *arrivals(both(5), both(6))], other=Spread("other")
+    )
     models = [json.loads(m.payload)["model"] for m in messages if "/signals/" in m.topic]
     assert models == ["spread"] * 4 + ["other"] * 4
 
@@ -137,6 +148,7 @@ def test_group_waiting_at_an_activation_is_forecast_by_the_new_model():
 @given(st.integers(4, 14), st.sampled_from([1.0, 1.5, 3.0]), st.sampled_from([0.0, 11.0]))
 def test_poisoned_future_changes_no_byte_before_it(cut, factor, late):
     """Whatever comes after t, every message about t or before has the same bytes."""
+
     def play(poison):
         pieces = []
         for m in range(1, 18):
@@ -146,6 +158,7 @@ def test_poisoned_future_changes_no_byte_before_it(cut, factor, late):
         return outgoing([*opening(), *arrivals(*pieces)])
 
     limit = f"{(START + cut * MINUTE) // 10**9}"
+
     def before(messages):
         return [m for m in messages if m.expires is not None and m.expires - 2 * MINUTE <= int(limit) * 10**9]
 

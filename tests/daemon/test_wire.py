@@ -9,15 +9,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from barcast.daemon import wire
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.timeframe import Timeframe
 from barcast.models import Bar
 
 NOW = wire.to_ns(msgspec.json.decode(b'"2026-03-01T12:00:00Z"', type=__import__("datetime").datetime))
-GOOD = {"close_time": "2026-03-01T11:59:00Z", "open": 1.0, "high": 2.0, "low": 0.5, "close": 1.5, "volume": 3.0}
+MINUTES = Calendar("24x7", Timeframe.parse("1m"))
+GOOD = {
+    "close_time": "2026-03-01T11:59:00Z",
+    "open": 1.0,
+    "high": 2.0,
+    "low": 0.5,
+    "close": 1.5,
+    "volume": 3.0,
+}
 
 
 def decode(payload, topic="r/bars/1m/BTCUSD"):
     raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    return wire.decode(topic, raw, NOW, "r", "1m")
+    return wire.decode(topic, raw, NOW, "r", MINUTES)
 
 
 def test_one_bar_takes_its_symbol_from_the_topic():
@@ -75,6 +85,15 @@ def test_bad_bar_is_refused_with_a_reason(case):
     assert reason.lower() in reject.reason.lower()
 
 
+def test_time_that_the_exchange_does_not_know():
+    """A bar from before an exchange's first known session is refused, and does not stop the path later."""
+    mumbai = Calendar("XBOM", Timeframe.parse("session"))
+    old = json.dumps(GOOD | {"close_time": "1980-03-03T10:00:00Z"}).encode()
+    bars, [reject] = wire.decode("r/bars/session/RELIANCE", old, NOW, "r", mumbai)
+    assert bars == []
+    assert "XBOM" in reject.reason
+
+
 def test_topic_faults():
     """Another timeframe, a lower-case symbol and a foreign topic are refused by name."""
     for topic, reason in (
@@ -107,10 +126,12 @@ def test_nan_in_msgpack_is_refused():
         assert wire.dead_letter(reject, "t", NOW, "d").payload
 
 
-@given(st.binary(max_size=200), st.sampled_from(["r/bars/1m/BTCUSD", "r/bars/1m", "r/bars/1m/\x00", "r/bars"]))
+@given(
+    st.binary(max_size=200), st.sampled_from(["r/bars/1m/BTCUSD", "r/bars/1m", "r/bars/1m/\x00", "r/bars"])
+)
 def test_no_payload_raises(payload, topic):
     """Any bytes at all end as bars or as dead letters that can be published."""
-    bars, rejects = wire.decode(topic, payload, NOW, "r", "1m")
+    bars, rejects = wire.decode(topic, payload, NOW, "r", MINUTES)
     assert bars or rejects or payload.strip() in (b"[]", b"\x90")
     for reject in rejects:
         json.loads(wire.dead_letter(reject, topic, NOW, "d").payload)
@@ -124,8 +145,8 @@ def test_bars_survive_the_wire(a, b, volume, micros):
     """What is encoded is decoded to the same bar, times to the microsecond."""
     low, high = sorted((a, b))
     bar = Bar("X.Y-1", micros * 1000, a, high, low, b, volume, 3, 1.5)
-    assert wire.decode("r/bars/1m", wire.encode_bars([bar, bar]), NOW, "r", "1m") == ([bar, bar], [])
-    assert wire.decode("r/bars/1m", wire.encode_bars([bar]), NOW, "r", "1m") == ([bar], [])
+    assert wire.decode("r/bars/1m", wire.encode_bars([bar, bar]), NOW, "r", MINUTES) == ([bar, bar], [])
+    assert wire.decode("r/bars/1m", wire.encode_bars([bar]), NOW, "r", MINUTES) == ([bar], [])
 
 
 def test_times_are_written_and_read_back():

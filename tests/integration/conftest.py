@@ -22,7 +22,9 @@ def pytest_collection_modifyitems(items):
 def broker(tmp_path):
     """A running mosquitto. Its absence is a failure: a skipped promise is not a kept one."""
     if executable() is None:
-        pytest.fail("mosquitto is missing: run `make test`, which installs it, or `apt-get install mosquitto`")
+        pytest.fail(
+            "mosquitto is missing: run `make test`, which installs it, or `apt-get install mosquitto`"
+        )
     server = Mosquitto(tmp_path / "broker")
     server.start()
     yield server

@@ -1,0 +1,30 @@
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check bench clean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, retraining, replay, report
+	$(BIN)/barcast demo
+
+test: check ## all checks and tests, with a real mosquitto (installs it where it may)
+	.ci/mosquitto
+	$(BIN)/pytest -m broker
+
+check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest
+	$(BIN)/lint-imports
+	$(BIN)/pytest -m "not broker"
+
+bench: $(VENV)/.dev ## speed as ratios within one run; writes bench.json
+	$(BIN)/python -m tests.bench.path
+
+clean: ## remove environments, caches and the demo's folder
+	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
+	.ci/venv $(VENV) $*
+	@touch $@
