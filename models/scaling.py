@@ -188,7 +188,7 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
             n = len(ahead)
             X.append(np.column_stack([np.ones(n), ratios[:n]])[warm:])
             y.append(np.log(ahead / reference[:n] + FLOOR)[warm:])
-        coefficients.append(np.linalg.lstsq(np.concatenate(X), np.concatenate(y), rcond=None)[0])
+        coefficients.append(_least_squares(np.concatenate(X), np.concatenate(y)))
     part = _replace(part, har=np.array(coefficients))
     for j, h in enumerate(part.horizons):
         z, k = [], []
@@ -254,6 +254,14 @@ def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
     at = max(first - (w - 1), 0)
     full: Array = sliding_window_view(x, w)[at:].mean(-1)
     return np.concatenate([short[first:], full])
+
+
+def _least_squares(X: Array, y: Array) -> Array:
+    """Coefficients of y (n,) on X (n, J), by normal equations whose sums no number of threads can change."""
+    J = range(X.shape[1])
+    gram = np.array([[(X[:, i] * X[:, j]).sum() for j in J] for i in J])
+    moment = np.array([(X[:, i] * y).sum() for i in J])
+    return np.asarray(np.linalg.solve(gram, moment))
 
 
 def _typical(a: Array) -> Array:
