@@ -76,11 +76,14 @@ class Retrainer:
         log.info("retrain_started")
         trained = self.inbox / "trained"
         shutil.rmtree(trained, ignore_errors=True)
-        self.inbox.mkdir(parents=True, exist_ok=True)
-        for challenger in sorted(p for p in self.inbox.iterdir() if (p / "model.json").is_file()):
+        for challenger in self._offered():
             await self._judge(challenger)
         if await self._call([*self._train(), "--out", str(trained)], "train") is not None:
             await self._judge(trained)
+
+    def _offered(self) -> list[Path]:
+        self.inbox.mkdir(parents=True, exist_ok=True)
+        return sorted(path for path in self.inbox.iterdir() if (path / "model.json").is_file())
 
     async def _judge(self, challenger: Path) -> None:
         answer = await self._call([*self._gate(), str(challenger)], "gate")

@@ -51,7 +51,7 @@ def test_due_group_takes_older_ones_along():
 
 
 def test_expected_symbols_follow_the_last_groups():
-    """Without configured symbols a new one is waited for from the next group on, a silent one for three more."""
+    """Without configured symbols a new one is waited for from the next group, a silent one for three more."""
     batcher = Batcher([], 10)
     add(batcher, "A", 100, 100)
     assert add(batcher, "A", 200, 200) == [Group(100, ("A",)), Group(200, ("A",))]

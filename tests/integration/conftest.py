@@ -1,7 +1,5 @@
 """A real broker and a trained intraday model for the tests that run the daemon as a process."""
 
-import dataclasses
-
 import pytest
 
 from tests.garch import simulate

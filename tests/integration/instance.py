@@ -131,7 +131,7 @@ class Instance:
 
 
 def rough(windows: list[Window], first: int, seed: int) -> list[tuple[int, Bar]]:
-    """(when to send, bar) for the bars from index `first`: some twice, late, out of order, corrected, never."""
+    """(when to send, bar) from index `first` on: some twice, late, out of order, corrected, never."""
     dice, plan = random.Random(seed), []
     for w in windows:
         for time_, values in zip(w.close_times[first:].tolist(), w.values[first:].tolist(), strict=True):
