@@ -9,7 +9,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -19,6 +29,8 @@ from pydantic_settings import (
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.mqtt import Address
 from barcast.daemon.pipeline import Settings, StrategySettings
+from barcast.daemon.schedule import cron
+from barcast.daemon.store import BASELINES
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
 from barcast.models import ConfigError
@@ -55,8 +67,31 @@ def _root(value: str) -> str:
     return value
 
 
+def _timeframe(value: str) -> str:
+    try:
+        Timeframe.parse(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return value
+
+
+def _cron(value: str) -> str:
+    try:
+        cron(value)
+    except ConfigError as error:
+        raise ValueError(str(error).removeprefix("retrain.cron: ")) from error
+    return value
+
+
+def _zoned(value: datetime) -> datetime:
+    if value.tzinfo is None:
+        raise ValueError("write the time zone, such as 2012-01-03T00:00:00Z")
+    return value
+
+
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
-Segment = Annotated[str, BeforeValidator(_segment)]
+Segment = Annotated[str, AfterValidator(_segment)]
+Zoned = Annotated[datetime, AfterValidator(_zoned)]
 
 
 class _Section(BaseModel):
@@ -68,7 +103,7 @@ class Mqtt(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=1883, gt=0, lt=65536)
-    root: Annotated[str, BeforeValidator(_root)] = "barcast/v1"
+    root: Annotated[str, AfterValidator(_root)] = "barcast/v1"
     username: str | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
@@ -91,7 +126,10 @@ class Mqtt(_Section):
             return None
         if not self.ca_file.is_file():
             raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
-        return ssl.create_default_context(cafile=str(self.ca_file))
+        try:
+            return ssl.create_default_context(cafile=str(self.ca_file))
+        except ssl.SSLError as error:
+            raise ConfigError(f"mqtt.ca_file: {self.ca_file} holds no certificate ({error.reason})") from error
 
 
 class Model(_Section):
@@ -130,7 +168,7 @@ class Retrain(_Section):
     which the challenger's CRPS must be below the champion's.
     """
 
-    cron: str
+    cron: Annotated[str, AfterValidator(_cron)]
     steps: int | None = Field(default=None, ge=1)
     margin: float = Field(default=0.0, ge=0, lt=1)
     timeout: Duration = 3600 * 10**9
@@ -144,28 +182,23 @@ class Rehearsal(_Section):
     fast as real time.
     """
 
-    start: datetime
-    at: datetime
+    start: Zoned
+    at: Zoned
     speed: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _zones(self) -> "Rehearsal":
-        if self.start.tzinfo is None or self.at.tzinfo is None:
-            raise ValueError("start and at need a zone, such as 2012-01-03T00:00:00Z")
-        return self
 
 
 class Config(BaseSettings):
     """One instance: one root topic, one base timeframe, one state directory."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True)
+    # Defaults are written as they are used, not as they would be in the file.
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, validate_default=False)
 
     version: Literal[1] = 1
     instance: Segment
     state_dir: Path
-    timeframe: str
-    calendar: str = "24x7"
-    symbols: list[Annotated[str, BeforeValidator(_symbol)]] = []
+    timeframe: Annotated[str, AfterValidator(_timeframe)]
+    calendar: str = Field(default="24x7", validate_default=True)
+    symbols: list[Annotated[str, AfterValidator(_symbol)]] = []
     max_wait: Duration = 2 * 10**9
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     mqtt: Mqtt = Mqtt()
@@ -186,23 +219,43 @@ class Config(BaseSettings):
         """Take the file alone: an environment variable with a typing error would be ignored silently."""
         return (init_settings,)
 
-    @model_validator(mode="after")
-    def _works(self) -> "Config":
-        names = [s.name for s in self.strategies()]
+    # Faults that lie between keys are said at the later key, so that they come with all the others.
+
+    @field_validator("calendar")
+    @classmethod
+    def _has_the_timeframe(cls, calendar: str, info: ValidationInfo) -> str:
+        if "timeframe" in info.data:
+            try:
+                Calendar(calendar, Timeframe.parse(info.data["timeframe"]))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return calendar
+
+    @field_validator("symbols")
+    @classmethod
+    def _once(cls, symbols: list[str]) -> list[str]:
+        if len(set(symbols)) < len(symbols):
+            raise ValueError("symbols repeat; name each once")
+        return symbols
+
+    @field_validator("strategy")
+    @classmethod
+    def _named_apart(cls, strategy: list[StrategyTable]) -> list[StrategyTable]:
+        names = [s.name or s.kind for s in strategy]
         if len(set(names)) < len(names):
             raise ValueError(f"strategy names {names} repeat; give each [[strategy]] a name of its own")
-        if len(set(self.symbols)) < len(self.symbols):
-            raise ValueError("symbols repeat; name each once")
-        if self.retrain and self.model.name != "champion":
+        return strategy
+
+    @field_validator("retrain")
+    @classmethod
+    def _can_change_the_model(cls, retrain: Retrain | None, info: ValidationInfo) -> Retrain | None:
+        model = info.data.get("model")
+        if retrain and model and model.name != "champion":
             raise ValueError(
-                f"model.name = {self.model.name!r} pins the model, so [retrain] could never change it; "
+                f"model.name = {model.name!r} pins the model, so [retrain] could never change it; "
                 'take name = "champion" and put the model into `first`, or drop [retrain]'
             )
-        try:
-            self.bar_calendar()
-        except ConfigError as error:
-            raise ValueError(str(error)) from error
-        return self
+        return retrain
 
     def strategies(self) -> tuple[StrategySettings, ...]:
         """The strategies of the path; one without a name is called after its kind."""
@@ -257,6 +310,12 @@ def load(path: Path) -> Config:
         for key in ("password_file", "ca_file"):
             if isinstance(mqtt.get(key), str):
                 mqtt[key] = base / mqtt[key]
+    model = values.get("model")
+    if isinstance(model, dict):
+        for key in ("name", "first"):
+            name = model.get(key)
+            if isinstance(name, str) and name not in ("champion", *BASELINES) and (base / name).is_dir():
+                model[key] = str(base / name)
     try:
         return Config(**values)
     except ValidationError as error:

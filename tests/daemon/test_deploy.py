@@ -1,0 +1,26 @@
+"""What operators start from is in order."""
+
+from pathlib import Path
+
+from barcast.daemon.config import load
+
+ROOT = Path(__file__).parents[2]
+
+
+DEFAULTS = ("max_wait", "log_level", "root", "name", "first", "sampler", "steps", "margin", "timeout", "nice")
+
+
+def test_example_configuration_is_in_order(tmp_path):
+    """The commented configuration loads, and each commented key shows the default that it claims."""
+    shown = (ROOT / "deploy" / "barcast.toml").read_text()
+    path = tmp_path / "barcast.toml"
+    path.write_text(shown)
+    plain = load(path)
+    for key in DEFAULTS:
+        assert f"# {key} = " in shown
+        shown = shown.replace(f"# {key} = ", f"{key} = ")
+    path.write_text(shown)
+    explicit = load(path)
+    changed = {"model": explicit.model.model_copy(update={"sampler": None, "steps": None})}
+    assert explicit.model_copy(update=changed) == plain
+    assert (explicit.model.sampler, explicit.model.steps) == ("dpmpp", 8)
