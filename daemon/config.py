@@ -129,7 +129,9 @@ class Mqtt(_Section):
         try:
             return ssl.create_default_context(cafile=str(self.ca_file))
         except ssl.SSLError as error:
-            raise ConfigError(f"mqtt.ca_file: {self.ca_file} holds no certificate ({error.reason})") from error
+            raise ConfigError(
+                f"mqtt.ca_file: {self.ca_file} holds no certificate ({error.reason})"
+            ) from error
 
 
 class Model(_Section):

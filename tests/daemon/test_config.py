@@ -107,7 +107,7 @@ max_wait = "2 seconds"
 log_level = "loud"
 
 [mqtt]
-prot = 1883
+portt = 1883
 port = 70000
 root = "prices/#"
 
@@ -143,7 +143,7 @@ speed = 0
         "symbols.1": ("'eur/usd'", "A-Z, 0-9"),
         "max_wait": ("'2 seconds'", "500ms, 2s, 5m"),
         "log_level": ("'loud'", "'debug', 'info', 'warning' or 'error'"),
-        "mqtt.prot": ("unknown key", "did you mean 'port'?"),
+        "mqtt.portt": ("unknown key", "did you mean 'port'?"),
         "mqtt.port": ("70000", "less than 65536"),
         "mqtt.root": ("'prices/#'", "without wildcards"),
         "model.sampler": ("'euler'", "'dpmpp' or 'ddim'"),
@@ -222,9 +222,7 @@ def test_instance_must_be_a_topic_segment(write):
 def test_unknown_key_without_a_likeness_lists_what_is_known(write):
     """When no known key resembles the unknown one, the known ones are listed."""
     [said] = faults(write(LEAST + "[mqtt]\nxyzzy = 1\n"))
-    assert said == (
-        "mqtt.xyzzy: unknown key; known here: host, port, root, username, password_file, ca_file"
-    )
+    assert said == ("mqtt.xyzzy: unknown key; known here: host, port, root, username, password_file, ca_file")
 
 
 def test_missing_file_is_an_error(tmp_path):
