@@ -276,10 +276,9 @@ class Demo:
         journal = Journal(self.state / "journal.db", readonly=True)
         expired = journal.outbox_counts()[State.EXPIRED]
         journal.close()
-        self.out.print(
-            f"replay of the journal: [bold]{difference.signals} signals, {len(difference.differing)} differ[/]"
-            + (f"; {expired} messages expired before delivery" if expired else "")
-        )
+        late = f"; {expired} messages expired before delivery" if expired else ""
+        differ = len(difference.differing)
+        self.out.print(f"replay of the journal: [bold]{difference.signals} signals, {differ} differ[/]{late}")
         if difference.differing or not difference.signals or len(difference.missing) != expired:
             raise BarcastError(difference.sentence())
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from operator import attrgetter
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -16,10 +16,10 @@ from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendar
-from barcast.daemon.events import events, read_history
+from barcast.daemon.events import events
 from barcast.daemon.history import Stamp, bars, digest, scan
 from barcast.daemon.journal import Journal, Kind
-from barcast.daemon.pipeline import Path, Settings, StrategySettings, run
+from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
 from barcast.daemon.ports import (
     Activation,
     Arrival,
@@ -96,9 +96,9 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
     raise RuntimeError("a replay waited for something outside of it")
 
 
-def replay(source: Iterable[Event], path: Path, sink: Sink) -> None:
+def replay(source: Iterable[Event], pipeline: Pipeline, sink: Sink) -> None:
     """Drive the path with events until their end."""
-    drive(run(ReplaySource(source), path, sink))
+    drive(run(ReplaySource(source), pipeline, sink))
 
 
 class _Digest:
@@ -124,7 +124,7 @@ class _Digest:
 
 
 def run_backtest(
-    files: Sequence[FilePath | str],
+    files: Sequence[Path | str],
     *,
     stamp: Stamp,
     model: str = "fhs",
@@ -147,7 +147,7 @@ def run_backtest(
     count as received together at that moment; a target is filled at the next bar's open. Raise DataError for
     bars that cannot be used, ConfigError for settings, CheckpointError for the model.
     """
-    paths = [FilePath(file) for file in files]
+    paths = [Path(file) for file in files]
     closes = Calendar(calendar, Timeframe.parse(timeframe))
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
@@ -178,8 +178,8 @@ def run_backtest(
 
     ledger = Ledger(commission_bp, slippage_bp)
     digested = _Digest(ledger)
-    path = Path(lambda *_: forecaster)
-    replay(story(), path, digested)
+    pipeline = Pipeline(lambda *_: forecaster)
+    replay(story(), pipeline, digested)
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     return BacktestResult(
         signals=signals,
@@ -204,16 +204,16 @@ def run_backtest(
             "files": ", ".join(path.name for path in paths),
             "files_sha256": digest(paths),
             "messages_sha256": digested.sha256.hexdigest(),
-            **{f"bars_{name}": count for name, count in asdict(path.counts).items()},
+            **{f"bars_{name}": count for name, count in asdict(pipeline.counts).items()},
         },
     )
 
 
-def replay_journal(journal: FilePath) -> list[Outgoing]:
+def replay_journal(journal: Path) -> list[Outgoing]:
     """Compute again every signal, target and group message from a journal.
 
-    Models and history are those of the journal's state directory. Raise ConfigError when the journal has
-    no settings in it, DataError when the history changed, CheckpointError when a model did.
+    Models are those of the journal's state directory. Raise ConfigError when the journal has no settings
+    in it, CheckpointError when a model is missing or changed.
     """
     reader = Journal(journal, readonly=True)
     try:
@@ -221,12 +221,10 @@ def replay_journal(journal: FilePath) -> list[Outgoing]:
         if revision is None:
             raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
         settings = Settings.decode(revision.payload)
-        calendar = settings.bar_calendar()
-        folder = journal.parent
-        store = ModelStore(folder / "models", settings.timeframe)
-        recorded = events(reader.records(), lambda warmth: read_history(folder / "history", warmth, calendar))
+        store = ModelStore(journal.parent / "models", settings.timeframe)
+        recorded = events(reader.records())
         recording = Recording()
-        replay((event for _, event in recorded), Path(store.open), recording)
+        replay((event for _, event in recorded), Pipeline(store.open), recording)
         return recording.messages
     finally:
         reader.close()
@@ -259,7 +257,7 @@ def compare(replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]])
     )
 
 
-def read_capture(path: FilePath) -> list[tuple[str, bytes]]:
+def read_capture(path: Path) -> list[tuple[str, bytes]]:
     """Topics and payloads that a subscriber wrote down: one JSON array of two texts a line."""
     pairs = msgspec.json.Decoder(tuple[str, str])
     return [(t, p.encode()) for t, p in map(pairs.decode, path.read_bytes().splitlines())]

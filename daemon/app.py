@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,19 +19,19 @@ import structlog
 
 from barcast.daemon import wire
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Warmth, events, history_files, read_history
+from barcast.daemon.events import Champion, Warmth, events
 from barcast.daemon.gate import Verdict
-from barcast.daemon.history import digest
+from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Courier, Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Link
 from barcast.daemon.notify import Notifier
-from barcast.daemon.pipeline import Path, run
-from barcast.daemon.ports import Activation, Event, Revision, Warmup
+from barcast.daemon.pipeline import Pipeline, run
+from barcast.daemon.ports import Activation, Event, Revision
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
-from barcast.models import Bar, ConfigError
+from barcast.models import ConfigError
 
 LAG_SECONDS = 0.05
 """How often the event loop's lag is measured."""
@@ -103,7 +103,7 @@ class Daemon:
             journal = Journal(config.state_dir / "journal.db")
             self.scribe = Scribe(journal)
             self.store = ModelStore(config.state_dir / "models", config.timeframe)
-            self.path = Path(self.store.open)
+            self.pipeline = Pipeline(self.store.open)
             self.forecasts = ThreadPoolExecutor(1, "forecast")
             try:
                 await self._serve(await asyncio.to_thread(self._recover))
@@ -117,22 +117,22 @@ class Daemon:
         Starting and recovering from a crash are the same: groups that were settled are formed again, so
         that the batcher knows them, and not forecast again.
         """
-        journal, path = self.scribe.journal, self.path
+        journal, pipeline = self.scribe.journal, self.pipeline
         settled = journal.progress()
         backlog: list[tuple[int, Event]] = []
         clock = 0
-        for seq, event in events(journal.records(), self._history):
+        for seq, event in events(journal.records()):
             if seq > settled.seq:
                 backlog.append((seq, event))
                 continue
             clock = event.time
-            for _ in path.due(event.time):
+            for _ in pipeline.due(event.time):
                 pass
-            for _ in path.take(event):
+            for _ in pipeline.take(event):
                 pass
         # A timer released groups after the last event, at a time that no event has.
         if settled.clock > clock:
-            for _ in path.due(settled.clock):
+            for _ in pipeline.due(settled.clock):
                 pass
         log.info("recovered", records=settled.seq, backlog=len(backlog))
         return backlog
@@ -149,6 +149,7 @@ class Daemon:
             root=config.mqtt.root,
             calendar=config.bar_calendar(),
             deadletters=topics.deadletter,
+            queued=self.courier.wake,
             backlog=backlog,
             position=journal.progress().seq,
             stamped=max(journal.last_time(), journal.progress().clock),
@@ -163,7 +164,7 @@ class Daemon:
                 group.create_task(self.courier.run(), name="courier"),
                 group.create_task(self._watch(), name="watch"),
             ]
-            path = group.create_task(run(self.source, self.path, self.sink, self.forecasts), name="path")
+            path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
             planner = scheduler(config.retrain.cron, self._retrain) if config.retrain else None
             if planner:
                 planner.start()
@@ -202,16 +203,12 @@ class Daemon:
         self.activated = activation.time if activation else self.clock.now()
         if known is None or (known.model, known.fingerprint) != (model, card.fingerprint):
             decisions.append(self._activation(self.champion, {}))
-        folder = config.state_dir / "history"
-        if files := history_files(folder):
-            warmth = Warmth(digest(files), card.window)
-            record = journal.last(Kind.WARMUP)
-            if record is None or msgspec.json.decode(record.payload, type=Warmth) != warmth:
-                bars = tuple(self._history(warmth))
-                payload = msgspec.json.encode(warmth)
-                decisions.append(
-                    Decision(Kind.WARMUP, payload, lambda time: Warmup(time, warmth.digest, bars))
-                )
+        if files := history_files(config.state_dir / "history"):
+            found, record = digest(files), journal.last(Kind.WARMUP)
+            if record is None or Warmth.decode(record.payload).digest != found:
+                frame = scan(files, "close", config.bar_calendar()).group_by("symbol").tail(card.window)
+                warmth = Warmth(found, tuple(bars(frame)))
+                decisions.append(Decision(Kind.WARMUP, warmth.encode(), warmth.event))
         return decisions
 
     def _activation(self, champion: Champion, verdict: dict[str, Any]) -> Decision:
@@ -231,9 +228,6 @@ class Daemon:
         return wire.model_notice(
             champion.model, self.activated, champion.fingerprint, verdict, self.config.topics.models
         )
-
-    def _history(self, warmth: Warmth) -> Sequence[Bar]:
-        return read_history(self.config.state_dir / "history", warmth, self.config.bar_calendar())
 
     def _status(self, state: str) -> Outgoing:
         body = {"schema": wire.SCHEMA, "state": state, "instance": self.config.instance, "boot": self.boot}
@@ -280,7 +274,7 @@ class Daemon:
             loop_lag_max_ms=round(float(lags.max()), 1),
         )
 
-    async def _promote(self, challenger: FilePath, verdict: Verdict) -> None:
+    async def _promote(self, challenger: Path, verdict: Verdict) -> None:
         """Load the model beside the serving one, then let the activation take its place in the journal."""
         model = await asyncio.to_thread(self.store.adopt, challenger)
         settings = self.config.model
@@ -295,7 +289,7 @@ class Daemon:
 
 
 @contextmanager
-def _only_one(path: FilePath) -> Iterator[None]:
+def _only_one(path: Path) -> Iterator[None]:
     """Hold a lock on the state directory, so that no second instance writes the same journal."""
     with path.open("w") as file:
         try:

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from barcast.daemon.calendar import Calendar
-from barcast.daemon.events import events, history_files
-from barcast.daemon.history import read_windows, scan
+from barcast.daemon.events import events
+from barcast.daemon.history import history_files, read_windows, scan
 from barcast.daemon.journal import Journal
-from barcast.daemon.ports import Arrival
+from barcast.daemon.ports import Arrival, Warmup
 from barcast.models import DataError, Window
 
 
@@ -26,8 +26,8 @@ def known_bars(state_dir: Path, calendar: Calendar) -> dict[str, Window]:
     if (state_dir / "journal.db").is_file():
         journal = Journal(state_dir / "journal.db", readonly=True)
         try:
-            for _, event in events(journal.records(), lambda _: ()):
-                for bar in event.bars if isinstance(event, Arrival) else ():
+            for _, event in events(journal.records()):
+                for bar in event.bars if isinstance(event, (Arrival, Warmup)) else ():
                     known.setdefault(bar.symbol, {})[bar.close_time] = bar.values
         finally:
             journal.close()

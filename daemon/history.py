@@ -99,6 +99,11 @@ def digest(paths: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
+def history_files(folder: Path) -> list[Path]:
+    """The Parquet and CSV files of a state directory's history; none if there is no such folder."""
+    return files([folder]) if folder.is_dir() and any(folder.iterdir()) else []
+
+
 def files(paths: Sequence[Path]) -> list[Path]:
     """The Parquet and CSV files meant by `paths`: each file, and those in each folder, in order of name."""
     found = []

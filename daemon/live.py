@@ -85,6 +85,7 @@ class LiveSource:
         root: str,
         calendar: Calendar,
         deadletters: str,
+        queued: Callable[[], None],
         backlog: Iterable[tuple[int, Event]],
         position: int,
         stamped: int,
@@ -93,6 +94,7 @@ class LiveSource:
         self.waiting = False
         self._link, self._scribe, self._clock = link, scribe, clock
         self._root, self._calendar, self._deadletters = root, calendar, deadletters
+        self._queued = queued
         self._ready: deque[tuple[int, Event]] = deque(backlog)
         self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
         self._stamped = stamped
@@ -156,6 +158,8 @@ class LiveSource:
         for _, written in decisions:
             written.set_result(None)
         self._ready.extend(zip(seqs, events, strict=True))
+        if outgoing:
+            self._queued()
 
 
 class Courier:

@@ -81,7 +81,7 @@ class Counts:
     straggler: int = 0
 
 
-class Path:
+class Pipeline:
     """Batcher, windows, forecaster and strategies: what turns events into outcomes.
 
     The state is the windows, the batcher, the settings and the model in force, and counters. The first
@@ -199,8 +199,8 @@ class Path:
         return max(0, self.calendar.missing_between(first, last) - (len(closes) - 2))
 
 
-async def run(source: Source, path: Path, sink: Sink, executor: Executor | None = None) -> None:
-    """Drive the path until the source ends or the task is cancelled.
+async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor | None = None) -> None:
+    """Drive the pipeline until the source ends or the task is cancelled.
 
     Lateness is decided by an event's own recorded time, and before the event joins; a group that is due
     leaves before anything newer is seen. With an executor the forecasts are computed there, so that a
@@ -209,20 +209,20 @@ async def run(source: Source, path: Path, sink: Sink, executor: Executor | None 
 
     async def emit(group: Group) -> None:
         if executor is None:
-            outcome = path.outcome(group)
+            outcome = pipeline.outcome(group)
         else:
-            outcome = await asyncio.get_running_loop().run_in_executor(executor, path.outcome, group)
+            outcome = await asyncio.get_running_loop().run_in_executor(executor, pipeline.outcome, group)
         await sink.emit(outcome)
 
     while True:
         try:
-            event = await source.next(path.deadline)
+            event = await source.next(pipeline.deadline)
         except EndOfSource:
             return
         now = source.now() if event is None else event.time
-        for group in path.due(now):
+        for group in pipeline.due(now):
             await emit(group)
         if event is not None:
-            for group in path.take(event, sink):
+            for group in pipeline.take(event, sink):
                 await emit(group)
         await sink.settle(now)

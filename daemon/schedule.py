@@ -96,9 +96,12 @@ class Retrainer:
             shutil.rmtree(challenger)
         else:
             await self._refuse(verdict)
-            self.refused.mkdir(exist_ok=True)
-            shutil.rmtree(self.refused / challenger.name, ignore_errors=True)
-            challenger.rename(self.refused / challenger.name)
+            self._set_aside(challenger)
+
+    def _set_aside(self, challenger: Path) -> None:
+        self.refused.mkdir(exist_ok=True)
+        shutil.rmtree(self.refused / challenger.name, ignore_errors=True)
+        challenger.rename(self.refused / challenger.name)
 
     async def _call(self, command: Sequence[str], what: str) -> bytes | None:
         """Run a command to its end; return what it printed, or None when it failed, died or took too long."""

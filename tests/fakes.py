@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from barcast.backtest.replay import Recording, ReplaySource, drive
-from barcast.daemon.pipeline import Path, Settings, StrategySettings, run
+from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
 from barcast.daemon.ports import Activation, Event, Revision
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, Forecast, Window
@@ -72,6 +72,6 @@ def outgoing(events: Iterable[Event], **models: Spread) -> list[Outgoing]:
     """Everything the path says to these events."""
     recording = Recording()
     known = {"spread": Spread()} | models
-    path = Path(lambda model, _sampler, _steps: known[model])
+    path = Pipeline(lambda model, _sampler, _steps: known[model])
     drive(run(ReplaySource(events), path, recording))
     return recording.messages

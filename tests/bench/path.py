@@ -104,7 +104,7 @@ def through_path(bars: list[Bar], forecaster: Forecaster) -> None:
         strategies=(),
     )
     opening = [Revision(0, settings.encode()), Activation(0, "bench", "")]
-    replay([*opening, *arrivals(bars)], pipeline.Path(lambda *_: forecaster), Ledger(1.0, 2.0))
+    replay([*opening, *arrivals(bars)], pipeline.Pipeline(lambda *_: forecaster), Ledger(1.0, 2.0))
 
 
 def cpu_seconds(work: Callable[[], object], repeat: int = 3) -> float:

@@ -8,7 +8,7 @@ import pytest
 from barcast.backtest import replay as replaying
 from barcast.backtest.replay import Recording, ReplaySource, drive
 from barcast.daemon import pipeline
-from barcast.daemon.pipeline import Path, run
+from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Arrival, EndOfSource
 from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing
 
@@ -65,7 +65,7 @@ def history(seed):
 def live(events, seed):
     """What the loop says when it runs on a busy machine."""
     recording = Recording()
-    asyncio.run(run(BusySource(events, seed), Path(lambda *_: Spread()), recording))
+    asyncio.run(run(BusySource(events, seed), Pipeline(lambda *_: Spread()), recording))
     return recording.messages
 
 
@@ -92,7 +92,7 @@ def test_lateness_decided_by_the_timer_breaks_it(monkeypatch):
 
     def says(seed):
         recording = Recording()
-        asyncio.run(by_timer(BusySource(history(seed), seed), Path(lambda *_: Spread()), recording))
+        asyncio.run(by_timer(BusySource(history(seed), seed), Pipeline(lambda *_: Spread()), recording))
         return recording.messages
 
     assert sum(says(seed) != outgoing(history(seed)) for seed in range(25)) >= 5
