@@ -1,6 +1,7 @@
 """The scheduled job: train a challenger in a process of its own, judge it, and let a better one take over."""
 
 import asyncio
+import re
 import shutil
 from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Awaitable, Callable, Sequence
@@ -28,6 +29,11 @@ def cron(expression: str) -> CronTrigger:
         )
     if len(fields) == 5:
         fields.insert(0, "0")
+    if re.search(r"(?<![/0-9])[0-9]", fields[5]):
+        raise ConfigError(
+            f"retrain.cron: {expression!r} numbers a weekday, and programs differ in which one is 0; "
+            "write mon to sun"
+        )
     try:
         return CronTrigger(**dict(zip(_FIELDS, fields, strict=True)), timezone=ZoneInfo("UTC"))
     except ValueError as error:
