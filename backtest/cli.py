@@ -63,7 +63,7 @@ Until = Annotated[
 ModelName = Annotated[str, typer.Option(help="A checkpoint directory, or hs or fhs (no training needed).")]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
 Steps = Annotated[
-    int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=1)
+    int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=2)
 ]
 
 

@@ -106,36 +106,10 @@ class Daemon:
             self.pipeline = Pipeline(self.store.open)
             self.forecasts = ThreadPoolExecutor(1, "forecast")
             try:
-                await self._serve(await asyncio.to_thread(self._recover))
+                await self._serve(await asyncio.to_thread(recover, journal, self.pipeline))
             finally:
                 self.forecasts.shutdown()
                 self.scribe.close()
-
-    def _recover(self) -> list[tuple[int, Event]]:
-        """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet.
-
-        Starting and recovering from a crash are the same: groups that were settled are formed again, so
-        that the batcher knows them, and not forecast again.
-        """
-        journal, pipeline = self.scribe.journal, self.pipeline
-        settled = journal.progress()
-        backlog: list[tuple[int, Event]] = []
-        clock = 0
-        for seq, event in events(journal.records()):
-            if seq > settled.seq:
-                backlog.append((seq, event))
-                continue
-            clock = event.time
-            for _ in pipeline.due(event.time):
-                pass
-            for _ in pipeline.take(event):
-                pass
-        # A timer released groups after the last event, at a time that no event has.
-        if settled.clock > clock:
-            for _ in pipeline.due(settled.clock):
-                pass
-        log.info("recovered", records=settled.seq, backlog=len(backlog))
-        return backlog
 
     async def _serve(self, backlog: list[tuple[int, Event]]) -> None:
         config, journal, topics = self.config, self.scribe.journal, self.config.topics
@@ -286,6 +260,32 @@ class Daemon:
         notice = self._notice(msgspec.to_builtins(verdict))
         await self.scribe(self.scribe.journal.append, [], [notice])
         self.courier.wake()
+
+
+def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
+    """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet.
+
+    Starting and recovering from a crash are the same: groups that were settled are formed again, so
+    that the batcher knows them, and not forecast again.
+    """
+    settled = journal.progress()
+    backlog: list[tuple[int, Event]] = []
+    clock = 0
+    for seq, event in events(journal.records()):
+        if seq > settled.seq:
+            backlog.append((seq, event))
+            continue
+        clock = event.time
+        for _ in pipeline.due(event.time):
+            pass
+        for _ in pipeline.take(event):
+            pass
+    # A timer released groups after the last event, at a time that no event has.
+    if settled.clock > clock:
+        for _ in pipeline.due(settled.clock):
+            pass
+    log.info("recovered", records=settled.seq, backlog=len(backlog))
+    return backlog
 
 
 @contextmanager

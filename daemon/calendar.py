@@ -296,7 +296,7 @@ def _exchange(name: str, duration: int | None) -> _Sessions:
             f"calendar {name!r} cannot be read by the installed exchange_calendars ({reason}): take another."
         ) from error
     low, high = known.bound_min(), known.bound_max()
-    start = YEARS.start if low is None else low.year + (low.dayofyear > 1)
+    start = YEARS.start if low is None else low.year + (low.day_of_year > 1)
     stop = YEARS.stop if high is None else high.year + (high.month == 12 and high.day == 31)
     years = range(max(YEARS.start, start), min(YEARS.stop, stop))
 

@@ -144,7 +144,7 @@ class Model(_Section):
     name: str = "champion"
     first: str = "fhs"
     sampler: Literal["dpmpp", "ddim"] | None = None
-    steps: int | None = Field(default=None, ge=1, le=1000)
+    steps: int | None = Field(default=None, ge=2, le=400)
 
 
 class StrategyTable(_Section):

@@ -166,7 +166,6 @@ class Courier:
     """Publishes the outbox in its order for each topic, until the broker has a message or it expired."""
 
     def __init__(self, link: Link, scribe: Scribe, clock: Clock, instance: str, boot: str) -> None:
-        self.delivered = self.expired = self.refused = 0
         self._link, self._scribe, self._clock = link, scribe, clock
         self._instance, self._boot = instance, boot
         self._sequence = 0
@@ -199,27 +198,24 @@ class Courier:
         while rows := await self._scribe(journal.pending, after, PUBLISH_WINDOW):
             after = rows[-1].n
             states: list[tuple[int, State]] = []
-            due: list[Queued] = []
+            due: dict[str, Queued] = {}
             now = self._clock.now()
             for row in rows:
-                message = row.message
-                if message.expires is not None and message.expires <= now:
+                topic, expires = row.message.topic, row.message.expires
+                if expires is not None and expires <= now:
                     states.append((row.n, State.EXPIRED))
-                    self.expired += 1
-                elif message.topic in {d.message.topic for d in due}:
-                    # The same topic again: only once the earlier one is safely there.
+                elif topic in due:
+                    # The same topic again: only once the earlier message is safely there.
                     after = row.n - 1
                     break
-                elif message.topic not in blocked:
-                    due.append(row)
-            answers = await asyncio.gather(*(self._publish(row.message, now) for row in due))
-            for row, fault in zip(due, answers, strict=True):
+                elif topic not in blocked:
+                    due[topic] = row
+            answers = await asyncio.gather(*(self._publish(row.message, now) for row in due.values()))
+            for row, fault in zip(due.values(), answers, strict=True):
                 if fault is None:
                     states.append((row.n, State.DELIVERED))
-                    self.delivered += 1
                 else:
                     blocked.add(row.message.topic)
-                    self.refused += 1
                     log.warning("publish_failed", topic=row.message.topic, id=row.message.id, reason=fault)
             await self._scribe(journal.mark, states)
         return not blocked

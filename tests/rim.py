@@ -1,0 +1,120 @@
+"""A broker and a clock in memory, for tests of the live rim without a network and without waiting."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.journal import Journal
+from barcast.daemon.live import LiveSource, Scribe
+from barcast.daemon.mqtt import Delivery
+from barcast.daemon.ports import EndOfSource
+from barcast.daemon.timeframe import Timeframe
+from barcast.daemon.wire import Outgoing, encode_bars
+from barcast.models import Bar
+from tests.fakes import START
+
+SECOND = 10**9
+MINUTELY = Calendar("24x7", Timeframe.parse("1m"))
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message on its way to the broker."""
+
+    topic: str
+    payload: bytes
+
+    @classmethod
+    def of(cls, *bars: Bar, topic: str | None = None) -> "Message":
+        """Bars as a feed sends them."""
+        return cls(topic or f"t/bars/1m/{bars[0].symbol}", encode_bars(list(bars)))
+
+
+Step = tuple[int, Sequence[Message] | Callable[[LiveSource], object]]
+"""What happens at a time in nanoseconds: messages arrive, or somebody decides something."""
+
+
+@dataclass
+class World:
+    """The link and the clock of a source: time passes only while the source waits.
+
+    The state is the time, the inbox, what is still to happen, and what was acknowledged. When nothing is left
+    to happen and nobody has a deadline, the source ends. A timer wakes `late` nanoseconds after its moment.
+    """
+
+    script: deque[Step] = field(default_factory=deque)
+    time: int = START
+    late: int = 0
+    inbox: deque[Delivery] = field(default_factory=deque)
+    acked: list[int] = field(default_factory=list)
+    source: LiveSource | None = None
+    _deadline: int | None = None
+    _mid: int = 0
+
+    @property
+    def arrived(self) -> "World":
+        """Stands in for the event that says that something arrived."""
+        return self
+
+    def now(self) -> int:
+        """The time."""
+        return self.time
+
+    def seconds_until(self, moment: int) -> float:
+        """Note the deadline; more real seconds than any test takes."""
+        self._deadline = moment
+        return 60.0
+
+    def set(self) -> None:
+        """A decision was made: whoever waits looks before waiting."""
+
+    def clear(self) -> None:
+        """Forget the last deadline."""
+        self._deadline = None
+
+    async def wait(self) -> None:
+        """Let the next thing happen."""
+        if self.script and (self._deadline is None or self.script[0][0] <= self._deadline):
+            moment, what = self.script.popleft()
+            self.time = max(self.time, moment)
+            if callable(what):
+                what(self.source)
+            else:
+                self.deliver(*what)
+        elif self._deadline is not None:
+            self.time = max(self.time, self._deadline + self.late)
+            raise TimeoutError
+        else:
+            raise EndOfSource
+
+    def deliver(self, *messages: Message, qos: int = 1) -> None:
+        """Put messages into the inbox."""
+        for message in messages:
+            self._mid += 1
+            self.inbox.append(Delivery(message.topic, message.payload, self._mid, qos, 1))
+
+    def ack(self, deliveries: Sequence[Delivery]) -> None:
+        """Note what was acknowledged."""
+        self.acked += [delivery.mid for delivery in deliveries]
+
+
+def source(world: World, scribe: Scribe, **changes: object) -> LiveSource:
+    """A live source in that world, on one-minute bars under the root `t`."""
+    settings = {
+        "root": "t",
+        "calendar": MINUTELY,
+        "deadletters": "t/deadletter/me",
+        "queued": lambda: None,
+        "backlog": (),
+        "position": 0,
+        "stamped": 0,
+    }
+    world.source = LiveSource(world, scribe, world, **(settings | changes))
+    return world.source
+
+
+def outbox(journal: Journal) -> list[Outgoing]:
+    """Every message that was ever put into the outbox, in its order."""
+    rows = journal._db.execute("SELECT id, topic, payload, retain, expires FROM outbox ORDER BY n")
+    return [Outgoing(i, t, p, bool(r), e) for i, t, p, r, e in rows]
