@@ -182,6 +182,7 @@ class _transaction:  # noqa: N801
 def _enqueue(db: sqlite3.Connection, outgoing: Sequence[Outgoing]) -> None:
     """Add messages; one whose id is there already was computed before a crash and is not sent twice."""
     db.executemany(
-        "INSERT OR IGNORE INTO outbox (id, topic, payload, retain, expires) VALUES (?, ?, ?, ?, ?)",
+        "INSERT INTO outbox (id, topic, payload, retain, expires) VALUES (?, ?, ?, ?, ?) "
+        "ON CONFLICT (id) DO NOTHING",
         [(m.id, m.topic, m.payload, m.retain, m.expires) for m in outgoing],
     )

@@ -28,7 +28,8 @@ class Message:
     @classmethod
     def of(cls, *bars: Bar, topic: str | None = None) -> "Message":
         """Bars as a feed sends them."""
-        return cls(topic or f"t/bars/1m/{bars[0].symbol}", encode_bars(list(bars)))
+        plain = [Bar(b.symbol, b.close_time, *map(float, b.values)) for b in bars]
+        return cls(topic or f"t/bars/1m/{bars[0].symbol}", encode_bars(plain))
 
 
 Step = tuple[int, Sequence[Message] | Callable[[LiveSource], object]]
