@@ -1,0 +1,75 @@
+"""What goes wrong around the daemon changes nothing in it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from datetime import UTC, datetime, timedelta
+
+from barcast.backtest.replay import compare, replay_journal
+from barcast.daemon.journal import Journal, Kind
+from tests.garch import simulate
+from tests.integration.instance import Feed, Instance, Subscriber, rough, write_history
+
+MINUTE = 60 * 10**9
+HISTORY, LIVE = 1450, 30
+
+
+def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp_path):
+    """A trainer that is killed is named in the log; bad messages become dead letters; signals go on."""
+    names = ["AA", "BB", "CC"]
+    windows = [simulate(name, HISTORY + LIVE, seed=2, step=MINUTE).window for name in names]
+    begin = int(windows[0].close_times[HISTORY - 1])
+    soon = datetime.now(UTC) + timedelta(seconds=9)
+    instance = Instance(
+        tmp_path / "instance",
+        broker.port,
+        names,
+        str(checkpoints / "good"),
+        begin,
+        speed=100,
+        cron=f"{soon.second} {soon.minute} {soon.hour} * * *",
+    )
+    write_history(windows, HISTORY, instance.state / "history")
+    subscriber = Subscriber(broker.port)
+    instance.launch()
+    instance.wait_for("broker_connected")
+    feed = Feed(instance, rough(windows, HISTORY, seed=1))
+    feed.start()
+    for payload in (b"{", b'{"close_time": 7}', b"\xff\xfe"):
+        feed.client.publish("barcast/v1/bars/1m/AA", payload, 1)
+
+    instance.wait_for("retrain_started")
+    trainer = None
+    for _ in range(100):
+        found = subprocess.run(
+            ["pgrep", "-P", str(instance.process.pid), "-f", "retrain"], capture_output=True, text=True
+        )
+        if found.stdout:
+            trainer = int(found.stdout.split()[0])
+            break
+        time.sleep(0.05)
+    assert trainer is not None
+    os.kill(trainer, signal.SIGKILL)
+    failed = instance.wait_for("train_failed")
+    assert failed["exit_status"] == -9
+    before = len(subscriber.of("signals"))
+    feed.close()
+    time.sleep(1)
+    assert instance.stop() == 0
+    subscriber.close()
+
+    journal = Journal(instance.state / "journal.db", readonly=True)
+    kinds = [record.kind for record in journal.records()]
+    journal.close()
+    assert kinds.count(Kind.ACTIVATION) == 1
+    assert len(subscriber.of("signals")) > before
+    letters = [json.loads(payload) for _, payload in subscriber.of("deadletter")]
+    assert len(letters) == 3
+    assert all(letter["reason"] for letter in letters)
+    states = [json.loads(payload)["state"] for _, payload in subscriber.of("status")]
+    assert states[0] == "ready"
+    assert states[-1] == "stopped"
+    captured = [pair for kind in ("signals", "targets", "groups") for pair in subscriber.of(kind)]
+    assert compare(replay_journal(instance.state / "journal.db"), captured).differing == ()
