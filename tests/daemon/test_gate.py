@@ -1,0 +1,182 @@
+"""The gate: only a model that forecasts better on bars it has not learnt from may serve."""
+
+import msgspec
+import numpy as np
+import pytest
+
+from barcast.daemon import gate
+from barcast.daemon.gate import MIN_ORIGINS, Verdict, judge
+from barcast.models import CheckpointError, ConfigError, Window
+from tests.garch import simulate
+
+HORIZONS, LEVELS = (1, 4, 16), (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+
+
+@pytest.fixture(scope="module")
+def histories():
+    """Two symbols of 1,450 hourly bars; the last tenth is held out by training."""
+    return {name: simulate(name, 1450, seed=3).window for name in ("S0", "S1")}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, histories):
+    """A small trained model, a copy with bands three times too wide, and one with other horizons."""
+    import torch
+
+    from barcast.models.checkpoint import save
+    from barcast.models.training import train
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("gate")
+    own = list(histories.values())
+    good = train(own, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=24)
+    save(good, folder / "good")
+    with torch.no_grad():
+        good.net.map.static.mul_(3.0)
+    save(good, folder / "spoiled")
+    save(train(own, timeframe="1h", horizons=(1, 2), levels=LEVELS, steps=1), folder / "other")
+    return folder
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Score about a hundred origins: enough for a verdict between models that differ much."""
+    monkeypatch.setattr(gate, "MAX_ORIGINS", 100)
+
+
+def held_out(models):
+    """When the part begins that the model has neither learnt from nor been validated on."""
+    from barcast.models.checkpoint import load
+
+    return load(models / "good").trained.record.validation_end
+
+
+def until(histories, moment):
+    """The histories up to a moment."""
+    cut = {}
+    for name, w in histories.items():
+        n = int(np.searchsorted(w.close_times, moment, "right"))
+        cut[name] = Window(name, w.close_times[:n], w.values[:n])
+    return cut
+
+
+@pytest.mark.usefixtures("few")
+def test_better_challenger_is_accepted(models, histories):
+    """A trained model takes over from one whose bands are far too wide, with the evidence beside it."""
+    verdict = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
+    assert verdict.accepted
+    assert verdict.challenger_crps < 0.9 * verdict.champion_crps
+    assert verdict.origins >= MIN_ORIGINS
+    assert verdict.challenger != verdict.champion
+    assert verdict.reason.startswith("CRPS -")
+
+
+@pytest.mark.usefixtures("few")
+def test_spoiled_challenger_is_refused(models, histories):
+    """A model made worse on purpose is refused, and the reason says by how much."""
+    verdict = judge(models / "spoiled", str(models / "good"), histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert verdict.challenger_crps > 1.1 * verdict.champion_crps
+    assert verdict.reason.startswith("CRPS +")
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("baseline", ["hs", "fhs"])
+def test_spoiled_challenger_is_refused_by_a_baseline(models, histories, baseline):
+    """Where a baseline serves, it is the champion to beat, and a bad model does not."""
+    verdict = judge(models / "spoiled", baseline, histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert verdict.champion.startswith(f"{baseline}-")
+    assert verdict.origins >= MIN_ORIGINS
+
+
+@pytest.mark.usefixtures("few")
+def test_good_challenger_is_accepted_over_a_baseline(models, histories):
+    """A trained model is accepted where historical simulation serves, if its CRPS is lower."""
+    verdict = judge(models / "good", "hs", histories, "1h", 0.0)
+    assert verdict.accepted == (verdict.challenger_crps < verdict.champion_crps)
+    assert verdict.accepted
+
+
+@pytest.mark.usefixtures("few")
+def test_identical_model_is_refused(models, histories):
+    """Equal is not better: without a margin the champion stays."""
+    verdict = judge(models / "good", str(models / "good"), histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert verdict.challenger_crps == verdict.champion_crps
+    assert verdict.reason == "CRPS +0.00 % against the champion's; it must be below 0.00 %"
+
+
+@pytest.mark.usefixtures("few")
+def test_margin_is_how_much_better_it_must_be(models, histories):
+    """The same challenger passes a margin just below its improvement, and not one just above."""
+    plain = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
+    gain = 1 - plain.challenger_crps / plain.champion_crps
+    below, above = (
+        judge(models / "good", str(models / "spoiled"), histories, "1h", margin)
+        for margin in (gain - 0.001, gain + 0.001)
+    )
+    assert (below.accepted, above.accepted) == (True, False)
+    assert f"must be below -{100 * (gain + 0.001):.2f} %" in above.reason
+
+
+def test_other_horizons_are_refused_with_the_reason(models, histories):
+    """Models that do not forecast the same cannot be compared: subscribers rely on the horizons."""
+    verdict = judge(models / "other", str(models / "good"), histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert "horizons" in verdict.reason
+    assert "(1, 2)" in verdict.reason
+    assert "(1, 4, 16)" in verdict.reason
+    assert (verdict.challenger_crps, verdict.origins) == (None, 0)
+
+
+def test_too_few_forecasts_are_no_evidence(models, histories):
+    """With fewer forecasts than needed the challenger is refused, however good it looks."""
+    step = 3_600_000_000_000
+    short = until(histories, held_out(models) + 30 * step)
+    verdict = judge(models / "good", str(models / "spoiled"), short, "1h", 0.0)
+    assert not verdict.accepted
+    assert 0 < verdict.origins < MIN_ORIGINS
+    assert verdict.reason == f"only {verdict.origins} forecasts to compare on; at least 50 are needed"
+    assert verdict.challenger_crps < verdict.champion_crps
+
+
+def test_no_forecast_at_all_is_refused(models, histories):
+    """Without any bar after what the challenger has learnt from, it is refused with the reason."""
+    verdict = judge(models / "good", "hs", until(histories, held_out(models)), "1h", 0.0)
+    assert not verdict.accepted
+    assert "no forecast origin" in verdict.reason
+
+
+@pytest.mark.usefixtures("few")
+def test_bars_learnt_from_do_not_count(models, histories, monkeypatch):
+    """Every forecast that is scored was made after the challenger's training and validation."""
+    scored, compare = [], gate.compare
+
+    def spy(*args, **kwargs):
+        scored.extend(compare(*args, **kwargs))
+        return scored
+
+    monkeypatch.setattr(gate, "compare", spy)
+    judge(models / "good", "hs", histories, "1h", 0.0)
+    assert len(scored) == 2
+    assert min(scored[0].close_times) >= held_out(models)
+    assert set(scored[0].symbols) == {"S0", "S1"}
+    assert len(scored[0].close_times) <= 2 * 100
+
+
+def test_damaged_challenger_and_wrong_timeframe_are_faults(models, histories, tmp_path):
+    """What is no model, or one for other bars, is an error of the job and not a verdict."""
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        judge(tmp_path / "absent", "hs", histories, "1h", 0.0)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        judge(models / "good", str(tmp_path / "absent"), histories, "1h", 0.0)
+    with pytest.raises(ConfigError, match="trained on '1h' bars, not on '1m'"):
+        judge(models / "good", "hs", histories, "1m", 0.0)
+
+
+@pytest.mark.usefixtures("few")
+def test_verdict_survives_the_pipe(models, histories):
+    """The gate's process prints the verdict as JSON, and the daemon reads the same verdict."""
+    verdict = judge(models / "spoiled", "hs", histories, "1h", 0.0)
+    assert msgspec.json.decode(msgspec.json.encode(verdict), type=Verdict) == verdict
