@@ -33,7 +33,7 @@ from barcast.daemon.ports import (
 from barcast.daemon.store import ModelStore, open_model
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
-from barcast.models import Bar, ConfigError
+from barcast.models import Bar, ConfigError, DataError
 
 
 class ReplaySource:
@@ -167,6 +167,8 @@ def run_backtest(
     begins = pl.lit(start).cast(pl.Datetime("ns", "UTC"))
     before = frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
     tested = frame.filter(pl.col("close_time") >= begins)
+    if tested.limit(1).collect().is_empty():
+        raise DataError(f"No bar closes from {wire.to_text(start)} on and before the end: widen the time.")
 
     def story() -> Iterator[Event]:
         yield Revision(start - 1, settings.encode())
