@@ -39,6 +39,9 @@ PULSE_SECONDS = 0.2
 PATIENCE_SECONDS = 90.0
 """How long to wait after the last bar for the retraining to end."""
 
+BROKER_SECONDS = 5.0
+"""How long a broker of the user's own may take to answer."""
+
 ROOT = "barcast/v1"
 CONFIG = """\
 # Written by `barcast demo`. Half a year of real daily bars passes in about a minute: the clock of this
@@ -124,6 +127,10 @@ class Demo:
 
     def _prepare(self) -> None:
         """Lay out the folder: history, a configuration, and a challenger made worse on purpose."""
+        config = self.folder / "barcast.toml"
+        ours = config.is_file() and config.read_text().startswith(CONFIG.splitlines()[0])
+        if self.folder.exists() and not ours and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ConfigError(f"--folder: {self.folder} is not empty, and no demo wrote it; name another")
         shutil.rmtree(self.folder, ignore_errors=True)
         (self.state / "history").mkdir(parents=True)
         bars = pl.read_parquet(sample_bars())
@@ -150,6 +157,10 @@ class Demo:
     @contextlib.contextmanager
     def _broker(self) -> Iterator[None]:
         if not self.embedded:
+            try:
+                socket.create_connection((self.host, self.port), BROKER_SECONDS).close()
+            except OSError as error:
+                raise ConfigError(f"--broker: {self.host}:{self.port} does not answer ({error})") from error
             self.out.print(f"broker: {self.host}:{self.port}")
             yield
             return
