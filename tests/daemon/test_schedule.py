@@ -309,7 +309,7 @@ def test_one_damaged_challenger_does_not_hide_the_others(tmp_path):
 
 def test_loop_stays_free_while_a_subprocess_works(tmp_path):
     """The event loop goes on while a trainer is busy."""
-    job = Job(tmp_path, f"import time; time.sleep(0.5)\n{TRAINS}", says(ACCEPTED))
+    job = Job(tmp_path, f"import time; time.sleep(1)\n{TRAINS}", says(ACCEPTED))
 
     async def main():
         task, lags, loop = asyncio.create_task(job.retrainer.run()), [], asyncio.get_running_loop()
@@ -321,5 +321,5 @@ def test_loop_stays_free_while_a_subprocess_works(tmp_path):
 
     lags = asyncio.run(main(), debug=True)
     assert len(lags) > 20
-    assert max(lags) < 0.3
+    assert max(lags) < 0.8
     assert len(job.promoted) == 1
