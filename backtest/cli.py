@@ -227,6 +227,7 @@ def retrain(
     """
     import os
 
+    from barcast.daemon.app import WallClock
     from barcast.daemon.bars import known_bars
     from barcast.daemon.config import load
     from barcast.daemon.store import ModelStore
@@ -235,7 +236,7 @@ def retrain(
     job = settings.retrain
     if job:
         os.nice(job.nice)
-    histories = known_bars(settings.state_dir, settings.bar_calendar())
+    histories = known_bars(settings.state_dir, settings.bar_calendar(), WallClock(settings).now())
     card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
     _train(histories, out_dir, settings.timeframe, horizons=card.horizons, steps=job.steps if job else None)
 
@@ -251,6 +252,7 @@ def gate(
 
     import msgspec
 
+    from barcast.daemon.app import WallClock
     from barcast.daemon.bars import known_bars
     from barcast.daemon.config import load
     from barcast.daemon.gate import judge
@@ -259,10 +261,18 @@ def gate(
     settings = load(config)
     if settings.retrain:
         os.nice(settings.retrain.nice)
-    histories = known_bars(settings.state_dir, settings.bar_calendar())
+    histories = known_bars(settings.state_dir, settings.bar_calendar(), WallClock(settings).now())
     serving = ModelStore(settings.state_dir / "models", settings.timeframe).path(champion)
     margin = settings.retrain.margin if settings.retrain else 0.0
-    verdict = judge(challenger, serving, histories, settings.timeframe, margin)
+    verdict = judge(
+        challenger,
+        serving,
+        histories,
+        settings.timeframe,
+        margin,
+        settings.model.sampler,
+        settings.model.steps,
+    )
     print(msgspec.json.encode(verdict).decode())
 
 

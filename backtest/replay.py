@@ -172,7 +172,7 @@ def run_backtest(
 
     def story() -> Iterator[Event]:
         yield Revision(start - 1, settings.encode())
-        yield Activation(start - 1, model, card.fingerprint)
+        yield Activation(start - 1, model, card.fingerprint, card.window)
         yield Warmup(start - 1, "", tuple(bars(before)))
         for arrival in arrivals(bars(tested)):
             progress(len(arrival.bars), wire.to_text(arrival.time))
@@ -224,12 +224,27 @@ def replay_journal(journal: Path) -> list[Outgoing]:
             raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
         settings = Settings.decode(revision.payload)
         store = ModelStore(journal.parent / "models", settings.timeframe)
-        recorded = events(reader.records())
         recording = Recording()
-        replay((event for _, event in recorded), Pipeline(store.open), recording)
+        replay(_same_machine(events(reader.records()), store, journal), Pipeline(store.open), recording)
         return recording.messages
     finally:
         reader.close()
+
+
+def _same_machine(recorded: Iterable[tuple[int, Event]], store: ModelStore, journal: Path) -> Iterator[Event]:
+    """The events, as long as each model has the fingerprint here that it was activated under."""
+    settings: Settings | None = None
+    for _, event in recorded:
+        if isinstance(event, Revision):
+            settings = Settings.decode(event.settings)
+        if isinstance(event, Activation) and settings is not None:
+            mine = store.open(event.model, settings.sampler, settings.steps).card.fingerprint
+            if mine != event.fingerprint:
+                raise ConfigError(
+                    f"{journal}: recorded under {event.fingerprint!r}, here it is {mine!r}; bytes are "
+                    "promised within one fingerprint: replay where it was recorded"
+                )
+        yield event
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Courier, Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Link
 from barcast.daemon.notify import Notifier
-from barcast.daemon.pipeline import Pipeline, run
-from barcast.daemon.ports import Activation, Event, Revision
+from barcast.daemon.pipeline import Pipeline, Settings, run, try_strategies
+from barcast.daemon.ports import Event, Revision
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
@@ -98,7 +98,10 @@ class Daemon:
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
         config = self.config
-        config.state_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            config.state_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
         with _only_one(config.state_dir / "lock"):
             journal = Journal(config.state_dir / "journal.db")
             self.scribe = Scribe(journal)
@@ -157,50 +160,80 @@ class Daemon:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FAREWELL_SECONDS):
                     await self.courier.drained()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FAREWELL_SECONDS):
                     await self._announce()
+            self.link.leave()
+            log.info("stopped", **asdict(self.pipeline.counts))
             for task in rim:
                 task.cancel()
 
     def _decisions(self) -> list[Decision]:
-        """What this start decides: settings, model or history other than the journal's last."""
-        config, journal = self.config, self.scribe.journal
-        decisions = []
-        settings, last = config.settings().encode(), journal.last(Kind.REVISION)
-        if last is None or last.payload != settings:
-            decisions.append(Decision(Kind.REVISION, settings, lambda time: Revision(time, settings)))
-        activation = journal.last(Kind.ACTIVATION)
-        known = msgspec.json.decode(activation.payload, type=Champion) if activation else None
-        name = config.model.first if config.model.name == "champion" and known is None else config.model.name
-        model = self.store.resolve(name, known.model if known else None)
+        """What this start decides: settings, model or history other than the journal's last.
+
+        Raise ConfigError for what could not work later, before any of it is journalled.
+        """
+        config, journal, settings = self.config, self.scribe.journal, self.config.settings()
+        stamped, now = journal.last_time(), self.clock.now()
+        if stamped > now + wire.AHEAD:
+            raise ConfigError(
+                f"{journal.path}: its newest record is of {wire.to_text(stamped)}, and the clock shows "
+                f"{wire.to_text(now)}; set the clock right, or name another state_dir"
+            )
+        last = journal.last(Kind.REVISION)
+        before = Settings.decode(last.payload) if last else settings
+        if (before.timeframe, before.calendar) != (settings.timeframe, settings.calendar):
+            raise ConfigError(
+                f"timeframe, calendar: {config.state_dir} holds {before.timeframe} bars on "
+                f"{before.calendar}, not {settings.timeframe} on {settings.calendar}; name another state_dir"
+            )
+        record = journal.last(Kind.ACTIVATION)
+        known = Champion.decode(record.payload) if record else None
+        model = self.store.resolve(config.model.name, config.model.first, known.model if known else None)
         card = self.store.open(model, config.model.sampler, config.model.steps).card
-        self.champion = Champion(model, card.fingerprint, f"model.name is {config.model.name!r}")
-        self.activated = activation.time if activation else self.clock.now()
-        if known is None or (known.model, known.fingerprint) != (model, card.fingerprint):
+        try_strategies(settings.build(), card)
+        decisions = []
+        if last is None or before != settings:
+            payload = settings.encode()
+            decisions.append(Decision(Kind.REVISION, payload, lambda time: Revision(time, payload)))
+        self.activated = record.time if record else now
+        if known and (known.model, known.fingerprint) == (model, card.fingerprint):
+            self.champion = known
+        else:
+            self.champion = Champion(model, card.fingerprint, card.window, "the configuration names it")
             decisions.append(self._activation(self.champion, {}))
-        if files := history_files(config.state_dir / "history"):
-            found, record = digest(files), journal.last(Kind.WARMUP)
-            if record is None or Warmth.decode(record.payload).digest != found:
-                frame = scan(files, "close", config.bar_calendar()).group_by("symbol").tail(card.window)
-                warmth = Warmth(found, tuple(bars(frame)))
-                decisions.append(Decision(Kind.WARMUP, warmth.encode(), warmth.event))
-        return decisions
+        return decisions + self._warmup(card.window)
+
+    def _warmup(self, length: int) -> list[Decision]:
+        """The last `length` bars of each symbol's history, if they were not taken from these files before."""
+        files = history_files(self.config.state_dir / "history")
+        if not files:
+            return []
+        found, record = digest(files), self.scribe.journal.last(Kind.WARMUP)
+        if record is not None:
+            taken = Warmth.decode(record.payload)
+            if taken.digest == found and taken.length >= length:
+                return []
+        frame = scan(files, "close", self.config.bar_calendar(), until=self.clock.now() + 1)
+        warmth = Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
+        return [Decision(Kind.WARMUP, warmth.encode(), warmth.event)]
 
     def _activation(self, champion: Champion, verdict: dict[str, Any]) -> Decision:
         def notices(time: int) -> list[Outgoing]:
             self.champion, self.activated = champion, time
-            return [self._notice(verdict)]
+            return [self._notice(verdict, time)]
 
         return Decision(
             Kind.ACTIVATION,
-            msgspec.json.encode(champion),
-            lambda time: Activation(time, champion.model, champion.fingerprint),
+            champion.encode(),
+            champion.event,
             notices,
         )
 
-    def _notice(self, verdict: dict[str, Any]) -> Outgoing:
+    def _notice(self, verdict: dict[str, Any], time: int) -> Outgoing:
         champion = self.champion
         return wire.model_notice(
-            champion.model, self.activated, champion.fingerprint, verdict, self.config.topics.models
+            champion.model, self.activated, champion.fingerprint, verdict, time, self.config.topics.models
         )
 
     def _status(self, state: str) -> Outgoing:
@@ -253,11 +286,16 @@ class Daemon:
         model = await asyncio.to_thread(self.store.adopt, challenger)
         settings = self.config.model
         forecaster = await asyncio.to_thread(self.store.open, model, settings.sampler, settings.steps)
-        champion = Champion(model, forecaster.card.fingerprint, verdict.reason)
-        await self.source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
+        card = forecaster.card
+        champion = Champion(model, card.fingerprint, card.window, verdict.reason)
+        # A model that looks back further than its predecessor finds the history in its windows, too.
+        warmup = await self.scribe(self._warmup, card.window)
+        for decision in [self._activation(champion, msgspec.to_builtins(verdict)), *warmup]:
+            written = self.source.decide(decision)
+        await written
 
     async def _refuse(self, verdict: Verdict) -> None:
-        notice = self._notice(msgspec.to_builtins(verdict))
+        notice = self._notice(msgspec.to_builtins(verdict), self.clock.now())
         await self.scribe(self.scribe.journal.append, [], [notice])
         self.courier.wake()
 

@@ -12,23 +12,31 @@ from barcast.daemon.ports import Arrival, Warmup
 from barcast.models import DataError, Window
 
 
-def known_bars(state_dir: Path, calendar: Calendar) -> dict[str, Window]:
-    """Every bar of each symbol, from `history/` and `journal.db`, as one window for each symbol.
+def known_bars(state_dir: Path, calendar: Calendar, now: int) -> dict[str, Window]:
+    """Every bar of each symbol that closed by `now`, from `history/` and `journal.db`, one window for each.
 
-    The journal may be in use by a running daemon. A corrected bar has its last values.
+    The journal may be in use by a running daemon. A corrected bar has its last values, and a payload that
+    comes again after its correction changes nothing: the rule of the windows.
     """
     known: dict[str, dict[int, tuple[float, ...]]] = {}
-    files = history_files(state_dir / "history")
-    if files:
-        for symbol, window in read_windows(scan(files, "close", calendar)).items():
+    seen: dict[tuple[str, int], set[tuple[float, ...]]] = {}
+    if files := history_files(state_dir / "history"):
+        for symbol, window in read_windows(scan(files, "close", calendar, until=now + 1)).items():
             rows = zip(window.close_times.tolist(), window.values.tolist(), strict=True)
             known[symbol] = {time: tuple(values) for time, values in rows}
     if (state_dir / "journal.db").is_file():
         journal = Journal(state_dir / "journal.db", readonly=True)
         try:
             for _, event in events(journal.records()):
-                for bar in event.bars if isinstance(event, (Arrival, Warmup)) else ():
-                    known.setdefault(bar.symbol, {})[bar.close_time] = bar.values
+                if isinstance(event, Warmup):
+                    for bar in event.bars:
+                        known.setdefault(bar.symbol, {}).setdefault(bar.close_time, bar.values)
+                elif isinstance(event, Arrival):
+                    for bar in event.bars:
+                        payloads = seen.setdefault((bar.symbol, bar.close_time), set())
+                        if bar.values not in payloads:
+                            payloads.add(bar.values)
+                            known.setdefault(bar.symbol, {})[bar.close_time] = bar.values
         finally:
             journal.close()
     if not known:

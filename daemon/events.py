@@ -14,12 +14,13 @@ from barcast.models import Bar
 
 
 class Warmth(msgspec.Struct, frozen=True):
-    """The payload of a warm-up: the content hash of the history, and the bars that the windows took of it.
+    """The payload of a warm-up: the history's content hash, how many bars a symbol took of it, the bars.
 
     The bars are part of the journal, so that a replay needs no file that an operator may have changed since.
     """
 
     digest: str
+    length: int
     bars: tuple[Bar, ...]
 
     def encode(self) -> bytes:
@@ -37,11 +38,25 @@ class Warmth(msgspec.Struct, frozen=True):
 
 
 class Champion(msgspec.Struct, frozen=True):
-    """The payload of an activation: the model, the fingerprint it serves under, and why it was chosen."""
+    """The payload of an activation: the model, the fingerprint it serves under, its window in bars, why."""
 
     model: str
     fingerprint: str
+    window: int
     reason: str
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> "Champion":
+        """Read what `encode` wrote."""
+        return msgspec.json.decode(payload, type=cls)
+
+    def event(self, time: int) -> Activation:
+        """The event that this payload is."""
+        return Activation(time, self.model, self.fingerprint, self.window)
 
 
 def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
@@ -63,7 +78,6 @@ def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
             case Kind.WARMUP:
                 yield record.seq, Warmth.decode(record.payload).event(record.time)
             case Kind.ACTIVATION:
-                champion = msgspec.json.decode(record.payload, type=Champion)
-                yield record.seq, Activation(record.time, champion.model, champion.fingerprint)
+                yield record.seq, Champion.decode(record.payload).event(record.time)
             case kind:
                 raise ValueError(f"record {record.seq} of the journal is of unknown kind {kind!r}")

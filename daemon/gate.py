@@ -5,7 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from barcast.daemon.store import open_model
+from barcast.daemon.store import BASELINES, open_model
 from barcast.models import ConfigError, DataError, Window, compare
 
 MIN_ORIGINS = 50
@@ -27,19 +27,26 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def judge(
-    challenger: Path, champion: str, histories: Mapping[str, Window], timeframe: str, margin: float
+    challenger: Path,
+    champion: str,
+    histories: Mapping[str, Window],
+    timeframe: str,
+    margin: float,
+    sampler: str | None = None,
+    steps: int | None = None,
 ) -> Verdict:
-    """Score both on the bars after the challenger's own training and validation part.
+    """Score both, sampled as they would serve, on the bars after the training and validation part of either.
 
     The champion is a checkpoint directory or a baseline. The challenger needs the same horizons and
     levels and a CRPS below (1 - margin) times the champion's.
     """
     from barcast.models.checkpoint import load
 
-    new, old = (open_model(name, timeframe, None, None) for name in (str(challenger), champion))
+    new, old = (open_model(name, timeframe, sampler, steps) for name in (str(challenger), champion))
     refused = Verdict(accepted=False, reason="", challenger=new.card.model, champion=old.card.model)
     until = max(window.close_time for window in histories.values())
-    since = load(challenger).trained.record.validation_end
+    learnt = [name for name in (str(challenger), champion) if name not in BASELINES]
+    since = max(load(Path(name)).trained.record.validation_end for name in learnt)
     stride = 1 + sum(int((w.close_times >= since).sum()) for w in histories.values()) // MAX_ORIGINS
     try:
         mine, theirs = compare([new, old], list(histories.values()), since=since, until=until, stride=stride)

@@ -23,7 +23,7 @@ CREATE TABLE outbox (
   n INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, topic TEXT NOT NULL, payload BLOB NOT NULL,
   retain INTEGER NOT NULL, expires INTEGER, state INTEGER NOT NULL DEFAULT 0
 );
-CREATE INDEX outbox_pending ON outbox (n) WHERE state = 0;
+CREATE INDEX outbox_pending ON outbox (topic, n) WHERE state = 0;
 CREATE TABLE progress (one INTEGER PRIMARY KEY CHECK (one = 1), seq INTEGER NOT NULL, clock INTEGER NOT NULL);
 INSERT INTO progress VALUES (1, 0, 0);
 """
@@ -146,12 +146,12 @@ class Journal:
         """The time of the newest record, 0 in an empty journal."""
         return int(self._db.execute("SELECT COALESCE(MAX(time), 0) FROM record").fetchone()[0])
 
-    def pending(self, after: int, limit: int) -> list[Queued]:
-        """Undelivered messages in outbox order, those numbered above `after`."""
+    def pending(self, limit: int) -> list[Queued]:
+        """The oldest undelivered message of each topic, at most `limit` of them, oldest first."""
         rows = self._db.execute(
-            "SELECT n, id, topic, payload, retain, expires FROM outbox "
-            "WHERE state = 0 AND n > ? ORDER BY n LIMIT ?",
-            (after, limit),
+            "SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN "
+            "(SELECT MIN(n) FROM outbox WHERE state = 0 GROUP BY topic) ORDER BY n LIMIT ?",
+            (limit,),
         )
         return [Queued(n, Outgoing(i, t, p, bool(r), e)) for n, i, t, p, r, e in rows]
 

@@ -13,7 +13,7 @@ import structlog
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
-from barcast.daemon.mqtt import PUBLISH_WINDOW, Link
+from barcast.daemon.mqtt import Link
 from barcast.daemon.ports import Arrival, Event, Outcome
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar
@@ -22,8 +22,10 @@ TAKE = 500
 """Messages written in one commit, at most."""
 PROGRESS_EVERY = 1000
 """Records after which progress is noted even when nothing is due to subscribers."""
+AT_ONCE = 256
+"""Publications under way at once."""
 RETRY_SECONDS = 1.0
-"""Pause after a publication failed."""
+"""Pause after a publication failed, unless something new is due."""
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -150,9 +152,10 @@ class LiveSource:
             if bars:
                 records.append((time, Kind.BARS, delivery.topic, delivery.payload))
                 events.append(Arrival(time, tuple(bars)))
-            for reject in rejects:
-                log.warning("dead_letter", topic=delivery.topic, reason=reject.reason)
-                outgoing.append(wire.dead_letter(reject, delivery.topic, time, self._deadletters))
+            if rejects:
+                reason = rejects[0].reason[: wire.CUT]
+                log.warning("dead_letter", topic=delivery.topic, reason=reason, count=len(rejects))
+                outgoing.append(wire.dead_letter(rejects, delivery.topic, time, self._deadletters))
         seqs = await self._scribe(self._scribe.journal.append, records, outgoing)
         self._link.ack(deliveries)
         for _, written in decisions:
@@ -186,39 +189,36 @@ class Courier:
         while True:
             await self._link.connected.wait()
             self._wake.clear()
-            if not await self._deliver():
-                await asyncio.sleep(RETRY_SECONDS)
-            elif not self._wake.is_set():
+            if await self._deliver():
                 self._idle.set()
                 await self._wake.wait()
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY_SECONDS):
+                        await self._wake.wait()
 
     async def _deliver(self) -> bool:
-        """Go through the outbox once; say whether all of it is done."""
-        journal, blocked, after = self._scribe.journal, set[str](), 0
-        while rows := await self._scribe(journal.pending, after, PUBLISH_WINDOW):
-            after = rows[-1].n
-            states: list[tuple[int, State]] = []
-            due: dict[str, Queued] = {}
+        """Send until nothing is pending, or only what failed just now; say whether all of it is done.
+
+        At any moment only the oldest message of a topic is under way, so that a refused one is not overtaken.
+        """
+        journal, blocked = self._scribe.journal, set[str]()
+        while True:
             now = self._clock.now()
-            for row in rows:
-                topic, expires = row.message.topic, row.message.expires
-                if expires is not None and expires <= now:
-                    states.append((row.n, State.EXPIRED))
-                elif topic in due:
-                    # The same topic again: only once the earlier message is safely there.
-                    after = row.n - 1
-                    break
-                elif topic not in blocked:
-                    due[topic] = row
-            answers = await asyncio.gather(*(self._publish(row.message, now) for row in due.values()))
-            for row, fault in zip(due.values(), answers, strict=True):
+            rows = await self._scribe(journal.pending, AT_ONCE + len(blocked))
+            rows = [row for row in rows if row.message.topic not in blocked]
+            if not rows:
+                return not blocked
+            states = [(row.n, State.EXPIRED) for row in rows if _expired(row, now)]
+            due = [row for row in rows if not _expired(row, now)]
+            answers = await asyncio.gather(*(self._publish(row.message, now) for row in due))
+            for row, fault in zip(due, answers, strict=True):
                 if fault is None:
                     states.append((row.n, State.DELIVERED))
                 else:
                     blocked.add(row.message.topic)
                     log.warning("publish_failed", topic=row.message.topic, id=row.message.id, reason=fault)
             await self._scribe(journal.mark, states)
-        return not blocked
 
     async def _publish(self, message: Outgoing, now: int) -> str | None:
         self._sequence += 1
@@ -229,6 +229,10 @@ class Courier:
             ("sequence", str(self._sequence)),
         )
         return await self._link.publish(message, now, properties)
+
+
+def _expired(row: Queued, now: int) -> bool:
+    return row.message.expires is not None and row.message.expires <= now
 
 
 class LiveSink:

@@ -9,26 +9,29 @@ import asyncio
 import math
 import ssl
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import aiomqtt
 import structlog
-from paho.mqtt.client import MQTT_ERR_SUCCESS, MQTTMessage
+from paho.mqtt.client import MQTT_ERR_CONN_LOST, MQTT_ERR_NO_CONN, MQTT_ERR_SUCCESS, MQTTMessage
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
+from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from barcast.daemon.wire import Outgoing
+from barcast.models import ConfigError
 
 RECEIVE_MAXIMUM = 1000
 """Messages the broker may have sent and not seen acknowledged: beyond it, it waits for us."""
 SESSION_SECONDS = 7 * 86_400
 """How long the broker keeps our session, and queues bars for it, while we are away."""
-PUBLISH_WINDOW = 64
-"""Publications under way at once."""
+GONE = (MQTT_ERR_NO_CONN, MQTT_ERR_CONN_LOST)
+LASTING_SECONDS = 10.0
+"""A connection that ends sooner counts as a failure: two instances of one name evict each other."""
 NOT_CONNECTED = "not connected"
 """The fault of a publication that was not refused: it may be sent again."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -73,33 +76,64 @@ class Link:
         self.connection = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
         self._client: aiomqtt.Client | None = None
+        self._leaving = False
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
 
-    async def run(self, on_connect: Callable[[], Awaitable[None]]) -> None:
-        """Keep the connection until cancelled; call `on_connect` after each subscription."""
+    async def run(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Keep the connection until cancelled; call `on_connect` after each subscription.
+
+        A cancellation without `leave` is a fault of ours: the broker is told to publish the last will.
+        Raise ConfigError when the broker refuses a subscription.
+        """
         failures = 0
         while True:
+            began = asyncio.get_running_loop().time()
             try:
                 async with self._open() as client:
-                    self._client = client
-                    if self._subscriptions:
-                        options = SubscribeOptions(qos=1)
-                        await client.subscribe([(topic, options) for topic in self._subscriptions])
-                    self.connected.set()
-                    failures = 0
-                    log.info("broker_connected", host=self._address.host, port=self._address.port)
-                    await on_connect()
-                    await asyncio.wait([client._disconnected])
-                    reason = client._disconnected.exception()
-                    log.warning("broker_lost", reason=str(reason))
+                    await self._serve(client, on_connect)
             except aiomqtt.MqttError as error:
-                log.warning(
-                    "broker_unreachable", host=self._address.host, port=self._address.port, reason=str(error)
-                )
+                address = f"{self._address.host}:{self._address.port}"
+                log.warning("broker_unreachable", broker=address, reason=str(error))
             finally:
                 self._lost()
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise asyncio.CancelledError
+            lasted = asyncio.get_running_loop().time() - began
+            failures = 0 if lasted > LASTING_SECONDS else failures + 1
             await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
-            failures += 1
+
+    def leave(self) -> None:
+        """Expect the end: the next cancellation says good-bye to the broker, without the last will."""
+        self._leaving = True
+
+    async def _serve(
+        self, client: aiomqtt.Client, on_connect: Callable[[], Coroutine[None, None, None]]
+    ) -> None:
+        """Subscribe, and stay until the connection ends."""
+        if self._subscriptions:
+            options = SubscribeOptions(qos=1)
+            granted = await client.subscribe([(topic, options) for topic in self._subscriptions])
+            for topic, code in zip(self._subscriptions, granted, strict=True):
+                if getattr(code, "value", code) != 1:
+                    raise ConfigError(
+                        f"mqtt: the broker does not grant {topic!r} with QoS 1 but answers {code}; "
+                        "let its access list allow it"
+                    )
+        self._client = client
+        self.connected.set()
+        log.info("broker_connected", host=self._address.host, port=self._address.port)
+        greeting = asyncio.create_task(on_connect(), name="greeting")
+        try:
+            await asyncio.wait([client._disconnected])
+            log.warning("broker_lost", reason=str(client._disconnected.exception()))
+        except asyncio.CancelledError:
+            if not self._leaving:
+                client._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, identifier=0x04))
+            raise
+        finally:
+            self._lost()
+            greeting.cancel()
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge in the order given; one of an earlier connection will be sent again by the broker."""
@@ -122,7 +156,7 @@ class Link:
             extra.MessageExpiryInterval = min(max(1, math.ceil((message.expires - now) / 1e9)), 0xFFFFFFFF)
         info = self._client._client.publish(message.topic, message.payload, 1, message.retain, extra)
         if info.rc != MQTT_ERR_SUCCESS:
-            return f"paho error {info.rc}"
+            return NOT_CONNECTED if info.rc in GONE else f"paho error {info.rc}"
         answer: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
         self._waiting[info.mid] = answer
         return await answer

@@ -1,6 +1,7 @@
 """Word to systemd: the notification protocol of sd_notify(3)."""
 
 import socket
+from contextlib import suppress
 
 
 class Notifier:
@@ -10,8 +11,8 @@ class Notifier:
         self._address = address
 
     def send(self, *states: str) -> None:
-        """Send one datagram. Without a service manager this does nothing."""
+        """Send one datagram. A service manager that is not there, or gone, is no fault of ours."""
         if self._address:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+            with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
                 s.connect(self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address)
                 s.sendall("\n".join(states).encode())

@@ -1,7 +1,7 @@
 """The one path from bars to outcomes, and the one loop that drives it, live and in every replay."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from barcast.daemon.ports import (
     Warmup,
 )
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar, Forecaster, Verdict, Windows
+from barcast.models import Bar, Card, Forecast, Forecaster, Verdict, Window, Windows
 from barcast.strategies import Strategy, build
 
 HOLES_WITHHELD = 0.1
@@ -53,6 +53,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     def bar_calendar(self) -> Calendar:
         """The bar closes of the path."""
         return Calendar(self.calendar, Timeframe.parse(self.timeframe))
+
+    def build(self) -> tuple[Strategy, ...]:
+        """The strategies of the path."""
+        return tuple(build(s.kind, s.name, s.params) for s in self.strategies)
 
     def encode(self) -> bytes:
         """Canonical JSON: the same settings always give the same bytes."""
@@ -135,16 +139,18 @@ class Pipeline:
                 self._revise(Settings.decode(event.settings))
             case Warmup(_, _, bars):
                 self.windows.warm(bars)
-            case Activation(_, model):
-                self.model, self._forecaster = model, None
-                self.windows.lengthen(self.forecaster.card.window)
+            case Activation():
+                self.model, self._forecaster = event.model, None
+                self.windows.lengthen(event.window)
 
     def outcome(self, group: Group) -> Outcome:
         """Forecast a group and ask the strategies: a function of the state at this moment."""
         card, settings = self.forecaster.card, self.settings
-        windows, flags, withheld = [], {}, {}
+        windows: list[Window] = []
+        holed: set[str] = set()
+        withheld: dict[str, str] = {}
         for symbol in group.symbols:
-            window = self.windows.cut(symbol, group.close_time)
+            window = self.windows.cut(symbol, group.close_time, card.window)
             if window is None or len(window) < card.min_window:
                 have = 0 if window is None else len(window)
                 withheld[symbol] = f"{have} of at least {card.min_window} bars"
@@ -153,10 +159,19 @@ class Pipeline:
             if holes > HOLES_WITHHELD * card.min_window:
                 withheld[symbol] = f"{holes} of the last {card.min_window} bars are missing"
                 continue
-            warming = ("warming",) if len(window) < card.window else ()
-            flags[symbol] = warming + (("degraded",) if holes else ())
+            if holes:
+                holed.add(symbol)
             windows.append(window)
-        forecasts = {f.symbol: f for f in self.forecaster.forecast(windows)}
+        forecasts: dict[str, Forecast] = {}
+        for forecast in self.forecaster.forecast(windows):
+            if np.isfinite(forecast.quantiles).all():
+                forecasts[forecast.symbol] = forecast
+            else:
+                withheld[forecast.symbol] = "the model gave no finite forecast"
+        flags = {
+            name: ("warming",) * forecast.warming + ("degraded",) * (name in holed)
+            for name, forecast in forecasts.items()
+        }
         targets = {}
         if forecasts and not group.straggler:
             targets = {s.name: s.on_forecasts(group.close_time, forecasts) for s in self.strategies}
@@ -192,11 +207,35 @@ class Pipeline:
         self._revision, self._forecaster = settings, None
         self.calendar = settings.bar_calendar()
         self.batcher.reconfigure(settings.symbols, settings.max_wait)
-        self.strategies = tuple(build(s.kind, s.name, s.params) for s in settings.strategies)
+        self.strategies = settings.build()
 
     def _holes(self, closes: np.ndarray) -> int:
         first, last = int(closes[0]), int(closes[-1])
         return max(0, self.calendar.missing_between(first, last) - (len(closes) - 2))
+
+
+def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
+    """Ask each strategy once about a forecast of the card's shape.
+
+    Raise ConfigError for one that needs a level or a horizon that the model does not forecast: better before
+    the settings are journalled than at the first group.
+    """
+    rising = np.linspace(-0.01, 0.01, len(card.levels))
+    some = np.full(len(card.horizons), 0.5)
+    trial = Forecast(
+        symbol="TRIAL",
+        close_time=0,
+        reference=1.0,
+        horizons=card.horizons,
+        levels=card.levels,
+        quantiles=np.tile(rising, (len(card.horizons), 1)),
+        mean=some,
+        std=some,
+        rise=some,
+        warming=False,
+    )
+    for strategy in strategies:
+        strategy.on_forecasts(0, {"TRIAL": trial})
 
 
 async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor | None = None) -> None:

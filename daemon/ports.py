@@ -13,7 +13,7 @@ from barcast.models import Bar, Card, Forecast
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Bars that came together, and the moment they were received (nanoseconds since 1970, UTC)."""
+    """Bars that came together, and when they were taken in (nanoseconds since 1970, UTC)."""
 
     time: int
     bars: tuple[Bar, ...]
@@ -38,11 +38,12 @@ class Warmup:
 
 @dataclass(frozen=True, slots=True)
 class Activation:
-    """A model takes over: its id, how it is sampled, and the fingerprint it was activated under."""
+    """A model takes over: its id, the fingerprint it is activated under, the window it needs, in bars."""
 
     time: int
     model: str
     fingerprint: str
+    window: int
 
 
 Event = Arrival | Revision | Warmup | Activation

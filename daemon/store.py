@@ -49,24 +49,23 @@ class ModelStore:
             partial.rename(self.directory / model)
         return model
 
-    def resolve(self, name: str, champion: str | None) -> str:
-        """The id that the config's `model.name` means: `champion`, a baseline, an id or a directory."""
+    def resolve(self, name: str, first: str, champion: str | None) -> str:
+        """The id that `model.name` means: a baseline, an id, a directory, or `champion`.
+
+        As long as there is no champion, `first` serves.
+        """
         if name == "champion":
-            if champion is None:
-                raise ConfigError(
-                    "model.name: there is no champion yet; name a checkpoint directory or a baseline "
-                    f"({', '.join(BASELINES)}), or train one with `barcast train`"
-                )
-            return champion
-        if name in BASELINES:
-            return name
-        if _ID.fullmatch(name) and (self.directory / name).is_dir():
+            return champion if champion is not None else self._known("first", first)
+        return self._known("name", name)
+
+    def _known(self, key: str, name: str) -> str:
+        if name in BASELINES or (_ID.fullmatch(name) and (self.directory / name).is_dir()):
             return name
         if Path(name).is_dir():
             return self.adopt(Path(name))
         raise ConfigError(
-            f"model.name: {name!r} is neither 'champion', a baseline ({', '.join(BASELINES)}), an id in "
-            f"{self.directory} nor a checkpoint directory"
+            f"model.{key}: {name!r} is neither a baseline ({', '.join(BASELINES)}), nor an id in "
+            f"{self.directory}, nor a checkpoint directory; train one with `barcast train`"
         )
 
     def path(self, model: str) -> str:

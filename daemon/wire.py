@@ -7,7 +7,7 @@ byte; what differs from run to run travels as MQTT user properties.
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
@@ -25,7 +25,14 @@ SCHEMA = 1
 AHEAD = 86_400_000_000_000
 """How far ahead of its arrival a bar may close, in nanoseconds: clocks differ, and some feeds send early."""
 
+LEAST, MOST = 1e-15, 1e15
+"""Prices and volumes beyond are no market's, and would overflow a forecast."""
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What a decoder says of bytes that are no message; the last of thousands of nested brackets."""
+
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,31}")
+CUT = 1000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY, _SECOND, _MICROSECOND = 86_400_000_000_000, 1_000_000_000, 1_000
 
@@ -135,7 +142,7 @@ class GroupDone(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A message, or one bar of an array, that could not be used, and why."""
+    """A message of which something could not be used: the first such bar and why, and how many there were."""
 
     schema: int
     id: str
@@ -143,15 +150,17 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
     received: str
     payload: str
+    count: int
 
 
 class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
-    """The champion, since when, and the last verdict on a challenger."""
+    """The champion, since when, and the verdict on a challenger that was given at `time`, if one was."""
 
     schema: int
     id: str
     model: str
     activated: str
+    time: str
     fingerprint: str
     verdict: dict[str, Any]
 
@@ -210,7 +219,7 @@ def decode(
             messages = (_pack_bars if packed else _json_bars).decode(payload)
         else:
             messages = [(_pack_bar if packed else _json_bar).decode(payload)]
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UNDECODABLE as error:
         return _piecewise(payload, symbol, received, calendar, packed, error)
     bars: list[Bar] = []
     rejects: list[Reject] = []
@@ -234,7 +243,7 @@ def _piecewise(
     """Keep the good bars of an array of which one does not even decode."""
     try:
         pieces = (_pack_raw if packed else _json_raw).decode(payload)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except UNDECODABLE:
         return [], [Reject(str(error), payload)]
     bars: list[Bar] = []
     rejects: list[Reject] = []
@@ -242,7 +251,7 @@ def _piecewise(
     for piece in pieces:
         try:
             message = one.decode(piece)
-        except (msgspec.DecodeError, UnicodeDecodeError) as fault:
+        except UNDECODABLE as fault:
             rejects.append(Reject(str(fault), bytes(piece)))
             continue
         if reason := _fault(message, symbol, received, calendar):
@@ -282,12 +291,16 @@ def _fault(message: BarMessage, symbol: str | None, received: int, calendar: Cal
         return f"close_time {given} is not between 1970 and the time of arrival, {to_text(received)}"
     if not calendar.covers(close):
         return f"close_time {given} is outside the years that the calendar {calendar.name} knows"
+    if calendar.close_at_or_after(close) != close:
+        return (
+            f"close_time {given} is when no {calendar.timeframe} bar of the calendar {calendar.name} closes"
+        )
     # One comparison chain refuses NaN as well: every comparison with it is false.
-    if 0 < m.low <= m.open <= m.high < math.inf and m.low <= m.close <= m.high and 0 <= m.volume < math.inf:
+    if LEAST < m.low <= m.open <= m.high < MOST and m.low <= m.close <= m.high and 0 <= m.volume < MOST:
         return None
     return (
         f"open {m.open}, high {m.high}, low {m.low}, close {m.close}, volume {m.volume}: prices must be "
-        "finite, positive and low <= open, close <= high; volume must be finite and not negative"
+        f"within {LEAST} and {MOST} and low <= open, close <= high; volume must be below {MOST}, not negative"
     )
 
 
@@ -368,21 +381,23 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
     )
 
 
-def dead_letter(reject: Reject, topic: str, received: int, deadletters: str) -> Outgoing:
-    """The message that says what could not be used; a payload beyond 1,000 characters is cut."""
+def dead_letter(rejects: Sequence[Reject], topic: str, received: int, deadletters: str) -> Outgoing:
+    """The message that says what of a message could not be used; texts beyond 1,000 characters are cut."""
+    first = rejects[0]
     letter = DeadLetter(
         schema=SCHEMA,
         id="",
-        topic=topic,
-        reason=reject.reason,
+        topic=topic[:CUT],
+        reason=first.reason[:CUT],
         received=to_text(received),
-        payload=reject.payload.decode("utf-8", "backslashreplace")[:1000],
+        payload=first.payload.decode("utf-8", "backslashreplace")[:CUT],
+        count=len(rejects),
     )
     return _outgoing(letter, deadletters, retain=False, expires=None)
 
 
 def model_notice(
-    model: str, activated: int, fingerprint: str, verdict: dict[str, Any], topic: str
+    model: str, activated: int, fingerprint: str, verdict: dict[str, Any], time: int, topic: str
 ) -> Outgoing:
     """The retained message that names the champion."""
     notice = ModelNotice(
@@ -390,6 +405,7 @@ def model_notice(
         id="",
         model=model,
         activated=to_text(activated),
+        time=to_text(time),
         fingerprint=fingerprint,
         verdict=verdict,
     )

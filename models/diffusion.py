@@ -155,7 +155,7 @@ class SSSDForecaster:
             reference=window.reference,
             horizons=self.card.horizons,
             levels=self.card.levels,
-            quantiles=_array(piecewise(q, u, knots)[0]) * scale[:, None],
+            quantiles=_array(torch.cummax(piecewise(q, u, knots)[0], -1).values) * scale[:, None],
             mean=_array(z.mean(-1)[0]) * scale,
             std=_array(z.std(-1, correction=0)[0]) * scale,
             rise=_array(1 - fall[0]),

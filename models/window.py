@@ -82,12 +82,7 @@ class Windows:
         ring = self._rings.get(symbol)
         return ring is not None and ring.find(close_time) is not None
 
-    def newest(self, symbol: str) -> int | None:
-        """The close time of the symbol's newest bar."""
-        ring = self._rings.get(symbol)
-        return None if ring is None else int(ring.times[ring.stop - 1])
-
-    def cut(self, symbol: str, close_time: int) -> Window | None:
+    def cut(self, symbol: str, close_time: int, length: int) -> Window | None:
         """The symbol's last `length` bars up to `close_time`, or None when that very bar is not kept.
 
         A newer bar that is already there is never in the window.
@@ -96,7 +91,7 @@ class Windows:
         at = None if ring is None else ring.find(close_time)
         if ring is None or at is None:
             return None
-        first = max(ring.start, at + 1 - self.length)
+        first = max(ring.start, at + 1 - length)
         times, values = ring.times[first : at + 1], ring.values[first : at + 1]
         times.flags.writeable = values.flags.writeable = False
         return Window(symbol, times, values)

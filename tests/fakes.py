@@ -57,9 +57,9 @@ def settings(symbols: Sequence[str] = ("A", "B"), max_wait: int = 10 * 10**9) ->
     )
 
 
-def opening(symbols: Sequence[str] = ("A", "B"), time: int = START, model: str = "spread") -> list[Event]:
+def opening(symbols: Sequence[str] = ("A", "B"), window: int = 8) -> list[Event]:
     """The events every journal begins with."""
-    return [Revision(time, settings(symbols).encode()), Activation(time, model, "numpy")]
+    return [Revision(START, settings(symbols).encode()), Activation(START, "spread", "numpy", window)]
 
 
 def bar(symbol: str, minute: int, close: float | None = None, volume: float = 10.0) -> Bar:

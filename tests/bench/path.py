@@ -103,7 +103,7 @@ def through_path(bars: list[Bar], forecaster: Forecaster) -> None:
         steps=None,
         strategies=(),
     )
-    opening = [Revision(0, settings.encode()), Activation(0, "bench", "")]
+    opening = [Revision(0, settings.encode()), Activation(0, "bench", "", forecaster.card.window)]
     replay([*opening, *arrivals(bars)], pipeline.Pipeline(lambda *_: forecaster), Ledger(1.0, 2.0))
 
 

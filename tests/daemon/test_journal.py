@@ -37,7 +37,7 @@ def test_message_computed_again_is_not_sent_twice(journal):
     journal.settle(Progress(1, 5), [message(1), message(2)])
     journal.mark([(1, State.DELIVERED)])
     journal.settle(Progress(2, 6), [message(1), message(2), message(3)])
-    assert [q.message.id for q in journal.pending(0, 10)] == ["id2", "id3"]
+    assert [q.message.id for q in journal.pending(10)] == ["id2", "id3"]
     assert journal.outbox_counts() == {State.PENDING: 2, State.DELIVERED: 1, State.EXPIRED: 0}
     assert journal.progress() == Progress(2, 6)
 
@@ -58,7 +58,7 @@ def test_state_survives_closing(tmp_path):
     reader.close()
     first.close()
     again = Journal(tmp_path / "journal.db")
-    assert [q.message for q in again.pending(0, 10)] == [message(1)]
+    assert [q.message for q in again.pending(10)] == [message(1)]
     again.close()
 
 

@@ -91,7 +91,8 @@ def test_hole_inside_the_shortest_window_degrades_the_signal():
     minutes = [m for m in range(1, 26) if m != 12]
     model = Spread(window=16, min_window=12)
     messages = outgoing(
-        [*opening(("A",)), *arrivals(*((60 * m + 1, bar("A", m)) for m in minutes))], spread=model
+        [*opening(("A",), window=16), *arrivals(*((60 * m + 1, bar("A", m)) for m in minutes))],
+        spread=model,
     )
     signals = [json.loads(m.payload) for m in messages if "/signals/" in m.topic]
     degraded = [s["close_time"][14:16] for s in signals if "degraded" in s["flags"]]
@@ -128,7 +129,7 @@ def test_stale_bar_only_warms_the_window():
 def test_activation_takes_over_between_two_groups():
     """Signals name the old model up to the activation and the new one after it."""
     base = [both(m) for m in range(1, 5)]
-    swap = Activation(START + 242 * SECOND, "other", "numpy")
+    swap = Activation(START + 242 * SECOND, "other", "numpy", 8)
     messages = outgoing(
         [*opening(), *arrivals(*base), swap, *arrivals(both(5), both(6))], other=Spread("other")
     )
@@ -139,7 +140,7 @@ def test_activation_takes_over_between_two_groups():
 def test_group_waiting_at_an_activation_is_forecast_by_the_new_model():
     """A group that is not due yet when a model takes over belongs to the new model, in every replay."""
     base = [both(m) for m in range(1, 5)]
-    swap = Activation(START + 302 * SECOND, "other", "numpy")
+    swap = Activation(START + 302 * SECOND, "other", "numpy", 8)
     messages = outgoing([*opening(), *arrivals(*base, (301, bar("A", 5))), swap], other=Spread("other"))
     assert json.loads(messages[-1].payload)["model"] == "other"
 
@@ -179,4 +180,4 @@ def test_array_of_many_closes_gives_the_windows_of_each():
 def test_path_needs_its_settings_first():
     """A journal that does not begin with a revision is a broken invariant, not an empty result."""
     with pytest.raises(RuntimeError, match="before the first revision"):
-        outgoing([Activation(START, "spread", "numpy")])
+        outgoing([Activation(START, "spread", "numpy", 8), *arrivals(both(1))])

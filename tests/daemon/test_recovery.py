@@ -29,8 +29,8 @@ def decision(kind, payload, event):
 
 def activation(model):
     """A model takes over."""
-    body = json.dumps({"model": model, "fingerprint": "numpy", "reason": "test"}).encode()
-    return decision(Kind.ACTIVATION, body, lambda time: Activation(time, model, "numpy"))
+    body = json.dumps({"model": model, "fingerprint": "numpy", "window": 8, "reason": "test"}).encode()
+    return decision(Kind.ACTIVATION, body, lambda time: Activation(time, model, "numpy", 8))
 
 
 def revision(**changes):
@@ -280,7 +280,7 @@ def test_recovery_ends_where_the_path_was(tmp_path):
     assert pipeline.model == "other"
     assert pipeline.settings.max_wait == 10 * SECOND
     assert pipeline.deadline is None
-    window = pipeline.windows.cut("A", START + 9 * MINUTE)
+    window = pipeline.windows.cut("A", START + 9 * MINUTE, 8)
     assert window.close_time == START + 9 * MINUTE
     assert 150.0 in window.values[:, 3]
 
