@@ -91,6 +91,12 @@ class Calendar:
             return np.empty(0, np.int64)
         return self._closes.for_opens(np.asarray(open_times, np.int64))
 
+    def are_closes(self, times: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of many times (N,) are closes of a bar, (N,)."""
+        if not len(times):
+            return np.empty(0, np.bool_)
+        return self._closes.are(np.asarray(times, np.int64))
+
     def valid_until(self, close_time: int) -> int:
         """Until when a signal of this close may be used: the close of the second next bar."""
         return self.closes_after(close_time, 2)[1]
@@ -134,6 +140,8 @@ class _Closes(Protocol):
 
     def for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
+    def are(self, times: NDArray[np.int64]) -> NDArray[np.bool_]: ...
+
 
 def _closes(name: str, timeframe: Timeframe) -> _Closes:
     duration = timeframe.duration
@@ -167,6 +175,9 @@ class _Steps:
 
     def for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.where(open_times % self.step == 0, open_times + self.step, -1)
+
+    def are(self, times: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return np.asarray(times % self.step == 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +227,13 @@ class _Sessions:
         past = open_times - opens[at]
         closes = np.minimum(open_times + self.step, ends[at])
         return np.where(inside & (past % self.step == 0), closes, -1)
+
+    def are(self, times: NDArray[np.int64]) -> NDArray[np.bool_]:
+        self._cover(int(times.min()), int(times.max()))
+        opens, ends = self.spans.opens, self.spans.ends
+        at = np.searchsorted(opens, times, side="left") - 1
+        stepped = ((times - opens[at]) % self.step == 0) | (times == ends[at])
+        return np.asarray((at >= 0) & (times <= ends[at]) & stepped)
 
     def _rank(self, time: int) -> int:
         """How many closes are at or before `time`."""

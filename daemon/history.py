@@ -14,10 +14,12 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from barcast.daemon.calendar import Calendar, iso
 from barcast.daemon.timeframe import DAY
 from barcast.models import Bar, DataError, Window
+from barcast.models.bar import LEAST, MOST
 
 Stamp = Literal["open", "close"]
 
@@ -32,7 +34,7 @@ _REMEDIES = {
     "naive": "write the time zone, such as 2026-01-31T16:00:00Z",
     "time": "write a date and time from 1970 on, such as 2026-01-31T16:00:00Z",
     "grid": "correct the time, or take the calendar and timeframe that the bars follow",
-    "price": "prices are positive numbers: correct or remove the row",
+    "price": "prices are positive numbers that a market can have: correct or remove the row",
     "volume": "volume is a number and not negative: correct it, or write 0 where it is unknown",
     "order": "low must not be above, high not below open and close: correct or remove the row",
 }
@@ -62,7 +64,7 @@ def scan(
             rows = rows.filter((pl.col("ns") >= since) | (pl.col("ns") < 0) | pl.col("ns").is_null())
         if until is not None:
             rows = rows.filter((pl.col("ns") < until) | pl.col("ns").is_null())
-        _check(path, rows, calendar)
+        _check(path, rows, stamp, calendar)
         checked.append(rows.with_columns(file=pl.lit(str(path))))
     close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
     known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
@@ -195,19 +197,22 @@ def _nanoseconds(
             f"Column {name!r} of {path} holds {dtype}, not times: write datetimes with a time zone, "
             "or strings such as 2026-01-31T16:00:00Z."
         )
-    if stamp == "close":
-        return moments
-    opened = moments.filter(moments >= 0)
-    first, last = _collect(path, raw.select(first=opened.min(), last=opened.max())).row(0)
+    given = moments.filter(moments >= 0)
+    first, last = _collect(path, raw.select(first=given.min(), last=given.max())).row(0)
     if first is not None:
         calendar.closes_for_opens(np.array([first, last]))
 
+    def close_of(known: NDArray[np.int64]) -> NDArray[np.int64]:
+        if stamp == "open":
+            return calendar.closes_for_opens(known)
+        return np.where(calendar.are_closes(known), known, -1)
+
     def closes(series: pl.Series) -> pl.Series:
-        given = series.to_frame("open").with_columns(close=pl.when(pl.col("open") < 0).then("open"))
-        known = given.filter(pl.col("open") >= 0)["open"].unique().to_numpy()
-        table = pl.DataFrame({"open": known, "closed": calendar.closes_for_opens(known)})
-        joined = given.join(table, on="open", how="left", maintain_order="left")
-        return joined.select(pl.coalesce("close", "closed")).to_series()
+        stamps = series.to_frame("given").with_columns(fault=pl.when(pl.col("given") < 0).then("given"))
+        known = stamps.filter(pl.col("given") >= 0)["given"].unique().to_numpy()
+        table = pl.DataFrame({"given": known, "close": close_of(known)})
+        joined = stamps.join(table, on="given", how="left", maintain_order="left")
+        return joined.select(pl.coalesce("fault", "close")).to_series()
 
     return moments.map_batches(closes, return_dtype=pl.Int64)
 
@@ -226,7 +231,7 @@ def _check_dates(path: Path, name: str, stamp: Stamp, calendar: Calendar) -> Non
         )
 
 
-def _check(path: Path, rows: pl.LazyFrame, calendar: Calendar) -> None:
+def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendar: Calendar) -> None:
     """Raise `DataError` for the first row that cannot be used."""
     nan = [pl.col(name).is_null() | ~pl.col(name).is_finite() for name in VALUES]
     faults: list[tuple[str, str, pl.Expr]] = [
@@ -234,8 +239,11 @@ def _check(path: Path, rows: pl.LazyFrame, calendar: Calendar) -> None:
         ("time", "given", pl.col("ns").is_null() | (pl.col("ns") < -2)),
         ("naive", "given", pl.col("ns") == -2),
         ("grid", "given", pl.col("ns") == -1),
-        *(("price", name, bad | (pl.col(name) <= 0)) for name, bad in zip(PRICES, nan, strict=False)),
-        ("volume", "volume", nan[4] | (pl.col("volume") < 0)),
+        *(
+            ("price", name, bad | (pl.col(name) <= LEAST) | (pl.col(name) >= MOST))
+            for name, bad in zip(PRICES, nan, strict=False)
+        ),
+        ("volume", "volume", nan[4] | (pl.col("volume") < 0) | (pl.col("volume") >= MOST)),
         ("order", "low", pl.col("low") > pl.min_horizontal("open", "close", "high")),
         ("order", "high", pl.col("high") < pl.max_horizontal("open", "close")),
     ]
@@ -247,7 +255,7 @@ def _check(path: Path, rows: pl.LazyFrame, calendar: Calendar) -> None:
     kind, column, _ = faults[row["fault"]]
     raise DataError(
         f"{path}, row {row['row']}, {_where(row)}: {_column(column)} is {_value(row, column)}"
-        f"{_beside(kind, row, calendar)}; {_REMEDIES[kind]}."
+        f"{_beside(kind, row, stamp, calendar)}; {_REMEDIES[kind]}."
     )
 
 
@@ -301,9 +309,9 @@ def _value(row: dict[str, Any], column: str) -> str:
     return "empty" if value is None else str(value) if not isinstance(value, str) else repr(value)
 
 
-def _beside(kind: str, row: dict[str, Any], calendar: Calendar) -> str:
+def _beside(kind: str, row: dict[str, Any], stamp: Stamp, calendar: Calendar) -> str:
     if kind == "grid":
-        return f", when no {calendar.timeframe} bar of the calendar {calendar.name} opens"
+        return f", when no {calendar.timeframe} bar of the calendar {calendar.name} {stamp}s"
     if kind == "order":
         return f" beside open {row['open']}, high {row['high']}, low {row['low']}, close {row['close']}"
     return ""

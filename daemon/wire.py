@@ -18,15 +18,13 @@ import numpy as np
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.ports import Outcome
 from barcast.models import Bar
+from barcast.models.bar import LEAST, MOST
 
 SCHEMA = 1
 """Version of the outgoing messages. Fields may be added within a version; readers ignore unknown ones."""
 
 AHEAD = 86_400_000_000_000
 """How far ahead of its arrival a bar may close, in nanoseconds: clocks differ, and some feeds send early."""
-
-LEAST, MOST = 1e-15, 1e15
-"""Prices and volumes beyond are no market's, and would overflow a forecast."""
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What a decoder says of bytes that are no message; the last of thousands of nested brackets."""

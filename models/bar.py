@@ -5,6 +5,9 @@ import msgspec
 TIME_UNIT = 1_000_000_000
 """Nanoseconds in a second: every time inside the program is int64 nanoseconds since 1970, UTC."""
 
+LEAST, MOST = 1e-15, 1e15
+"""Prices beyond, and volumes above, are no market's, and would overflow a forecast: the edge refuses them."""
+
 
 class Bar(msgspec.Struct, frozen=True, gc=False):
     """One OHLCV interval of one symbol.
