@@ -98,11 +98,9 @@ def run(config: ConfigFile) -> None:
 def check(config: ConfigFile) -> None:
     """Check a configuration file and say what it means. Starts nothing and loads no model."""
     from barcast.daemon.config import load
-    from barcast.daemon.schedule import cron
 
     settings = load(config)
-    if settings.retrain:
-        cron(settings.retrain.cron)
+    settings.mqtt.address("check")
     table = Table(title=f"{config} is in order", show_header=False, box=None)
     for name, value in (
         ("instance", settings.instance),
@@ -123,16 +121,24 @@ def publish(
     files: Files,
     stamp: Stamped,
     config: Annotated[
-        Path | None, typer.Option(help="Take broker, timeframe, calendar and clock from this TOML file.")
+        Path | None,
+        typer.Option(
+            help="Take broker, timeframe, calendar and clock from this TOML file, not from options."
+        ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Broker.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Its port.")] = 1883,
-    root: Annotated[str, typer.Option(help="Root topic.")] = "barcast/v1",
-    timeframe: Timeframe = "1m",
-    calendar: CalendarName = "24x7",
+    host: Annotated[str | None, typer.Option(help="Broker. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Its port. [default: 1883]", min=1, max=65535)] = None,
+    root: Annotated[str | None, typer.Option(help="Root topic. [default: barcast/v1]")] = None,
+    timeframe: Annotated[
+        str | None, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session. Needed without --config.")
+    ] = None,
+    calendar: Annotated[
+        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
+    ] = None,
     speed: Annotated[
-        float, typer.Option(help="Times real time; the first bar is sent at once.", min=0.001)
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Times real time; the first bar is sent at once. [default: 1]", min=0.001),
+    ] = None,
     symbol: Symbols = None,
     since: Since = None,
     until: Until = None,
@@ -142,28 +148,29 @@ def publish(
 
     from barcast.daemon import log
     from barcast.daemon.app import WallClock
-    from barcast.daemon.config import Config, Mqtt, Rehearsal, load
+    from barcast.daemon.config import Rehearsal, load, parse
     from barcast.daemon.history import bars, scan
     from barcast.daemon.publish import publish as send
     from barcast.daemon.wire import to_text
 
     log.configure("warning")
-    settings = (
-        load(config)
-        if config
-        else Config(
-            instance="publish",
-            state_dir=Path(),
-            timeframe=timeframe,
-            calendar=calendar,
-            mqtt=Mqtt(host=host, port=port, root=root),
-        )
-    )
+    given = {"host": host, "port": port, "root": root, "timeframe": timeframe, "calendar": calendar}
+    given = {name: value for name, value in given.items() if value is not None}
+    if config is None:
+        mqtt = {name: given.pop(name) for name in ("host", "port", "root") if name in given}
+        values = {"instance": "publish", "state_dir": Path(), "mqtt": mqtt, **given}
+        settings = parse(values, "the command line")
+    elif given:
+        raise typer.BadParameter(f"--{next(iter(given))} is taken from --config: give one of the two")
+    else:
+        settings = load(config)
+    if settings.rehearsal and speed is not None:
+        raise typer.BadParameter("--speed is taken from [rehearsal] in --config: give one of the two")
     frame = scan(files, stamp.value, settings.bar_calendar(), symbol, _ns(since), _ns(until))
     found = list(bars(frame))
     if settings.rehearsal is None:
         first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
-        clock = Rehearsal(start=first, at=datetime.now(UTC), speed=speed)
+        clock = Rehearsal(start=first, at=datetime.now(UTC), speed=speed or 1.0)
         settings = settings.model_copy(update={"rehearsal": clock})
     address = settings.mqtt.address(f"barcast-publish-{settings.instance}")
     with _progress("publishing", len(found)) as advance:
@@ -179,7 +186,10 @@ def publish(
 def train(
     files: Files,
     stamp: Stamped,
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory to write the checkpoint into.")],
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="Directory for the checkpoint; one that is there must be a checkpoint."),
+    ],
     timeframe: Timeframe = "1d",
     calendar: CalendarName = "24x7",
     symbol: Symbols = None,
@@ -300,6 +310,7 @@ def forecast(
 
     closes = Calendar(calendar, Parsed.parse(timeframe))
     histories = read_windows(scan(files, stamp.value, closes, symbol, None, _ns(until)))
+    _sampled(model, sampler, steps)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
     windows = []
@@ -336,12 +347,7 @@ def forecast(
 @app.command()
 def backtest(
     files: Files,
-    stamp: Annotated[
-        Stamp | None,
-        typer.Option(
-            help="Whether times in the files are the open or the close of the bar; not for a journal."
-        ),
-    ] = None,
+    stamp: Stamped,
     model: ModelName = "fhs",
     timeframe: Timeframe = "1d",
     calendar: CalendarName = "24x7",
@@ -358,24 +364,12 @@ def backtest(
     ] = 1.0,
     slippage: Annotated[float, typer.Option(help="Slippage in basis points of the price.", min=0)] = 2.0,
     report: Annotated[Path, typer.Option(help="HTML file to write the report to.")] = Path("report.html"),
-    capture: Annotated[
-        Path | None,
-        typer.Option(help="With a journal: JSON lines of what a subscriber saw; compare byte by byte."),
-    ] = None,
 ) -> None:
-    """Replay history, or a journal, through the live path.
+    """Replay bars from files through the live path: scores, fills and an HTML report.
 
-    Bars from files: scores, fills and an HTML report. Bars before --since only warm the windows up.
-    A journal (journal.db of a state directory): every signal is computed again and, with --capture,
-    compared with what a subscriber saw.
+    Bars before --since only warm the windows up. A target is filled at the next bar's open.
     """
-    if len(files) == 1 and files[0].suffix == ".db":
-        _replay_journal(files[0], capture)
-        return
-    if stamp is None:
-        raise typer.BadParameter(
-            "say whether times in the files are the open or the close of the bar", param_hint="--stamp"
-        )
+    _sampled(model, sampler, steps)
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
 
@@ -396,9 +390,35 @@ def backtest(
             slippage_bp=slippage,
             progress=advance,
         )
-    write_report(result, report)
     _print_result(result)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_report(result, report)
     out.print(f"report: {report.absolute()}")
+
+
+@app.command()
+def replay(
+    journal: Annotated[Path, typer.Argument(help="journal.db of an instance's state directory.")],
+    capture: Annotated[
+        Path | None,
+        typer.Option(
+            help='What a subscriber wrote down, one ["topic", "payload"] a line: compare byte by byte, '
+            "exit 1 on a difference."
+        ),
+    ] = None,
+) -> None:
+    """Compute every message of a recorded live run again, from its journal alone."""
+    from barcast.backtest.replay import compare, read_capture, replay_journal
+
+    captured = read_capture(capture) if capture else None
+    messages = replay_journal(journal)
+    signals = sum("/signals/" in m.topic for m in messages)
+    out.print(f"{len(messages)} messages replayed, {signals} of them signals")
+    if captured is not None:
+        difference = compare(messages, captured)
+        out.print(difference.sentence())
+        if difference.differing or not difference.signals:
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -418,19 +438,6 @@ def demo(
     Demo(folder, broker, seconds, out).run()
 
 
-def _replay_journal(journal: Path, capture: Path | None) -> None:
-    from barcast.backtest.replay import compare, read_capture, replay_journal
-
-    messages = replay_journal(journal)
-    signals = sum("/signals/" in m.topic for m in messages)
-    out.print(f"{len(messages)} messages replayed, {signals} of them signals")
-    if capture is not None:
-        difference = compare(messages, read_capture(capture))
-        out.print(difference.sentence())
-        if difference.differing:
-            raise typer.Exit(1)
-
-
 def _train(
     histories: Any,
     out_dir: Path,
@@ -442,10 +449,11 @@ def _train(
     init_from: Path | None = None,
     seed: int = 0,
 ) -> None:
-    from barcast.models.checkpoint import load, save
+    from barcast.models.checkpoint import check_target, load, save
     from barcast.models.training import Progress as Stand
     from barcast.models.training import train as fit
 
+    check_target(out_dir)
     start = load(init_from) if init_from else None
     with _progress("training", None) as advance:
 
@@ -467,6 +475,11 @@ def _train(
         )
     model = save(trained, out_dir)
     err.print(f"model {model} written to {out_dir}")
+
+
+def _sampled(model: str, sampler: str | None, steps: int | None) -> None:
+    if model in ("hs", "fhs") and (sampler or steps):
+        raise typer.BadParameter(f"{model} is not sampled: --sampler and --steps go with a checkpoint")
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

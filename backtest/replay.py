@@ -277,4 +277,15 @@ def compare(replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]])
 def read_capture(path: Path) -> list[tuple[str, bytes]]:
     """Topics and payloads that a subscriber wrote down: one JSON array of two texts a line."""
     pairs = msgspec.json.Decoder(tuple[str, str])
-    return [(t, p.encode()) for t, p in map(pairs.decode, path.read_bytes().splitlines())]
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; name the lines that a subscriber wrote down")
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            topic, payload = pairs.decode(line)
+        except msgspec.DecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: {error}; write each message as a JSON array of topic and payload"
+            ) from error
+        found.append((topic, payload.encode()))
+    return found

@@ -89,6 +89,15 @@ def _zoned(value: datetime) -> datetime:
     return value
 
 
+def _model(value: str) -> str:
+    if value in ("champion", *BASELINES) or re.fullmatch(r"[0-9a-f]{16}", value) or Path(value).is_dir():
+        return value
+    raise ValueError(
+        f"{value!r} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor a "
+        "checkpoint directory; name one of these"
+    )
+
+
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 Segment = Annotated[str, AfterValidator(_segment)]
 Zoned = Annotated[datetime, AfterValidator(_zoned)]
@@ -101,7 +110,7 @@ class _Section(BaseModel):
 class Mqtt(_Section):
     """The broker. A password is read from a file, so that it is in no process list and no log."""
 
-    host: str = "127.0.0.1"
+    host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=1883, gt=0, lt=65536)
     root: Annotated[str, AfterValidator(_root)] = "barcast/v1"
     username: str | None = None
@@ -141,8 +150,8 @@ class Model(_Section):
     serves as long as there is no champion.
     """
 
-    name: str = "champion"
-    first: str = "fhs"
+    name: Annotated[str, AfterValidator(_model)] = "champion"
+    first: Annotated[str, AfterValidator(_model)] = "fhs"
     sampler: Literal["dpmpp", "ddim"] | None = None
     steps: int | None = Field(default=None, ge=2, le=400)
 
@@ -318,13 +327,18 @@ def load(path: Path) -> Config:
             name = model.get(key)
             if isinstance(name, str) and name not in ("champion", *BASELINES) and (base / name).is_dir():
                 model[key] = str(base / name)
+    return parse(values, str(path))
+
+
+def parse(values: dict[str, Any], where: str) -> Config:
+    """Settings from plain values. Raise ConfigError that names `where` they are from and every fault."""
     try:
         return Config(**values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_faults(path, error))) from error
+        raise ConfigError("\n".join(_faults(where, error))) from error
 
 
-def _faults(path: Path, error: ValidationError) -> Iterator[str]:
+def _faults(path: str, error: ValidationError) -> Iterator[str]:
     for fault in error.errors():
         where = ".".join(str(part) for part in fault["loc"]) or "the file"
         if fault["type"] == "extra_forbidden":

@@ -40,8 +40,21 @@ class Checkpoint:
         return SSSDForecaster(t.net, t.scaling, t.levels, self.model, sampler, steps)
 
 
+def check_target(directory: Path) -> Path:
+    """The absolute path of a directory that `save` may write; raises `CheckpointError` for any other."""
+    directory = directory.absolute()
+    foreign = directory.is_dir() and any(directory.iterdir()) and not (directory / JSON).is_file()
+    if foreign or (directory.exists() and not directory.is_dir()):
+        raise CheckpointError(f"{directory}: holds something else than a model; name a new directory")
+    return directory
+
+
 def save(trained: Trained, directory: Path) -> str:
-    """Write a model into a directory, which is created or replaced as a whole; return the model's id."""
+    """Write a model into a directory, which is created, or replaced as a whole if it holds a model.
+
+    Returns the model's id; raises `CheckpointError` rather than replace anything else.
+    """
+    directory = check_target(directory)
     weights = save_tensors({k: v.contiguous() for k, v in trained.net.state_dict().items()})
     body = _body(trained)
     model = _identity(body, weights)

@@ -1,0 +1,159 @@
+"""The link to a broker that misbehaves: it never hangs, never claims what is not so, and says what is wrong."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+
+from barcast.daemon import mqtt
+from barcast.daemon.mqtt import NOT_CONNECTED, Address, Link
+from barcast.daemon.wire import Outgoing
+from barcast.models import ConfigError
+
+STATUS = Outgoing("", "r/status/x", b"{}", True, None)
+CONNECT, PUBLISH, SUBSCRIBE, DISCONNECT = 1, 3, 8, 14
+
+
+class Broker:
+    """A few packets of MQTT 5: enough to accept, to refuse and to hang up."""
+
+    def __init__(self, suback=1, puback=0, hang_up=None):
+        self.suback, self.puback, self.hang_up = suback, puback, hang_up
+        self.packets, self.connections = [], 0
+
+    async def __aenter__(self):
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_):
+        self.server.close()
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                first = (await reader.readexactly(1))[0]
+                length, shift = 0, 0
+                while True:
+                    byte = (await reader.readexactly(1))[0]
+                    length |= (byte & 127) << shift
+                    shift += 7
+                    if byte < 128:
+                        break
+                body = await reader.readexactly(length)
+                kind = first >> 4
+                self.packets.append((kind, body))
+                if kind == self.hang_up:
+                    self.hang_up = None
+                    break
+                if kind == CONNECT:
+                    writer.write(b"\x20\x03\x00\x00\x00")
+                elif kind == SUBSCRIBE:
+                    writer.write(b"\x90\x04" + body[:2] + b"\x00" + bytes([self.suback]))
+                elif kind == PUBLISH:
+                    at = 2 + int.from_bytes(body[:2], "big")
+                    writer.write(b"\x40\x03" + body[at : at + 2] + bytes([self.puback]))
+        writer.close()
+
+
+def link(broker):
+    return Link(Address("127.0.0.1", broker.port, "x"), ["r/bars/#"], STATUS)
+
+
+async def until(condition, seconds=10):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def test_connection_lost_before_the_greeting_is_answered_is_made_again():
+    """A broker that hangs up between the subscription and the first PUBACK is connected to again."""
+
+    async def play():
+        async with Broker(hang_up=PUBLISH) as broker:
+            connection = link(broker)
+            greeted = []
+
+            async def greet():
+                greeted.append(await connection.publish(STATUS, 0))
+
+            task = asyncio.create_task(connection.run(greet))
+            await until(lambda: None in greeted)
+            assert broker.connections == 2
+            connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+
+    asyncio.run(play(), debug=True)
+
+
+@pytest.mark.parametrize("code", [0x87, 0x80, 0x00])
+def test_refused_or_lesser_subscription_is_named(code):
+    """A broker that does not grant QoS 1 on the bars is an error that names the topic: nothing would come."""
+
+    async def play():
+        async with Broker(suback=code) as broker:
+            connection = link(broker)
+            with pytest.raises(ConfigError, match=r"r/bars/#.*access list"):
+                await asyncio.wait_for(connection.run(lambda: asyncio.sleep(0)), 10)
+
+    asyncio.run(play(), debug=True)
+
+
+@pytest.mark.parametrize(("leaves", "reason"), [(True, b""), (False, b"\x04")])
+def test_only_a_farewell_keeps_the_last_will_back(leaves, reason):
+    """A link that is cancelled by a fault has the broker publish the last will; one that leaves has not."""
+
+    async def play():
+        async with Broker() as broker:
+            connection = link(broker)
+            task = asyncio.create_task(connection.run(lambda: asyncio.sleep(0)))
+            await until(connection.connected.is_set)
+            if leaves:
+                connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            await until(lambda: any(kind == DISCONNECT for kind, _ in broker.packets))
+            [body] = [body for kind, body in broker.packets if kind == DISCONNECT]
+            assert body[:1].strip(b"\x00") == reason
+
+    asyncio.run(play(), debug=True)
+
+
+def test_refused_publication_says_so_and_a_lost_one_can_be_told_from_it():
+    """The reason code of a PUBACK is a fault; without a connection the fault is that there is none."""
+
+    async def play():
+        async with Broker(puback=0x87) as broker:
+            connection = link(broker)
+            assert await connection.publish(STATUS, 0) == NOT_CONNECTED
+            task = asyncio.create_task(connection.run(lambda: asyncio.sleep(0)))
+            await until(connection.connected.is_set)
+            assert "Not authorized" in (await connection.publish(STATUS, 0) or "")
+            connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+
+    asyncio.run(play(), debug=True)
+
+
+def test_session_is_kept_and_flow_is_bounded():
+    """The session outlives the connection, and the broker may send only so much before it is acknowledged."""
+
+    async def play():
+        async with Broker() as broker:
+            connection = link(broker)
+            task = asyncio.create_task(connection.run(lambda: asyncio.sleep(0)))
+            await until(connection.connected.is_set)
+            connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+            return broker.packets[0][1]
+
+    connect = asyncio.run(play())
+    flags = connect[7]
+    assert not flags & 0x02  # clean start
+    assert b"\x11" + mqtt.SESSION_SECONDS.to_bytes(4, "big") in connect
+    assert b"\x21" + mqtt.RECEIVE_MAXIMUM.to_bytes(2, "big") in connect

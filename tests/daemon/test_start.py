@@ -1,0 +1,163 @@
+"""What a start decides, what it refuses before anything is journalled, and which bars a trainer sees."""
+
+import asyncio
+import json
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+
+from barcast.backtest.replay import replay_journal
+from barcast.daemon.app import Commands, Daemon, WallClock
+from barcast.daemon.bars import known_bars
+from barcast.daemon.config import load
+from barcast.daemon.events import Champion, Warmth
+from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.live import Scribe
+from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.store import ModelStore
+from barcast.daemon.wire import encode_bars
+from barcast.models import Bar, ConfigError
+from tests.fakes import START, bar
+
+LEAST = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n'
+
+
+def start(folder, text=LEAST):
+    """A daemon as it is before it serves: its journal is open, its decisions are not taken."""
+    path = folder / "barcast.toml"
+    path.write_text(text)
+    daemon = Daemon(load(path), Commands([], []), asyncio.Event(), None)
+    daemon.config.state_dir.mkdir(exist_ok=True)
+    daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
+    daemon.store = ModelStore(daemon.config.state_dir / "models", daemon.config.timeframe)
+    daemon.pipeline = Pipeline(daemon.store.open)
+    return daemon
+
+
+def decide(daemon, time=START):
+    """Take the decisions and write them into the journal as the source would."""
+    decisions = daemon._decisions()
+    daemon.scribe.journal.append([(time, d.kind, "", d.payload) for d in decisions])
+    return decisions
+
+
+def history(folder, minutes, close=100.0):
+    """A history file of symbol A."""
+    target = folder / "state" / "history"
+    target.mkdir(parents=True, exist_ok=True)
+    bars = [bar("A", m, close) for m in minutes]
+    times = pl.Series([b.close_time for b in bars]).cast(pl.Datetime("ns", "UTC"))
+    columns = {n: [getattr(b, n) for b in bars] for n in ("open", "high", "low", "close", "volume")}
+    pl.DataFrame({"symbol": ["A"] * len(bars), "close_time": times, **columns}).write_parquet(
+        target / "h.parquet"
+    )
+
+
+def test_first_start_decides_everything_and_the_next_nothing(tmp_path):
+    """Settings, model and history are journalled once, and again only when they change."""
+    history(tmp_path, range(1, 300))
+    daemon = start(tmp_path)
+    kinds = [d.kind for d in decide(daemon)]
+    assert kinds == [Kind.REVISION, Kind.ACTIVATION, Kind.WARMUP]
+    daemon.scribe.close()
+    again = start(tmp_path)
+    assert again._decisions() == []
+    again.scribe.close()
+    changed = start(tmp_path, LEAST + 'max_wait = "5s"\n')
+    assert [d.kind for d in changed._decisions()] == [Kind.REVISION]
+    history(tmp_path, range(1, 301))
+    assert [d.kind for d in changed._decisions()] == [Kind.REVISION, Kind.WARMUP]
+    changed.scribe.close()
+
+
+def test_model_that_looks_back_further_is_warmed_from_the_same_history(tmp_path):
+    """A warm-up that took fewer bars than the next model needs is taken again, with more."""
+    history(tmp_path, range(1, 900))
+    daemon = start(tmp_path)
+    [warmup] = [d for d in decide(daemon) if d.kind == Kind.WARMUP]
+    length = Warmth.decode(warmup.payload).length
+    assert daemon._warmup(length) == []
+    [more] = daemon._warmup(length + 50)
+    assert len(Warmth.decode(more.payload).bars) == length + 50
+    daemon.scribe.close()
+
+
+@pytest.mark.parametrize("params", ["{ horizon = 7 }", "{ band = 0.98 }"])
+def test_strategy_that_the_model_cannot_serve_is_refused_at_the_start(tmp_path, params):
+    """A strategy that needs another horizon or level is refused before its settings are journalled."""
+    daemon = start(tmp_path, LEAST + f'[[strategy]]\nkind = "quantile-band"\nparams = {params}\n')
+    with pytest.raises(ConfigError):
+        decide(daemon)
+    assert daemon.scribe.journal.last(Kind.REVISION) is None
+    daemon.scribe.close()
+
+
+def test_state_of_another_timeframe_is_refused(tmp_path):
+    """Bars of two lengths never share a state directory."""
+    daemon = start(tmp_path)
+    decide(daemon)
+    daemon.scribe.close()
+    other = start(tmp_path, LEAST.replace("1m", "1h"))
+    with pytest.raises(ConfigError, match="holds 1m bars on 24x7, not 1h on 24x7"):
+        other._decisions()
+    other.scribe.close()
+
+
+def test_clock_far_behind_the_journal_is_refused(tmp_path):
+    """A journal from the future would make every bar stale: it is named instead."""
+    daemon = start(tmp_path)
+    decide(daemon, time=4_000_000_000 * 10**9)
+    with pytest.raises(ConfigError, match=r"2096-10-02.*set the clock right"):
+        daemon._decisions()
+    daemon.scribe.close()
+
+
+def test_history_beyond_the_clock_is_not_taken(tmp_path):
+    """A rehearsal does not see the bars that its clock has not reached."""
+    history(tmp_path, range(1, 400))
+    now = datetime.fromtimestamp((START + 300 * 60 * 10**9) // 10**9, UTC).isoformat()
+    text = LEAST + f"[rehearsal]\nstart = {now}\nat = {datetime.now(UTC).isoformat()}\nspeed = 1\n"
+    daemon = start(tmp_path, text)
+    [warmup] = [d for d in decide(daemon) if d.kind == Kind.WARMUP]
+    daemon.scribe.close()
+    assert max(b.close_time for b in Warmth.decode(warmup.payload).bars) == bar("A", 300).close_time
+    config = load(tmp_path / "barcast.toml")
+    known = known_bars(config.state_dir, config.bar_calendar(), WallClock(config).now())
+    assert len(known["A"]) == 300
+
+
+def test_trainer_sees_the_bars_that_the_windows_hold(tmp_path):
+    """The journal wins over the history, a correction over its bar, and neither over what came after it."""
+    history(tmp_path, [1, 2, 3], close=50.0)
+    daemon = start(tmp_path)
+    decide(daemon)
+    first, better = bar("A", 3, close=60.0), bar("A", 3, close=61.0)
+    arrivals = [bar("A", 2, close=70.0), first, better, first, Bar("B", START, 1, 1, 1, 1, 0)]
+    rows = [
+        (START + i, Kind.BARS, f"barcast/v1/bars/1m/{b.symbol}", encode_bars([b]))
+        for i, b in enumerate(arrivals)
+    ]
+    daemon.scribe.journal.append(rows)
+    daemon.scribe.close()
+    history(tmp_path, [1, 2, 3], close=55.0)
+    config = load(tmp_path / "barcast.toml")
+    known = known_bars(config.state_dir, config.bar_calendar(), START + 10**18)
+    assert known["A"].values[:, 3].tolist() == [55.0, 70.0, 61.0]
+    assert list(known) == ["A", "B"]
+
+
+def test_replay_under_another_fingerprint_is_refused(tmp_path):
+    """Bytes are promised within one fingerprint: a replay elsewhere names both instead of differing."""
+    daemon = start(tmp_path)
+    decide(daemon)
+    daemon.scribe.close()
+    path = tmp_path / "state" / "journal.db"
+    assert replay_journal(path) == []
+    journal = Journal(path)
+    elsewhere = Champion("fhs", "numpy=0.1", 8, "test").encode()
+    journal.append([(START + 1, Kind.ACTIVATION, "", elsewhere)])
+    journal.close()
+    with pytest.raises(ConfigError, match=r"numpy=0\.1.*replay where it was recorded"):
+        replay_journal(path)
+    assert json.loads(elsewhere)["window"] == 8
