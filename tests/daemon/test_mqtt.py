@@ -1,4 +1,4 @@
-"""The link to a broker that misbehaves: it never hangs, never claims what is not so, and says what is wrong."""
+"""The link to a broker that misbehaves: it never hangs, and never claims what is not so."""
 
 import asyncio
 from contextlib import suppress
@@ -63,7 +63,7 @@ def link(broker):
 
 async def until(condition, seconds=10):
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - conditions of other threads and tasks
             await asyncio.sleep(0.02)
 
 
