@@ -44,7 +44,7 @@ log = structlog.get_logger()
 
 
 class WallClock:
-    """The operating system's clock or, in a rehearsal, one that started elsewhere and runs faster."""
+    """The operating system's clock or, in a rehearsal, one that begins elsewhere and runs faster."""
 
     def __init__(self, config: Config) -> None:
         r = config.rehearsal
@@ -53,12 +53,12 @@ class WallClock:
 
     def now(self) -> int:
         """Nanoseconds since 1970, UTC."""
-        since = time.time_ns() - self._at
+        since = max(0, time.time_ns() - self._at)
         return self._start + (since if self._speed == 1 else int(since * self._speed))
 
     def seconds_until(self, moment: int) -> float:
         """Real seconds until the clock shows `moment`."""
-        return max(0.0, (moment - self.now()) / self._speed / 1e9)
+        return max(0.0, ((moment - self._start) / self._speed + self._at - time.time_ns()) / 1e9)
 
 
 @dataclass(frozen=True, slots=True)

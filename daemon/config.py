@@ -189,8 +189,8 @@ class Retrain(_Section):
 class Rehearsal(_Section):
     """A clock of its own, for feeding old bars as if they came now.
 
-    At the real moment `at` the instance's clock shows `start`, and from then on it runs `speed` times as
-    fast as real time.
+    The instance's clock stands at `start` until the real moment `at`, and from then on it runs `speed` times
+    as fast as real time.
     """
 
     start: Zoned

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
@@ -161,3 +161,21 @@ def test_replay_under_another_fingerprint_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"numpy=0\.1.*replay where it was recorded"):
         replay_journal(path)
     assert json.loads(elsewhere)["window"] == 8
+
+
+def test_rehearsal_clock_stands_until_it_begins(tmp_path):
+    """Before its real moment the clock shows its start; after it, it runs as fast as it is told."""
+    path = tmp_path / "barcast.toml"
+
+    def clock(at):
+        text = f"[rehearsal]\nstart = 2012-01-03T00:00:00Z\nat = {at.isoformat()}\nspeed = 3600\n"
+        path.write_text(LEAST + text)
+        return WallClock(load(path))
+
+    begin = 1_325_548_800 * 10**9
+    early = clock(datetime.now(UTC) + timedelta(seconds=100))
+    assert early.now() == begin
+    assert 100 < early.seconds_until(begin + 3600 * 10**9) + 1 < 102.1
+    late = clock(datetime.now(UTC) - timedelta(seconds=100))
+    assert abs(late.now() - begin - 360_000 * 10**9) < 3600 * 10**9
+    assert late.seconds_until(begin) == 0
