@@ -1,36 +1,42 @@
 """The command line. It is the top layer: the one place that knows the live and the replay side."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from barcast.models import LEVELS, BarcastError, default_horizons
+from barcast.models import LEVELS, BarcastError, ConfigError, DataError, default_horizons
 
 if TYPE_CHECKING:
     from barcast.backtest.result import BacktestResult
+    from barcast.models import Window
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    help="Calibrated quantile forecasts of OHLCV bars: live over MQTT, and in backtests on the same path.",
 )
 out = Console()
 err = Console(stderr=True)
 
 EX_CONFIG = 78
 """Exit status for a fault that a person must mend: systemd does not restart on it."""
+
+HELD_OUT = 1000
+"""How many forecasts a new model is shown beside the baselines on, about."""
 
 LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
@@ -43,6 +49,7 @@ class Stamp(StrEnum):
     close = "close"
 
 
+FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
 Files = Annotated[list[Path], typer.Argument(help="Parquet or CSV files with bars, or folders of them.")]
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the instance.")]
 Stamped = Annotated[
@@ -54,17 +61,35 @@ Symbols = Annotated[
     list[str] | None, typer.Option("--symbol", help="Take this symbol only; may be repeated.")
 ]
 Since = Annotated[
-    datetime | None, typer.Option(help="First close to take, UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"])
+    datetime | None,
+    typer.Option(help="First close: 2025-01-31 or 2025-01-31T16:00:00Z.", metavar="TIME", formats=FORMATS),
 ]
 Until = Annotated[
     datetime | None,
-    typer.Option(help="Take closes before this moment only, UTC.", formats=["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"]),
+    typer.Option(
+        help="Take closes before this moment only, in the same form, UTC.", metavar="TIME", formats=FORMATS
+    ),
 ]
 ModelName = Annotated[str, typer.Option(help="A checkpoint directory, or hs or fhs (no training needed).")]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
 Steps = Annotated[
     int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=2)
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        out.print(version("barcast"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Calibrated quantile forecasts of OHLCV bars: live over MQTT, and in backtests on the same path."""
 
 
 def main() -> None:
@@ -83,7 +108,7 @@ def main() -> None:
 
 @app.command()
 def run(config: ConfigFile) -> None:
-    """Run the daemon: bars from the broker in, signals out, until SIGTERM."""
+    """Run the daemon: bars from the broker in, signals out, until SIGTERM or Ctrl-C."""
     from barcast.daemon import log
     from barcast.daemon.app import Commands, serve
     from barcast.daemon.config import load
@@ -213,8 +238,9 @@ def train(
     from barcast.daemon.timeframe import Timeframe as Parsed
 
     frame = scan(files, stamp.value, Calendar(calendar, Parsed.parse(timeframe)), symbol, None, _ns(until))
+    histories = read_windows(frame)
     _train(
-        read_windows(frame),
+        histories,
         out_dir,
         timeframe,
         horizons=tuple(horizon) if horizon else None,
@@ -223,6 +249,7 @@ def train(
         init_from=init_from,
         seed=seed,
     )
+    _print_held_out(histories, out_dir, timeframe)
 
 
 @app.command()
@@ -257,7 +284,10 @@ def gate(
     challenger: Annotated[Path, typer.Argument(help="Checkpoint directory of the challenger.")],
     champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
 ) -> None:
-    """Judge a challenger against the champion on bars it has not learnt from; print the verdict as JSON."""
+    """Judge a challenger against the champion on bars it has not learnt from.
+
+    Prints the verdict as JSON; a refusal is a verdict, not a failure: exit status 0.
+    """
     import os
 
     import msgspec
@@ -297,6 +327,9 @@ def forecast(
     until: Until = None,
     sampler: Sampler = None,
     steps: Steps = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a symbol, with all levels, for scripts.")
+    ] = False,
 ) -> None:
     """Forecast every symbol from its last bar and print the quantiles, in prices."""
     import numpy as np
@@ -319,28 +352,37 @@ def forecast(
             err.print(f"{name}: {len(h)} bars, {card.min_window} are needed: left out")
         else:
             windows.append(Window(name, h.close_times[-card.window :], h.values[-card.window :]))
-    table = Table(title=f"model {card.model}, {card.sampler}, {card.steps} steps, {card.samples} samples")
-    for column in (
-        "symbol",
-        "from",
-        "close",
-        "horizon",
-        "until",
-        *(f"q{round(100 * p):02d}" for p in card.levels),
-    ):
-        table.add_column(column, justify="left" if column == "symbol" else "right")
-    for f in forecaster.forecast(windows):
+    if not windows:
+        raise DataError(
+            f"No symbol has the {card.min_window} bars that {card.model} needs: give more history."
+        )
+    forecasts = forecaster.forecast(windows)
+    if as_json:
+        for f in forecasts:
+            ends = closes.closes_after(f.close_time, max(f.horizons))
+            prices = (f.reference * np.exp(f.quantiles)).tolist()
+            line = {
+                "symbol": f.symbol,
+                "close_time": to_text(f.close_time),
+                "reference": f.reference,
+                "levels": f.levels,
+                "horizons": [{"bars": h, "end_time": to_text(ends[h - 1])} for h in f.horizons],
+                "quantiles": prices,
+                "rise": f.rise.tolist(),
+                "model": card.model,
+            }
+            print(json.dumps(line))
+        return
+    table = Table(title=f"model {card.model}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    shown = [p for p in (0.05, 0.25, 0.5, 0.75, 0.95) if p in card.levels] or list(card.levels)
+    for column in ("symbol", "close", "until", *(f"q{round(100 * p):02d}" for p in shown)):
+        table.add_column(column, justify="left" if column == "symbol" else "right", no_wrap=True)
+    for f in forecasts:
         ends = closes.closes_after(f.close_time, max(f.horizons))
+        table.add_row(f.symbol, f"{f.reference:.5g}", to_text(f.close_time)[:16])
         for bars, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
-            prices = (f"{price:.6g}" for price in row)
-            table.add_row(
-                f.symbol,
-                to_text(f.close_time),
-                f"{f.reference:.6g}",
-                str(bars),
-                to_text(ends[bars - 1]),
-                *prices,
-            )
+            prices = [f"{row[card.levels.index(p)]:.5g}" for p in shown]
+            table.add_row("", f"+{bars}", to_text(ends[bars - 1])[:16], *prices)
     out.print(table)
 
 
@@ -370,6 +412,8 @@ def backtest(
     Bars before --since only warm the windows up. A target is filled at the next bar's open.
     """
     _sampled(model, sampler, steps)
+    if report.is_dir():
+        raise typer.BadParameter(f"{report} is a directory: name a file", param_hint="--report")
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
 
@@ -391,6 +435,8 @@ def backtest(
             progress=advance,
         )
     _print_result(result)
+    if result.meta["warning"]:
+        err.print(str(result.meta["warning"]), style="yellow")
     report.parent.mkdir(parents=True, exist_ok=True)
     write_report(result, report)
     out.print(f"report: {report.absolute()}")
@@ -448,12 +494,15 @@ def _train(
     minutes: float | None = None,
     init_from: Path | None = None,
     seed: int = 0,
-) -> None:
+) -> str:
     from barcast.models.checkpoint import check_target, load, save
     from barcast.models.training import Progress as Stand
     from barcast.models.training import train as fit
 
-    check_target(out_dir)
+    try:
+        check_target(out_dir).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {error}; name a directory that you may write") from error
     start = load(init_from) if init_from else None
     with _progress("training", None) as advance:
 
@@ -475,6 +524,48 @@ def _train(
         )
     model = save(trained, out_dir)
     err.print(f"model {model} written to {out_dir}")
+    return model
+
+
+def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:
+    """Show how a new model does beside the baselines on the bars that its training left for the gate."""
+    from barcast.daemon.store import BASELINES
+    from barcast.daemon.wire import to_text
+    from barcast.models import compare
+    from barcast.models.checkpoint import load
+
+    checkpoint = load(model)
+    mine, record = checkpoint.forecaster(), checkpoint.trained.record
+    others = [kind(timeframe, mine.card.horizons, mine.card.levels) for kind in BASELINES.values()]
+    held_out = sum(int((w.close_times >= record.validation_end).sum()) for w in histories.values())
+    try:
+        scores = compare(
+            [mine, *others],
+            list(histories.values()),
+            since=record.validation_end,
+            until=record.until,
+            stride=1 + held_out // HELD_OUT,
+        )
+    except DataError as error:
+        err.print(f"no score on held-out bars: {error}")
+        return
+    period = f"{to_text(record.validation_end)[:10]} to {to_text(record.until)[:10]}"
+    table = Table(
+        title=f"CRPS in bp on {scores[0].n} held-out forecasts, {period}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("model")
+    for h in mine.card.horizons:
+        table.add_column(f"+{h}", justify="right")
+        table.add_column("in 90 %", justify="right")
+    for score in scores:
+        cells = []
+        for h in range(len(score.horizons)):
+            inside = score.coverage[h, score.intervals.index(0.9)] if 0.9 in score.intervals else float("nan")
+            cells += [f"{1e4 * score.crps[h]:.2f}", f"{100 * inside:.1f} %"]
+        table.add_row(score.model, *cells)
+    err.print(table)
 
 
 def _sampled(model: str, sampler: str | None, steps: int | None) -> None:
@@ -544,7 +635,7 @@ def _progress(what: str, total: int | None) -> Iterator[Callable[[int, str], Non
         done += count
         if time.monotonic() - last > LINE_SECONDS:
             last = time.monotonic()
-            logger.info(what, done=done, total=total, at=text)
+            logger.info(what, at=text, **({"done": done, "of": total} if total else {}))
 
     yield line
 

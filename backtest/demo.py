@@ -42,7 +42,7 @@ PATIENCE_SECONDS = 90.0
 BROKER_SECONDS = 5.0
 """How long a broker of the user's own may take to answer."""
 
-ROOT = "barcast/v1"
+ROOT = "barcast-demo/v1"
 CONFIG = """\
 # Written by `barcast demo`. Half a year of real daily bars passes in about a minute: the clock of this
 # instance runs faster than the wall's, see [rehearsal].
@@ -56,6 +56,7 @@ max_wait = "12h"
 [mqtt]
 host = "{host}"
 port = {port}
+root = "{root}"
 
 [model]
 first = "{model}"
@@ -144,6 +145,7 @@ class Demo:
             CONFIG.format(
                 host=self.host,
                 port=self.port,
+                root=ROOT,
                 model=sample_checkpoint(),
                 second=retrain.second,
                 minute=retrain.minute,
@@ -168,7 +170,8 @@ class Demo:
             from iotcore import Broker
         except ImportError as error:
             raise ConfigError(
-                "the embedded broker is missing: pip install 'barcast[demo]', or name one with --broker"
+                "the embedded broker is missing: pip install '.[demo]' in the checkout, or name a broker of "
+                "your own with --broker HOST:PORT"
             ) from error
         config = self.folder / "broker.toml"
         config.write_text(BROKER.format(port=self.port))

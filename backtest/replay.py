@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -30,10 +31,13 @@ from barcast.daemon.ports import (
     Sink,
     Warmup,
 )
-from barcast.daemon.store import ModelStore, open_model
+from barcast.daemon.store import BASELINES, ModelStore, open_model
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, ConfigError, DataError
+
+Moment = int | str | datetime
+"""A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
 
 
 class ReplaySource:
@@ -132,8 +136,8 @@ def run_backtest(
     calendar: str = "24x7",
     strategies: Sequence[str | StrategySettings] = ("quantile-band", "median-drift"),
     symbols: Sequence[str] | None = None,
-    since: int | None = None,
-    until: int | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     commission_bp: float = 1.0,
@@ -142,12 +146,16 @@ def run_backtest(
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
 
-    `stamp` says which end of a bar the files' times name. `since` and `until` are nanoseconds: bars before
-    `since` only warm the windows up. `model` is a checkpoint directory, `hs` or `fhs`. Bars of one close
-    count as received together at that moment; a target is filled at the next bar's open. Raise DataError for
-    bars that cannot be used, ConfigError for settings, CheckpointError for the model.
+    `stamp` says which end of a bar the files' times name. `since` and `until` are datetimes, ISO 8601 texts
+    or nanoseconds since 1970, UTC where they name no zone: bars before `since` only warm the windows up.
+    `model` is a checkpoint directory, `hs` or `fhs`. Bars of one close count as received together at that
+    moment; a target is filled at the next bar's open. Raise DataError for bars that cannot be used,
+    ConfigError for settings, CheckpointError for the model.
     """
+    if stamp not in ("open", "close"):
+        raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
     paths = [Path(file) for file in files]
+    since, until = _ns(since), _ns(until)
     closes = Calendar(calendar, Timeframe.parse(timeframe))
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
@@ -182,6 +190,11 @@ def run_backtest(
     digested = _Digest(ledger)
     pipeline = Pipeline(lambda *_: forecaster)
     replay(story(), pipeline, digested)
+    if not ledger.signals().height:
+        raise DataError(
+            f"No symbol has the {card.min_window} bars that {card.model} needs for a forecast: "
+            "give more history."
+        )
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     return BacktestResult(
         signals=signals,
@@ -191,6 +204,7 @@ def run_backtest(
         scores=scores(signals, outcomes),
         portfolio=portfolio(equity, fills, closes.periods_per_year),
         meta={
+            "warning": _learnt(model, start),
             "model": card.model,
             "kind": card.kind,
             "sampler": card.sampler,
@@ -208,6 +222,32 @@ def run_backtest(
             "messages_sha256": digested.sha256.hexdigest(),
             **{f"bars_{name}": count for name, count in asdict(pipeline.counts).items()},
         },
+    )
+
+
+def _ns(moment: Moment | None) -> int | None:
+    """Nanoseconds since 1970; a time without a zone is UTC."""
+    if moment is None or isinstance(moment, int):
+        return moment
+    try:
+        time = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    except ValueError as error:
+        raise ConfigError(f"{moment!r} is no time: write one such as 2025-01-31T16:00:00Z") from error
+    return wire.to_ns(time if time.tzinfo else time.replace(tzinfo=UTC))
+
+
+def _learnt(model: str, first: int) -> str:
+    """A warning when a model has seen some of the bars that it is tested on, else nothing."""
+    if model in BASELINES:
+        return ""
+    from barcast.models.checkpoint import load
+
+    seen = load(Path(model)).trained.record.validation_end
+    if seen <= first:
+        return ""
+    return (
+        f"The model has learnt from bars up to {wire.to_text(seen)[:10]}: what it forecasts before that day "
+        "is in sample and says nothing about the future. Train with --until, or test from that day on."
     )
 
 
@@ -264,8 +304,13 @@ class Difference:
 
 
 def compare(replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]]) -> Difference:
-    """Compare byte by byte. At-least-once delivery may have brought a message twice: it counts once."""
-    seen = dict.fromkeys(captured)
+    """Compare signals, targets and groups byte by byte.
+
+    At-least-once delivery may have brought a message twice: it counts once. What a replay does not say, such
+    as a status, is left out.
+    """
+    kinds = ("/signals/", "/targets/", "/groups/")
+    seen = dict.fromkeys(pair for pair in captured if any(kind in pair[0] for kind in kinds))
     again = {(m.topic, m.payload): m for m in replayed}
     return Difference(
         sum("/signals/" in topic for topic, _ in seen),
@@ -275,17 +320,25 @@ def compare(replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]])
 
 
 def read_capture(path: Path) -> list[tuple[str, bytes]]:
-    """Topics and payloads that a subscriber wrote down: one JSON array of two texts a line."""
+    """Topics and payloads that a subscriber wrote down, one message a line.
+
+    A line is a topic, a blank and the payload, as `mosquitto_sub -v` prints it, or a JSON array of the two.
+    Raise DataError for a file or line that is neither.
+    """
     pairs = msgspec.json.Decoder(tuple[str, str])
     if not path.is_file():
         raise DataError(f"{path}: no such file; name the lines that a subscriber wrote down")
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        name, blank, plain = line.partition(b" ")
+        if blank and not line.startswith(b"["):
+            found.append((name.decode("utf-8", "replace"), plain))
+            continue
         try:
             topic, payload = pairs.decode(line)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path}, line {number}: {error}; write each message as a JSON array of topic and payload"
+                f"{path}, line {number}: {error}; write topic, blank and payload, as mosquitto_sub -v does"
             ) from error
         found.append((topic, payload.encode()))
     return found

@@ -23,6 +23,7 @@ TOLERANCE = 0.02
 Cell = Callable[[object], str]
 
 _CSS = """
+.warning { background: #fef3c7; border: 1px solid #f59e0b; border-radius: 8px; padding: 10px 14px; }
 :root {
   color-scheme: light;
   --ink: #0f172a; --soft: #475569; --line: #e2e8f0; --page: #f8fafc; --card: #fff; --band: #f1f5f9;
@@ -90,9 +91,11 @@ def _head(result: BacktestResult, title: str) -> str:
     first, last = signals["close_time"].min(), signals["close_time"].max()
     symbols = ", ".join(sorted(signals["symbol"].unique()))
     models = ", ".join(sorted(signals["model"].unique()))
+    warning = result.meta.get("warning")
     return (
         f"<h1>{escape(title)}</h1>"
         f"<p>{escape(symbols)}, {_day(first)} to {_day(last)}, model {escape(models)}.</p>"
+        + (f'<p class="warning">{escape(str(warning))}</p>' if warning else "")
     )
 
 

@@ -35,6 +35,8 @@ from barcast.models import ConfigError
 
 LAG_SECONDS = 0.05
 """How often the event loop's lag is measured."""
+COUNT_SECONDS = 30.0
+"""How often the log says what became of the bars, when there were any."""
 LAGS_KEPT = 20_000
 """Lag measurements kept, at most."""
 FAREWELL_SECONDS = 5.0
@@ -246,12 +248,17 @@ class Daemon:
             log.warning("status_not_published", reason=fault)
 
     async def _watch(self) -> None:
-        """Measure the event loop's lag, and feed the watchdog while the path moves or waits for bars."""
+        """Measure the event loop's lag, count bars, and feed the watchdog while the path moves or waits."""
         loop, position = asyncio.get_running_loop(), -1
+        told, counts = loop.time(), asdict(self.pipeline.counts)
         while True:
             asleep = loop.time()
             await asyncio.sleep(LAG_SECONDS)
             self.lags.append(loop.time() - asleep - LAG_SECONDS)
+            if loop.time() - told > COUNT_SECONDS:
+                before, counts, told = counts, asdict(self.pipeline.counts), loop.time()
+                if counts != before:
+                    log.info("bars", **counts)
             if self.source.waiting or self.source.position != position:
                 position = self.source.position
                 self.notifier.send("WATCHDOG=1")

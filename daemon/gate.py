@@ -56,8 +56,9 @@ def judge(
     if mine.n < MIN_ORIGINS:
         accepted, reason = False, f"only {mine.n} forecasts to compare on; at least {MIN_ORIGINS} are needed"
     else:
+        needed = f"it must be more than {100 * margin:.2f} % below"
         accepted = mine.normalised < (1 - margin) * theirs.normalised
-        reason = f"CRPS {change:+.2f} % against the champion's; it must be below {0 - 100 * margin:.2f} %"
+        reason = f"CRPS {abs(change):.2f} % {'below' if change < 0 else 'above'} the champion's; {needed}"
     return msgspec.structs.replace(
         refused,
         accepted=accepted,

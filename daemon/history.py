@@ -1,10 +1,10 @@
 """Bars from Parquet and CSV files, checked once, in canonical columns.
 
 A file holds the columns `symbol`, `open`, `high`, `low`, `close`, `volume` and one time column: `close_time`
-when bars are stamped by their close, otherwise one of `open_time`, `ts`, `time`, `timestamp` and `date`. Case
-does not matter, other columns are ignored. Times are datetimes with a time zone or ISO 8601 strings with an
-offset. A date without a time is accepted for daily bars: of sessions it means the close of that day's
-session, with `24x7` the day that begins then.
+or `open_time`, by the end of the bar that they are stamped by, or one of `ts`, `time`, `timestamp` and
+`date`. Case does not matter, other columns are ignored. Times are datetimes with a time zone or ISO 8601
+strings with an offset. A date without a time is accepted for daily bars: of sessions it means the close of
+that day's session, with `24x7` the day that begins then.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Stamp = Literal["open", "close"]
 PRICES = ("open", "high", "low", "close")
 VALUES = (*PRICES, "volume")
 COLUMNS = ("symbol", "close_time", *VALUES)
-OPEN_TIMES = ("open_time", "ts", "time", "timestamp", "date")
+TIMES = ("ts", "time", "timestamp", "date")
 SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
 
 _REMEDIES = {
@@ -142,13 +142,13 @@ def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
         raise _unreadable(path, error) from error
     names: dict[str, str] = {}
     for name in schema:
-        if name.lower() in names and name.lower() in (*COLUMNS, *OPEN_TIMES):
+        if name.lower() in names and name.lower() in (*COLUMNS, "open_time", *TIMES):
             raise DataError(f"{path} has two columns {names[name.lower()]!r} and {name!r}: keep one of them.")
         names[name.lower()] = name
     for column in ("symbol", *VALUES):
         if column not in names:
             raise DataError(f"{path} has no column {column!r}, only {', '.join(schema)}: add or rename it.")
-    candidates = ("close_time",) if stamp == "close" else OPEN_TIMES
+    candidates = (f"{stamp}_time", *TIMES)
     times = [names[name] for name in candidates if name in names]
     if len(times) != 1:
         raise DataError(

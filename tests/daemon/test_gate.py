@@ -68,7 +68,7 @@ def test_better_challenger_is_accepted(models, histories):
     assert verdict.challenger_crps < 0.9 * verdict.champion_crps
     assert verdict.origins >= MIN_ORIGINS
     assert verdict.challenger != verdict.champion
-    assert verdict.reason.startswith("CRPS -")
+    assert verdict.reason.endswith("below the champion's; it must be more than 0.00 % below")
 
 
 @pytest.mark.usefixtures("few")
@@ -77,7 +77,7 @@ def test_spoiled_challenger_is_refused(models, histories):
     verdict = judge(models / "spoiled", str(models / "good"), histories, "1h", 0.0)
     assert not verdict.accepted
     assert verdict.challenger_crps > 1.1 * verdict.champion_crps
-    assert verdict.reason.startswith("CRPS +")
+    assert verdict.reason.endswith("above the champion's; it must be more than 0.00 % below")
 
 
 @pytest.mark.usefixtures("few")
@@ -104,7 +104,7 @@ def test_identical_model_is_refused(models, histories):
     verdict = judge(models / "good", str(models / "good"), histories, "1h", 0.0)
     assert not verdict.accepted
     assert verdict.challenger_crps == verdict.champion_crps
-    assert verdict.reason == "CRPS +0.00 % against the champion's; it must be below 0.00 %"
+    assert verdict.reason == "CRPS 0.00 % above the champion's; it must be more than 0.00 % below"
 
 
 @pytest.mark.usefixtures("few")
@@ -117,7 +117,7 @@ def test_margin_is_how_much_better_it_must_be(models, histories):
         for margin in (gain - 0.001, gain + 0.001)
     )
     assert (below.accepted, above.accepted) == (True, False)
-    assert f"must be below -{100 * (gain + 0.001):.2f} %" in above.reason
+    assert f"must be more than {100 * (gain + 0.001):.2f} %" in above.reason
 
 
 def test_other_horizons_are_refused_with_the_reason(models, histories):

@@ -1,0 +1,126 @@
+"""The command line: what a person mistypes ends in one sentence, and what they ask for is what they get."""
+
+import json
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+
+from barcast.backtest import cli
+from barcast.backtest.replay import read_capture, run_backtest
+from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.models import DataError
+
+DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS"]
+SAMPLE, MODEL = str(sample_bars()), str(sample_checkpoint())
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command; give its exit status, output and error output."""
+
+    def command(*arguments):
+        monkeypatch.setattr("sys.argv", ["barcast", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return command
+
+
+@pytest.fixture
+def short(tmp_path):
+    """Fifty bars of one symbol."""
+    path = tmp_path / "short.parquet"
+    pl.read_parquet(SAMPLE).filter(symbol="IBM").head(50).write_parquet(path)
+    return str(path)
+
+
+def test_forecast_in_json_holds_every_level(run):
+    """With --json each symbol is one object with all levels and the ends of its horizons."""
+    status, out, _ = run("forecast", SAMPLE, *DAILY, "--model", "fhs", "--symbol", "IBM", "--json")
+    assert status == 0
+    [line] = out.splitlines()
+    found = json.loads(line)
+    assert found["symbol"] == "IBM"
+    assert found["close_time"] == "2013-03-01T21:00:00Z"
+    assert [h["bars"] for h in found["horizons"]] == [1, 5, 20]
+    assert [len(row) for row in found["quantiles"]] == [len(found["levels"])] * 3
+    assert found["quantiles"][0] == sorted(found["quantiles"][0])
+
+
+def test_forecast_fits_a_terminal_of_80_columns(run):
+    """No number of the table is cut."""
+    _, out, _ = run("forecast", SAMPLE, *DAILY, "--model", "fhs")
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", ["forecast", "backtest"])
+def test_nothing_to_forecast_is_a_fault(run, short, command):
+    """Too little history for any forecast ends with how much is needed, not with an empty table."""
+    status, _, err = run(command, short, *DAILY, "--model", "fhs")
+    assert status == 78
+    assert "249 bars" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["backtest", SAMPLE, *DAILY, "--model", "hs", "--sampler", "ddim"], "not sampled"),
+        (["backtest", SAMPLE, *DAILY, "--report", "."], "is a directory"),
+        (["publish", SAMPLE, "--stamp", "close", "--timeframe", "foo"], "timeframe"),
+        (["publish", SAMPLE, "--stamp", "close"], "timeframe"),
+        (["publish", SAMPLE, *DAILY, "--root", ""], "root"),
+        (["publish", SAMPLE, "--stamp", "close", "--config", "x.toml", "--host", "h"], "--host"),
+        (["train", SAMPLE, *DAILY, "--out", "/proc/none/x"], "--out"),
+        (["replay", "nowhere.db"], "no journal there"),
+        (["run", "nowhere.toml"], "no such file"),
+    ],
+)
+def test_faults_of_the_user_end_in_a_sentence(run, arguments, said):
+    """No traceback: a fault names what is wrong, and exits with 78 or, for options, 2."""
+    status, out, err = run(*arguments)
+    assert status in (2, 78)
+    assert said in " ".join((out + err).replace("│", " ").split())
+    assert "Traceback" not in out + err
+
+
+def test_training_never_replaces_what_is_no_model(run, tmp_path):
+    """A directory with other files in it is named before the training begins, and left alone."""
+    (tmp_path / "thesis.txt").write_text("mine")
+    status, _, err = run("train", SAMPLE, *DAILY, "--out", str(tmp_path))
+    assert status == 78
+    assert "holds something else than a model" in " ".join(err.split())
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_backtest_on_what_the_model_learnt_from_says_so():
+    """A test period that the model has seen is called in sample; a later one is not."""
+    options = {
+        "stamp": "close",
+        "model": MODEL,
+        "timeframe": "session",
+        "calendar": "XNYS",
+        "symbols": ["IBM"],
+    }
+    seen = run_backtest([SAMPLE], since="2008-06-02", until="2008-06-20", **options)
+    assert "in sample" in str(seen.meta["warning"])
+    later = run_backtest(
+        [SAMPLE], since=datetime(2012, 6, 1, tzinfo=UTC), until="2012-06-20T00:00:00Z", **options
+    )
+    assert later.meta["warning"] == ""
+
+
+def test_capture_is_read_as_mosquitto_sub_prints_it(tmp_path):
+    """A line is topic and payload with a blank between, or a JSON array of the two."""
+    path = tmp_path / "seen"
+    path.write_text('r/signals/1m/A {"a": 1}\n["r/groups/1m","{}"]\n')
+    assert read_capture(path) == [("r/signals/1m/A", b'{"a": 1}'), ("r/groups/1m", b"{}")]
+    path.write_text('r/signals/1m/A {"a": 1}\n[7]\n')
+    with pytest.raises(DataError, match="line 2"):
+        read_capture(path)
