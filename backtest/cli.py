@@ -172,8 +172,8 @@ def publish(
     import asyncio
 
     from barcast.daemon import log
-    from barcast.daemon.app import WallClock
-    from barcast.daemon.config import Rehearsal, load, parse
+    from barcast.daemon.app import WallClock, rehearsal
+    from barcast.daemon.config import load, parse
     from barcast.daemon.history import bars, scan
     from barcast.daemon.publish import publish as send
     from barcast.daemon.wire import to_text
@@ -195,8 +195,7 @@ def publish(
     found = list(bars(frame))
     if settings.rehearsal is None:
         first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
-        clock = Rehearsal(start=first, at=datetime.now(UTC), speed=speed or 1.0)
-        settings = settings.model_copy(update={"rehearsal": clock})
+        settings = settings.model_copy(update={"rehearsal": rehearsal(first, speed or 1.0)})
     address = settings.mqtt.address(f"barcast-publish-{settings.instance}")
     with _progress("publishing", len(found)) as advance:
 

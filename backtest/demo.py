@@ -24,6 +24,7 @@ from barcast.backtest.replay import compare, read_capture, replay_journal, run_b
 from barcast.backtest.report import write_report
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon import wire
+from barcast.daemon.app import rehearsal
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.journal import Journal, State
 from barcast.daemon.pipeline import StrategySettings
@@ -139,8 +140,8 @@ class Demo:
         _spoil(sample_checkpoint(), self.state / "challengers" / "planted")
         self.last = _session_after(START, SESSIONS)
         span = (self.last - START).total_seconds()
-        at = datetime.now(UTC) + timedelta(seconds=LEAD_SECONDS)
-        retrain = at + timedelta(seconds=3)
+        clock = rehearsal(START, math.ceil(span / self.seconds), LEAD_SECONDS)
+        retrain = clock.at + timedelta(seconds=3)
         Path(self.config).write_text(
             CONFIG.format(
                 host=self.host,
@@ -151,8 +152,8 @@ class Demo:
                 minute=retrain.minute,
                 hour=retrain.hour,
                 start=START.isoformat(),
-                at=at.isoformat(),
-                speed=math.ceil(span / self.seconds),
+                at=clock.at.isoformat(),
+                speed=clock.speed,
             )
         )
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 import structlog
 
 from barcast.daemon import wire
-from barcast.daemon.config import Config
+from barcast.daemon.config import Config, Rehearsal
 from barcast.daemon.events import Champion, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.history import bars, digest, history_files, scan
@@ -61,6 +62,11 @@ class WallClock:
     def seconds_until(self, moment: int) -> float:
         """Real seconds until the clock shows `moment`."""
         return max(0.0, ((moment - self._start) / self._speed + self._at - time.time_ns()) / 1e9)
+
+
+def rehearsal(start: datetime, speed: float, delay: float = 0.0) -> Rehearsal:
+    """A rehearsal clock that begins at `start` in `delay` real seconds."""
+    return Rehearsal(start=start, at=datetime.now(UTC) + timedelta(seconds=delay), speed=speed)
 
 
 @dataclass(frozen=True, slots=True)

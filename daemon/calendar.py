@@ -71,22 +71,12 @@ class Calendar:
             return 0
         return self._closes.between(previous_close, close_time)
 
-    def close_for_open(self, open_time: int) -> int:
-        """The close of the bar that opens at `open_time`.
+    def closes_for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The closes of the bars that open at many times (N,); -1 where no bar opens.
 
         A daily bar of a session may also be stamped by its date (midnight UTC); its close is then the close
-        of that date's session. Raise `DataError` when no bar opens then.
+        of that date's session.
         """
-        close = int(self.closes_for_opens(np.array([open_time]))[0])
-        if close < 0:
-            raise DataError(
-                f"No {self.timeframe} bar of the calendar {self.name} opens at {iso(open_time)}: "
-                "correct the time, or take the calendar and timeframe that the bars follow."
-            )
-        return close
-
-    def closes_for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`close_for_open` of many times (N,); -1 where no bar opens."""
         if not len(open_times):
             return np.empty(0, np.int64)
         return self._closes.for_opens(np.asarray(open_times, np.int64))
