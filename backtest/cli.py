@@ -191,7 +191,7 @@ def publish(
         settings = load(config)
     if settings.rehearsal and speed is not None:
         raise typer.BadParameter("--speed is taken from [rehearsal] in --config: give one of the two")
-    frame = scan(files, stamp.value, settings.bar_calendar(), symbol, _ns(since), _ns(until))
+    frame = scan(files, stamp.value, settings.bar_calendars().default, symbol, _ns(since), _ns(until))
     found = list(bars(frame))
     if settings.rehearsal is None:
         first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
@@ -272,7 +272,7 @@ def retrain(
     job = settings.retrain
     if job:
         os.nice(job.nice)
-    histories = known_bars(settings.state_dir, settings.bar_calendar(), WallClock(settings).now())
+    histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
     card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
     _train(histories, out_dir, settings.timeframe, horizons=card.horizons, steps=job.steps if job else None)
 
@@ -300,7 +300,7 @@ def gate(
     settings = load(config)
     if settings.retrain:
         os.nice(settings.retrain.nice)
-    histories = known_bars(settings.state_dir, settings.bar_calendar(), WallClock(settings).now())
+    histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
     serving = ModelStore(settings.state_dir / "models", settings.timeframe).path(champion)
     margin = settings.retrain.margin if settings.retrain else 0.0
     verdict = judge(

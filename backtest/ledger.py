@@ -12,6 +12,7 @@ symbol's own bars as first accepted; corrections and bars out of order change ne
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import polars as pl
@@ -19,7 +20,7 @@ import polars as pl
 from barcast.backtest.result import level_column
 from barcast.daemon.calendar import iso
 from barcast.daemon.ports import Outcome
-from barcast.models import Bar, Forecast
+from barcast.models import Adjustment, Bar, Forecast
 
 TIME = pl.Datetime("ns", "UTC")
 FILLS = pl.Schema(
@@ -71,7 +72,10 @@ OUTCOMES = pl.Schema(
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """`units` traded at `price`, the open of the bar that closed at `close_time`, and the costs in cash."""
+    """`units` traded at `price`, the open of the bar that closed at `close_time`, and the costs in cash.
+
+    `basis` is the price basis of that bar: what the symbol's first bar cost 1 would cost it now.
+    """
 
     symbol: str
     decided: int
@@ -81,6 +85,7 @@ class Fill:
     commission: float
     slippage: float
     position: float
+    basis: float
 
     @property
     def paid(self) -> float:
@@ -90,17 +95,23 @@ class Fill:
 
 @dataclass(slots=True)
 class _Series:
-    """The accepted closes of one symbol, in order of time."""
+    """The accepted closes of one symbol, in order of time, and the price basis of each."""
 
     times: list[int] = field(default_factory=list)
     closes: list[float] = field(default_factory=list)
+    bases: list[float] = field(default_factory=list)
 
     def close_at(self, time: int) -> float:
-        return self.closes[bisect_right(self.times, time) - 1]
+        """The close up to `time`, on the basis of the first bar."""
+        at = bisect_right(self.times, time) - 1
+        return self.closes[at] / self.bases[at]
 
 
 class _Book:
-    """One strategy's money. The state is cash, units held, open orders, and what was done so far."""
+    """One strategy's money. The state is cash, units held, open orders, and what was done so far.
+
+    Units are held on the price basis of each symbol's first bar, so that a split changes none of them.
+    """
 
     def __init__(self, capital: float) -> None:
         self.capital = self.cash = capital
@@ -110,18 +121,18 @@ class _Book:
         self.fills: list[Fill] = []
         self.marks: list[tuple[int, float, float, float]] = []
 
-    def fill(self, bar: Bar, commission: float, slippage: float) -> None:
+    def fill(self, bar: Bar, basis: float, commission: float, slippage: float) -> None:
         decided, value = self.orders.pop(bar.symbol)
         position = value / bar.open
-        units = position - self.units.get(bar.symbol, 0.0)
+        units = position - self.units.get(bar.symbol, 0.0) / basis
         if units == 0:
             return
         traded = abs(units) * bar.open
         paid = (traded * commission, traded * slippage)
-        fill = Fill(bar.symbol, decided, bar.close_time, bar.open, units, *paid, position)
+        fill = Fill(bar.symbol, decided, bar.close_time, bar.open, units, *paid, position, basis)
         self.fills.append(fill)
         self.cash -= fill.paid
-        self.units[bar.symbol] = position
+        self.units[bar.symbol] = position * basis
         self.newest = max(self.newest, bar.close_time)
 
     def mark(self, time: int, series: Mapping[str, _Series]) -> float:
@@ -132,7 +143,7 @@ class _Book:
             for fill in self.fills:
                 if fill.close_time <= time:
                     cash -= fill.paid
-                    units[fill.symbol] = fill.position
+                    units[fill.symbol] = fill.position * fill.basis
         values = [held * series[symbol].close_at(time) for symbol, held in units.items() if held]
         equity = cash + sum(values)
         gross = sum(map(abs, values)) / equity if equity > 0 else 0.0
@@ -143,7 +154,8 @@ class _Book:
 class Ledger:
     """A sink with one book for each strategy.
 
-    The state is the books, the accepted closes of each symbol, and the forecasts made. `commission` and
+    The state is the books, the accepted closes of each symbol, the adjustments declared for it, and the
+    forecasts made. `commission` and
     `slippage` are in basis points of the traded value; `capital` is what each book begins with.
     """
 
@@ -151,16 +163,28 @@ class Ledger:
         self.commission, self.slippage, self.capital = commission, slippage, capital
         self._books: dict[str, _Book] = {}
         self._series: dict[str, _Series] = {}
+        self._adjustments: dict[str, list[Adjustment]] = {}
         self._forecasts: list[tuple[str, Forecast]] = []
 
     def accepted(self, bar: Bar) -> None:
         """Fill the open orders of the bar's symbol at its open, and keep its close."""
+        basis = 1.0
+        if bar.symbol in self._adjustments:
+            own = self._adjustments[bar.symbol]
+            basis = prod(a.factor for a in own if a.time < bar.close_time)
         for book in self._books.values():
             if bar.symbol in book.orders:
-                book.fill(bar, self.commission / 1e4, self.slippage / 1e4)
-        series = self._series.setdefault(bar.symbol, _Series())
+                book.fill(bar, basis, self.commission / 1e4, self.slippage / 1e4)
+        series = self._series.get(bar.symbol)
+        if series is None:
+            series = self._series[bar.symbol] = _Series()
         series.times.append(bar.close_time)
         series.closes.append(bar.close)
+        series.bases.append(basis)
+
+    def adjusted(self, adjustment: Adjustment) -> None:
+        """Count what bars cost after the adjustment's time on the basis of the bars before it."""
+        self._adjustments.setdefault(adjustment.symbol, []).append(adjustment)
 
     async def emit(self, outcome: Outcome) -> None:
         """Keep the forecasts, mark every book at the group's close and place the orders of its targets.
@@ -235,7 +259,9 @@ class Ledger:
             for horizon in forecast.horizons:
                 if at + horizon < len(series.times):
                     end, price = series.times[at + horizon], series.closes[at + horizon]
-                    change = float(np.log(price / series.closes[at]))
+                    change = float(
+                        np.log(price / series.closes[at] * (series.bases[at] / series.bases[at + horizon]))
+                    )
                     rows.append((forecast.symbol, forecast.close_time, horizon, end, price, change))
         return pl.DataFrame(rows, schema=OUTCOMES, orient="row").sort("close_time", "symbol", "horizon")
 

@@ -1,12 +1,13 @@
 """The replay composition root: the very path that runs live, fed from history or from a journal."""
 
 import hashlib
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,7 +17,7 @@ from barcast.backtest.ledger import Ledger
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
 from barcast.daemon import wire
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import events
 from barcast.daemon.history import Stamp, bars, digest, scan
 from barcast.daemon.journal import Journal, Kind
@@ -24,6 +25,7 @@ from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
 from barcast.daemon.ports import (
     Activation,
     Arrival,
+    Declaration,
     EndOfSource,
     Event,
     Outcome,
@@ -34,7 +36,7 @@ from barcast.daemon.ports import (
 from barcast.daemon.store import BASELINES, ModelStore, open_model
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
-from barcast.models import Bar, ConfigError, DataError
+from barcast.models import Adjustment, Bar, ConfigError, DataError
 
 Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
@@ -76,6 +78,9 @@ class Recording:
     def accepted(self, bar: Bar) -> None:
         """Nothing is sent of a bar alone."""
 
+    def adjusted(self, adjustment: Adjustment) -> None:
+        """Nothing is sent of an adjustment alone."""
+
     async def emit(self, outcome: Outcome) -> None:
         """Encode the outcome's messages."""
         self.messages.extend(wire.messages(outcome))
@@ -116,6 +121,10 @@ class _Digest:
         """Hand it on."""
         self._ledger.accepted(bar)
 
+    def adjusted(self, adjustment: Adjustment) -> None:
+        """Hand it on."""
+        self._ledger.adjusted(adjustment)
+
     async def settle(self, now: int) -> None:
         """Hand it on."""
         await self._ledger.settle(now)
@@ -134,6 +143,8 @@ def run_backtest(
     model: str = "fhs",
     timeframe: str = "1d",
     calendar: str = "24x7",
+    calendars: Mapping[str, str] = MappingProxyType({}),
+    adjustments: Sequence[Adjustment] = (),
     strategies: Sequence[str | StrategySettings] = ("quantile-band", "median-drift"),
     symbols: Sequence[str] | None = None,
     since: Moment | None = None,
@@ -149,21 +160,23 @@ def run_backtest(
     `stamp` says which end of a bar the files' times name. `since` and `until` are datetimes, ISO 8601 texts
     or nanoseconds since 1970, UTC where they name no zone: bars before `since` only warm the windows up.
     `model` is a checkpoint directory, `hs` or `fhs`. Bars of one close count as received together at that
-    moment; a target is filled at the next bar's open. Raise DataError for bars that cannot be used,
-    ConfigError for settings, CheckpointError for the model.
+    moment; a target is filled at the next bar's open. `calendars` (symbol -> name) are those of symbols that
+    keep other hours than `calendar`; an adjustment takes effect with the first bar after its time.
+    Raise DataError for bars that cannot be used, ConfigError for settings, CheckpointError for the model.
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
     paths = [Path(file) for file in files]
     since, until = _ns(since), _ns(until)
-    closes = Calendar(calendar, Timeframe.parse(timeframe))
+    closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
-    frame = scan(paths, stamp, closes, symbols, None, until)
+    frame = scan(paths, stamp, closes.default, symbols, None, until)
     settings = Settings(
         root="backtest",
         timeframe=timeframe,
         calendar=calendar,
+        calendars=dict(calendars),
         symbols=tuple(symbols or ()),
         max_wait=1,
         sampler=sampler,
@@ -182,6 +195,8 @@ def run_backtest(
         yield Revision(start - 1, settings.encode())
         yield Activation(start - 1, model, card.fingerprint, card.window)
         yield Warmup(start - 1, "", tuple(bars(before)))
+        for adjustment in adjustments:
+            yield Declaration(start - 1, adjustment)
         for arrival in arrivals(bars(tested)):
             progress(len(arrival.bars), wire.to_text(arrival.time))
             yield arrival
@@ -304,12 +319,12 @@ class Difference:
 
 
 def compare(replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]]) -> Difference:
-    """Compare signals, targets and groups byte by byte.
+    """Compare signals, targets, groups and requests for bars byte by byte.
 
     At-least-once delivery may have brought a message twice: it counts once. What a replay does not say, such
     as a status, is left out.
     """
-    kinds = ("/signals/", "/targets/", "/groups/")
+    kinds = ("/signals/", "/targets/", "/groups/", "/backfill/")
     seen = dict.fromkeys(pair for pair in captured if any(kind in pair[0] for kind in kinds))
     again = {(m.topic, m.payload): m for m in replayed}
     return Difference(

@@ -40,6 +40,8 @@ COUNT_SECONDS = 30.0
 """How often the log says what became of the bars, when there were any."""
 LAGS_KEPT = 20_000
 """Lag measurements kept, at most."""
+CLOCK_BACK = 86_400 * 10**9
+"""How far the clock may be behind the newest record of the journal at a start, in nanoseconds."""
 FAREWELL_SECONDS = 5.0
 """How long a stopping daemon goes on delivering what is in its outbox."""
 
@@ -125,14 +127,14 @@ class Daemon:
     async def _serve(self, backlog: list[tuple[int, Event]]) -> None:
         config, journal, topics = self.config, self.scribe.journal, self.config.topics
         address = config.mqtt.address(f"barcast-{config.instance}")
-        self.link = Link(address, [topics.bars], self._status("lost"))
+        self.link = Link(address, [topics.bars, topics.adjustments], self._status("lost"))
         self.courier = Courier(self.link, self.scribe, self.clock, config.instance, self.boot)
         self.source = LiveSource(
             self.link,
             self.scribe,
             self.clock,
             root=config.mqtt.root,
-            calendar=config.bar_calendar(),
+            calendars=config.bar_calendars(),
             deadletters=topics.deadletter,
             queued=self.courier.wake,
             backlog=backlog,
@@ -183,7 +185,7 @@ class Daemon:
         """
         config, journal, settings = self.config, self.scribe.journal, self.config.settings()
         stamped, now = journal.last_time(), self.clock.now()
-        if stamped > now + wire.AHEAD:
+        if stamped > now + CLOCK_BACK:
             raise ConfigError(
                 f"{journal.path}: its newest record is of {wire.to_text(stamped)}, and the clock shows "
                 f"{wire.to_text(now)}; set the clock right, or name another state_dir"
@@ -222,7 +224,7 @@ class Daemon:
             taken = Warmth.decode(record.payload)
             if taken.digest == found and taken.length >= length:
                 return []
-        frame = scan(files, "close", self.config.bar_calendar(), until=self.clock.now() + 1)
+        frame = scan(files, "close", self.config.bar_calendars().default, until=self.clock.now() + 1)
         warmth = Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
         return [Decision(Kind.WARMUP, warmth.encode(), warmth.event)]
 

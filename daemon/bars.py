@@ -1,27 +1,31 @@
 """The bars an instance knows: its history files, and its journal, which wins where both have a bar."""
 
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import events
 from barcast.daemon.history import history_files, read_windows, scan
 from barcast.daemon.journal import Journal
-from barcast.daemon.ports import Arrival, Warmup
-from barcast.models import DataError, Window
+from barcast.daemon.ports import Arrival, Declaration, Warmup
+from barcast.models import Adjustment, DataError, Window
+from barcast.models.window import on_one_basis
 
 
-def known_bars(state_dir: Path, calendar: Calendar, now: int) -> dict[str, Window]:
+def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Window]:
     """Every bar of each symbol that closed by `now`, from `history/` and `journal.db`, one window for each.
 
     The journal may be in use by a running daemon. A corrected bar has its last values, and a payload that
-    comes again after its correction changes nothing: the rule of the windows.
+    comes again after its correction changes nothing: the rule of the windows. All prices of a symbol are on
+    the basis of its newest bar.
     """
     known: dict[str, dict[int, tuple[float, ...]]] = {}
+    adjustments: dict[str, set[Adjustment]] = {}
     seen: dict[tuple[str, int], set[tuple[float, ...]]] = {}
     if files := history_files(state_dir / "history"):
-        for symbol, window in read_windows(scan(files, "close", calendar, until=now + 1)).items():
+        for symbol, window in read_windows(scan(files, "close", calendars.default, until=now + 1)).items():
             rows = zip(window.close_times.tolist(), window.values.tolist(), strict=True)
             known[symbol] = {time: tuple(values) for time, values in rows}
     if (state_dir / "journal.db").is_file():
@@ -31,6 +35,8 @@ def known_bars(state_dir: Path, calendar: Calendar, now: int) -> dict[str, Windo
                 if isinstance(event, Warmup):
                     for bar in event.bars:
                         known.setdefault(bar.symbol, {}).setdefault(bar.close_time, bar.values)
+                elif isinstance(event, Declaration):
+                    adjustments.setdefault(event.adjustment.symbol, set()).add(event.adjustment)
                 elif isinstance(event, Arrival):
                     for bar in event.bars:
                         payloads = seen.setdefault((bar.symbol, bar.close_time), set())
@@ -43,9 +49,12 @@ def known_bars(state_dir: Path, calendar: Calendar, now: int) -> dict[str, Windo
         raise DataError(
             f"{state_dir}: neither history/ nor journal.db holds a bar; let the daemon collect some first"
         )
-    return {symbol: _window(symbol, known[symbol]) for symbol in sorted(known)}
+    return {
+        symbol: _window(symbol, known[symbol], adjustments.get(symbol, set())) for symbol in sorted(known)
+    }
 
 
-def _window(symbol: str, rows: dict[int, tuple[float, ...]]) -> Window:
+def _window(symbol: str, rows: dict[int, tuple[float, ...]], adjustments: set[Adjustment]) -> Window:
     times = np.array(sorted(rows), np.int64)
-    return Window(symbol, times, np.array([rows[time] for time in times.tolist()]))
+    values = np.array([rows[time] for time in times.tolist()])
+    return Window(symbol, times, on_one_basis(times, values, sorted(adjustments, key=attrgetter("time"))))

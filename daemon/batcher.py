@@ -1,12 +1,25 @@
 """Which symbols are forecast together, decided from recorded arrival times alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 
 from barcast.daemon.ports import Group
 from barcast.models import Bar
 
 MEMORY = 3
-"""How many past groups say which symbols to expect when none are configured."""
+"""How many of its own groups a symbol may miss before it is no longer expected, when none are configured."""
+
+Open = Callable[[Collection[str], int], set[str]]
+"""Those of some symbols of which a bar closes at a time: nobody waits for a market that is shut."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A group that is not due yet: until when it waits, who came, whom it waits for."""
+
+    deadline: int
+    came: set[str]
+    missing: set[str]
 
 
 class Batcher:
@@ -14,58 +27,62 @@ class Batcher:
 
     A group is due when every expected symbol has come, or `max_wait` nanoseconds after its first arrival,
     and it takes older groups with it, so that groups leave in order of their close. Expected are the
-    configured symbols or, when there are none, those seen in the last three groups.
+    configured symbols or, when there are none, those that came to one of the last three groups that they
+    could have come to; of both only those of which a bar closes at that time.
 
     There is no timer in here: lateness is decided by the time that the caller passes, and the caller
     passes the recorded arrival time of a bar before it adds the bar. That makes the decision the same in
     a replay, however late a live timer woke up.
 
-    The state is `_waiting` (close time -> deadline and symbols), `_seen` (the symbols of the last groups)
-    and `_closed` (the close time of the newest group that left).
+    The state is `_waiting` (by close time), `_missed` (how many of its groups in a row each known symbol has
+    missed) and `_closed` (the close time of the newest group that left).
     """
 
-    def __init__(self, symbols: Iterable[str], max_wait: int) -> None:
-        self.reconfigure(symbols, max_wait)
-        self._waiting: dict[int, tuple[int, set[str]]] = {}
-        self._seen: dict[int, set[str]] = {}
+    def __init__(self, symbols: Iterable[str], max_wait: int, open_at: Open) -> None:
+        self.reconfigure(symbols, max_wait, open_at)
+        self._waiting: dict[int, _Waiting] = {}
+        self._missed: dict[str, int] = {}
         self._closed = -1
 
-    def reconfigure(self, symbols: Iterable[str], max_wait: int) -> None:
-        """Expect other symbols, or wait longer or shorter for the groups that are still to begin."""
-        self._configured, self._max_wait = frozenset(symbols), max_wait
+    def reconfigure(self, symbols: Iterable[str], max_wait: int, open_at: Open) -> None:
+        """Expect other symbols, or wait longer or shorter, for the groups that are still to begin."""
+        self._configured, self._max_wait, self._open_at = frozenset(symbols), max_wait, open_at
 
     @property
     def deadline(self) -> int | None:
         """When the next waiting group is due even if it stays incomplete."""
-        return min((deadline for deadline, _ in self._waiting.values()), default=None)
+        return min((group.deadline for group in self._waiting.values()), default=None)
 
-    def due(self, now: int) -> Iterator[Group]:
+    def due(self, now: int) -> Sequence[Group]:
         """Take out the groups whose wait ended at or before `now`, oldest close first."""
-        late = [close for close, (deadline, _) in self._waiting.items() if deadline <= now]
-        if late:
-            yield from self._release(max(late))
+        late = [close for close, group in self._waiting.items() if group.deadline <= now]
+        return self._release(max(late)) if late else ()
 
-    def add(self, bar: Bar, now: int) -> Iterator[Group]:
+    def add(self, bar: Bar, now: int) -> Sequence[Group]:
         """Add the newest bar of its symbol, received at `now`; take out the groups that this completes."""
-        if bar.close_time <= self._closed:
-            self._seen.setdefault(bar.close_time, set()).add(bar.symbol)
-            self._forget()
-            yield Group(bar.close_time, (bar.symbol,), straggler=True)
-            return
-        _, symbols = self._waiting.setdefault(bar.close_time, (now + self._max_wait, set()))
-        symbols.add(bar.symbol)
-        expected = self._configured or frozenset().union(*self._seen.values())
-        if expected and symbols >= expected:
-            yield from self._release(bar.close_time)
+        close = bar.close_time
+        if close <= self._closed:
+            self._missed[bar.symbol] = 0
+            return (Group(close, (bar.symbol,), straggler=True),)
+        group = self._waiting.get(close)
+        if group is None:
+            missing = self._open_at(self._configured or self._missed, close)
+            group = self._waiting[close] = _Waiting(now + self._max_wait, set(), missing)
+        group.came.add(bar.symbol)
+        if bar.symbol not in group.missing:
+            return ()
+        group.missing.remove(bar.symbol)
+        return () if group.missing else self._release(close)
 
-    def _release(self, newest: int) -> Iterator[Group]:
+    def _release(self, newest: int) -> list[Group]:
+        groups = []
         for close in sorted(close for close in self._waiting if close <= newest):
-            _, symbols = self._waiting.pop(close)
-            self._seen[close] = symbols
+            group = self._waiting.pop(close)
+            for symbol in group.missing & self._missed.keys():
+                self._missed[symbol] += 1
+                if self._missed[symbol] == MEMORY:
+                    del self._missed[symbol]
+            self._missed.update(dict.fromkeys(group.came, 0))
             self._closed = close
-            self._forget()
-            yield Group(close, tuple(sorted(symbols)))
-
-    def _forget(self) -> None:
-        for close in sorted(self._seen)[:-MEMORY]:
-            del self._seen[close]
+            groups.append(Group(close, tuple(sorted(group.came)), tuple(sorted(group.missing))))
+        return groups

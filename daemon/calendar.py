@@ -1,16 +1,17 @@
 """When bars close: used for holes, the end times of horizons and periods per year; never for filling.
 
-Three kinds of calendar. `24x7`: bars step from 1970-01-01 UTC. `fx`: a day runs from 17:00 to 17:00 New York,
-Sunday evening to Friday, holidays included; bars step from 17:00. Any other name is a calendar of
-exchange_calendars: bars step from the session's open and the last one ends at its close; where there is a
-lunch break, each half steps from its own open. All times are int64 nanoseconds since 1970, UTC.
+Three kinds of calendar. `24x7`: bars step from 1970-01-01 UTC, a session is a day. `fx`: a day runs from
+17:00 to 17:00 New York, Sunday evening to Friday, holidays included; bars step from 17:00. Any other name is
+a calendar of exchange_calendars: bars step from the session's open and the last one ends at its close; where
+there is a lunch break, each half steps from its own open. All times are int64 nanoseconds since 1970, UTC.
 """
 
 import difflib
-from bisect import bisect_right
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from types import MappingProxyType
 from typing import Protocol
 from zoneinfo import ZoneInfo
 
@@ -48,6 +49,10 @@ class Calendar:
         self.timeframe = timeframe
         self._closes = _closes(name, timeframe)
         self._periods_per_year: int | None = None
+        # The symbols of a close ask the same one after the other.
+        self._is_close, self._valid_until = (-1, False), (-1, 0)
+        self._missing = (-1, -1, 0)
+        self._covered = (1 << 62, -1)
 
     def close_at_or_after(self, time: int) -> int:
         """The first bar close that is not before `time`."""
@@ -57,19 +62,30 @@ class Calendar:
         """The next `count` bar closes after `close_time`, over closures: where horizons end."""
         return self._closes.after(close_time, count)
 
+    def is_close(self, time: int) -> bool:
+        """Whether a bar closes at `time`, and the calendar also knows the bars after it."""
+        if time != self._is_close[0]:
+            self._is_close = (time, self._closes.is_close(time) and self.covers(time))
+        return self._is_close[1]
+
     def covers(self, time: int) -> bool:
         """Whether sessions are known around `time`, and far enough after it for a quarter of daily bars."""
-        try:
-            self._closes.after(time, REACH)
-        except DataError:
-            return False
+        if not self._covered[0] <= time <= self._covered[1]:
+            try:
+                self._closes.after(time, REACH)
+            except DataError:
+                return False
+            self._covered = (min(self._covered[0], time), max(self._covered[1], time))
         return True
 
     def missing_between(self, previous_close: int, close_time: int) -> int:
         """How many bars close strictly between: a hole inside sessions. A closure counts nothing."""
         if close_time <= previous_close:
             return 0
-        return self._closes.between(previous_close, close_time)
+        if (previous_close, close_time) != self._missing[:2]:
+            found = self._closes.between(previous_close, close_time)
+            self._missing = (previous_close, close_time, found)
+        return self._missing[2]
 
     def closes_for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
         """The closes of the bars that open at many times (N,); -1 where no bar opens.
@@ -89,7 +105,9 @@ class Calendar:
 
     def valid_until(self, close_time: int) -> int:
         """Until when a signal of this close may be used: the close of the second next bar."""
-        return self.closes_after(close_time, 2)[1]
+        if close_time != self._valid_until[0]:
+            self._valid_until = (close_time, self._closes.after(close_time, 2)[1])
+        return self._valid_until[1]
 
     @property
     def periods_per_year(self) -> int:
@@ -113,6 +131,48 @@ class Calendar:
         return self._periods_per_year
 
 
+class Calendars:
+    """The calendar of each symbol: `default`, unless `others` (symbol -> name) says another."""
+
+    def __init__(
+        self, default: str, timeframe: Timeframe, others: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Raise `ConfigError` when there is no such calendar, or it has no such timeframe."""
+        if default == "24x7" and timeframe.duration is None:
+            raise ConfigError("timeframe 'session' needs an exchange's calendar: with 24x7 take 1d.")
+        self.timeframe = timeframe
+        self.default = Calendar(default, timeframe)
+        known = {default: self.default}
+        for name in others.values():
+            if name not in known:
+                known[name] = Calendar(name, timeframe)
+        self._others = {symbol: known[name] for symbol, name in others.items() if name != default}
+
+    def of(self, symbol: str) -> Calendar:
+        """The calendar of one symbol."""
+        return self._others.get(symbol, self.default)
+
+    def split(self, symbols: Collection[str]) -> Iterable[tuple[Calendar, Collection[str]]]:
+        """The symbols of each calendar."""
+        if not self._others:
+            return [(self.default, symbols)]
+        found: dict[str, tuple[Calendar, list[str]]] = {}
+        for symbol in symbols:
+            calendar = self.of(symbol)
+            found.setdefault(calendar.name, (calendar, []))[1].append(symbol)
+        return found.values()
+
+    def open(self, symbols: Collection[str], close_time: int) -> set[str]:
+        """The symbols of which a bar closes at `close_time`."""
+        parts = [own for calendar, own in self.split(symbols) if calendar.is_close(close_time)]
+        return set().union(*parts)
+
+    @property
+    def periods_per_year(self) -> int:
+        """Bars in a year of the busiest calendar: groups come about as often when symbols share a grid."""
+        return max(c.periods_per_year for c in (self.default, *self._others.values()))
+
+
 def iso(time: int) -> str:
     """A time in nanoseconds as RFC 3339 in UTC, for messages."""
     seconds, rest = divmod(time, TIME_UNIT)
@@ -126,6 +186,8 @@ class _Closes(Protocol):
 
     def after(self, time: int, count: int) -> tuple[int, ...]: ...
 
+    def is_close(self, time: int) -> bool: ...
+
     def between(self, start: int, stop: int) -> int: ...
 
     def for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]: ...
@@ -136,9 +198,7 @@ class _Closes(Protocol):
 def _closes(name: str, timeframe: Timeframe) -> _Closes:
     duration = timeframe.duration
     if name == "24x7":
-        if duration is None:
-            raise ConfigError("timeframe 'session' needs an exchange's calendar: with 24x7 take 1d.")
-        return _Steps(duration)
+        return _Steps(duration or DAY)
     if duration is not None and duration > DAY:
         raise ConfigError(
             f"timeframe {timeframe.text!r} is longer than a day: the calendar {name} has none such."
@@ -159,6 +219,9 @@ class _Steps:
     def after(self, time: int, count: int) -> tuple[int, ...]:
         first = (time // self.step + 1) * self.step
         return tuple(range(first, first + count * self.step, self.step))
+
+    def is_close(self, time: int) -> bool:
+        return time % self.step == 0
 
     def between(self, start: int, stop: int) -> int:
         return (stop - 1) // self.step - start // self.step
@@ -199,6 +262,16 @@ class _Sessions:
             self._read(self.read.start, self.read.stop + _MARGIN)
             rank = self._rank(time)
         return tuple(self._at(rank + k) for k in range(count))
+
+    def is_close(self, time: int) -> bool:
+        try:
+            self._cover(time, time)
+        except DataError:
+            return False
+        at = bisect_left(self.opens, time) - 1
+        if at < 0 or time > self.ends[at]:
+            return False
+        return time == self.ends[at] or (time - self.opens[at]) % self.step == 0
 
     def between(self, start: int, stop: int) -> int:
         self._cover(start, stop)

@@ -26,9 +26,9 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendar, Calendars
 from barcast.daemon.mqtt import Address
-from barcast.daemon.pipeline import Settings, StrategySettings
+from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
 from barcast.daemon.store import BASELINES
 from barcast.daemon.timeframe import Timeframe
@@ -99,6 +99,7 @@ def _model(value: str) -> str:
 
 
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
+Symbol = Annotated[str, AfterValidator(_symbol)]
 Segment = Annotated[str, AfterValidator(_segment)]
 Zoned = Annotated[datetime, AfterValidator(_zoned)]
 
@@ -209,8 +210,10 @@ class Config(BaseSettings):
     state_dir: Path
     timeframe: Annotated[str, AfterValidator(_timeframe)]
     calendar: str = Field(default="24x7", validate_default=True)
-    symbols: list[Annotated[str, AfterValidator(_symbol)]] = []
+    calendars: dict[str, list[Symbol]] = {}
+    symbols: list[Symbol] = []
     max_wait: Duration = 2 * 10**9
+    max_jump: float = Field(default=MAX_JUMP, gt=0, allow_inf_nan=False)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     mqtt: Mqtt = Mqtt()
     model: Model = Model()
@@ -237,10 +240,26 @@ class Config(BaseSettings):
     def _has_the_timeframe(cls, calendar: str, info: ValidationInfo) -> str:
         if "timeframe" in info.data:
             try:
-                Calendar(calendar, Timeframe.parse(info.data["timeframe"]))
+                Calendars(calendar, Timeframe.parse(info.data["timeframe"]))
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return calendar
+
+    @field_validator("calendars")
+    @classmethod
+    def _have_the_timeframe(
+        cls, calendars: dict[str, list[str]], info: ValidationInfo
+    ) -> dict[str, list[str]]:
+        named = [symbol for symbols in calendars.values() for symbol in symbols]
+        if twice := sorted({symbol for symbol in named if named.count(symbol) > 1}):
+            raise ValueError(f"{', '.join(twice)} is given more than one calendar; name each symbol once")
+        if "timeframe" in info.data:
+            try:
+                for name in calendars:
+                    Calendar(name, Timeframe.parse(info.data["timeframe"]))
+            except ConfigError as error:
+                raise ValueError(str(error)) from error
+        return calendars
 
     @field_validator("symbols")
     @classmethod
@@ -272,9 +291,9 @@ class Config(BaseSettings):
         """The strategies of the path; one without a name is called after its kind."""
         return tuple(StrategySettings(s.kind, s.name or s.kind, s.params) for s in self.strategy)
 
-    def bar_calendar(self) -> Calendar:
-        """The bar closes of this instance."""
-        return Calendar(self.calendar, Timeframe.parse(self.timeframe))
+    def bar_calendars(self) -> Calendars:
+        """The bar closes of this instance's symbols."""
+        return self.settings().bar_calendars()
 
     def settings(self) -> Settings:
         """What the path needs, as it is journalled."""
@@ -282,8 +301,10 @@ class Config(BaseSettings):
             root=self.mqtt.root,
             timeframe=self.timeframe,
             calendar=self.calendar,
+            calendars={symbol: name for name, symbols in self.calendars.items() for symbol in symbols},
             symbols=tuple(self.symbols),
             max_wait=self.max_wait,
+            max_jump=self.max_jump,
             sampler=self.model.sampler,
             steps=self.model.steps,
             strategies=self.strategies(),
@@ -300,6 +321,7 @@ class Topics:
 
     def __init__(self, root: str, instance: str) -> None:
         self.bars = f"{root}/bars/#"
+        self.adjustments = f"{root}/adjustments/+"
         self.status = f"{root}/status/{instance}"
         self.models = f"{root}/models/{instance}"
         self.deadletter = f"{root}/deadletter/{instance}"

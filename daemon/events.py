@@ -5,12 +5,12 @@ from collections.abc import Iterable, Iterator
 import msgspec
 
 from barcast.daemon import wire
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.journal import Kind, Record
 from barcast.daemon.pipeline import Settings
-from barcast.daemon.ports import Activation, Arrival, Event, Revision, Warmup
+from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Warmup
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar
+from barcast.models import Adjustment, Bar
 
 
 class Warmth(msgspec.Struct, frozen=True):
@@ -65,15 +65,19 @@ def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
     Bars are decoded under the settings that were in force when they were received, as the live daemon
     decoded them.
     """
-    root, calendar = "", Calendar("24x7", Timeframe.parse("1m"))
+    root, calendars = "", Calendars("24x7", Timeframe.parse("1m"))
     for record in records:
         match record.kind:
             case Kind.BARS:
-                came, _ = wire.decode(record.topic, record.payload, record.time, root, calendar)
+                came, _ = wire.decode(record.topic, record.payload, record.time, root, calendars)
                 yield record.seq, Arrival(record.time, tuple(came))
+            case Kind.ADJUSTMENT:
+                found = wire.declared(record.topic, record.payload, root)
+                if isinstance(found, Adjustment):
+                    yield record.seq, Declaration(record.time, found)
             case Kind.REVISION:
                 settings = Settings.decode(record.payload)
-                root, calendar = settings.root, settings.bar_calendar()
+                root, calendars = settings.root, settings.bar_calendars()
                 yield record.seq, Revision(record.time, record.payload)
             case Kind.WARMUP:
                 yield record.seq, Warmth.decode(record.payload).event(record.time)

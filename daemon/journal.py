@@ -33,6 +33,7 @@ class Kind:
     """What a record is."""
 
     BARS = "bars"
+    ADJUSTMENT = "adjustment"
     REVISION = "revision"
     WARMUP = "warmup"
     ACTIVATION = "activation"

@@ -11,12 +11,12 @@ from typing import Protocol, TypeVar
 import structlog
 
 from barcast.daemon import wire
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
 from barcast.daemon.mqtt import Link
-from barcast.daemon.ports import Arrival, Event, Outcome
-from barcast.daemon.wire import Outgoing
-from barcast.models import Bar
+from barcast.daemon.ports import Arrival, Declaration, Event, Outcome
+from barcast.daemon.wire import Outgoing, Reject
+from barcast.models import Adjustment, Bar
 
 TAKE = 500
 """Messages written in one commit, at most."""
@@ -85,7 +85,7 @@ class LiveSource:
         clock: Clock,
         *,
         root: str,
-        calendar: Calendar,
+        calendars: Calendars,
         deadletters: str,
         queued: Callable[[], None],
         backlog: Iterable[tuple[int, Event]],
@@ -95,7 +95,7 @@ class LiveSource:
         self.position = position
         self.waiting = False
         self._link, self._scribe, self._clock = link, scribe, clock
-        self._root, self._calendar, self._deadletters = root, calendar, deadletters
+        self._root, self._calendars, self._deadletters = root, calendars, deadletters
         self._queued = queued
         self._ready: deque[tuple[int, Event]] = deque(backlog)
         self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
@@ -148,10 +148,11 @@ class LiveSource:
             events.append(decision.event(time))
             outgoing.extend(decision.notices(time))
         for delivery in deliveries:
-            bars, rejects = wire.decode(delivery.topic, delivery.payload, time, self._root, self._calendar)
-            if bars:
-                records.append((time, Kind.BARS, delivery.topic, delivery.payload))
-                events.append(Arrival(time, tuple(bars)))
+            found, rejects = self._decode(delivery.topic, delivery.payload, time)
+            if found is not None:
+                kind = Kind.BARS if isinstance(found, Arrival) else Kind.ADJUSTMENT
+                records.append((time, kind, delivery.topic, delivery.payload))
+                events.append(found)
             if rejects:
                 reason = rejects[0].reason[: wire.CUT]
                 log.warning("dead_letter", topic=delivery.topic, reason=reason, count=len(rejects))
@@ -163,6 +164,13 @@ class LiveSource:
         self._ready.extend(zip(seqs, events, strict=True))
         if outgoing:
             self._queued()
+
+    def _decode(self, topic: str, payload: bytes, time: int) -> tuple[Event | None, list[Reject]]:
+        if topic.startswith(f"{self._root}/adjustments/"):
+            found = wire.declared(topic, payload, self._root)
+            return (None, [found]) if isinstance(found, Reject) else (Declaration(time, found), [])
+        bars, rejects = wire.decode(topic, payload, time, self._root, self._calendars)
+        return (Arrival(time, tuple(bars)) if bars else None), rejects
 
 
 class Courier:
@@ -245,6 +253,9 @@ class LiveSink:
 
     def accepted(self, bar: Bar) -> None:
         """Nothing is published of a bar alone."""
+
+    def adjusted(self, adjustment: Adjustment) -> None:
+        """Nothing is published of an adjustment alone."""
 
     async def emit(self, outcome: Outcome) -> None:
         """Encode the outcome's messages; they are committed when the path settles."""

@@ -1,7 +1,7 @@
 """The one path from bars to outcomes, and the one loop that drives it, live and in every replay."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -9,25 +9,33 @@ import msgspec
 import numpy as np
 
 from barcast.daemon.batcher import Batcher
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars, iso
+from barcast.daemon.continuity import Continuity, Faults
 from barcast.daemon.ports import (
     Activation,
     Arrival,
+    Declaration,
     EndOfSource,
     Event,
     Group,
+    Hole,
     Outcome,
     Revision,
     Sink,
     Source,
+    Term,
     Warmup,
 )
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar, Card, Forecast, Forecaster, Verdict, Window, Windows
+from barcast.models import Bar, Card, Forecast, Forecaster, Verdict, Window, Windows, usable
 from barcast.strategies import Strategy, build
 
 HOLES_WITHHELD = 0.1
 """The share of missing bars in the shortest usable window above which no forecast is made."""
+
+
+MAX_JUMP = 0.3
+"""How far a price may be from the close before it, as a share, without a declared split or roll."""
 
 
 class StrategySettings(msgspec.Struct, frozen=True):
@@ -44,15 +52,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     root: str
     timeframe: str
     calendar: str
+    calendars: dict[str, str] = {}
     symbols: tuple[str, ...]
     max_wait: int
+    max_jump: float = MAX_JUMP
     sampler: str | None
     steps: int | None
     strategies: tuple[StrategySettings, ...]
 
-    def bar_calendar(self) -> Calendar:
+    def bar_calendars(self) -> Calendars:
         """The bar closes of the path."""
-        return Calendar(self.calendar, Timeframe.parse(self.timeframe))
+        return Calendars(self.calendar, Timeframe.parse(self.timeframe), self.calendars)
 
     def build(self) -> tuple[Strategy, ...]:
         """The strategies of the path."""
@@ -88,8 +98,8 @@ class Counts:
 class Pipeline:
     """Batcher, windows, forecaster and strategies: what turns events into outcomes.
 
-    The state is the windows, the batcher, the settings and the model in force, and counters. The first
-    event must be a `Revision`; a model is opened when the first group needs it.
+    The state is the windows, the continuity of their bars, the batcher, the settings and the model in force,
+    and counters. The first event must be a `Revision`; a model is opened when the first group needs it.
     """
 
     def __init__(self, open_model: OpenModel) -> None:
@@ -97,8 +107,9 @@ class Pipeline:
         self.model: str | None = None
         self._revision: Settings | None = None
         self.windows = Windows(1)
-        self.batcher = Batcher((), 0)
-        self.calendar = Calendar("24x7", Timeframe.parse("1m"))
+        self.continuity = Continuity()
+        self.calendars = Calendars("24x7", Timeframe.parse("1m"))
+        self.batcher = Batcher((), 0, self.calendars.open)
         self.strategies: tuple[Strategy, ...] = ()
         self._open_model = open_model
         self._forecaster: Forecaster | None = None
@@ -125,7 +136,7 @@ class Pipeline:
             raise RuntimeError("an event came before the first revision")
         return self._revision
 
-    def due(self, now: int) -> Iterator[Group]:
+    def due(self, now: int) -> Iterable[Group]:
         """Groups whose wait ended at or before `now`."""
         return self.batcher.due(now)
 
@@ -133,8 +144,12 @@ class Pipeline:
         """Take one event; yield each group that it completes before going on."""
         match event:
             case Arrival(time, bars):
-                for bar in bars:
-                    yield from self._take_bar(bar, time, sink)
+                yield from self._take_bars(bars, time, sink)
+            case Declaration(_, adjustment):
+                if self.windows.adjust(adjustment):
+                    self.continuity.disturbed(adjustment.symbol)
+                    if sink is not None:
+                        sink.adjusted(adjustment)
             case Revision():
                 self._revise(Settings.decode(event.settings))
             case Warmup(_, _, bars):
@@ -146,72 +161,92 @@ class Pipeline:
     def outcome(self, group: Group) -> Outcome:
         """Forecast a group and ask the strategies: a function of the state at this moment."""
         card, settings = self.forecaster.card, self.settings
+        length = max(2, card.min_window)
         windows: list[Window] = []
-        holed: set[str] = set()
+        degraded: dict[str, tuple[str, ...]] = {}
         withheld: dict[str, str] = {}
+        holes: dict[str, Hole] = {}
         for symbol in group.symbols:
             window = self.windows.cut(symbol, group.close_time, card.window)
             if window is None or len(window) < card.min_window:
                 have = 0 if window is None else len(window)
                 withheld[symbol] = f"{have} of at least {card.min_window} bars"
                 continue
-            holes = self._holes(window.close_times[-card.min_window :])
-            if holes > HOLES_WITHHELD * card.min_window:
-                withheld[symbol] = f"{holes} of the last {card.min_window} bars are missing"
-                continue
-            if holes:
-                holed.add(symbol)
+            if not self.continuity.sound(symbol, group.close_time, length) and len(window) > 1:
+                calendar = self.calendars.of(symbol)
+                faults = self.continuity.faults(window, length, calendar, settings.max_jump)
+                if faults.hole:
+                    holes[symbol] = faults.hole
+                if faults.missing > HOLES_WITHHELD * length:
+                    withheld[symbol] = f"{faults.missing} of the last {length} bars are missing"
+                    continue
+                if reasons := _reasons(faults, length):
+                    degraded[symbol] = reasons
             windows.append(window)
-        forecasts: dict[str, Forecast] = {}
-        for forecast in self.forecaster.forecast(windows):
-            if np.isfinite(forecast.quantiles).all():
-                forecasts[forecast.symbol] = forecast
-            else:
+        made = self.forecaster.forecast(windows)
+        forecasts = {f.symbol: f for f, finite in zip(made, usable(made, card), strict=True) if finite}
+        for forecast in made:
+            if forecast.symbol not in forecasts:
                 withheld[forecast.symbol] = "the model gave no finite forecast"
-        flags = {
-            name: ("warming",) * forecast.warming + ("degraded",) * (name in holed)
-            for name, forecast in forecasts.items()
-        }
         targets = {}
         if forecasts and not group.straggler:
             targets = {s.name: s.on_forecasts(group.close_time, forecasts) for s in self.strategies}
-        closes = self.calendar.closes_after(group.close_time, max(card.horizons))
         return Outcome(
             root=settings.root,
             timeframe=settings.timeframe,
             group=group,
             card=card,
             forecasts=forecasts,
-            flags=flags,
+            degraded=degraded,
             withheld=withheld,
+            holes=holes,
             targets=targets,
-            ends=tuple(closes[h - 1] for h in card.horizons),
-            valid_until=self.calendar.valid_until(group.close_time),
+            terms=self._terms(group, card.horizons),
         )
 
-    def _take_bar(self, bar: Bar, time: int, sink: Sink | None) -> Iterator[Group]:
-        verdict = self.windows.put(bar)
-        setattr(self.counts, verdict.value, getattr(self.counts, verdict.value) + 1)
-        if verdict is not Verdict.NEWEST:
-            return
-        if sink is not None:
-            sink.accepted(bar)
-        if time > self.calendar.valid_until(bar.close_time):
-            self.counts.stale += 1
-            return
-        for group in self.batcher.add(bar, time):
-            self.counts.straggler += group.straggler
-            yield group
+    def _take_bars(self, bars: Iterable[Bar], time: int, sink: Sink | None) -> Iterator[Group]:
+        counts, settings = self.counts, self.settings
+        for bar in bars:
+            verdict = self.windows.put(bar)
+            if verdict is not Verdict.NEWEST:
+                setattr(counts, verdict.value, getattr(counts, verdict.value) + 1)
+                if verdict is not Verdict.DUPLICATE:
+                    self.continuity.disturbed(bar.symbol)
+                continue
+            counts.newest += 1
+            calendar = self.calendars.of(bar.symbol)
+            self.continuity.newest(bar, calendar, settings.max_jump)
+            if sink is not None:
+                sink.accepted(bar)
+            if time > calendar.valid_until(bar.close_time):
+                counts.stale += 1
+                continue
+            for group in self.batcher.add(bar, time):
+                counts.straggler += group.straggler
+                yield group
 
     def _revise(self, settings: Settings) -> None:
         self._revision, self._forecaster = settings, None
-        self.calendar = settings.bar_calendar()
-        self.batcher.reconfigure(settings.symbols, settings.max_wait)
+        self.calendars = settings.bar_calendars()
+        self.batcher.reconfigure(settings.symbols, settings.max_wait, self.calendars.open)
         self.strategies = settings.build()
 
-    def _holes(self, closes: np.ndarray) -> int:
-        first, last = int(closes[0]), int(closes[-1])
-        return max(0, self.calendar.missing_between(first, last) - (len(closes) - 2))
+    def _terms(self, group: Group, horizons: Sequence[int]) -> dict[str, Term]:
+        terms: dict[str, Term] = {}
+        for calendar, symbols in self.calendars.split(group.symbols):
+            closes = calendar.closes_after(group.close_time, max(horizons))
+            ends = tuple(closes[h - 1] for h in horizons)
+            terms.update(dict.fromkeys(symbols, Term(ends, calendar.valid_until(group.close_time))))
+        return terms
+
+
+def _reasons(faults: Faults, length: int) -> tuple[str, ...]:
+    """Why a forecast from such bars is degraded, if it is."""
+    missing = (f"{faults.missing} of the last {length} bars are missing",) if faults.missing else ()
+    return missing + tuple(
+        f"the price jumped to {ratio:.4g} times the last close at {iso(time)}; declare a split or a roll"
+        for time, ratio in faults.jumps
+    )
 
 
 def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from barcast.models import Bar, Card, Forecast
+from barcast.models import Adjustment, Bar, Card, Forecast
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +17,14 @@ class Arrival:
 
     time: int
     bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """A changed price basis that was declared, and when that was taken in."""
+
+    time: int
+    adjustment: Adjustment
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +54,47 @@ class Activation:
     window: int
 
 
-Event = Arrival | Revision | Warmup | Activation
+Event = Arrival | Declaration | Revision | Warmup | Activation
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The symbols of one close time that are forecast together. A straggler is a group of its own."""
+    """The symbols of one close time that are forecast together, and those that were waited for in vain.
+
+    A straggler is a group of its own.
+    """
 
     close_time: int
     symbols: tuple[str, ...]
+    missing: tuple[str, ...] = ()
     straggler: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Bars that should have closed between two neighbours of a symbol (nanoseconds), and how many."""
+
+    after: int
+    before: int
+    bars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """The closes (nanoseconds) that a symbol's horizons end with, and until when its signal may be used."""
+
+    ends: tuple[int, ...]
+    valid_until: int
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """Everything the path decided about one group.
 
-    `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not.
-    `targets` is strategy -> symbol -> wanted exposure, empty for a straggler. `ends` are the closes, in
-    nanoseconds, of the bars that the horizons end with. `root` is the root topic it is published under.
+    `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not, and
+    `degraded` what is wrong with the bars of those that were. `holes` are the gaps right before the bars of
+    this group, to be asked for again. `targets` is strategy -> symbol -> wanted exposure, empty for a
+    straggler. `root` is the root topic it is published under.
     """
 
     root: str
@@ -72,11 +102,11 @@ class Outcome:
     group: Group
     card: Card
     forecasts: Mapping[str, Forecast]
-    flags: Mapping[str, tuple[str, ...]]
+    degraded: Mapping[str, tuple[str, ...]]
     withheld: Mapping[str, str]
+    holes: Mapping[str, Hole]
     targets: Mapping[str, Mapping[str, float]]
-    ends: tuple[int, ...]
-    valid_until: int
+    terms: Mapping[str, Term]
 
 
 class Source(Protocol):
@@ -96,6 +126,10 @@ class Sink(Protocol):
 
     def accepted(self, bar: Bar) -> None:
         """Take note of a bar that became the newest of its symbol."""
+        ...
+
+    def adjusted(self, adjustment: Adjustment) -> None:
+        """Take note of a changed price basis."""
         ...
 
     async def emit(self, outcome: Outcome) -> None:

@@ -10,24 +10,31 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any
+from functools import lru_cache
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.ports import Outcome
-from barcast.models import Bar
+from barcast.models import Adjustment, Bar
 from barcast.models.bar import LEAST, MOST
 
 SCHEMA = 1
 """Version of the outgoing messages. Fields may be added within a version; readers ignore unknown ones."""
 
-AHEAD = 86_400_000_000_000
-"""How far ahead of its arrival a bar may close, in nanoseconds: clocks differ, and some feeds send early."""
+AHEAD = 60_000_000_000
+"""How far ahead of its arrival a bar may close, in nanoseconds, or one bar if longer: clocks differ."""
+
+MOST_BYTES = 1_000_000
+"""The longest payload taken: some 5,000 bars."""
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What a decoder says of bytes that are no message; the last of thousands of nested brackets."""
+
+BAR = "a bar is close_time, open, high, low, close and volume; times are RFC 3339 with a zone, prices numbers"
+"""What a reason ends with when a payload has not the form of a bar."""
 
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,31}")
 CUT = 1000
@@ -68,6 +75,15 @@ class BarMessage(msgspec.Struct, gc=False):
         return cls(time, *bar.values, bar.symbol, bar.trades, bar.vwap)
 
 
+class AdjustmentMessage(msgspec.Struct, gc=False):
+    """A changed price basis on the wire: bars that close after `time` cost `factor` times what they would."""
+
+    time: Annotated[datetime, msgspec.Meta(tz=True)]
+    factor: float
+    kind: Literal["split", "roll"]
+    symbol: str | None = None
+
+
 class Horizon(msgspec.Struct, frozen=True):
     """How many of the symbol's own bars ahead, and when that bar should close."""
 
@@ -87,7 +103,8 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True):
     """The published forecast of one symbol. Prices are in the unit of the bars.
 
     `quantiles` is one list of prices for each horizon, along `levels`; `mean` and `std` are of the log
-    return over the horizon; `rise` is the probability that the price is above `reference` by then.
+    return over the horizon; `rise` is the probability that the price is above `reference` by then. Flags are
+    `warming` and `degraded`; `reasons` say what is wrong with the bars that a degraded one was made from.
     """
 
     schema: int
@@ -108,6 +125,7 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True):
     samples: int
     valid_until: str
     flags: list[str]
+    reasons: list[str]
     group: GroupOfSignal
 
 
@@ -126,7 +144,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GroupDone(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished group: whose signals were sent before this message, and whose were withheld and why."""
+    """A finished group: whose signals were sent before this message, whose were withheld and why, and who was
+    expected and did not come."""
 
     schema: int
     id: str
@@ -135,8 +154,21 @@ class GroupDone(msgspec.Struct, frozen=True, kw_only=True):
     straggler: bool
     symbols: list[str]
     withheld: dict[str, str]
+    missing: list[str]
     model: str
     valid_until: str
+
+
+class Backfill(msgspec.Struct, frozen=True, kw_only=True):
+    """A request for the bars of a hole: `bars` of them closed after `after` and before `before`."""
+
+    schema: int
+    id: str
+    symbol: str
+    timeframe: str
+    after: str
+    before: str
+    bars: int
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,45 +220,125 @@ _json_bar = msgspec.json.Decoder(BarMessage)
 _pack_bar = msgspec.msgpack.Decoder(BarMessage)
 _json_raw = msgspec.json.Decoder(list[msgspec.Raw])
 _pack_raw = msgspec.msgpack.Decoder(list[msgspec.Raw])
+_json_adjustment = msgspec.json.Decoder(AdjustmentMessage)
+_pack_adjustment = msgspec.msgpack.Decoder(AdjustmentMessage)
 
 
 def decode(
-    topic: str, payload: bytes, received: int, root: str, calendar: Calendar
+    topic: str, payload: bytes, received: int, root: str, calendars: Calendars
 ) -> tuple[list[Bar], list[Reject]]:
     """Bars of one message, and what of it could not be used.
 
     `{root}/bars/{timeframe}/{symbol}` carries one bar or an array of that symbol,
     `{root}/bars/{timeframe}` an array of many symbols; JSON and msgpack are told apart by the first byte.
     Good bars of an array with a bad one are kept. `received` is the time of arrival in nanoseconds: a bar
-    that closes more than `AHEAD` after it is refused, as it would pass for the newest until then. The
-    calendar says which timeframe is taken, and when an exchange is known to be open.
+    that closes later than that, by more than a bar and more than `AHEAD`, is refused, as it would pass for
+    the newest until then. The calendars say which timeframe is taken, and when each symbol has bars.
     """
-    prefix = f"{root}/bars/"
-    parts = topic.removeprefix(prefix).split("/") if topic.startswith(prefix) else []
-    if not 1 <= len(parts) <= 2:
-        return [], [Reject(f"topic {topic!r} is not {prefix}TIMEFRAME/SYMBOL or {prefix}TIMEFRAME", payload)]
-    if parts[0] != calendar.timeframe.text:
-        mine = calendar.timeframe.text
-        return [], [Reject(f"timeframe {parts[0]!r}: this instance takes {mine!r} bars only", payload)]
-    symbol = parts[1] if len(parts) == 2 else None
-    if not payload:
-        return [], [Reject("the payload is empty; send a bar or an array of bars", payload)]
-    packed = payload[0] >= 0x80
     try:
-        if payload.lstrip()[:1] == b"[" or payload[0] in range(0x90, 0xA0) or payload[0] in (0xDC, 0xDD):
+        symbol = _symbol_of(topic, root, calendars.timeframe.text)
+        packed, array = _form(payload)
+    except ValueError as error:
+        return [], [Reject(str(error), payload)]
+    try:
+        if array:
             messages = (_pack_bars if packed else _json_bars).decode(payload)
         else:
             messages = [(_pack_bar if packed else _json_bar).decode(payload)]
     except UNDECODABLE as error:
-        return _piecewise(payload, symbol, received, calendar, packed, error)
+        pieces = _pieces(payload, packed) if array else None
+        if pieces is None:
+            return [], [Reject(f"{error}; {BAR}", payload)]
+        return _piecewise(pieces, symbol, received, calendars, packed)
     bars: list[Bar] = []
     rejects: list[Reject] = []
-    for message in messages:
-        if reason := _fault(message, symbol, received, calendar):
-            rejects.append(Reject(reason, msgspec.json.encode(_finite(message))))
+    latest = received + _ahead(calendars)
+    for m in messages:
+        name = m.symbol or symbol
+        since = m.close_time - _EPOCH
+        close = since.days * _DAY + since.seconds * _SECOND + since.microseconds * _MICROSECOND
+        # One comparison chain refuses NaN as well: every comparison with it is false.
+        if (
+            name is not None
+            and (symbol is None or name == symbol)
+            and is_symbol(name)
+            and 0 < close <= latest
+            and calendars.of(name).is_close(close)
+            and LEAST < m.low <= m.open <= m.high < MOST
+            and m.low <= m.close <= m.high
+            and 0 <= m.volume < MOST
+            and (m.trades is None or m.trades >= 0)
+            and (m.vwap is None or LEAST < m.vwap < MOST)
+        ):
+            bars.append(Bar(name, close, m.open, m.high, m.low, m.close, m.volume, m.trades, m.vwap))
         else:
-            bars.append(_bar(message, symbol))
+            reason = _fault(m, symbol, received, calendars)
+            rejects.append(Reject(reason, msgspec.json.encode(_finite(m))))
     return bars, rejects
+
+
+def declared(topic: str, payload: bytes, root: str) -> Adjustment | Reject:
+    """The adjustment of one message on `{root}/adjustments/{symbol}`, or why there is none in it."""
+    segment = topic.removeprefix(f"{root}/adjustments/")
+    try:
+        packed, _ = _form(payload)
+        m = (_pack_adjustment if packed else _json_adjustment).decode(payload)
+    except (ValueError, *UNDECODABLE) as error:
+        return Reject(f"{error}; an adjustment is time, factor and kind, split or roll", payload)
+    time = to_ns(m.time)
+    if m.symbol not in (None, segment):
+        return Reject(
+            f"symbol {m.symbol!r} disagrees with the topic's {segment!r}; correct one of them", payload
+        )
+    if not is_symbol(segment):
+        return Reject(_no_symbol(segment), payload)
+    if not 1e-6 <= m.factor <= 1e6 or m.factor == 1 or time <= 0:
+        return Reject(
+            f"factor {m.factor} at {m.time.isoformat()}: the factor is new over old price, from 1e-6 to 1e6 "
+            "and not 1, and the time is after 1970",
+            payload,
+        )
+    return Adjustment(segment, time, m.factor, m.kind)
+
+
+@lru_cache(4096)
+def is_symbol(name: str) -> bool:
+    """Whether a text can name a symbol."""
+    return SYMBOL.fullmatch(name) is not None
+
+
+@lru_cache(4096)
+def _symbol_of(topic: str, root: str, timeframe: str) -> str | None:
+    """The symbol that a topic names, if it names one. Raise ValueError for a topic that carries no bars."""
+    prefix = f"{root}/bars/"
+    parts = topic.removeprefix(prefix).split("/") if topic.startswith(prefix) else []
+    if not 1 <= len(parts) <= 2:
+        raise ValueError(
+            f"topic {topic!r} is not {prefix}TIMEFRAME/SYMBOL or {prefix}TIMEFRAME; publish there"
+        )
+    if parts[0] != timeframe:
+        raise ValueError(f"timeframe {parts[0]!r}: this instance takes {timeframe!r} bars only")
+    if len(parts) == 2 and not is_symbol(parts[1]):
+        raise ValueError(_no_symbol(parts[1]))
+    return parts[1] if len(parts) == 2 else None
+
+
+def _form(payload: bytes) -> tuple[bool, bool]:
+    """Whether a payload is msgpack, and whether it is an array. Raise ValueError for one that cannot be."""
+    if not payload:
+        raise ValueError("the payload is empty; send a bar or an array of bars")
+    if len(payload) > MOST_BYTES:
+        raise ValueError(
+            f"the payload has {len(payload)} bytes, more than {MOST_BYTES}; send arrays of fewer bars"
+        )
+    first = payload[0]
+    if first in b" \t\r\n":
+        first = payload.lstrip()[:1].ljust(1)[0]
+    return first >= 0x80, first == 0x5B or 0x90 <= first < 0xA0 or first in (0xDC, 0xDD)
+
+
+def _ahead(calendars: Calendars) -> int:
+    return max(AHEAD, calendars.timeframe.duration or _DAY)
 
 
 def encode_bars(bars: list[Bar]) -> bytes:
@@ -235,71 +347,72 @@ def encode_bars(bars: list[Bar]) -> bytes:
     return msgspec.json.encode(messages[0] if len(messages) == 1 else messages)
 
 
+def _pieces(payload: bytes, packed: bool) -> list[msgspec.Raw] | None:
+    try:
+        return (_pack_raw if packed else _json_raw).decode(payload)
+    except UNDECODABLE:
+        return None
+
+
 def _piecewise(
-    payload: bytes, symbol: str | None, received: int, calendar: Calendar, packed: bool, error: Exception
+    pieces: Sequence[msgspec.Raw], symbol: str | None, received: int, calendars: Calendars, packed: bool
 ) -> tuple[list[Bar], list[Reject]]:
     """Keep the good bars of an array of which one does not even decode."""
-    try:
-        pieces = (_pack_raw if packed else _json_raw).decode(payload)
-    except UNDECODABLE:
-        return [], [Reject(str(error), payload)]
     bars: list[Bar] = []
     rejects: list[Reject] = []
     one = _pack_bar if packed else _json_bar
     for piece in pieces:
         try:
-            message = one.decode(piece)
+            m = one.decode(piece)
         except UNDECODABLE as fault:
-            rejects.append(Reject(str(fault), bytes(piece)))
+            rejects.append(Reject(f"{fault}; {BAR}", bytes(piece)))
             continue
-        if reason := _fault(message, symbol, received, calendar):
+        if reason := _fault(m, symbol, received, calendars):
             rejects.append(Reject(reason, bytes(piece)))
         else:
-            bars.append(_bar(message, symbol))
+            name = m.symbol or symbol or ""
+            bars.append(
+                Bar(name, to_ns(m.close_time), m.open, m.high, m.low, m.close, m.volume, m.trades, m.vwap)
+            )
     return bars, rejects
 
 
-def _bar(message: BarMessage, symbol: str | None) -> Bar:
-    m = message
-    return Bar(
-        m.symbol or symbol or "",
-        to_ns(m.close_time),
-        m.open,
-        m.high,
-        m.low,
-        m.close,
-        m.volume,
-        m.trades,
-        m.vwap,
-    )
+def _no_symbol(name: str) -> str:
+    return f"symbol {name!r} is not of the form [A-Z0-9][A-Z0-9._-]{{0,31}}; spell it so"
 
 
-def _fault(message: BarMessage, symbol: str | None, received: int, calendar: Calendar) -> str | None:
-    """Why a decoded bar cannot be used, or None."""
-    m = message
+def _fault(m: BarMessage, symbol: str | None, received: int, calendars: Calendars) -> str:
+    """Why a decoded bar cannot be used; empty when it can."""
     name = m.symbol or symbol
     if name is None:
         return "symbol is missing; name it in each bar of an array or in the topic"
-    if symbol is not None and m.symbol not in (None, symbol):
-        return f"symbol {m.symbol!r} disagrees with the topic's {symbol!r}"
-    if not SYMBOL.fullmatch(name):
-        return f"symbol {name!r} is not of the form [A-Z0-9][A-Z0-9._-]{{0,31}}"
-    close, given = to_ns(m.close_time), m.close_time.isoformat()
-    if not 0 < close <= received + AHEAD:
-        return f"close_time {given} is not between 1970 and the time of arrival, {to_text(received)}"
+    if symbol is not None and name != symbol:
+        return f"symbol {m.symbol!r} disagrees with the topic's {symbol!r}; correct one of them"
+    if not is_symbol(name):
+        return _no_symbol(name)
+    close, given, calendar = to_ns(m.close_time), m.close_time.isoformat(), calendars.of(name)
+    if not 0 < close <= received + _ahead(calendars):
+        return (
+            f"close_time {given} is not between 1970 and one bar after its arrival, {to_text(received)}; "
+            "correct the time or the clock"
+        )
     if not calendar.covers(close):
         return f"close_time {given} is outside the years that the calendar {calendar.name} knows"
-    if calendar.close_at_or_after(close) != close:
+    if not calendar.is_close(close):
         return (
-            f"close_time {given} is when no {calendar.timeframe} bar of the calendar {calendar.name} closes"
+            f"close_time {given} is when no {calendar.timeframe} bar of the calendar {calendar.name} closes; "
+            "correct the time, or name the symbol's calendar in the settings"
         )
-    # One comparison chain refuses NaN as well: every comparison with it is false.
-    if LEAST < m.low <= m.open <= m.high < MOST and m.low <= m.close <= m.high and 0 <= m.volume < MOST:
-        return None
-    return (
-        f"open {m.open}, high {m.high}, low {m.low}, close {m.close}, volume {m.volume}: prices must be "
-        f"within {LEAST} and {MOST} and low <= open, close <= high; volume must be below {MOST}, not negative"
-    )
+    if not (LEAST < m.low <= m.open <= m.high < MOST and m.low <= m.close <= m.high and 0 <= m.volume < MOST):
+        return (
+            f"open {m.open}, high {m.high}, low {m.low}, close {m.close}, volume {m.volume}: prices must be "
+            f"within {LEAST} and {MOST} and low <= open, close <= high; volume below {MOST}, not negative"
+        )
+    if (m.trades is not None and m.trades < 0) or (m.vwap is not None and not LEAST < m.vwap < MOST):
+        return (
+            f"trades {m.trades}, vwap {m.vwap}: the count cannot be negative, vwap is a price; or omit them"
+        )
+    return ""
 
 
 def _finite(message: BarMessage) -> dict[str, Any]:
@@ -310,13 +423,13 @@ def _finite(message: BarMessage) -> dict[str, Any]:
 
 
 def messages(outcome: Outcome) -> Iterator[Outgoing]:
-    """What subscribers are told of an outcome: signals, targets, then that the group is complete."""
+    """What subscribers are told of an outcome: signals, targets, that it is complete, what to send again."""
     group, root, timeframe = outcome.group, outcome.root, outcome.timeframe
-    close, valid = to_text(group.close_time), to_text(outcome.valid_until)
+    close = to_text(group.close_time)
     names = list(outcome.forecasts)
-    horizons = [Horizon(h, to_text(t)) for h, t in zip(outcome.card.horizons, outcome.ends, strict=True)]
     for name, forecast in outcome.forecasts.items():
         prices = forecast.reference * np.exp(forecast.quantiles)
+        term, reasons = outcome.terms[name], list(outcome.degraded.get(name, ()))
         yield _outgoing(
             Signal(
                 schema=SCHEMA,
@@ -325,7 +438,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                 timeframe=timeframe,
                 close_time=close,
                 reference=forecast.reference,
-                horizons=horizons,
+                horizons=[Horizon(h, to_text(t)) for h, t in zip(forecast.horizons, term.ends, strict=True)],
                 levels=list(forecast.levels),
                 quantiles=[_rounded(row) for row in prices],
                 mean=_rounded(forecast.mean),
@@ -335,16 +448,18 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                 sampler=outcome.card.sampler,
                 steps=outcome.card.steps,
                 samples=outcome.card.samples,
-                valid_until=valid,
-                flags=list(outcome.flags[name]),
+                valid_until=to_text(term.valid_until),
+                flags=["warming"] * forecast.warming + ["degraded"] * bool(reasons),
+                reasons=reasons,
                 group=GroupOfSignal(close, len(names), names[-1]),
             ),
             f"{root}/signals/{timeframe}/{name}",
             retain=True,
-            expires=outcome.valid_until,
+            expires=term.valid_until,
         )
     for strategy, targets in outcome.targets.items():
         for name, target in targets.items():
+            expires = outcome.terms[name].valid_until
             yield _outgoing(
                 Target(
                     schema=SCHEMA,
@@ -355,12 +470,13 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                     close_time=close,
                     target=float(f"{target:.9g}"),
                     model=outcome.card.model,
-                    valid_until=valid,
+                    valid_until=to_text(expires),
                 ),
                 f"{root}/targets/{strategy}/{timeframe}/{name}",
                 retain=True,
-                expires=outcome.valid_until,
+                expires=expires,
             )
+    last = max(term.valid_until for term in outcome.terms.values())
     yield _outgoing(
         GroupDone(
             schema=SCHEMA,
@@ -370,13 +486,29 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
             straggler=group.straggler,
             symbols=names,
             withheld=dict(outcome.withheld),
+            missing=list(group.missing),
             model=outcome.card.model,
-            valid_until=valid,
+            valid_until=to_text(last),
         ),
         f"{root}/groups/{timeframe}",
         retain=False,
-        expires=outcome.valid_until,
+        expires=last,
     )
+    for name, hole in outcome.holes.items():
+        yield _outgoing(
+            Backfill(
+                schema=SCHEMA,
+                id="",
+                symbol=name,
+                timeframe=timeframe,
+                after=to_text(hole.after),
+                before=to_text(hole.before),
+                bars=hole.bars,
+            ),
+            f"{root}/backfill/{timeframe}/{name}",
+            retain=False,
+            expires=outcome.terms[name].valid_until,
+        )
 
 
 def dead_letter(rejects: Sequence[Reject], topic: str, received: int, deadletters: str) -> Outgoing:
@@ -411,7 +543,7 @@ def model_notice(
 
 
 def _outgoing(
-    body: Signal | Target | GroupDone | DeadLetter | ModelNotice,
+    body: Signal | Target | GroupDone | Backfill | DeadLetter | ModelNotice,
     topic: str,
     *,
     retain: bool,

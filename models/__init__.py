@@ -3,15 +3,16 @@
 What needs torch is imported by its module: `diffusion` (the forecaster), `training` and `checkpoint`.
 """
 
-from barcast.models.bar import Bar
+from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
 from barcast.models.evaluation import Scores, compare, score
-from barcast.models.forecast import LEVELS, Card, Forecast, Forecaster, default_horizons
+from barcast.models.forecast import LEVELS, Card, Forecast, Forecaster, default_horizons, usable
 from barcast.models.window import Verdict, Window, Windows
 
 __all__ = [
     "LEVELS",
+    "Adjustment",
     "Bar",
     "BarcastError",
     "Card",
@@ -29,4 +30,5 @@ __all__ = [
     "compare",
     "default_horizons",
     "score",
+    "usable",
 ]

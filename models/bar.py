@@ -1,5 +1,7 @@
 """One OHLCV interval, stamped by its close."""
 
+from typing import Literal
+
 import msgspec
 
 TIME_UNIT = 1_000_000_000
@@ -30,3 +32,16 @@ class Bar(msgspec.Struct, frozen=True, gc=False):
     def values(self) -> tuple[float, float, float, float, float]:
         """Open, high, low, close and volume: what a window keeps."""
         return (self.open, self.high, self.low, self.close, self.volume)
+
+
+class Adjustment(msgspec.Struct, frozen=True, gc=False):
+    """A declared change of the price basis of one symbol: a split, or the roll of a future.
+
+    Prices of bars that close after `time` (nanoseconds since 1970 UTC) are `factor` times what they would
+    have been: 0.5 for two shares in the place of one. A split also divides what was traded by the factor.
+    """
+
+    symbol: str
+    time: int
+    factor: float
+    kind: Literal["split", "roll"]

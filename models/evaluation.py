@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
-from barcast.models.forecast import Forecaster
+from barcast.models.forecast import Forecaster, usable
 from barcast.models.scores import crps as crps_of
 from barcast.models.window import Window
 
@@ -87,7 +87,9 @@ def compare(
         close_times += [int(history.close_times[k]) for k in origins]
         for windows in _chunks(history, origins, most):
             for found, forecaster in zip(quantiles, forecasters, strict=True):
-                found += [f.quantiles for f in forecaster.forecast(windows)]
+                made = forecaster.forecast(windows)
+                usable(made, forecaster.card)
+                found += [f.quantiles for f in made]
     if not outcomes:
         raise DataError(
             f"no forecast origin between {since} and {until} has {least} bars before it and a target"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,8 +19,7 @@ def default_horizons(timeframe: str) -> tuple[int, ...]:
     return (1, 5, 20) if timeframe == "session" or timeframe.endswith("d") else (1, 4, 16)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Forecast:
+class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     """Quantiles of one symbol's log return over each horizon, seen from the close of one bar.
 
     `quantiles` is (H, Q) float64, rising along the levels; `mean`, `std` and `rise` (the probability
@@ -37,13 +37,6 @@ class Forecast:
     std: NDArray[np.float64]
     rise: NDArray[np.float64]
     warming: bool
-
-    def __post_init__(self) -> None:
-        shape = (len(self.horizons), len(self.levels))
-        if self.quantiles.shape != shape:
-            raise ValueError(f"quantiles of {self.symbol} have shape {self.quantiles.shape}, not {shape}")
-        if (np.diff(self.quantiles, axis=1) < 0).any():
-            raise ValueError(f"quantiles of {self.symbol} fall along the levels: {self.quantiles}")
 
     def quantile(self, level: float, horizon: int) -> float:
         """The log return that the outcome stays below with probability `level` over `horizon` bars."""
@@ -65,6 +58,28 @@ class Card:
     steps: int
     samples: int
     fingerprint: str
+
+
+def usable(forecasts: Sequence[Forecast], card: Card) -> NDArray[np.bool_]:
+    """Which forecasts of one call have finite quantiles, (B,).
+
+    Raise ValueError for quantiles that fall along the levels, or are not of the card's shape (H, Q).
+    """
+    if not forecasts:
+        return np.empty(0, np.bool_)
+    shape = (len(card.horizons), len(card.levels))
+    for forecast in forecasts:
+        if forecast.quantiles.shape != shape:
+            raise ValueError(
+                f"quantiles of {forecast.symbol} have shape {forecast.quantiles.shape}, not {shape}"
+            )
+    quantiles = np.concatenate([forecast.quantiles for forecast in forecasts])
+    falls = (quantiles[:, 1:] < quantiles[:, :-1]).any(1)
+    if falls.any():
+        wrong = forecasts[int(np.argmax(falls)) // shape[0]]
+        raise ValueError(f"quantiles of {wrong.symbol} fall along the levels: {wrong.quantiles}")
+    finite: NDArray[np.bool_] = np.isfinite(quantiles).all(1).reshape(-1, shape[0]).all(1)
+    return finite
 
 
 class Forecaster(Protocol):

@@ -1,26 +1,30 @@
 """The last bars of every symbol, and windows cut from them at a close time."""
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
+from operator import attrgetter
+from struct import Struct
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from barcast.models.bar import Bar
+from barcast.models.bar import Adjustment, Bar
 
 SLACK = 64
 """Bars kept beyond the window's length, so that a window can be cut while newer bars are already there."""
 
+_ROW = Struct("=5d")
+_time = attrgetter("time")
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Window:
+
+class Window(msgspec.Struct, frozen=True, eq=False, gc=False):
     """The last bars of one symbol up to and including `close_time`.
 
     `close_times` is (N,) int64 nanoseconds, ascending; `values` is (N, 5) float64: open, high, low,
-    close, volume. N is at most the length asked for, fewer while the symbol is warming. Both arrays are
-    read-only views, valid until the next bar of the symbol is put.
+    close, volume, all on the price basis of the newest bar. N is at most the length asked for, fewer while
+    the symbol is warming. Both arrays are read-only, valid until the next bar of the symbol is put.
     """
 
     symbol: str
@@ -52,14 +56,16 @@ class Verdict(Enum):
 
 
 class Windows:
-    """The newest bars of each symbol.
+    """The newest bars of each symbol, as they were received, and what is declared about their basis.
 
-    The state is one `_Ring` for each symbol, allocated when its first bar comes.
+    The state is one `_Ring` for each symbol, allocated when its first bar comes, and the adjustments of each
+    symbol in order of their time.
     """
 
     def __init__(self, length: int) -> None:
         self.length = length
         self._rings: dict[str, _Ring] = {}
+        self._adjustments: dict[str, list[Adjustment]] = {}
 
     def put(self, bar: Bar) -> Verdict:
         """Give a bar its place.
@@ -71,7 +77,10 @@ class Windows:
         ring = self._rings.get(bar.symbol)
         if ring is None:
             ring = self._rings[bar.symbol] = _Ring(self.length + SLACK)
-        return ring.put(bar.close_time, bar.values)
+        if bar.close_time > ring.newest:
+            ring.append(bar)
+            return Verdict.NEWEST
+        return ring.place(bar.close_time, bar.values)
 
     def warm(self, bars: Iterable[Bar]) -> int:
         """Put bars of the history whose closes are not known yet; return how many there were."""
@@ -82,6 +91,17 @@ class Windows:
         ring = self._rings.get(symbol)
         return ring is not None and ring.find(close_time) is not None
 
+    def adjust(self, adjustment: Adjustment) -> bool:
+        """Take note of another price basis; False when it was declared before.
+
+        Windows that end after its time show the bars up to it on the new basis.
+        """
+        known = self._adjustments.setdefault(adjustment.symbol, [])
+        if adjustment in known:
+            return False
+        insort(known, adjustment, key=_time)
+        return True
+
     def cut(self, symbol: str, close_time: int, length: int) -> Window | None:
         """The symbol's last `length` bars up to `close_time`, or None when that very bar is not kept.
 
@@ -91,9 +111,12 @@ class Windows:
         at = None if ring is None else ring.find(close_time)
         if ring is None or at is None:
             return None
-        first = max(ring.start, at + 1 - length)
+        first = at + 1 - length
+        if first < ring.start:
+            first = ring.start
         times, values = ring.times[first : at + 1], ring.values[first : at + 1]
-        times.flags.writeable = values.flags.writeable = False
+        if symbol in self._adjustments:
+            values = on_one_basis(times, values, self._adjustments[symbol])
         return Window(symbol, times, values)
 
     def lengthen(self, length: int) -> None:
@@ -101,60 +124,107 @@ class Windows:
         if length > self.length:
             self.length = length
             for ring in self._rings.values():
-                ring.grow(length + SLACK)
+                ring.allocate(length + SLACK)
+
+
+def on_one_basis(
+    times: NDArray[np.int64], values: NDArray[np.float64], adjustments: Iterable[Adjustment]
+) -> NDArray[np.float64]:
+    """Values (N, 5) on the basis of the last row: each adjustment before it scales the rows up to its time.
+
+    `times` is (N,) int64 nanoseconds; the adjustments are in order of their time.
+    """
+    scaled = values.copy()
+    for adjustment in adjustments:
+        if adjustment.time < times[-1]:
+            older = scaled[: int(np.searchsorted(times, adjustment.time, side="right"))]
+            older[:, :4] *= adjustment.factor
+            if adjustment.kind == "split":
+                older[:, 4] /= adjustment.factor
+    scaled.flags.writeable = False
+    return scaled
 
 
 class _Ring:
-    """Up to `capacity` bars, ascending by close, as one contiguous slice [start:stop) of twice the room."""
+    """Up to `capacity` bars, ascending by close, as one contiguous slice [start:stop) of a longer room.
+
+    `times` and `values` are what windows are cut from. `_stamps` and `_rows` write the same memory, a bar at
+    a time: item assignment of numpy takes several times as long.
+    """
+
+    __slots__ = (
+        "_rows",
+        "_stamps",
+        "capacity",
+        "newest",
+        "room",
+        "start",
+        "stop",
+        "superseded",
+        "times",
+        "values",
+    )
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.times = np.empty(2 * capacity, np.int64)
-        self.values = np.empty((2 * capacity, 5))
-        self.start = self.stop = 0
+        self.newest = -1
+        self.start = self.stop = self.room = 0
         self.superseded: dict[int, set[tuple[float, ...]]] = {}
+        self.times, self.values = np.empty(0, np.int64), np.empty((0, 5))
+        self.allocate(capacity)
 
-    def put(self, time: int, values: tuple[float, ...]) -> Verdict:
-        if self.stop == self.start or time > self.times[self.stop - 1]:
-            self._insert(self.stop, time, values)
-            return Verdict.NEWEST
+    def allocate(self, capacity: int) -> None:
+        """Take room for `capacity` bars, and keep those that are there."""
+        room = capacity + capacity // 4
+        times, values = np.empty(room, np.int64), np.empty((room, 5))
+        count = self.stop - self.start
+        times[:count] = self.times[self.start : self.stop]
+        values[:count] = self.values[self.start : self.stop]
+        self.capacity, self.room, self.start, self.stop = capacity, room, 0, count
+        self._stamps, self._rows = times.data, values.data.cast("B")
+        self.times, self.values = times, values
+        self.times.flags.writeable = self.values.flags.writeable = False
+
+    def append(self, bar: Bar) -> None:
+        """Put a bar that is newer than all others."""
+        if self.stop == self.room:
+            self.allocate(self.capacity)
+        at = self.stop
+        self.newest = self._stamps[at] = bar.close_time
+        _ROW.pack_into(self._rows, 40 * at, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        self.stop = at + 1
+        if at + 1 - self.start > self.capacity:
+            if self.superseded:
+                self.superseded.pop(self._stamps[self.start], None)
+            self.start += 1
+
+    def place(self, time: int, values: tuple[float, ...]) -> Verdict:
+        """Put a bar that is not newer than all others."""
         at = self.start + bisect_left(self.times[self.start : self.stop], time)
-        if self.times[at] == time:
+        if self._stamps[at] == time:
             known = tuple(self.values[at].tolist())
             if known == values or values in self.superseded.get(time, ()):
                 return Verdict.DUPLICATE
             self.superseded.setdefault(time, set()).add(known)
-            self.values[at] = values
+            _ROW.pack_into(self._rows, 40 * at, *values)
             return Verdict.CORRECTION
         if at == self.start and self.stop - self.start == self.capacity:
             return Verdict.FORGOTTEN
-        self._insert(at, time, values)
+        if self.stop == self.room:
+            at -= self.start
+            self.allocate(self.capacity)
+        self._stamps[at + 1 : self.stop + 1] = self._stamps[at : self.stop]
+        self._rows[40 * (at + 1) : 40 * (self.stop + 1)] = self._rows[40 * at : 40 * self.stop]
+        self._stamps[at] = time
+        _ROW.pack_into(self._rows, 40 * at, *values)
+        self.stop += 1
+        if self.stop - self.start > self.capacity:
+            self.superseded.pop(self._stamps[self.start], None)
+            self.start += 1
         return Verdict.OLDER
 
     def find(self, time: int) -> int | None:
-        if self.stop > self.start and self.times[self.stop - 1] == time:
+        """Where the bar of this close is."""
+        if time == self.newest:
             return self.stop - 1
         at = self.start + bisect_left(self.times[self.start : self.stop], time)
-        return at if at < self.stop and self.times[at] == time else None
-
-    def grow(self, capacity: int) -> None:
-        kept = slice(self.start, self.stop)
-        times, values = self.times[kept].copy(), self.values[kept].copy()
-        self.capacity, self.start, self.stop = capacity, 0, len(times)
-        self.times, self.values = np.empty(2 * capacity, np.int64), np.empty((2 * capacity, 5))
-        self.times[: self.stop], self.values[: self.stop] = times, values
-
-    def _insert(self, at: int, time: int, values: tuple[float, ...]) -> None:
-        if self.stop == len(self.times):
-            kept = self.stop - self.start
-            self.times[:kept] = self.times[self.start : self.stop]
-            self.values[:kept] = self.values[self.start : self.stop]
-            at, self.start, self.stop = at - self.start, 0, kept
-        if at < self.stop:
-            self.times[at + 1 : self.stop + 1] = self.times[at : self.stop].copy()
-            self.values[at + 1 : self.stop + 1] = self.values[at : self.stop].copy()
-        self.times[at], self.values[at] = time, values
-        self.stop += 1
-        if self.stop - self.start > self.capacity:
-            self.superseded.pop(int(self.times[self.start]), None)
-            self.start += 1
+        return at if at < self.stop and self._stamps[at] == time else None

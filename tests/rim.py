@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
@@ -15,7 +15,7 @@ from barcast.models import Bar
 from tests.fakes import START
 
 SECOND = 10**9
-MINUTELY = Calendar("24x7", Timeframe.parse("1m"))
+MINUTELY = Calendars("24x7", Timeframe.parse("1m"))
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def source(world: World, scribe: Scribe, **changes: object) -> LiveSource:
     """A live source in that world, on one-minute bars under the root `t`."""
     settings = {
         "root": "t",
-        "calendar": MINUTELY,
+        "calendars": MINUTELY,
         "deadletters": "t/deadletter/me",
         "queued": lambda: None,
         "backlog": (),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from barcast.backtest.ledger import Ledger
-from barcast.daemon.ports import Group, Outcome
+from barcast.daemon.ports import Group, Outcome, Term
 from barcast.models import Bar, Card, Forecast
 
 LEVELS = (0.05, 0.5, 0.95)
@@ -34,8 +34,9 @@ def outcome(
         s: Forecast(s, time, reference, (1, 2), LEVELS, row, pair, pair, pair, False)
         for s, reference in references.items()
     }
-    group = Group(time, tuple(references), straggler)
-    return Outcome("root", "1d", group, CARD, forecasts, {}, {}, targets, (time + 1, time + 2), time + 2)
+    group = Group(time, tuple(references), straggler=straggler)
+    terms = dict.fromkeys(references, Term((time + 1, time + 2), time + 2))
+    return Outcome("root", "1d", group, CARD, forecasts, {}, {}, {}, targets, terms)
 
 
 def run(ledger: Ledger, steps: Iterable[Bar | Outcome]) -> Ledger:

@@ -60,7 +60,7 @@ def result() -> BacktestResult:
                 )
             targets = {"drift": strategy.on_forecasts(close_time, forecasts)}
             due = Group(close_time, tuple(forecasts))
-            await ledger.emit(Outcome("root", "session", due, CARD, forecasts, {}, {}, targets, (), 0))
+            await ledger.emit(Outcome("root", "session", due, CARD, forecasts, {}, {}, {}, targets, {}))
 
     asyncio.run(play())
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()

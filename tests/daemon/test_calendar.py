@@ -53,7 +53,6 @@ def test_timeframes_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "timeframe", "remedy"),
     [
-        ("24x7", "session", "take 1d"),
         ("XNYS", "1d", "take session"),
         ("fx", "2d", "longer than a day"),
         ("XNYZ", "session", "did you mean .*XNYS"),

@@ -82,7 +82,7 @@ def test_everything_written_is_read(write):
     assert config.retrain.margin == 0.01
     assert config.rehearsal.at.utcoffset().total_seconds() == 3600
     assert config.topics.deadletter == "prices/v1/deadletter/desk"
-    assert config.bar_calendar().name == "fx"
+    assert config.bar_calendars().default.name == "fx"
 
 
 def test_few_keys_are_enough(write):

@@ -91,7 +91,7 @@ def test_failed_commit_acknowledges_nothing(scribe, monkeypatch):
 def test_large_inbox_is_taken_in_bounded_commits(scribe, monkeypatch):
     """However much waits, a commit takes a bounded part of it, and acknowledges that part."""
     monkeypatch.setattr(live, "TAKE", 4)
-    world = World()
+    world = World(time=START + 10 * 60 * SECOND)
     world.deliver(*(Message.of(bar("A", minute)) for minute in range(1, 11)))
     src, acked = source(world, scribe), []
 
@@ -234,7 +234,7 @@ def test_decision_wakes_a_source_that_waits(tmp_path, scribe):
         scribe,
         Still(),
         root="t",
-        calendar=None,
+        calendars=None,
         deadletters="",
         queued=lambda: None,
         backlog=(),

@@ -123,7 +123,7 @@ def test_history_beyond_the_clock_is_not_taken(tmp_path):
     daemon.scribe.close()
     assert max(b.close_time for b in Warmth.decode(warmup.payload).bars) == bar("A", 300).close_time
     config = load(tmp_path / "barcast.toml")
-    known = known_bars(config.state_dir, config.bar_calendar(), WallClock(config).now())
+    known = known_bars(config.state_dir, config.bar_calendars(), WallClock(config).now())
     assert len(known["A"]) == 300
 
 
@@ -135,14 +135,14 @@ def test_trainer_sees_the_bars_that_the_windows_hold(tmp_path):
     first, better = bar("A", 3, close=60.0), bar("A", 3, close=61.0)
     arrivals = [bar("A", 2, close=70.0), first, better, first, Bar("B", START, 1, 1, 1, 1, 0)]
     rows = [
-        (START + i, Kind.BARS, f"barcast/v1/bars/1m/{b.symbol}", encode_bars([b]))
+        (START + 180 * 10**9 + i, Kind.BARS, f"barcast/v1/bars/1m/{b.symbol}", encode_bars([b]))
         for i, b in enumerate(arrivals)
     ]
     daemon.scribe.journal.append(rows)
     daemon.scribe.close()
     history(tmp_path, [1, 2, 3], close=55.0)
     config = load(tmp_path / "barcast.toml")
-    known = known_bars(config.state_dir, config.bar_calendar(), START + 10**18)
+    known = known_bars(config.state_dir, config.bar_calendars(), START + 10**18)
     assert known["A"].values[:, 3].tolist() == [55.0, 70.0, 61.0]
     assert list(known) == ["A", "B"]
 

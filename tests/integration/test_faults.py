@@ -71,5 +71,5 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     states = [json.loads(payload)["state"] for _, payload in subscriber.of("status")]
     assert states[0] == "ready"
     assert states[-1] == "stopped"
-    captured = [pair for kind in ("signals", "targets", "groups") for pair in subscriber.of(kind)]
+    captured = [pair for kind in ("signals", "targets", "groups", "backfill") for pair in subscriber.of(kind)]
     assert compare(replay_journal(instance.state / "journal.db"), captured).differing == ()

@@ -59,7 +59,7 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path)
     counts = journal.outbox_counts()
     journal.close()
     replayed = replay_journal(instance.state / "journal.db")
-    captured = [pair for kind in ("signals", "targets", "groups") for pair in subscriber.of(kind)]
+    captured = [pair for kind in ("signals", "targets", "groups", "backfill") for pair in subscriber.of(kind)]
     difference = compare(replayed, captured)
     samplers = {json.loads(p)["sampler"] for _, p in subscriber.of("signals")}
     models = {json.loads(p)["model"] for _, p in subscriber.of("signals")}

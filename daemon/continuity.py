@@ -1,0 +1,82 @@
+"""Whether a symbol's bars follow each other as they should: holes inside sessions, and jumps of the price."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.ports import Hole
+from barcast.models import Bar, Window
+
+
+@dataclass(slots=True)
+class _Run:
+    """The newest close and price of a symbol, and how many of its bars up to it followed without a fault."""
+
+    close_time: int
+    price: float
+    bars: int
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What is wrong with the bars of a window.
+
+    `missing` is how many are, `hole` those right before the newest; `jumps` are the closes (nanoseconds) of
+    bars whose open or close was too far from the close before, and how many times it.
+    """
+
+    missing: int
+    hole: Hole | None
+    jumps: tuple[tuple[int, float], ...]
+
+
+class Continuity:
+    """Knows which symbols' bars follow each other, and finds the faults of the others.
+
+    A window need only be searched where it is not known to be sound: a symbol without faults costs next to
+    nothing. The state is one `_Run` for each symbol.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[str, _Run] = {}
+
+    def newest(self, bar: Bar, calendar: Calendar, max_jump: float) -> None:
+        """Take note of a bar that is the newest of its symbol."""
+        run = self._runs.get(bar.symbol)
+        if run is None:
+            self._runs[bar.symbol] = _Run(bar.close_time, bar.close, 1)
+            return
+        most = 1 + max_jump
+        follows = (
+            1 / most <= bar.open / run.price <= most
+            and 1 / most <= bar.close / run.price <= most
+            and calendar.missing_between(run.close_time, bar.close_time) == 0
+        )
+        run.bars = run.bars + 1 if follows else 1
+        run.close_time, run.price = bar.close_time, bar.close
+
+    def disturbed(self, symbol: str) -> None:
+        """Something in the past of a symbol changed: its next windows must be searched."""
+        if symbol in self._runs:
+            self._runs[symbol].bars = 0
+
+    def sound(self, symbol: str, close_time: int, length: int) -> bool:
+        """Whether the last `length` bars up to this one are known to have followed each other."""
+        run = self._runs.get(symbol)
+        return run is not None and run.bars >= length and run.close_time == close_time
+
+    def faults(self, window: Window, length: int, calendar: Calendar, max_jump: float) -> Faults:
+        """The faults between the last `length` bars of a window of at least two."""
+        times, values = window.close_times[-length:], window.values[-length:]
+        missing = calendar.missing_between(int(times[0]), int(times[-1])) - (len(times) - 2)
+        after, before = int(times[-2]), int(times[-1])
+        last = calendar.missing_between(after, before)
+        ratios = values[1:, (0, 3)] / values[:-1, 3:4]  # (length - 1, 2): open and close to the close before
+        beyond = (ratios > 1 + max_jump) | (ratios < 1 / (1 + max_jump))
+        rows = np.flatnonzero(beyond.any(1))
+        return Faults(
+            max(0, missing),
+            Hole(after, before, last) if last else None,
+            tuple((int(times[k + 1]), float(ratios[k][beyond[k]][0])) for k in rows),
+        )
