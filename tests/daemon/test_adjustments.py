@@ -1,0 +1,222 @@
+"""Splits and rolls: a declared one is no return, an undeclared jump is degraded and named."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from barcast.backtest.ledger import Ledger
+from barcast.backtest.replay import Recording, replay
+from barcast.daemon import wire
+from barcast.daemon.events import Champion, events
+from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.live import Decision, Scribe
+from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.ports import Arrival, Declaration, Revision
+from barcast.models import Adjustment, Bar, Windows
+from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing
+from tests.rim import Message, World, outbox, source
+
+SECOND = 10**9
+SPLIT = Adjustment("A", START + 6 * MINUTE, 0.5, "split")
+
+
+def halved(minute: int) -> Bar:
+    """A's bar after a split of one into two: half the price, twice the volume."""
+    b = bar("A", minute)
+    return Bar("A", b.close_time, b.open / 2, b.high / 2, b.low / 2, b.close / 2, 2 * b.volume)
+
+
+def feed(last: int = 10, split: int = 6) -> list[Arrival]:
+    """A's bars, the ones after minute `split` on the new basis."""
+    return [
+        Arrival(START + m * MINUTE + SECOND, (bar("A", m) if m <= split else halved(m),))
+        for m in range(1, last + 1)
+    ]
+
+
+def signals(messages) -> list[dict]:
+    return [json.loads(m.payload) for m in messages if "/signals/" in m.topic]
+
+
+def inserted(story, event):
+    """Events in order of their time."""
+    return sorted([*story, event], key=lambda e: e.time)
+
+
+@pytest.mark.parametrize("minute", [2, 6.5, 6.9])
+def test_declared_split_is_no_return(minute):
+    """Whenever it was declared before the first bar of the new basis, forecasts are those of no split."""
+    plain = signals(outgoing([*opening(("A",)), *feed(split=99)]))
+    declared = Declaration(START + int(minute * MINUTE), SPLIT)
+    adjusted = signals(outgoing([*opening(("A",)), *inserted(feed(), declared)]))
+    assert len(adjusted) == len(plain) == 8
+    for a, p in zip(adjusted, plain, strict=True):
+        assert a["reasons"] == []
+        scale = 1 if a["close_time"] <= p["close_time"] and plain.index(p) < 4 else 0.5
+        assert a["reference"] == scale * p["reference"]
+        np.testing.assert_allclose(np.array(a["quantiles"]) / scale, p["quantiles"], rtol=1e-4)
+        np.testing.assert_allclose(a["mean"], p["mean"], atol=1e-9)
+
+
+def test_undeclared_jump_is_degraded_and_named():
+    """A price that halves without a word is forecast, flagged, and named as long as it is in the window."""
+    model = Spread(window=8, min_window=4)
+    told = signals(outgoing([*opening(("A",)), *feed(12)], spread=model))
+    flagged = [s for s in told if "degraded" in s["flags"]]
+    assert [s["close_time"][14:16] for s in flagged] == ["21", "22", "23"]
+    for s in flagged:
+        [reason] = s["reasons"]
+        assert "jumped to 0.4978 times" in reason
+        assert "2023-11-14T22:21:00Z" in reason
+        assert "declare a split or a roll" in reason
+
+
+def test_jump_that_is_declared_later_is_mended():
+    """Declared after its bars, a split still scales the windows from then on, and no message before it."""
+    late = Declaration(START + 8 * MINUTE + 30 * SECOND, SPLIT)
+    model = Spread(window=8, min_window=5)
+    a = signals(outgoing([*opening(("A",)), *feed()], spread=model))
+    b = signals(outgoing([*opening(("A",)), *inserted(feed(), late)], spread=model))
+    assert a[:4] == b[:4]
+    assert [bool(s["reasons"]) for s in a] == [False, False, True, True, True, True]
+    assert [bool(s["reasons"]) for s in b] == [False, False, True, True, False, False]
+
+
+def test_roll_leaves_volume_alone():
+    """A roll scales prices; contracts traded stay what they were. A split scales both."""
+    for kind, volume in (("roll", 10.0), ("split", 20.0)):
+        windows = Windows(8)
+        windows.put(bar("A", 1))
+        windows.put(bar("A", 2, 50.0))
+        assert windows.adjust(Adjustment("A", START + MINUTE, 0.5, kind))
+        cut = windows.cut("A", START + 2 * MINUTE, 8)
+        np.testing.assert_allclose(cut.values[0], [*np.array(bar("A", 1).values[:4]) / 2, volume])
+        assert cut.values[1].tolist() == list(bar("A", 2, 50.0).values)
+        assert not cut.values.flags.writeable
+
+
+@given(st.permutations(range(1, 9)), st.integers(0, 8), st.integers(0, 9))
+def test_window_knows_an_adjustment_only_after_its_time(order, at, when):
+    """Whatever the order of bars and declaration, a window that ends at or before its time is untouched."""
+    windows = Windows(8)
+    moved = Adjustment("A", START + at * MINUTE, 4.0, "roll")
+    for k, minute in enumerate(order):
+        if k == when:
+            windows.adjust(moved)
+        windows.put(bar("A", minute))
+    windows.adjust(moved)
+    assert not windows.adjust(moved)
+    for minute in range(1, 9):
+        cut = windows.cut("A", START + minute * MINUTE, 8)
+        closes = [bar("A", m).close * (4.0 if m <= at < minute else 1.0) for m in range(1, minute + 1)]
+        assert cut.values[:, 3].tolist() == closes
+
+
+def test_duplicates_and_corrections_are_told_apart_on_the_old_basis(tmp_path):
+    """A bar from before the split that comes again is a duplicate, not a correction to half its price."""
+    base = inserted(feed(), Declaration(START + 6 * MINUTE + 30 * SECOND, SPLIT))
+    again = Arrival(START + 9 * MINUTE + 30 * SECOND, (bar("A", 5),))
+    assert outgoing([*opening(("A",)), *inserted(base, again)]) == outgoing([*opening(("A",)), *base])
+
+
+def test_ledger_holds_through_a_split():
+    """A bar from before the split that comes again is a duplicate, not a correction to half of it."""
+
+    class Long:
+        name = "long"
+
+        def on_forecasts(self, _close, forecasts):
+            return dict.fromkeys(forecasts, 1.0)
+
+    class Holder(Pipeline):
+        """The path with a strategy that is always long."""
+
+        def _revise(self, settings):
+            super()._revise(settings)
+            self.strategies = (Long(),)
+
+    def books(*story):
+        ledger = Ledger(1.0, 2.0)
+        replay([*opening(("A",)), *story], Holder(lambda *_: Spread()), ledger)
+        return ledger
+
+    plain = books(*feed(split=99))
+    split = books(*inserted(feed(), Declaration(START + 2 * MINUTE, SPLIT)))
+    wrong = books(*feed())
+    np.testing.assert_allclose(split.equity()["equity"], plain.equity()["equity"], rtol=1e-9)
+    np.testing.assert_allclose(split.outcomes()["outcome"], plain.outcomes()["outcome"], atol=1e-12)
+    assert np.abs(wrong.equity()["equity"].to_numpy() - plain.equity()["equity"].to_numpy()).max() > 0.3
+    held = split.fills()["position"].to_list()
+    assert held[-1] == pytest.approx(2 * plain.fills()["position"].to_list()[-1])
+    assert split.fills()["price"].to_list()[-1] == halved(10).open
+
+
+ADJUSTMENT = {"time": "2023-11-14T22:20:00Z", "factor": 0.5, "kind": "split"}
+BAD = {
+    "half a JSON": (b'{"time": "2023', "truncated"),
+    "empty": (b"", "empty"),
+    "no factor": ({"time": ADJUSTMENT["time"], "kind": "split"}, "factor"),
+    "negative factor": (ADJUSTMENT | {"factor": -2}, "factor -2.0"),
+    "factor of one": (ADJUSTMENT | {"factor": 1}, "not 1"),
+    "naive time": (ADJUSTMENT | {"time": "2023-11-14T22:20:00"}, "time is"),
+    "unknown kind": (ADJUSTMENT | {"kind": "merger"}, "Invalid enum value 'merger'"),
+    "symbol disagrees": (ADJUSTMENT | {"symbol": "B"}, "disagrees"),
+    "an array": ([ADJUSTMENT], "Expected `object`"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_adjustment_is_refused_with_a_reason(case):
+    """What is no adjustment is given back with the reason and what one looks like."""
+    payload, reason = BAD[case]
+    raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+    found = wire.declared("t/adjustments/A", raw, "t")
+    assert isinstance(found, wire.Reject)
+    assert reason.lower().removesuffix(" is") in found.reason.lower()
+
+
+def test_adjustment_of_a_symbol_that_cannot_be_is_refused():
+    """A topic whose last segment names no symbol is a dead letter."""
+    found = wire.declared("t/adjustments/a/b", json.dumps(ADJUSTMENT).encode(), "t")
+    assert isinstance(found, wire.Reject)
+    assert "'a/b'" in found.reason
+
+
+def test_live_declaration_is_journalled_and_replays(tmp_path):
+    """A declaration is journalled, acknowledged after its commit, and the replay says the same."""
+    journal = Journal(tmp_path / "journal.db")
+    scribe, world = Scribe(journal), World()
+    first, second = opening(("A",))
+    champion = Champion("spread", "numpy", 8, "test")
+    decisions = [
+        Decision(Kind.REVISION, first.settings, lambda time: Revision(time, first.settings)),
+        Decision(Kind.ACTIVATION, champion.encode(), champion.event),
+    ]
+    script = [(START, lambda src, d=d: src.decide(d)) for d in decisions]
+    script += [(e.time, [Message.of(*e.bars)]) for e in feed()]
+    declared = [Message("t/adjustments/A", body) for body in (json.dumps(ADJUSTMENT).encode(), b"{}")]
+    script.append((START + 6 * MINUTE + 30 * SECOND, declared))
+    world.script.extend(sorted(script, key=lambda step: step[0]))
+    found = []
+
+    async def take():
+        src = source(world, scribe)
+        while world.script:
+            found.append(await src.next(None))
+
+    asyncio.run(take())
+    journaled = [event for _, event in events(journal.records())]
+    assert Declaration(START + 6 * MINUTE + 30 * SECOND, SPLIT) in found
+    assert journaled == found
+    assert len(world.acked) == 12
+    assert len(outbox(journal)) == 1
+    recording = Recording()
+    replay(journaled, Pipeline(lambda *_: Spread()), recording)
+    assert recording.messages == outgoing(found)
+    assert found[:2] == [first, second]
+    assert all(s["reasons"] == [] for s in signals(recording.messages))
+    scribe.close()
