@@ -124,7 +124,7 @@ def test_duplicates_and_corrections_are_told_apart_on_the_old_basis(tmp_path):
 
 
 def test_ledger_holds_through_a_split():
-    """A bar from before the split that comes again is a duplicate, not a correction to half of it."""
+    """A book does not jump over a declared split, its units do; outcomes are those of a holder."""
 
     class Long:
         name = "long"
