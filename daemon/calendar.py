@@ -50,8 +50,7 @@ class Calendar:
         self._closes = _closes(name, timeframe)
         self._periods_per_year: int | None = None
         # The symbols of a close ask the same one after the other.
-        self._is_close, self._valid_until = (-1, False), (-1, 0)
-        self._missing = (-1, -1, 0)
+        self._is_close, self._next, self._oldest_valid = (-1, False), (-1, -1), (-1, -1)
         self._covered = (1 << 62, -1)
 
     def close_at_or_after(self, time: int) -> int:
@@ -82,10 +81,13 @@ class Calendar:
         """How many bars close strictly between: a hole inside sessions. A closure counts nothing."""
         if close_time <= previous_close:
             return 0
-        if (previous_close, close_time) != self._missing[:2]:
-            found = self._closes.between(previous_close, close_time)
-            self._missing = (previous_close, close_time, found)
-        return self._missing[2]
+        return self._closes.between(previous_close, close_time)
+
+    def follows(self, previous_close: int, close_time: int) -> bool:
+        """Whether `close_time` is the first close after another: no bar is missing between the two."""
+        if previous_close != self._next[0]:
+            self._next = (previous_close, self._closes.after(previous_close, 1)[0])
+        return close_time == self._next[1]
 
     def closes_for_opens(self, open_times: NDArray[np.int64]) -> NDArray[np.int64]:
         """The closes of the bars that open at many times (N,); -1 where no bar opens.
@@ -105,9 +107,13 @@ class Calendar:
 
     def valid_until(self, close_time: int) -> int:
         """Until when a signal of this close may be used: the close of the second next bar."""
-        if close_time != self._valid_until[0]:
-            self._valid_until = (close_time, self._closes.after(close_time, 2)[1])
-        return self._valid_until[1]
+        return self._closes.after(close_time, 2)[1]
+
+    def oldest_valid(self, time: int) -> int:
+        """The oldest close whose signal may still be used at `time`; those before it are stale."""
+        if time != self._oldest_valid[0]:
+            self._oldest_valid = (time, self._closes.preceding(time, 2))
+        return self._oldest_valid[1]
 
     @property
     def periods_per_year(self) -> int:
@@ -186,6 +192,8 @@ class _Closes(Protocol):
 
     def after(self, time: int, count: int) -> tuple[int, ...]: ...
 
+    def preceding(self, time: int, count: int) -> int: ...
+
     def is_close(self, time: int) -> bool: ...
 
     def between(self, start: int, stop: int) -> int: ...
@@ -219,6 +227,9 @@ class _Steps:
     def after(self, time: int, count: int) -> tuple[int, ...]:
         first = (time // self.step + 1) * self.step
         return tuple(range(first, first + count * self.step, self.step))
+
+    def preceding(self, time: int, count: int) -> int:
+        return (-(-time // self.step) - count) * self.step
 
     def is_close(self, time: int) -> bool:
         return time % self.step == 0
@@ -262,6 +273,13 @@ class _Sessions:
             self._read(self.read.start, self.read.stop + _MARGIN)
             rank = self._rank(time)
         return tuple(self._at(rank + k) for k in range(count))
+
+    def preceding(self, time: int, count: int) -> int:
+        """The close that is `count` closes before the first one at or after `time`."""
+        if time >= _new_year(self.years.stop):
+            return time
+        self._cover(time - 1, time)
+        return self._at(max(0, self._rank(time - 1) - count))
 
     def is_close(self, time: int) -> bool:
         try:

@@ -51,7 +51,7 @@ class Continuity:
         follows = (
             1 / most <= bar.open / run.price <= most
             and 1 / most <= bar.close / run.price <= most
-            and calendar.missing_between(run.close_time, bar.close_time) == 0
+            and calendar.follows(run.close_time, bar.close_time)
         )
         run.bars = run.bars + 1 if follows else 1
         run.close_time, run.price = bar.close_time, bar.close

@@ -205,7 +205,8 @@ class Pipeline:
         )
 
     def _take_bars(self, bars: Iterable[Bar], time: int, sink: Sink | None) -> Iterator[Group]:
-        counts, settings = self.counts, self.settings
+        counts, settings, symbol = self.counts, self.settings, ""
+        calendar, oldest = self.calendars.default, 0
         for bar in bars:
             verdict = self.windows.put(bar)
             if verdict is not Verdict.NEWEST:
@@ -214,11 +215,14 @@ class Pipeline:
                     self.continuity.disturbed(bar.symbol)
                 continue
             counts.newest += 1
-            calendar = self.calendars.of(bar.symbol)
+            if bar.symbol != symbol:
+                symbol = bar.symbol
+                calendar = self.calendars.of(symbol)
+                oldest = calendar.oldest_valid(time)
             self.continuity.newest(bar, calendar, settings.max_jump)
             if sink is not None:
                 sink.accepted(bar)
-            if time > calendar.valid_until(bar.close_time):
+            if bar.close_time < oldest:
                 counts.stale += 1
                 continue
             for group in self.batcher.add(bar, time):

@@ -252,18 +252,20 @@ def decode(
         return _piecewise(pieces, symbol, received, calendars, packed)
     bars: list[Bar] = []
     rejects: list[Reject] = []
-    latest = received + _ahead(calendars)
+    latest, is_close = received + _ahead(calendars), calendars.of(symbol or "").is_close
     for m in messages:
         name = m.symbol or symbol
+        if symbol is None and name is not None:
+            is_close = calendars.of(name).is_close
         since = m.close_time - _EPOCH
         close = since.days * _DAY + since.seconds * _SECOND + since.microseconds * _MICROSECOND
         # One comparison chain refuses NaN as well: every comparison with it is false.
         if (
             name is not None
             and (symbol is None or name == symbol)
-            and is_symbol(name)
+            and (symbol is not None or is_symbol(name))
             and 0 < close <= latest
-            and calendars.of(name).is_close(close)
+            and is_close(close)
             and LEAST < m.low <= m.open <= m.high < MOST
             and m.low <= m.close <= m.high
             and 0 <= m.volume < MOST

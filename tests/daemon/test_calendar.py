@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from barcast.daemon.calendar import Calendar, iso
+from barcast.daemon.calendar import Calendar, Calendars, iso
 from barcast.daemon.timeframe import DAY, Timeframe
 from barcast.models import ConfigError, DataError
 
@@ -192,3 +192,37 @@ def test_closes_agree(which: Calendar, time: int, n: int) -> None:
     assert all(which.close_at_or_after(close) == close for close in closes)
     assert closes[0] == which.close_at_or_after(time + 1)
     assert which.missing_between(closes[0], closes[-1]) == max(0, n - 2)
+
+
+@settings(max_examples=60)
+@given(st.sampled_from(CALENDARS), st.integers(utc(2026, 1, 5), utc(2026, 12, 20)), st.integers(-40, 40))
+def test_what_is_stale_and_what_follows(hours: Calendar, time: int, step: int) -> None:
+    """The oldest close still valid divides the closes by their `valid_until`; what follows leaves no hole."""
+    near = [c for days in (60, 3, 0) for c in hours.closes_after(time - days * DAY, 3)]
+    oldest = hours.oldest_valid(time)
+    assert hours.is_close(oldest)
+    assert hours.valid_until(oldest) >= time
+    for close in near:
+        assert (close >= oldest) == (hours.valid_until(close) >= time)
+        after = hours.closes_after(close, 2)
+        assert hours.follows(close, after[0])
+        assert not hours.follows(close, after[1])
+        assert hours.missing_between(close, after[0]) == 0
+        assert hours.is_close(close)
+        assert hours.is_close(close + step) == (hours.close_at_or_after(close + step) == close + step)
+
+
+def test_each_symbol_has_its_calendar() -> None:
+    """Symbols without a calendar of their own keep the default's hours; only the open ones are expected."""
+    hours = Calendars("24x7", Timeframe.parse("1h"), {"EURUSD": "fx", "AAPL": "XNYS", "BTCUSD": "24x7"})
+    saturday, monday = utc(2026, 3, 7, 12), utc(2026, 3, 9, 12)
+    everybody = ["AAPL", "BTCUSD", "EURUSD", "XRPUSD"]
+    assert hours.open(everybody, saturday) == {"BTCUSD", "XRPUSD"}
+    assert hours.open(everybody, monday) == {"BTCUSD", "EURUSD", "XRPUSD"}
+    assert hours.open(everybody, utc(2026, 3, 9, 14, 30)) == {"AAPL"}
+    assert hours.of("BTCUSD") is hours.of("ANY") is hours.default
+    assert hours.periods_per_year == 365 * 24
+    with pytest.raises(ConfigError, match="'session' needs an exchange's calendar"):
+        Calendars("24x7", Timeframe.parse("session"))
+    days = Calendars("XNYS", Timeframe.parse("session"), {"BTCUSD": "24x7"})
+    assert days.of("BTCUSD").is_close(utc(2026, 3, 7))
