@@ -36,6 +36,11 @@ UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 BAR = "a bar is close_time, open, high, low, close and volume; times are RFC 3339 with a zone, prices numbers"
 """What a reason ends with when a payload has not the form of a bar."""
 
+ADJUSTMENT = (
+    "an adjustment is time (RFC 3339 with a zone), factor (new over old price) and kind, split or roll"
+)
+"""What a reason ends with when there is no adjustment in a message."""
+
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,31}")
 CUT = 1000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -284,23 +289,24 @@ def declared(topic: str, payload: bytes, root: str) -> Adjustment | Reject:
     segment = topic.removeprefix(f"{root}/adjustments/")
     try:
         packed, _ = _form(payload)
-        m = (_pack_adjustment if packed else _json_adjustment).decode(payload)
+        message = (_pack_adjustment if packed else _json_adjustment).decode(payload)
+        if message.symbol not in (None, segment):
+            raise ValueError(f"symbol {message.symbol!r} disagrees with the topic's {segment!r}")
+        return adjustment(message, segment)
     except (ValueError, *UNDECODABLE) as error:
-        return Reject(f"{error}; an adjustment is time, factor and kind, split or roll", payload)
-    time = to_ns(m.time)
-    if m.symbol not in (None, segment):
-        return Reject(
-            f"symbol {m.symbol!r} disagrees with the topic's {segment!r}; correct one of them", payload
-        )
-    if not is_symbol(segment):
-        return Reject(_no_symbol(segment), payload)
-    if not 1e-6 <= m.factor <= 1e6 or m.factor == 1 or time <= 0:
-        return Reject(
-            f"factor {m.factor} at {m.time.isoformat()}: the factor is new over old price, from 1e-6 to 1e6 "
-            "and not 1, and the time is after 1970",
-            payload,
-        )
-    return Adjustment(segment, time, m.factor, m.kind)
+        return Reject(f"{error}; {ADJUSTMENT}", payload)
+
+
+def adjustment(message: AdjustmentMessage, symbol: str) -> Adjustment:
+    """The adjustment of a symbol that a message stands for. Raise ValueError for one that cannot be."""
+    time = to_ns(message.time)
+    if not is_symbol(symbol):
+        raise ValueError(_no_symbol(symbol))
+    if not 1e-6 <= message.factor <= 1e6 or message.factor == 1:
+        raise ValueError(f"factor {message.factor} is not from 1e-6 to 1e6, or it is 1 and changes nothing")
+    if time <= 0:
+        raise ValueError(f"time {message.time.isoformat()} is not after 1970")
+    return Adjustment(symbol, time, message.factor, message.kind)
 
 
 @lru_cache(4096)

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+from datetime import UTC, datetime
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,12 +13,13 @@ from hypothesis import strategies as st
 from barcast.backtest.ledger import Ledger
 from barcast.backtest.replay import Recording, replay
 from barcast.daemon import wire
+from barcast.daemon.adjustments import read_adjustments
 from barcast.daemon.events import Champion, events
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Decision, Scribe
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Declaration, Revision
-from barcast.models import Adjustment, Bar, Windows
+from barcast.models import Adjustment, Bar, DataError, Windows
 from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing
 from tests.rim import Message, World, outbox, source
 
@@ -161,7 +164,7 @@ BAD = {
     "empty": (b"", "empty"),
     "no factor": ({"time": ADJUSTMENT["time"], "kind": "split"}, "factor"),
     "negative factor": (ADJUSTMENT | {"factor": -2}, "factor -2.0"),
-    "factor of one": (ADJUSTMENT | {"factor": 1}, "not 1"),
+    "factor of one": (ADJUSTMENT | {"factor": 1}, "changes nothing"),
     "naive time": (ADJUSTMENT | {"time": "2023-11-14T22:20:00"}, "time is"),
     "unknown kind": (ADJUSTMENT | {"kind": "merger"}, "Invalid enum value 'merger'"),
     "symbol disagrees": (ADJUSTMENT | {"symbol": "B"}, "disagrees"),
@@ -220,3 +223,32 @@ def test_live_declaration_is_journalled_and_replays(tmp_path):
     assert found[:2] == [first, second]
     assert all(s["reasons"] == [] for s in signals(recording.messages))
     scribe.close()
+
+
+def test_adjustments_of_a_file(tmp_path):
+    """A CSV or Parquet file declares what a feed would, and a row that cannot be is named."""
+    path = tmp_path / "splits.csv"
+    path.write_text(
+        "symbol,time,factor,kind\nA,2023-11-14T22:20:00Z,0.5,split\nB,2024-01-01T00:00:00+01:00,1.01,roll\n"
+    )
+    expected = [SPLIT, Adjustment("B", 1_704_063_600 * SECOND, 1.01, "roll")]
+    assert read_adjustments(path) == expected
+    rows = [(a.symbol, datetime.fromtimestamp(a.time // SECOND, UTC), a.factor, a.kind) for a in expected]
+    pl.DataFrame(rows, ["symbol", "time", "factor", "kind"], orient="row").write_parquet(
+        tmp_path / "s.parquet"
+    )
+    assert read_adjustments(tmp_path / "s.parquet") == expected
+    for wrong, said in (
+        ("A,2023-11-14T22:20:00Z,zero,split", "row 1: .*factor"),
+        ("A,2023-11-14T22:20:00,0.5,split", "row 1: .*time"),
+        ("a,2023-11-14T22:20:00Z,0.5,split", "row 1: symbol 'a'"),
+        (",2023-11-14T22:20:00Z,0.5,split", "row 1: symbol"),
+        ("A,2023-11-14T22:20:00Z,0.5,merger", "row 1: .*merger.*split or roll"),
+        ("A,2023-11-14T22:20:00Z,0,roll", "row 1: factor 0.0"),
+    ):
+        path.write_text(f"symbol,time,factor,kind\n{wrong}\n")
+        with pytest.raises(DataError, match=rf"splits.csv, {said}"):
+            read_adjustments(path)
+    for name in ("none.csv", "splits.txt"):
+        with pytest.raises(DataError, match=name):
+            read_adjustments(tmp_path / name)
