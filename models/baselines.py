@@ -1,8 +1,10 @@
 """Classical forecasters behind the same protocol: no training, numpy only, a pure function of the window."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from math import isfinite
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -18,50 +20,194 @@ LEAST = 100  # realised outcomes below which nothing is forecast
 DECAY = 0.94  # of the variance, RiskMetrics (1996)
 MEMORY = 128  # bars of the variance; the weight beyond is DECAY**MEMORY = 0.0004
 TINY = 1e-12  # variance per bar of a symbol that stands still: (0.01 bp)²
+WEIGHT = DECAY ** np.arange(MEMORY - 1, -1, -1)  # of the squared returns in the variance
+TOTAL = float(WEIGHT.sum())
+CHUNK = 64  # windows worked on at once: their outcomes fit a core's cache
+VERSION = 2  # of the arithmetic: ids differ where bits may
 
 
-class HistoricalSimulation:
+class _Simulation:
+    """Quantiles of the last 500 outcomes: log returns over their scale of then, times the scale of now.
+
+    The state is the `_Past` of each symbol's last window. It saves work and changes no bit: a window that
+    follows that one by a bar is known by its prices, any other starts afresh, and the sorted outcomes, which
+    all figures are taken from, are the same either way.
+    """
+
+    def __init__(self, card: Card) -> None:
+        self.card = card
+        self._pasts: dict[str, _Past] = {}
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
+        return [f for i in range(0, len(windows), CHUNK) for f in self._forecast(windows[i : i + CHUNK])]
+
+    def _scales(self, price: Array, known: Array | None) -> Array:
+        """The scale of every bar that an outcome can begin at; `known` ends with all but the newest."""
+        raise NotImplementedError
+
+    def _forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        card = self.card
+        outcomes = np.empty((len(windows), len(card.horizons), RETURNS))
+        bars, scale = [], []
+        for room, window in zip(outcomes, windows, strict=True):
+            past = self._past(window)
+            room[:] = np.nan if past is None else past.outcomes
+            bars.append(card.window if past is None else len(past.scale))
+            scale.append(1.0 if past is None else past.scale.item(-1))
+        n = np.minimum(RETURNS, np.array(bars)[:, None] - card.horizons)
+        found = _figures(outcomes, n, card.levels, np.array(scale))
+        return [
+            Forecast(
+                symbol=window.symbol,
+                close_time=window.close_time,
+                reference=window.reference,
+                horizons=card.horizons,
+                levels=card.levels,
+                quantiles=quantiles,
+                mean=mean,
+                std=std,
+                rise=rise,
+                warming=len(window) < card.window,
+            )
+            for window, quantiles, mean, std, rise in zip(windows, *found, strict=True)
+        ]
+
+    def _past(self, window: Window) -> "_Past | None":
+        card = self.card
+        if len(window) < card.min_window:
+            raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}")
+        price: Array = np.log(window.values[-card.window :, 3])
+        past = self._pasts.pop(window.symbol, None)  # kept again once it is whole
+        if past is not None and past.precedes(price):
+            past.follow(price, self._scales(price, past.scale))
+        elif np.isfinite(price).all():
+            past = _Past(price, self._scales(price, None), card.horizons)
+        else:
+            return None
+        self._pasts[window.symbol] = past
+        return past
+
+
+class HistoricalSimulation(_Simulation):
     """The quantiles of the last 500 returns over each horizon."""
 
     def __init__(self, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
         reach = max(horizons) + 1
-        parameters = {"returns": RETURNS, "least": LEAST}
-        self.card = _card("hs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
+        parameters = {"version": VERSION, "returns": RETURNS, "least": LEAST}
+        super().__init__(_card("hs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters))
+        self._ones = np.ones(self.card.window)
 
-    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
-        """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
-        return [_forecast(self.card, w, self._outcomes(_prices(self.card, w))) for w in windows]
-
-    def _outcomes(self, price: Array) -> list[Array]:
-        return [(price[h:] - price[:-h])[-RETURNS:] for h in self.card.horizons]
+    def _scales(self, price: Array, known: Array | None) -> Array:
+        return self._ones[: len(price)]
 
 
-class FilteredHistoricalSimulation:
+class FilteredHistoricalSimulation(_Simulation):
     """Quantiles of past outcomes over the volatility of their time, times the volatility of today.
 
     Barone-Adesi, Giannopoulos and Vosper (1999), with an exponentially weighted variance over the last 128
-    returns and the square root of the horizon.
+    returns and the square root of the horizon, which cancels.
     """
 
     def __init__(self, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
         reach = max(horizons) + MEMORY + 1
-        parameters = {"returns": RETURNS, "least": LEAST, "decay": DECAY, "memory": MEMORY}
-        self.card = _card("fhs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
+        parameters = {
+            "version": VERSION,
+            "returns": RETURNS,
+            "least": LEAST,
+            "decay": DECAY,
+            "memory": MEMORY,
+        }
+        super().__init__(
+            _card("fhs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
+        )
 
-    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
-        """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
-        return [_forecast(self.card, w, self._outcomes(_prices(self.card, w))) for w in windows]
+    def _scales(self, price: Array, known: Array | None) -> Array:
+        if known is None:
+            squares = np.square(np.diff(price))
+            return _volatility(sliding_window_view(squares, MEMORY))
+        squares = np.square(price[-MEMORY:] - price[-MEMORY - 1 : -1])
+        return np.concatenate((known[MEMORY + 1 - len(price) :], _volatility(squares[None])))
 
-    def _outcomes(self, price: Array) -> list[Array]:
-        weight = DECAY ** np.arange(MEMORY - 1, -1, -1)
-        squares = sliding_window_view(np.diff(price) ** 2, MEMORY)
-        sigma = np.sqrt(np.maximum((squares * weight).sum(-1) / weight.sum(), TINY))  # of bars MEMORY on
-        known = price[MEMORY:]
-        outcomes = []
-        for h in self.card.horizons:
-            z = (known[h:] - known[:-h]) / sigma[:-h]  # the square root of h cancels
-            outcomes.append(z[-RETURNS:] * sigma[-1])
-        return outcomes
+
+def _volatility(squares: Array) -> Array:
+    """The exponentially weighted volatility (n,) at the end of each row of squared returns (n, 128)."""
+    variance: Array = np.add.reduce(squares * WEIGHT, -1) / TOTAL
+    return np.sqrt(np.maximum(variance, TINY))
+
+
+class _Past:
+    """The log prices of a window (N,), the scales of its last bars, and its outcomes over each horizon.
+
+    `outcomes` is (H, 500), each row rising, and filled up with zeros while the symbol is warming.
+    """
+
+    __slots__ = ("_flat", "_horizons", "outcomes", "price", "scale")
+
+    def __init__(self, price: Array, scale: Array, horizons: Sequence[int]) -> None:
+        self.price, self.scale = price, scale
+        self.outcomes = np.zeros((len(horizons), RETURNS))
+        self._horizons = horizons
+        self._flat = self.outcomes.data.cast("B").cast("d")  # its slices move faster than an array's
+        known = price[-len(scale) :]
+        for h, row in zip(horizons, self.outcomes, strict=True):
+            found = ((known[h:] - known[:-h]) / scale[:-h])[-RETURNS:]
+            row[: len(found)] = np.sort(found)
+
+    def precedes(self, price: Array) -> bool:
+        """Whether these log prices are the same ones with a new one, and perhaps without the oldest one."""
+        n = len(price) - 1
+        return (
+            n <= len(self.price) <= n + 1
+            and price[:-1].tobytes() == self.price[-n:].tobytes()
+            and isfinite(price.item(-1))
+        )
+
+    def follow(self, price: Array, scale: Array) -> None:
+        """Become the past of a window that this one precedes: the newest outcomes replace the oldest."""
+        values, gone, gone_scale = self._flat, self.price, self.scale
+        close = price.item(-1)
+        for row, h in enumerate(self._horizons):
+            n = min(RETURNS, len(gone_scale) - h)
+            start = row * RETURNS
+            free = stop = start + n
+            if n == RETURNS or len(scale) == len(gone_scale):
+                oldest = (gone.item(-n) - gone.item(-n - h)) / gone_scale.item(-n - h)
+                free = bisect_left(values, oldest, start, stop)
+            newest = (close - price.item(-1 - h)) / scale.item(-1 - h)
+            at = bisect_left(values, newest, start, stop)
+            if at > free:
+                at -= 1
+                values[free:at] = values[free + 1 : at + 1]
+            else:
+                values[at + 1 : free + 1] = values[at:free]
+            values[at] = newest
+        self.price, self.scale = price, scale
+
+
+def _figures(
+    outcomes: Array, n: NDArray[np.intp], levels: Sequence[float], scale: Array
+) -> tuple[Array, ...]:
+    """Quantiles (B, H, Q), mean, standard deviation and the share above zero (B, H) of sorted outcomes.
+
+    `outcomes` is (B, H, 500) with n (B, H) of them in use and zeros behind. All is elementwise or a sum along
+    a row, so that no window touches another's bits.
+    """
+    position = (n - 1)[..., None] * np.array(levels)
+    floor = np.floor(position)
+    place = floor.astype(np.intp)
+    low = np.take_along_axis(outcomes, place, -1)
+    high = np.take_along_axis(outcomes, np.minimum(place + 1, (n - 1)[..., None]), -1)
+    # numpy's `linear` method, and rising along the levels whatever is rounded
+    quantiles = np.minimum(low + (high - low) * (position - floor), high)
+    above = np.add.reduce(outcomes > 0, -1, dtype=np.int16) / n
+    mean = np.add.reduce(outcomes, -1) / n
+    outcomes -= mean[..., None]
+    if n.min() < RETURNS:
+        outcomes[np.arange(RETURNS) >= n[..., None]] = 0
+    outcomes *= outcomes
+    std = np.sqrt(np.add.reduce(outcomes, -1) / n)
+    return quantiles * scale[:, None, None], mean * scale[:, None], std * scale[:, None], above
 
 
 def _card(
@@ -87,26 +233,4 @@ def _card(
         steps=0,
         samples=0,
         fingerprint=f"numpy={np.__version__}",
-    )
-
-
-def _prices(card: Card, window: Window) -> Array:
-    if len(window) < card.min_window:
-        raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}")
-    price: Array = np.log(window.values[-card.window :, 3])
-    return price
-
-
-def _forecast(card: Card, window: Window, outcomes: list[Array]) -> Forecast:
-    return Forecast(
-        symbol=window.symbol,
-        close_time=window.close_time,
-        reference=window.reference,
-        horizons=card.horizons,
-        levels=card.levels,
-        quantiles=np.array([np.quantile(x, card.levels) for x in outcomes]),
-        mean=np.array([x.mean() for x in outcomes]),
-        std=np.array([x.std() for x in outcomes]),
-        rise=np.array([(x > 0).mean() for x in outcomes]),
-        warming=len(window) < card.window,
     )
