@@ -1,6 +1,7 @@
 """Classical forecasters behind the same protocol: no training, numpy only, a pure function of the window."""
 
 import json
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -26,7 +27,7 @@ CHUNK = 64  # windows worked on at once: their outcomes fit a core's cache
 VERSION = 2  # of the arithmetic: ids differ where bits may
 
 
-class _Simulation:
+class _Simulation(ABC):
     """Quantiles of the last 500 outcomes: log returns over their scale of then, times the scale of now.
 
     The state is the `_Past` of each symbol's last window. It saves work and changes no bit: a window that
@@ -42,9 +43,9 @@ class _Simulation:
         """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
         return [f for i in range(0, len(windows), CHUNK) for f in self._forecast(windows[i : i + CHUNK])]
 
+    @abstractmethod
     def _scales(self, price: Array, known: Array | None) -> Array:
         """The scale of every bar that an outcome can begin at; `known` ends with all but the newest."""
-        raise NotImplementedError
 
     def _forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         card = self.card
