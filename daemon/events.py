@@ -10,7 +10,7 @@ from barcast.daemon.journal import Kind, Record
 from barcast.daemon.pipeline import Settings
 from barcast.daemon.ports import Activation, Arrival, Event, Revision, Warmup
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar
+from barcast.models import Bar, ConfigError
 
 
 class Warmth(msgspec.Struct, frozen=True):
@@ -63,8 +63,25 @@ def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
     """Decode records in order; yield each event with its number.
 
     Bars are decoded under the settings that were in force when they were received, as the live daemon
-    decoded them.
+    decoded them. Raise ConfigError for a decision that cannot be read.
     """
+    at: list[Record] = []
+
+    def seen() -> Iterator[Record]:
+        for record in records:
+            at[:] = [record]
+            yield record
+
+    try:
+        yield from _events(seen())
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(
+            f"journal.db, record {at[0].seq} ({at[0].kind}): {error}; restore a copy of the journal, or use "
+            "the version of barcast that wrote it"
+        ) from error
+
+
+def _events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
     root, calendar = "", Calendar("24x7", Timeframe.parse("1m"))
     for record in records:
         match record.kind:
@@ -80,4 +97,4 @@ def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
             case Kind.ACTIVATION:
                 yield record.seq, Champion.decode(record.payload).event(record.time)
             case kind:
-                raise ValueError(f"record {record.seq} of the journal is of unknown kind {kind!r}")
+                raise ValueError(f"kind {kind!r} is unknown")
