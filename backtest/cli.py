@@ -436,8 +436,11 @@ def backtest(
     _print_result(result)
     if result.meta["warning"]:
         err.print(str(result.meta["warning"]), style="yellow")
-    report.parent.mkdir(parents=True, exist_ok=True)
-    write_report(result, report)
+    try:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        write_report(result, report)
+    except OSError as error:
+        raise ConfigError(f"--report: {error}; name a file that you may write") from error
     out.print(f"report: {report.absolute()}")
 
 
@@ -522,7 +525,9 @@ def _train(
             progress=stand,
         )
     model = save(trained, out_dir)
-    err.print(f"model {model} written to {out_dir}")
+    if left_out := ", ".join(trained.record.left_out):
+        err.print(f"left out, as too short or standing still: {left_out}", markup=False, soft_wrap=True)
+    err.print(f"model {model} written to {out_dir}", markup=False, soft_wrap=True)
     return model
 
 

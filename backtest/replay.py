@@ -189,7 +189,10 @@ def run_backtest(
     before = frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
     tested = frame.filter(pl.col("close_time") >= begins)
     if tested.limit(1).collect().is_empty():
-        raise DataError(f"No bar closes from {wire.to_text(start)} on and before the end: widen the time.")
+        raise DataError(
+            f"No bar of {', '.join(map(str, paths))} closes from {wire.to_text(start)} on and before the "
+            "end: widen the time."
+        )
 
     def story() -> Iterator[Event]:
         yield Revision(start - 1, settings.encode())
@@ -277,6 +280,7 @@ def replay_journal(journal: Path) -> list[Outgoing]:
         revision = reader.last(Kind.REVISION)
         if revision is None:
             raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
+        list(events([revision]))  # names the record if it is damaged
         settings = Settings.decode(revision.payload)
         store = ModelStore(journal.parent / "models", settings.timeframe)
         recording = Recording()
@@ -353,7 +357,8 @@ def read_capture(path: Path) -> list[tuple[str, bytes]]:
             topic, payload = pairs.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise DataError(
-                f"{path}, line {number}: {error}; write topic, blank and payload, as mosquitto_sub -v does"
+                f"{path}, line {number}: {line[:40].decode('utf-8', 'replace')!r} is no message ({error}); "
+                "write topic, blank and payload, as mosquitto_sub -v does"
             ) from error
         found.append((topic, payload.encode()))
     return found

@@ -10,7 +10,7 @@ from barcast.daemon.journal import Kind, Record
 from barcast.daemon.pipeline import Settings
 from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Warmup
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Adjustment, Bar
+from barcast.models import Adjustment, Bar, ConfigError
 
 
 class Warmth(msgspec.Struct, frozen=True):
@@ -63,25 +63,38 @@ def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
     """Decode records in order; yield each event with its number.
 
     Bars are decoded under the settings that were in force when they were received, as the live daemon
-    decoded them.
+    decoded them. Raise ConfigError for a decision that cannot be read.
     """
     root, calendars = "", Calendars("24x7", Timeframe.parse("1m"))
     for record in records:
-        match record.kind:
-            case Kind.BARS:
-                came, _ = wire.decode(record.topic, record.payload, record.time, root, calendars)
-                yield record.seq, Arrival(record.time, tuple(came))
-            case Kind.ADJUSTMENT:
-                found = wire.declared(record.topic, record.payload, root)
-                if isinstance(found, Adjustment):
-                    yield record.seq, Declaration(record.time, found)
-            case Kind.REVISION:
-                settings = Settings.decode(record.payload)
+        try:
+            event = _event(record, root, calendars)
+            if isinstance(event, Revision):
+                settings = Settings.decode(event.settings)
                 root, calendars = settings.root, settings.bar_calendars()
-                yield record.seq, Revision(record.time, record.payload)
-            case Kind.WARMUP:
-                yield record.seq, Warmth.decode(record.payload).event(record.time)
-            case Kind.ACTIVATION:
-                yield record.seq, Champion.decode(record.payload).event(record.time)
-            case kind:
-                raise ValueError(f"record {record.seq} of the journal is of unknown kind {kind!r}")
+        except (msgspec.DecodeError, ValueError) as error:
+            raise ConfigError(
+                f"journal.db, record {record.seq} ({record.kind}): {error}; restore a copy of the journal, "
+                "or use the version of barcast that wrote it"
+            ) from error
+        yield record.seq, event
+
+
+def _event(record: Record, root: str, calendars: Calendars) -> Event:
+    """The event of one record. Raise ValueError or DecodeError for a record that cannot be read."""
+    match record.kind:
+        case Kind.BARS:
+            came, _ = wire.decode(record.topic, record.payload, record.time, root, calendars)
+            return Arrival(record.time, tuple(came))
+        case Kind.ADJUSTMENT:
+            found = wire.declared(record.topic, record.payload, root)
+            if isinstance(found, Adjustment):
+                return Declaration(record.time, found)
+            raise ValueError(found.reason)
+        case Kind.REVISION:
+            return Revision(record.time, record.payload)
+        case Kind.WARMUP:
+            return Warmth.decode(record.payload).event(record.time)
+        case Kind.ACTIVATION:
+            return Champion.decode(record.payload).event(record.time)
+    raise ValueError("no such kind is known")

@@ -8,6 +8,9 @@ that day's session, with `24x7` the day that begins then.
 """
 
 import hashlib
+import re
+from bisect import bisect
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 from barcast.daemon.calendar import Calendar, iso
 from barcast.daemon.timeframe import DAY
 from barcast.models import Bar, DataError, Window
-from barcast.models.bar import LEAST, MOST
+from barcast.models.bar import LEAST, MOST, TIME_UNIT
 
 Stamp = Literal["open", "close"]
 
@@ -28,11 +31,17 @@ VALUES = (*PRICES, "volume")
 COLUMNS = ("symbol", "close_time", *VALUES)
 TIMES = ("ts", "time", "timestamp", "date")
 SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
+TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
+
+_2262, _10000 = 9_214_646_400, 253_402_300_800
+"""Years in seconds: nanoseconds overflow in the first, and polars writes no text long after the second."""
+_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+_UNITS = {"s": TIME_UNIT, "ms": 10**6, "us": 10**3, "ns": 1}
 
 _REMEDIES = {
     "symbol": "spell it in A-Z, 0-9, dot, underscore and dash, at most 32 characters",
     "naive": "write the time zone, such as 2026-01-31T16:00:00Z",
-    "time": "write a date and time from 1970 on, such as 2026-01-31T16:00:00Z",
+    "time": "write a date and time from 1970 on, before 2262, such as 2026-01-31T16:00:00Z",
     "grid": "correct the time, or take the calendar and timeframe that the bars follow",
     "price": "prices are positive numbers that a market can have: correct or remove the row",
     "volume": "volume is a number and not negative: correct it, or write 0 where it is unknown",
@@ -55,8 +64,8 @@ def scan(
     checked here, so that reading the frame finds no fault; equal rows are kept once. Raise `DataError` for
     anything that cannot be used, naming the file, column, row, value and remedy.
     """
-    checked = []
-    for path in files(paths):
+    checked, found = [], files(paths)
+    for path in found:
         rows = _canonical(path, stamp, calendar)
         if symbols is not None:
             rows = rows.filter(pl.col("symbol").is_in(list(symbols)) | pl.col("symbol").is_null())
@@ -69,7 +78,7 @@ def scan(
     close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
     known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
     known = known.unique(COLUMNS, keep="any").sort("close_time", "symbol")
-    _check_together(known, symbols)
+    _check_together(known, symbols, found)
     return known.select(COLUMNS)
 
 
@@ -138,16 +147,26 @@ def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
     try:
         raw = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
         schema = raw.collect_schema()
-    except pl.exceptions.PolarsError as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
     names: dict[str, str] = {}
     for name in schema:
-        if name.lower() in names and name.lower() in (*COLUMNS, "open_time", *TIMES):
-            raise DataError(f"{path} has two columns {names[name.lower()]!r} and {name!r}: keep one of them.")
-        names[name.lower()] = name
+        # polars tells columns of one name in a CSV apart by this ending
+        plain = re.sub(r"_duplicated_\d+$", "", name).lower() if path.suffix == ".csv" else name.lower()
+        if plain in names and plain in (*COLUMNS, "open_time", *TIMES):
+            raise DataError(f"{path} has two columns {names[plain]!r} and {name!r}: keep one of them.")
+        names[plain] = name
+    if missing := [repr(column) for column in ("symbol", *VALUES) if column not in names]:
+        raise DataError(
+            f"{path} has no column {' and no '.join(missing)}, only {', '.join(schema)}: add or rename it."
+        )
     for column in ("symbol", *VALUES):
-        if column not in names:
-            raise DataError(f"{path} has no column {column!r}, only {', '.join(schema)}: add or rename it.")
+        dtype = schema[names[column]]
+        if dtype not in TEXTS and not (dtype.is_integer() if column == "symbol" else dtype.is_numeric()):
+            wanted = "texts" if column == "symbol" else "numbers"
+            raise DataError(
+                f"Column {names[column]!r} of {path} holds {dtype}, not {wanted}: write {wanted}."
+            )
     candidates = (f"{stamp}_time", *TIMES)
     times = [names[name] for name in candidates if name in names]
     if len(times) != 1:
@@ -155,10 +174,11 @@ def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
             f"{path} has {len(times) or 'no'} time column(s) for bars stamped by their {stamp}"
             f"{': ' + ', '.join(times) if times else ''}; have one, named {' or '.join(candidates)}."
         )
-    ns = _nanoseconds(path, raw, times[0], schema[times[0]], stamp, calendar)
+    dtype = schema[times[0]]
+    given, ns = _as_written(times[0], dtype), _nanoseconds(path, raw, times[0], dtype, stamp, calendar)
     return raw.with_row_index("\0row", offset=1).select(
         pl.col("\0row").alias("row"),
-        pl.col(times[0]).alias("given"),
+        given.alias("given"),
         pl.col(names["symbol"]).cast(pl.String).alias("symbol"),
         *(pl.col(names[name]).cast(pl.Float64, strict=False).alias(name) for name in VALUES),
         *(pl.col(names[name]).cast(pl.String).alias(f"given {name}") for name in VALUES),
@@ -166,31 +186,49 @@ def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
     )
 
 
+def _as_written(name: str, dtype: pl.DataType) -> pl.Expr:
+    """A time as text; what has none, such as the year 50000, as the number that it is stored as."""
+    if dtype == pl.String:
+        return pl.col(name)
+    count = pl.col(name).to_physical().cast(pl.Int64)
+    most = _10000 * TIME_UNIT // (_UNITS[dtype.time_unit] if isinstance(dtype, pl.Datetime) else DAY)
+    known = pl.when(count.is_between(-most, most, closed="none")).then(pl.col(name))
+    return pl.coalesce(known.cast(pl.String), count.cast(pl.String))
+
+
 def _nanoseconds(
     path: Path, raw: pl.LazyFrame, name: str, dtype: pl.DataType, stamp: Stamp, calendar: Calendar
 ) -> pl.Expr:
     """The close of each row in nanoseconds, or the mark of its fault."""
     column = pl.col(name)
-    if dtype == pl.String:
-        first = _collect(path, raw.select(column.drop_nulls().first())).item()
-        if first is not None and len(first) == 10:
+    first = _collect(path, raw.select(column.to_physical().drop_nulls().first().cast(pl.String))).item()
+    if dtype == pl.String and first is not None:
+        if re.fullmatch(r"\d{9,19}(\.\d*)?", first):
+            dtype = pl.Int64()
+        elif len(first) == 10:
             column, dtype = column.str.to_date("%Y-%m-%d", strict=False), pl.Date()
     if dtype == pl.Date:
         _check_dates(path, name, stamp, calendar)
-        moments = column.cast(pl.Int64) * DAY
+        moments = _scaled(column, DAY)
         stamp = "open"
     elif dtype == pl.String:
         zoned = column.str.contains(r"(Z|z|[+-]\d\d:?\d\d)$")
         iso8601 = column.str.replace(r"[Zz]$", "+00:00").str.replace(" ", "T", literal=True)
-        parsed = iso8601.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", time_unit="ns", strict=False).to_physical()
+        parsed = iso8601.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", time_unit="ns", strict=False)
         bare = column.str.contains(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?$")
-        moments = pl.when(zoned).then(parsed).when(bare).then(pl.lit(-2, pl.Int64))
+        moments = pl.when(zoned).then(_scaled(parsed, 1)).when(bare).then(pl.lit(-2, pl.Int64))
     elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
-        moments = column.dt.convert_time_zone("UTC").dt.cast_time_unit("ns").to_physical()
+        moments = _scaled(column, _UNITS[dtype.time_unit])
     elif isinstance(dtype, pl.Datetime):
         raise DataError(
             f"Column {name!r} of {path} has times without a time zone: say which it is, "
             "in polars with dt.replace_time_zone('UTC')."
+        )
+    elif dtype.is_numeric() and first is not None and (unit := _unit(float(first))):
+        raise DataError(
+            f"Column {name!r} of {path} holds {dtype}, not times: {first} looks like {unit} since 1970; in "
+            f"polars pl.from_epoch(pl.col({name!r}).cast(pl.Int64), {unit!r}).dt.replace_time_zone('UTC') "
+            "converts it."
         )
     else:
         raise DataError(
@@ -200,7 +238,10 @@ def _nanoseconds(
     given = moments.filter(moments >= 0)
     first, last = _collect(path, raw.select(first=given.min(), last=given.max())).row(0)
     if first is not None:
-        calendar.closes_for_opens(np.array([first, last]))
+        try:
+            calendar.closes_for_opens(np.array([first, last]))
+        except DataError as error:
+            raise DataError(f"Column {name!r} of {path}: {error}") from error
 
     def close_of(known: NDArray[np.int64]) -> NDArray[np.int64]:
         if stamp == "open":
@@ -215,6 +256,17 @@ def _nanoseconds(
         return joined.select(pl.coalesce("fault", "close")).to_series()
 
     return moments.map_batches(closes, return_dtype=pl.Int64)
+
+
+def _scaled(column: pl.Expr, unit: int) -> pl.Expr:
+    """Nanoseconds from a count of units since 1970; null for what is not from then and before 2262."""
+    count = column.to_physical().cast(pl.Int64)
+    return pl.when(count.is_between(0, _2262 * TIME_UNIT // unit, closed="left")).then(count * unit)
+
+
+def _unit(count: float) -> str:
+    """The unit of a number that counts from 1970 to about now, by its size; nothing if it does not."""
+    return ("", "s", "ms", "us", "ns")[bisect((1e8, 1e11, 1e14, 1e17), count)]
 
 
 def _check_dates(path: Path, name: str, stamp: Stamp, calendar: Calendar) -> None:
@@ -232,7 +284,7 @@ def _check_dates(path: Path, name: str, stamp: Stamp, calendar: Calendar) -> Non
 
 
 def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendar: Calendar) -> None:
-    """Raise `DataError` for the first row that cannot be used."""
+    """Raise `DataError` for the first row that cannot be used, with how many others there are."""
     nan = [pl.col(name).is_null() | ~pl.col(name).is_finite() for name in VALUES]
     faults: list[tuple[str, str, pl.Expr]] = [
         ("symbol", "symbol", ~pl.col("symbol").str.contains(SYMBOL).fill_null(False)),
@@ -248,45 +300,54 @@ def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendar: Calendar) -> 
         ("order", "high", pl.col("high") < pl.max_horizontal("open", "close")),
     ]
     number = pl.coalesce(pl.when(bad).then(pl.lit(k)) for k, (_, _, bad) in enumerate(faults))
-    first = _collect(path, rows.with_columns(fault=number).filter(pl.col("fault").is_not_null()).head(1))
-    if not first.height:
+    bad = rows.with_columns(fault=number).filter(pl.col("fault").is_not_null())
+    found = _collect(path, bad.group_by("fault").agg(pl.all().first(), rows=pl.len()).sort("row"))
+    if not found.height:
         return
-    row = first.row(0, named=True)
+    row = found.row(0, named=True)
     kind, column, _ = faults[row["fault"]]
+    counts = Counter[str]()
+    for fault, count in found.select("fault", "rows").iter_rows():
+        counts[_column(faults[fault][1])] += count
+    others = ", ".join(f"{name} in {count}" for name, count in counts.most_common())
     raise DataError(
         f"{path}, row {row['row']}, {_where(row)}: {_column(column)} is {_value(row, column)}"
         f"{_beside(kind, row, stamp, calendar)}; {_REMEDIES[kind]}."
+        + (f" In all {counts.total()} rows cannot be used: {others}." if counts.total() > 1 else "")
     )
 
 
-def _check_together(bars: pl.LazyFrame, symbols: Sequence[str] | None) -> None:
-    key = pl.struct("symbol", "close_time")
-    twice = bars.filter(key.is_duplicated()).head(2).collect()
+def _check_together(bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Sequence[Path]) -> None:
+    twice = bars.filter(pl.struct("symbol", "close_time").is_duplicated()).collect()
     if twice.height:
-        one, other = twice.rows(named=True)
+        one, other = twice.head(2).rows(named=True)
         column = next(name for name in VALUES if one[name] != other[name])
         where = " and ".join(sorted({one["file"], other["file"]}))
+        count = twice.select("symbol", "close_time").n_unique()
         raise DataError(
             f"Two rows of {one['symbol']} closing at {iso(_ns(twice))} in {where} differ: "
             f"column {column!r} is {one[column]} and {other[column]}; keep the right one."
+            + (f" In all {count} bars are there twice." if count > 1 else "")
         )
     known = set(bars.select(pl.col("symbol").unique()).collect().to_series())
+    named = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     if missing := sorted(set(symbols or ()) - known):
         raise DataError(
-            f"No bar of {', '.join(missing)} was found in that time: correct the symbols or the files."
+            f"No bar of {', '.join(missing)} was found in that time in {named}: "
+            "correct the symbols or the files."
         )
     if not known:
-        raise DataError("The files hold no bar in that time: widen it, or name files with bars.")
+        raise DataError(f"{named}: no bar in that time; widen it, or name files with bars.")
 
 
 def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
     try:
         return frame.collect()
-    except pl.exceptions.PolarsError as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
+def _unreadable(path: Path, error: BaseException) -> DataError:
     reason = str(error).splitlines()[0]
     return DataError(f"{path} cannot be read as {path.suffix[1:]} ({reason}): write it anew.")
 

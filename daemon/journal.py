@@ -6,6 +6,7 @@ One row holds one accepted message with its raw payload; a replay decodes it by 
 
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -85,16 +86,21 @@ class Journal:
             raise ConfigError(f"{path}: no journal there; give the journal.db of a state directory")
         self.path = path
         uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
-        try:
+        with self._reading():
+            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            raise ConfigError(f"{path}: not a journal ({error}); move it away or restore a copy") from error
-        if version == 0 and not readonly:
+            empty = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
+        if version == 0 and empty and not readonly:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version == 0:
+            what = "is empty" if empty else "is another program's database"
+            raise ConfigError(f"{path}: not a journal (it {what}); move it away or restore a copy")
         elif version != VERSION:
-            raise ConfigError(f"{path}: journal version {version}, this program writes {VERSION}")
+            raise ConfigError(
+                f"{path}: journal version {version}, not {VERSION}; use the version of barcast that wrote "
+                "it, or move it away"
+            )
         self._db.execute("PRAGMA synchronous = FULL")
 
     def append(
@@ -123,37 +129,42 @@ class Journal:
 
     def progress(self) -> Progress:
         """How far the path had come at the last commit."""
-        return Progress(*self._db.execute("SELECT seq, clock FROM progress").fetchone())
+        with self._reading():
+            return Progress(*self._db.execute("SELECT seq, clock FROM progress").fetchone())
 
     def records(self, after: int = 0, upto: int | None = None) -> Iterator[Record]:
         """Records in order, those numbered above `after` and not above `upto`."""
         limit = upto if upto is not None else (1 << 62)
-        rows = self._db.execute(
-            "SELECT seq, time, kind, topic, payload FROM record WHERE seq > ? AND seq <= ? ORDER BY seq",
-            (after, limit),
-        )
-        for row in rows:
-            yield Record(*row)
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT seq, time, kind, topic, payload FROM record WHERE seq > ? AND seq <= ? ORDER BY seq",
+                (after, limit),
+            )
+            for row in rows:
+                yield Record(*row)
 
     def last(self, kind: str) -> Record | None:
         """The newest record of a kind."""
-        row = self._db.execute(
-            "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq DESC LIMIT 1",
-            (kind,),
-        ).fetchone()
+        with self._reading():
+            row = self._db.execute(
+                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq DESC LIMIT 1",
+                (kind,),
+            ).fetchone()
         return None if row is None else Record(*row)
 
     def last_time(self) -> int:
         """The time of the newest record, 0 in an empty journal."""
-        return int(self._db.execute("SELECT COALESCE(MAX(time), 0) FROM record").fetchone()[0])
+        with self._reading():
+            return int(self._db.execute("SELECT COALESCE(MAX(time), 0) FROM record").fetchone()[0])
 
     def pending(self, limit: int) -> list[Queued]:
         """The oldest undelivered message of each topic, at most `limit` of them, oldest first."""
-        rows = self._db.execute(
-            "SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN "
-            "(SELECT MIN(n) FROM outbox WHERE state = 0 GROUP BY topic) ORDER BY n LIMIT ?",
-            (limit,),
-        )
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN "
+                "(SELECT MIN(n) FROM outbox WHERE state = 0 GROUP BY topic) ORDER BY n LIMIT ?",
+                (limit,),
+            ).fetchall()
         return [Queued(n, Outgoing(i, t, p, bool(r), e)) for n, i, t, p, r, e in rows]
 
     def outbox_counts(self) -> dict[State, int]:
@@ -164,6 +175,16 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the file when SQLite finds no database in it, or a damaged one."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise ConfigError(
+                f"{self.path}: not a journal, or damaged ({error}); move it away or restore a copy"
+            ) from error
 
 
 class _transaction:  # noqa: N801

@@ -1,6 +1,7 @@
 """The scheduled job: train a challenger in a process of its own, judge it, and let a better one take over."""
 
 import asyncio
+import os
 import re
 import shutil
 from asyncio.subprocess import DEVNULL, PIPE
@@ -37,7 +38,7 @@ def cron(expression: str) -> CronTrigger:
     try:
         return CronTrigger(**dict(zip(_FIELDS, fields, strict=True)), timezone=ZoneInfo("UTC"))
     except ValueError as error:
-        raise ConfigError(f"retrain.cron: {expression!r}: {error}") from error
+        raise ConfigError(f"retrain.cron: {expression!r}: {error}; write one such as 17 3 * * sun") from error
 
 
 def scheduler(expression: str, job: Callable[[], Awaitable[None]]) -> AsyncIOScheduler:
@@ -53,9 +54,9 @@ class Retrainer:
     """Trains challengers and has them judged, each in a subprocess, so that the live loop never waits.
 
     A checkpoint that somebody puts into `challengers/` is judged first, like one trained here. An accepted
-    one is handed to `promote`, a refused one is kept in `refused/` until the next of its name. `train` and
-    `gate` give the argument lists of the two subprocesses, up to the directory that they work on; `timeout`
-    is in seconds. The state is the two folders.
+    one is handed to `promote`; one that is refused, or cannot be opened, is kept in `refused/` until the next
+    of its name. `train` and `gate` give the argument lists of the two subprocesses, up to the directory that
+    they work on; `timeout` is in seconds. The state is the two folders.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Retrainer:
         return sorted(path for path in self.inbox.iterdir() if (path / "model.json").is_file())
 
     async def _judge(self, challenger: Path) -> None:
-        answer = await self._call([*self._gate(), str(challenger)], "gate")
+        answer = await self._call([*self._gate(), str(challenger)], "gate", challenger)
         if answer is None:
             return
         verdict = msgspec.json.decode(answer, type=Verdict)
@@ -109,8 +110,12 @@ class Retrainer:
         shutil.rmtree(self.refused / challenger.name, ignore_errors=True)
         challenger.rename(self.refused / challenger.name)
 
-    async def _call(self, command: Sequence[str], what: str) -> bytes | None:
-        """Run a command to its end; return what it printed, or None when it failed, died or took too long."""
+    async def _call(self, command: Sequence[str], what: str, judged: Path | None = None) -> bytes | None:
+        """Run a command to its end; return what it printed, or None when it failed, died or took too long.
+
+        A fault names its file: where that is the `judged` one, it is set aside, as the next run would find it
+        the same. A fault of the history or the champion leaves the challenger where it is.
+        """
         process = await asyncio.create_subprocess_exec(*command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE)
         try:
             async with asyncio.timeout(self._timeout):
@@ -122,8 +127,16 @@ class Retrainer:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-        if process.returncode != 0:
-            tail = err.decode("utf-8", "replace").strip().splitlines()[-5:]
-            log.error(f"{what}_failed", exit_status=process.returncode, last_words="\n".join(tail))
-            return None
-        return out
+        said = err.decode("utf-8", "replace").strip()
+        last_words = "\n".join(said.splitlines()[-5:])
+        if process.returncode == 0:
+            if said:
+                log.info(f"{what}_said", last_words=last_words)
+            return out
+        if judged and process.returncode == os.EX_CONFIG and str(judged) in said:
+            self._set_aside(judged)
+            kept = str(self.refused / judged.name)
+            log.error("challenger_unusable", name=judged.name, kept_in=kept, last_words=last_words)
+        else:
+            log.error(f"{what}_failed", exit_status=process.returncode, last_words=last_words)
+        return None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from barcast.models import (
     LEVELS,
+    CheckpointError,
     ConfigError,
     FilteredHistoricalSimulation,
     Forecaster,
@@ -30,10 +31,16 @@ class ModelStore:
         self._open: dict[tuple[str, str | None, int | None], Forecaster] = {}
 
     def open(self, model: str, sampler: str | None, steps: int | None) -> Forecaster:
-        """The forecaster of a model id or baseline, loaded on first use."""
+        """The forecaster of a model id or baseline, loaded on first use; another's files are refused."""
         key = (model, sampler, steps)
         if key not in self._open:
-            self._open[key] = open_model(self.path(model), self._timeframe, sampler, steps)
+            forecaster = open_model(self.path(model), self._timeframe, sampler, steps)
+            if model not in BASELINES and forecaster.card.model != model:
+                raise CheckpointError(
+                    f"{self.path(model)}: holds the model {forecaster.card.model}; copy {model} back, or "
+                    "name the folder after the model that it holds"
+                )
+            self._open[key] = forecaster
         return self._open[key]
 
     def adopt(self, source: Path) -> str:

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -20,11 +21,12 @@ from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.sssd import SSSD, Architecture
-from barcast.models.trained import Candidate, Record, Trained
+from barcast.models.trained import Record, Trained, check_outputs
 
 FORMAT = 1
 JSON, WEIGHTS = "model.json", "weights.safetensors"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
+DIVISORS = ("factor", "gain", "std")  # those that must be above zero
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,8 +90,11 @@ def load(directory: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {field} is {body.get(field)!r}, not {mine!r}; {remedy}")
     weights = _read(directory / WEIGHTS)
     claimed = body.pop("id", None)
-    if claimed != _identity(body, weights):
-        raise CheckpointError(f"{path}: id {claimed!r} does not fit the contents; copy the directory again")
+    if claimed != (found := _identity(body, weights)):
+        raise CheckpointError(
+            f"{path}: id {claimed!r} does not fit the contents of {JSON} and {WEIGHTS}, which is {found!r}; "
+            "copy the directory again"
+        )
     trained = _trained(path, body)
     _fill(trained.net, weights, directory / WEIGHTS)
     return Checkpoint(str(claimed), trained)
@@ -126,29 +131,28 @@ def _identity(body: Mapping[str, Any], weights: bytes) -> str:
 def _trained(path: Path, body: dict[str, Any]) -> Trained:
     """The model without its weights. The hash was right, so what fails here is a foreign or a newer file."""
     try:
-        horizons = tuple(body["horizons"])
+        horizons = msgspec.convert(body["horizons"], tuple[int, ...])
+        levels = msgspec.convert(body["levels"], tuple[float, ...])
+        check_outputs(horizons, levels)
         statistics = {name: np.array(body["scaling"][name], np.float64) for name in STATISTICS}
         scaling = Scaling(body["timeframe"], horizons, **statistics)
-        record = dict(body["record"])
-        record["candidates"] = tuple(Candidate(**c) for c in record["candidates"])
-        for name in ("symbols", "left_out"):
-            record[name] = tuple(record[name])
+        record = msgspec.convert(body["record"], Record)
         architecture = Architecture(**body["architecture"])
+        for name, size in asdict(architecture).items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"architecture.{name} is {size!r}, not a whole number above 0")
         names = feature_names(scaling.timeframe, horizons)
-        trained = Trained(
-            net=SSSD(architecture, torch.Generator().manual_seed(0)),
-            scaling=scaling,
-            levels=tuple(body["levels"]),
-            record=Record(**record),
-        )
-    except (KeyError, TypeError, ValueError, BarcastError) as e:
-        raise CheckpointError(f"{path}: {type(e).__name__}: {e}; train again with this version") from e
+        net = SSSD(architecture, torch.Generator().manual_seed(0))
+    except KeyError as e:
+        raise CheckpointError(f"{path}: {e.args[0]} is missing; train again with this version") from e
+    except (TypeError, ValueError, RuntimeError, msgspec.ValidationError, BarcastError) as e:
+        raise CheckpointError(f"{path}: {e}; train again with this version") from e
     slots, H, F = scaling.layout.slots, len(horizons), len(names)
     shapes = {"factor": (slots,), "volume": (slots,), "gain": (H, slots), "mean": (F,), "std": (F,)}
     shapes["har"] = (H, len(scaling.layout.har))
     for field, found, mine in (
-        ("window", body["window"], scaling.window),
-        ("features", body["features"], names),
+        ("window", body.get("window"), scaling.window),
+        ("features", body.get("features"), names),
         ("architecture.features", architecture.features, F),
         ("architecture.horizons", architecture.horizons, H),
         ("architecture.context", architecture.context, scaling.layout.context),
@@ -160,7 +164,9 @@ def _trained(path: Path, body: dict[str, Any]) -> Trained:
     for name, array in statistics.items():
         if not np.isfinite(array).all():
             raise CheckpointError(f"{path}: scaling.{name} holds a number that is not finite; train again")
-    return trained
+        if name in DIVISORS and array.min() <= 0:
+            raise CheckpointError(f"{path}: scaling.{name} holds {array.min()}, not above 0; train again")
+    return Trained(net=net, scaling=scaling, levels=levels, record=record)
 
 
 def _fill(net: SSSD, weights: bytes, path: Path) -> None:
@@ -172,8 +178,8 @@ def _fill(net: SSSD, weights: bytes, path: Path) -> None:
     if tensors.keys() != own.keys():
         odd = sorted(tensors.keys() ^ own.keys())[0]
         raise CheckpointError(f"{path}: tensor {odd} is missing or unknown; train again with this version")
-    for name, tensor in tensors.items():
-        mine = own[name]
+    for name, mine in own.items():
+        tensor = tensors[name]
         if (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype):
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, mine))
             raise CheckpointError(f"{path}: {name} is {got}, not {want}; train again with this version")
@@ -186,7 +192,7 @@ def _fill(net: SSSD, weights: bytes, path: Path) -> None:
 def _json(path: Path) -> dict[str, Any]:
     try:
         body = json.loads(_read(path))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not JSON ({e}); copy the directory again") from e
     if not isinstance(body, dict):
         raise CheckpointError(

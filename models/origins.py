@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from barcast.models.errors import DataError
-from barcast.models.scaling import Scaling, bars_to_learn, check, fit
+from barcast.models.scaling import Scaling, check, check_to_learn, fit
 from barcast.models.window import Window
 
 TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
@@ -47,7 +47,8 @@ class Split:
     """Histories cut into calendar parts, the same for every symbol.
 
     Learning ends at `train_end`, validation at `validation_end`; what follows up to `until` is held out.
-    The outcomes of a part are realised before it ends. `left_out` are the symbols that are too short.
+    The outcomes of a part are realised before it ends. `left_out` are the symbols that are too short to learn
+    from, or stand still.
     """
 
     histories: tuple[Window, ...]
@@ -84,18 +85,24 @@ def split(histories: Sequence[Window], timeframe: str, horizons: tuple[int, ...]
         check(w)
     times = np.sort(np.concatenate([w.close_times for w in cut]))
     train_end, validation_end = (int(times[int(x * (len(times) - 1))]) for x in (TRAIN, TRAIN + VALIDATION))
-    need = bars_to_learn(timeframe, horizons)
-    bars = [len(_cut(w, train_end)) for w in cut]
-    if max(bars) < need:
-        raise DataError(f"the longest history has {max(bars)} bars to learn from: give at least {need}")
-    used = tuple(w for w, n in zip(cut, bars, strict=True) if n >= need)
+    used, faults = [], []
+    for w in cut:
+        try:
+            check_to_learn(_cut(w, train_end), timeframe, horizons)
+        except DataError as error:  # one symbol that was halted or listed lately must not stop the others
+            faults.append(str(error))
+        else:
+            used.append(w)
+    if not used:
+        more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise DataError(f"no symbol is left to learn from; {'; '.join(faults[:3])}{more}")
     scaling = fit([_cut(w, train_end) for w in used], timeframe, horizons)
     learn, validation = _collect(used, scaling, train_end, validation_end)
     for part, what in ((learn, "learn from"), (validation, "validate on")):
         if len(part) < LEAST:
             raise DataError(f"only {len(part)} forecast origins to {what}, not {LEAST}: give more bars")
     left_out = tuple(w.symbol for w in histories if all(w.symbol != u.symbol for u in used))
-    return Split(used, left_out, until, train_end, validation_end, scaling, learn, validation)
+    return Split(tuple(used), left_out, until, train_end, validation_end, scaling, learn, validation)
 
 
 _Pieces = list[tuple[NDArray[Any], ...]]  # of each symbol: features, row, z and scale

@@ -160,6 +160,11 @@ def bars_to_learn(timeframe: str, horizons: Sequence[int]) -> int:
     return 2 * layout.har[-1] + layout.context + max(horizons)
 
 
+def check_to_learn(w: Window, timeframe: str, horizons: Sequence[int]) -> None:
+    """Raise `DataError` for a history that `fit` refuses."""
+    _checked(w, _blank(timeframe, tuple(horizons)))
+
+
 def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) -> Scaling:
     """Learn the statistics from whole histories that end where the training part ends.
 
@@ -396,11 +401,11 @@ def _replace(scaling: Scaling, **arrays: Array) -> Scaling:
 def _checked(w: Window, scaling: Scaling) -> _Series:
     need = bars_to_learn(scaling.timeframe, scaling.horizons)
     if len(w) < need:
-        raise DataError(f"{w.symbol} has {len(w)} bars to learn from: give it {need} or leave it out")
+        raise DataError(f"{w.symbol} has {len(w)} bars to learn from: give at least {need}, or leave it out")
     check(w)
     s = _Series.of(w.close_times, w.values, scaling.layout)
-    still = float((s.r == 0).mean())
-    if still > 0.9:
+    if np.quantile(np.abs(s.r), 0.9) == 0:
+        still = float((s.r == 0).mean())
         raise DataError(
             f"{w.symbol} closes unchanged in {still:.0%} of its bars: leave it out of the training"
         )

@@ -1,7 +1,9 @@
 """What training yields: a model, and the record of how it came about."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from barcast.models.errors import ConfigError
 from barcast.models.scaling import Scaling
 from barcast.models.sssd import SSSD
 
@@ -21,7 +23,7 @@ class Record:
 
     data: str  # sha256 of the bars that were used
     symbols: tuple[str, ...]
-    left_out: tuple[str, ...]  # symbols with too few bars in the training part
+    left_out: tuple[str, ...]  # symbols that are too short, or stand still, in the training part
     bars: int
     origins: int  # of the training part
     until: int  # no later bar was seen
@@ -46,3 +48,11 @@ class Trained:
     scaling: Scaling
     levels: tuple[float, ...]
     record: Record
+
+
+def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:
+    """Raise `ConfigError` for horizons or levels that no model can forecast."""
+    if not horizons or list(horizons) != sorted({h for h in horizons if h > 0}):
+        raise ConfigError(f"horizons {tuple(horizons)} cannot be used: give rising counts of bars")
+    if not levels or list(levels) != sorted({p for p in levels if 0 < p < 1}):
+        raise ConfigError(f"levels {tuple(levels)} cannot be used: give rising probabilities between 0 and 1")

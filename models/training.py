@@ -19,7 +19,7 @@ from barcast.models.errors import ConfigError
 from barcast.models.origins import Origins, Split, split
 from barcast.models.scaling import CHANNELS, INTRADAY, SIGNED_CHANNELS, Scaling, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
-from barcast.models.trained import Candidate, Record, Trained
+from barcast.models.trained import Candidate, Record, Trained, check_outputs
 from barcast.models.window import Window
 
 SAMPLES = 256
@@ -72,10 +72,7 @@ def train(
     """
     if seconds is not None and clock is None:
         raise ValueError("a cap on seconds needs a clock")
-    if not horizons or list(horizons) != sorted({h for h in horizons if h > 0}):
-        raise ConfigError(f"horizons {tuple(horizons)} cannot be used: give rising counts of bars")
-    if not levels or list(levels) != sorted({p for p in levels if 0 < p < 1}):
-        raise ConfigError(f"levels {tuple(levels)} cannot be used: give rising probabilities between 0 and 1")
+    check_outputs(horizons, levels)
     cap = float("inf") if seconds is None else seconds
     use_one_thread()
     data = split(histories, timeframe, tuple(horizons), until)

@@ -99,6 +99,29 @@ def test_training_never_replaces_what_is_no_model(run, tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
+def test_retraining_leaves_a_halted_symbol_out_and_says_so(run, tmp_path):
+    """A symbol that stands still, or is new, does not stop the retraining of the others; it is named."""
+    prices = ["open", "high", "low", "close"]
+    known = pl.read_parquet(SAMPLE).filter(symbol="IBM")
+    halted = known.with_columns(pl.lit(1.0).alias(name) for name in prices).with_columns(
+        symbol=pl.lit("HALT")
+    )
+    new = known.tail(40).with_columns(symbol=pl.lit("NEW"))
+    (tmp_path / "state" / "history").mkdir(parents=True)
+    pl.concat([known, halted, new]).write_parquet(tmp_path / "state" / "history" / "bars.parquet")
+    config = tmp_path / "barcast.toml"
+    config.write_text(
+        'instance = "x"\nstate_dir = "state"\ntimeframe = "session"\ncalendar = "XNYS"\n'
+        '[retrain]\ncron = "0 3 * * *"\nsteps = 1\nnice = 0\n'
+    )
+    out = tmp_path / "new"
+    status, _, err = run("retrain", str(config), "--out", str(out), "--champion", "fhs")
+    assert status == 0, err
+    assert "left out, as too short or standing still: HALT, NEW" in err
+    record = json.loads((out / "model.json").read_text())["record"]
+    assert (record["symbols"], record["left_out"]) == (["IBM"], ["HALT", "NEW"])
+
+
 def test_backtest_on_what_the_model_learnt_from_says_so():
     """A test period that the model has seen is called in sample; a later one is not."""
     options = {

@@ -249,3 +249,40 @@ def test_sample_bars() -> None:
     """The shipped sample passes every check."""
     frame = scan([sample_bars()], "close", DAYS, symbols=["IBM"])
     assert len(read_windows(frame)["IBM"]) == 3270
+
+
+def test_other_bad_rows_are_counted(tmp_path: Path) -> None:
+    """The first fault is said in full, and how many rows have which faults."""
+    frame = table(low=[-1.0, 19.0, -1.0], volume=[1.0, -1.0, 3.0])
+    with pytest.raises(
+        DataError, match=r"row 1, .*'low' is '-1.0'.* In all 3 rows .*: column 'low' in 2, column "
+    ):
+        scan([written(tmp_path, frame)], "close", HOURS)
+    with pytest.raises(DataError) as caught:
+        scan([written(tmp_path, table(low=[9.0, 19.0, -1.0]))], "close", HOURS)
+    assert "In all" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "unit"), [(1772442000, "s"), (1772442000123, "ms"), (1772442000123456, "us"), (10**18, "ns")]
+)
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_numbers_for_times_can_be_converted_as_said(
+    tmp_path: Path, suffix: str, count: int, unit: str
+) -> None:
+    """A count since 1970 is refused with its unit, and the conversion that is named gives the moment."""
+    times = [str(count)] * 3 if suffix == "csv" else [count] * 3
+    with pytest.raises(DataError, match=rf"{count} looks like {unit} since 1970") as caught:
+        scan([written(tmp_path, table(close_time=times), suffix)], "close", HOURS)
+    expression = str(caught.value).split("in polars ")[1].removesuffix(" converts it.")
+    [moment] = pl.DataFrame({"close_time": [str(count)]}).select(eval(expression)).to_series()
+    assert moment.tzinfo is not None
+    assert abs(moment.timestamp() - count / {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]) < 1e-3
+
+
+def test_times_that_cannot_be_written(tmp_path: Path) -> None:
+    """Times that are no nanoseconds since 1970, or have no text, are refused by row."""
+    for count, unit in ((-1, "us"), (10**19 // 1000, "us"), (6 * 10**18, "us"), (9 * 10**15, "ms")):
+        times = pl.Series([count] * 3).cast(pl.Datetime(unit, "UTC"))  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=r"row 1, BTC at .*from 1970 on, before 2262"):
+            scan([written(tmp_path, table(close_time=None).with_columns(close_time=times))], "close", HOURS)

@@ -307,6 +307,41 @@ def test_one_damaged_challenger_does_not_hide_the_others(tmp_path):
     assert [name for name, _, _ in job.promoted] == ["trained"]
 
 
+def blames(path):
+    """A program that ends as the command line does on a fault in a file."""
+    return f"import sys; print('error:', {path} + ': not JSON; copy it again', file=sys.stderr); sys.exit(78)"
+
+
+def test_challenger_that_cannot_be_opened_is_set_aside(tmp_path):
+    """A damaged challenger is named in one line, kept as it is in refused/, and not judged again."""
+    offer(tmp_path, "a")
+    job = Job(tmp_path, train=EXITS, gate=blames("sys.argv[-1]"))
+    assert job.run() == ["retrain_started", "challenger_unusable", "train_failed"]
+    line = job.logs["challenger_unusable"]
+    assert (line["name"], line["kept_in"]) == ("a", str(tmp_path / "refused" / "a"))
+    assert line["last_words"].endswith("challengers/a: not JSON; copy it again")
+    assert (tmp_path / "refused" / "a" / "model.json").read_text() == "{}"
+    assert job.run() == ["retrain_started", "train_failed"]
+    assert (job.promoted, job.refused) == ([], [])
+
+
+def test_fault_of_another_file_leaves_the_challenger_to_the_next_run(tmp_path):
+    """A history that the gate cannot read is no fault of the challenger: it stays, and is judged again."""
+    offer(tmp_path, "a")
+    job = Job(tmp_path, train=EXITS, gate=blames("'history/bars.csv'"))
+    assert job.run() == ["retrain_started", "gate_failed", "train_failed"]
+    job.gate = says(ACCEPTED)
+    job.run()
+    assert job.promoted == [("a", True, ACCEPTED)]
+
+
+def test_last_words_of_a_training_are_logged(tmp_path):
+    """What the trainer says at its end, such as which symbols it left out, is in the daemon's log."""
+    job = Job(tmp_path, f"{TRAINS}; print('left out: NEW', file=sys.stderr)", says(ACCEPTED))
+    assert job.run() == ["retrain_started", "train_said", "challenger_judged"]
+    assert job.logs["train_said"]["last_words"] == "left out: NEW"
+
+
 def test_loop_stays_free_while_a_subprocess_works(tmp_path):
     """The event loop goes on while a trainer is busy."""
     job = Job(tmp_path, f"import time; time.sleep(1)\n{TRAINS}", says(ACCEPTED))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from barcast.models import CheckpointError, ConfigError, Window
+from barcast.models import CheckpointError, ConfigError, Window, checkpoint
 from barcast.models.checkpoint import load, open_forecaster, save
 from barcast.models.diffusion import SSSDForecaster
+from barcast.models.sssd import SSSD
 from barcast.models.trained import Trained
 
 
@@ -55,6 +56,26 @@ def test_saving_replaces_a_directory_as_a_whole(trained: Trained, directory: Pat
     save(trained, directory)
     assert sorted(p.name for p in directory.iterdir()) == ["model.json", "weights.safetensors"]
     assert [p.name for p in directory.parent.iterdir()] == ["model"]
+
+
+def test_every_number_of_the_network_is_read(
+    trained: Trained, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of a loaded network is as it was made: made of NaN, it is still the one that was saved."""
+
+    def of_nothing(*arguments: Any) -> SSSD:
+        net = SSSD(*arguments)
+        with torch.no_grad():
+            for tensor in (*net.parameters(), *net.buffers()):
+                tensor.fill_(float("nan"))
+        return net
+
+    monkeypatch.setattr(checkpoint, "SSSD", of_nothing)
+    found, saved = load(directory).trained.net, trained.net
+    names = {name for name, _ in (*found.named_parameters(), *found.named_buffers())}
+    assert names == saved.state_dict().keys()
+    for name, tensor in saved.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor)
 
 
 def test_sampler_and_steps_are_chosen_when_a_model_is_opened(directory: Path) -> None:
@@ -142,7 +163,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown timeframe": (_field("timeframe", "1w"), "timeframe '1w' is unknown"),
     "other statistics": (_statistic("gain", [[1.0]]), r"scaling.gain is \(1, 1\), not \(3, 168\)"),
     "statistics not finite": (_statistic("factor", [float("nan")] * 168), "scaling.factor holds a number"),
-    "no record": (lambda d: _signed(d, _without(_body(d), "record")), "KeyError: 'record'"),
+    "statistics of zero": (_statistic("std", [0.0] * 80), "scaling.std"),
+    "falling levels": (_field("levels", [0.9, 0.1]), r"levels \(0.9, 0.1\) cannot be used"),
+    "text for a time": (
+        lambda d: _signed(d, _body(d) | {"record": _body(d)["record"] | {"until": "now"}}),
+        "got `str`",
+    ),
+    "negative size": (
+        lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"width": -1}}),
+        "architecture.width is -1",
+    ),
+    "no window": (lambda d: _signed(d, _without(_body(d), "window")), "window is None"),
+    "nested too deep": (lambda d: (d / "model.json").write_text("[" * 99_999), "not JSON"),
+    "no record": (lambda d: _signed(d, _without(_body(d), "record")), "record is missing; train"),
     "unknown size": (
         lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"heads": 4}}),
         "unexpected keyword argument 'heads'",

@@ -153,8 +153,18 @@ def test_a_symbol_with_too_few_bars_is_left_out_and_named(small: list[Window]) -
     assert record.left_out == ("NEW",)
 
 
+@pytest.mark.parametrize("bars", [8, 10, 12, 10_000])
+def test_a_symbol_that_stands_still_is_left_out_and_named(small: list[Window], bars: int) -> None:
+    """A symbol whose price moves in less than a tenth of its bars does not stop the others, and is named."""
+    held = np.arange(len(small[0])) // bars * bars
+    trained = _train([*small, Window("HALTED", small[0].close_times, small[0].values[held])], steps=2)
+    if bars != 10:
+        assert trained.record.left_out == (("HALTED",) if bars > 10 else ())
+    assert np.isfinite([c.crps for c in trained.record.candidates]).all()
+
+
 def test_unusable_bars_are_refused(small: list[Window]) -> None:
-    """No bars, too few, a flat symbol and a hole in the numbers raise DataError that says what to do."""
+    """No bars, too few, only flat symbols and a hole in the numbers raise DataError that says what to do."""
     flat = Window("FLAT", small[0].close_times, np.ones((2000, 5)))
     broken = Window("BAD", small[0].close_times, small[0].values.copy())
     broken.values[900, 4] = np.nan
@@ -162,7 +172,8 @@ def test_unusable_bars_are_refused(small: list[Window]) -> None:
     for histories, words in (
         ([], "no bars closed"),
         ([short], "give at least"),
-        ([small[0], flat], "FLAT closes unchanged .* leave it out"),
+        ([flat], "FLAT closes unchanged .* leave it out"),
+        ([short, flat], "no symbol is left .* A has .* give at least .* FLAT closes unchanged"),
         ([small[0], broken], "BAD has an unusable bar at row 900"),
     ):
         with pytest.raises(DataError, match=words):
