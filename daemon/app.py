@@ -110,7 +110,7 @@ class Daemon:
         config = self.config
         try:
             config.state_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
         with _only_one(config.state_dir / "lock"):
             journal = Journal(config.state_dir / "journal.db")
@@ -344,7 +344,11 @@ def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
 @contextmanager
 def _only_one(path: Path) -> Iterator[None]:
     """Hold a lock on the state directory, so that no second instance writes the same journal."""
-    with path.open("w") as file:
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

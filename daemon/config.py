@@ -44,7 +44,10 @@ def _duration(value: object) -> object:
     match = re.fullmatch(r"(\d+)(ms|s|m|h|d)", value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("write a duration as a number and a unit, such as 500ms, 2s, 5m, 1h or 1d")
-    return int(match[1]) * _UNITS[match[2]]
+    duration = int(match[1]) * _UNITS[match[2]]
+    if duration > 366 * _UNITS["d"]:
+        raise ValueError("no duration is longer than 366d")
+    return duration
 
 
 def _symbol(value: str) -> str:
@@ -129,7 +132,18 @@ class Mqtt(_Section):
             raise ConfigError(
                 f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key"
             )
-        return self.password_file.read_text().strip()
+        try:
+            password = self.password_file.read_text("utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"mqtt.password_file: {self.password_file} cannot be read ({type(error).__name__}); "
+                "write the password as UTF-8 text that this user may read"
+            ) from error
+        if not password:
+            raise ConfigError(
+                f"mqtt.password_file: {self.password_file} is empty; write the password into it"
+            )
+        return password
 
     def _tls(self) -> ssl.SSLContext | None:
         if self.ca_file is None:
@@ -138,9 +152,10 @@ class Mqtt(_Section):
             raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
         try:
             return ssl.create_default_context(cafile=str(self.ca_file))
-        except ssl.SSLError as error:
+        except OSError as error:
+            reason = getattr(error, "reason", None) or error
             raise ConfigError(
-                f"mqtt.ca_file: {self.ca_file} holds no certificate ({error.reason})"
+                f"mqtt.ca_file: {self.ca_file} holds no certificate ({reason}); write one in PEM form"
             ) from error
 
 
@@ -196,7 +211,7 @@ class Rehearsal(_Section):
 
     start: Zoned
     at: Zoned
-    speed: float = Field(gt=0)
+    speed: float = Field(gt=0, allow_inf_nan=False)
 
 
 class Config(BaseSettings):
@@ -332,9 +347,9 @@ def load(path: Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; `barcast check` expects the path of a TOML file")
     try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        values = tomllib.loads(path.read_text("utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and lists nested as deep
+        raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
     base = path.absolute().parent
     if isinstance(values.get("state_dir"), str):
         values["state_dir"] = base / values["state_dir"]
@@ -366,7 +381,7 @@ def _faults(path: str, error: ValidationError) -> Iterator[str]:
         if fault["type"] == "extra_forbidden":
             yield f"{path}: {where}: unknown key{_suggestion(fault['loc'])}"
         elif fault["type"] == "missing":
-            yield f"{path}: {where}: missing; it has no default"
+            yield f"{path}: {where}: missing; write it, as it has no default"
         else:
             given = f" (given: {fault['input']!r})" if fault["loc"] else ""
             yield f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}{given}"

@@ -97,4 +97,4 @@ def _event(record: Record, root: str, calendars: Calendars) -> Event:
             return Warmth.decode(record.payload).event(record.time)
         case Kind.ACTIVATION:
             return Champion.decode(record.payload).event(record.time)
-    raise ValueError("no such kind is known")
+    raise ValueError(f"kind {record.kind!r} is unknown")

@@ -122,6 +122,13 @@ TABLE: dict[str, tuple[str | bytes, str]] = {
         "rehearsal.speed | given: 0 | greater than 0",
     ),
     "a later version": (LEAST + "version = 2\n", "version | given: 2 | should be 1"),
+    "lists nested too deep": (LEAST + "a = " + "[" * 5000, "not valid TOML | recursion | correct what"),
+    "a number of 5000 digits": (LEAST + "a = " + "9" * 5000, "not valid TOML | 5000 digits | correct what"),
+    "a duration without an end": (LEAST + 'max_wait = "999999999d"\n', "max_wait | '999999999d' | 366d"),
+    "a rehearsal at infinite speed": (
+        LEAST + "[rehearsal]\nstart = 2012-01-03T00:00:00Z\nat = 2026-01-03T00:00:00Z\nspeed = inf\n",
+        "rehearsal.speed | given: inf | a finite number",
+    ),
     "neither a model id nor a folder": (
         LEAST + '[model]\nname = "best"\n',
         "model.name | 'best' | name one of",
@@ -139,6 +146,26 @@ CASES |= {
     "config: a CA file without a certificate": (
         config(AUTHORITY, mine="x\n"),
         "mine | mqtt.ca_file | NO_CERTIFICATE_OR_CRL_FOUND | holds no certificate",
+    ),
+    "config: an empty password file": (
+        config(SECRET, mine="\n"),
+        "mine | mqtt.password_file | is empty | write the password into it",
+    ),
+    "config: a password that is not UTF-8": (
+        lambda f: [(f / "mine").write_bytes(b"\xff"), config(SECRET)(f)][1],
+        "mine | mqtt.password_file | UnicodeDecodeError | write the password as UTF-8 text",
+    ),
+    "config: a CA file cut off": (
+        config(AUTHORITY, mine="-----BEGIN CERTIFICATE-----\nMIIB\n"),
+        "mine | mqtt.ca_file | holds no certificate | write one in PEM",
+    ),
+    "config: a state directory with a zero byte": (
+        config(LEAST.replace('"state"', '"st\\u0000ate"'), "run"),
+        "state_dir | null byte | name a directory that this user may write",
+    ),
+    "config: a lock that cannot be taken": (
+        lambda f: [(f / "state" / "lock").mkdir(parents=True), config(LEAST + SERVED, "run")(f)][1],
+        "state/lock | state_dir | Is a directory | name a directory that this user may write",
     ),
     "config: a model id that is not in the store": (
         with_folder('[model]\nname = "0123456789abcdef"\n'),
