@@ -21,6 +21,7 @@ from barcast.models import LEVELS, BarcastError, ConfigError, DataError, default
 
 if TYPE_CHECKING:
     from barcast.backtest.result import BacktestResult
+    from barcast.daemon.calendar import Calendars
     from barcast.models import Window
 
 app = typer.Typer(
@@ -57,6 +58,20 @@ Stamped = Annotated[
 ]
 Timeframe = Annotated[str, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session for exchange days.")]
 CalendarName = Annotated[str, typer.Option(help="24x7, fx, or a name of exchange_calendars such as XNYS.")]
+OtherCalendars = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--symbol-calendar",
+        metavar="SYMBOL=NAME",
+        help="A symbol that keeps other hours than --calendar, such as EURUSD=fx; may be repeated.",
+    ),
+]
+Adjustments = Annotated[
+    Path | None,
+    typer.Option(
+        help="Parquet or CSV file of splits and rolls: symbol, time, factor (new over old price), kind."
+    ),
+]
 Symbols = Annotated[
     list[str] | None, typer.Option("--symbol", help="Take this symbol only; may be repeated.")
 ]
@@ -160,6 +175,7 @@ def publish(
     calendar: Annotated[
         str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
     ] = None,
+    symbol_calendar: OtherCalendars = None,
     speed: Annotated[
         float | None,
         typer.Option(help="Times real time; the first bar is sent at once. [default: 1]", min=0.001),
@@ -179,7 +195,15 @@ def publish(
     from barcast.daemon.wire import to_text
 
     log.configure("warning")
-    given = {"host": host, "port": port, "root": root, "timeframe": timeframe, "calendar": calendar}
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "root": root,
+        "timeframe": timeframe,
+        "calendar": calendar,
+    }
+    for name, hours in _others(symbol_calendar).items():
+        given.setdefault("calendars", {}).setdefault(hours, []).append(name)
     given = {name: value for name, value in given.items() if value is not None}
     if config is None:
         mqtt = {name: given.pop(name) for name in ("host", "port", "root") if name in given}
@@ -191,7 +215,7 @@ def publish(
         settings = load(config)
     if settings.rehearsal and speed is not None:
         raise typer.BadParameter("--speed is taken from [rehearsal] in --config: give one of the two")
-    frame = scan(files, stamp.value, settings.bar_calendars().default, symbol, _ns(since), _ns(until))
+    frame = scan(files, stamp.value, settings.bar_calendars(), symbol, _ns(since), _ns(until))
     found = list(bars(frame))
     if settings.rehearsal is None:
         first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
@@ -216,6 +240,8 @@ def train(
     ],
     timeframe: Timeframe = "1d",
     calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
     symbol: Symbols = None,
     until: Until = None,
     horizon: Annotated[
@@ -232,12 +258,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
 ) -> None:
     """Train a model on bars closed before --until and write a checkpoint."""
-    from barcast.daemon.calendar import Calendar
-    from barcast.daemon.history import read_windows, scan
-    from barcast.daemon.timeframe import Timeframe as Parsed
-
-    frame = scan(files, stamp.value, Calendar(calendar, Parsed.parse(timeframe)), symbol, None, _ns(until))
-    histories = read_windows(frame)
+    closes = _calendars(calendar, symbol_calendar, timeframe)
+    histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _train(
         histories,
         out_dir,
@@ -322,6 +344,8 @@ def forecast(
     model: ModelName,
     timeframe: Timeframe = "1d",
     calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
     symbol: Symbols = None,
     until: Until = None,
     sampler: Sampler = None,
@@ -333,15 +357,12 @@ def forecast(
     """Forecast every symbol from its last bar and print the quantiles, in prices."""
     import numpy as np
 
-    from barcast.daemon.calendar import Calendar
-    from barcast.daemon.history import read_windows, scan
     from barcast.daemon.store import open_model
-    from barcast.daemon.timeframe import Timeframe as Parsed
     from barcast.daemon.wire import to_text
     from barcast.models import Window
 
-    closes = Calendar(calendar, Parsed.parse(timeframe))
-    histories = read_windows(scan(files, stamp.value, closes, symbol, None, _ns(until)))
+    closes = _calendars(calendar, symbol_calendar, timeframe)
+    histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _sampled(model, sampler, steps)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
@@ -358,7 +379,7 @@ def forecast(
     forecasts = forecaster.forecast(windows)
     if as_json:
         for f in forecasts:
-            ends = closes.closes_after(f.close_time, max(f.horizons))
+            ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
             prices = (f.reference * np.exp(f.quantiles)).tolist()
             line = {
                 "symbol": f.symbol,
@@ -377,7 +398,7 @@ def forecast(
     for column in ("symbol", "close", "until", *(f"q{round(100 * p):02d}" for p in shown)):
         table.add_column(column, justify="left" if column == "symbol" else "right", no_wrap=True)
     for f in forecasts:
-        ends = closes.closes_after(f.close_time, max(f.horizons))
+        ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
         table.add_row(f.symbol, f"{f.reference:.5g}", to_text(f.close_time)[:16])
         for bars, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
             prices = [f"{row[card.levels.index(p)]:.5g}" for p in shown]
@@ -392,6 +413,8 @@ def backtest(
     model: ModelName = "fhs",
     timeframe: Timeframe = "1d",
     calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
     strategy: Annotated[
         list[str] | None, typer.Option(help="quantile-band, median-drift; may be repeated. Default: both.")
     ] = None,
@@ -415,6 +438,7 @@ def backtest(
         raise typer.BadParameter(f"{report} is a directory: name a file", param_hint="--report")
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
+    from barcast.daemon.adjustments import read_adjustments
 
     with _progress("replaying", None) as advance:
         result = run_backtest(
@@ -423,6 +447,8 @@ def backtest(
             model=model,
             timeframe=timeframe,
             calendar=calendar,
+            calendars=_others(symbol_calendar),
+            adjustments=read_adjustments(adjustments) if adjustments else (),
             strategies=strategy or ["quantile-band", "median-drift"],
             symbols=symbol,
             since=_ns(since),
@@ -570,6 +596,38 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
             cells += [f"{1e4 * score.crps[h]:.2f}", f"{100 * inside:.1f} %"]
         table.add_row(score.model, *cells)
     err.print(table)
+
+
+def _others(given: list[str] | None) -> dict[str, str]:
+    """Symbol -> calendar, from SYMBOL=NAME."""
+    pairs = [text.partition("=") for text in given or ()]
+    for symbol, equals, name in pairs:
+        if not (symbol and equals and name):
+            raise typer.BadParameter("write SYMBOL=NAME, such as EURUSD=fx", param_hint="--symbol-calendar")
+    return {symbol: name for symbol, _, name in pairs}
+
+
+def _calendars(calendar: str, others: list[str] | None, timeframe: str) -> "Calendars":
+    from barcast.daemon.calendar import Calendars
+    from barcast.daemon.timeframe import Timeframe as Parsed
+
+    return Calendars(calendar, Parsed.parse(timeframe), _others(others))
+
+
+def _histories(
+    files: list[Path],
+    stamp: Stamp,
+    calendars: "Calendars",
+    symbols: list[str] | None,
+    until: datetime | None,
+    adjustments: Path | None,
+) -> "dict[str, Window]":
+    """The whole history of each symbol, on the price basis of its newest bar."""
+    from barcast.daemon.adjustments import adjusted, read_adjustments
+    from barcast.daemon.history import read_windows, scan
+
+    windows = read_windows(scan(files, stamp.value, calendars, symbols, None, _ns(until)))
+    return adjusted(windows, read_adjustments(adjustments)) if adjustments else windows
 
 
 def _sampled(model: str, sampler: str | None, steps: int | None) -> None:

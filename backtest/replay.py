@@ -171,7 +171,7 @@ def run_backtest(
     closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
-    frame = scan(paths, stamp, closes.default, symbols, None, until)
+    frame = scan(paths, stamp, closes, symbols, None, until)
     settings = Settings(
         root="backtest",
         timeframe=timeframe,

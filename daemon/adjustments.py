@@ -1,12 +1,16 @@
 """Splits and rolls from a file: what a feed declares live, for backtests, training and forecasts."""
 
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
 import polars as pl
 
+from barcast.daemon.history import UNREADABLE
 from barcast.daemon.wire import ADJUSTMENT, AdjustmentMessage, adjustment
-from barcast.models import Adjustment, DataError
+from barcast.models import Adjustment, DataError, Window
+from barcast.models.window import on_one_basis
 
 
 def read_adjustments(path: Path) -> list[Adjustment]:
@@ -20,7 +24,7 @@ def read_adjustments(path: Path) -> list[Adjustment]:
         )
     try:
         frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
+    except UNREADABLE as error:
         raise DataError(f"{path} cannot be read ({str(error).splitlines()[0]}): write it anew.") from error
     found = []
     for number, row in enumerate(frame.iter_rows(named=True), 1):
@@ -30,3 +34,16 @@ def read_adjustments(path: Path) -> list[Adjustment]:
         except (msgspec.ValidationError, ValueError) as error:
             raise DataError(f"{path}, row {number}: {error}; {ADJUSTMENT}.") from error
     return found
+
+
+def adjusted(windows: Mapping[str, Window], adjustments: Iterable[Adjustment]) -> dict[str, Window]:
+    """Each window on the price basis of its newest bar."""
+    own: dict[str, list[Adjustment]] = {}
+    for each in sorted(set(adjustments), key=attrgetter("time")):
+        own.setdefault(each.symbol, []).append(each)
+    return {
+        symbol: Window(symbol, w.close_times, on_one_basis(w.close_times, w.values, own[symbol]))
+        if symbol in own
+        else w
+        for symbol, w in windows.items()
+    }

@@ -224,7 +224,7 @@ class Daemon:
             taken = Warmth.decode(record.payload)
             if taken.digest == found and taken.length >= length:
                 return []
-        frame = scan(files, "close", self.config.bar_calendars().default, until=self.clock.now() + 1)
+        frame = scan(files, "close", self.config.bar_calendars(), until=self.clock.now() + 1)
         warmth = Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
         return [Decision(Kind.WARMUP, warmth.encode(), warmth.event)]
 

@@ -1,17 +1,16 @@
 """The bars an instance knows: its history files, and its journal, which wins where both have a bar."""
 
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 
+from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import events
 from barcast.daemon.history import history_files, read_windows, scan
 from barcast.daemon.journal import Journal
 from barcast.daemon.ports import Arrival, Declaration, Warmup
 from barcast.models import Adjustment, DataError, Window
-from barcast.models.window import on_one_basis
 
 
 def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Window]:
@@ -22,10 +21,10 @@ def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Win
     the basis of its newest bar.
     """
     known: dict[str, dict[int, tuple[float, ...]]] = {}
-    adjustments: dict[str, set[Adjustment]] = {}
+    adjustments: list[Adjustment] = []
     seen: dict[tuple[str, int], set[tuple[float, ...]]] = {}
     if files := history_files(state_dir / "history"):
-        for symbol, window in read_windows(scan(files, "close", calendars.default, until=now + 1)).items():
+        for symbol, window in read_windows(scan(files, "close", calendars, until=now + 1)).items():
             rows = zip(window.close_times.tolist(), window.values.tolist(), strict=True)
             known[symbol] = {time: tuple(values) for time, values in rows}
     if (state_dir / "journal.db").is_file():
@@ -36,7 +35,7 @@ def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Win
                     for bar in event.bars:
                         known.setdefault(bar.symbol, {}).setdefault(bar.close_time, bar.values)
                 elif isinstance(event, Declaration):
-                    adjustments.setdefault(event.adjustment.symbol, set()).add(event.adjustment)
+                    adjustments.append(event.adjustment)
                 elif isinstance(event, Arrival):
                     for bar in event.bars:
                         payloads = seen.setdefault((bar.symbol, bar.close_time), set())
@@ -49,12 +48,9 @@ def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Win
         raise DataError(
             f"{state_dir}: neither history/ nor journal.db holds a bar; let the daemon collect some first"
         )
-    return {
-        symbol: _window(symbol, known[symbol], adjustments.get(symbol, set())) for symbol in sorted(known)
-    }
+    return adjusted({symbol: _window(symbol, known[symbol]) for symbol in sorted(known)}, adjustments)
 
 
-def _window(symbol: str, rows: dict[int, tuple[float, ...]], adjustments: set[Adjustment]) -> Window:
+def _window(symbol: str, rows: dict[int, tuple[float, ...]]) -> Window:
     times = np.array(sorted(rows), np.int64)
-    values = np.array([rows[time] for time in times.tolist()])
-    return Window(symbol, times, on_one_basis(times, values, sorted(adjustments, key=attrgetter("time"))))
+    return Window(symbol, times, np.array([rows[time] for time in times.tolist()]))

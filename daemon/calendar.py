@@ -138,7 +138,10 @@ class Calendar:
 
 
 class Calendars:
-    """The calendar of each symbol: `default`, unless `others` (symbol -> name) says another."""
+    """The calendar of each symbol: `default`, unless `others` (symbol -> name) says another.
+
+    There is no state but that of the calendars.
+    """
 
     def __init__(
         self, default: str, timeframe: Timeframe, others: Mapping[str, str] = MappingProxyType({})
@@ -152,7 +155,8 @@ class Calendars:
         for name in others.values():
             if name not in known:
                 known[name] = Calendar(name, timeframe)
-        self._others = {symbol: known[name] for symbol, name in others.items() if name != default}
+        self.others = {symbol: name for symbol, name in others.items() if name != default}
+        self._others = {symbol: known[name] for symbol, name in self.others.items()}
 
     def of(self, symbol: str) -> Calendar:
         """The calendar of one symbol."""

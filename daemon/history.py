@@ -19,7 +19,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from barcast.daemon.calendar import Calendar, iso
+from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.timeframe import DAY
 from barcast.models import Bar, DataError, Window
 from barcast.models.bar import LEAST, MOST, TIME_UNIT
@@ -35,7 +35,7 @@ TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 
 _2262, _10000 = 9_214_646_400, 253_402_300_800
 """Years in seconds: nanoseconds overflow in the first, and polars writes no text long after the second."""
-_UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 _UNITS = {"s": TIME_UNIT, "ms": 10**6, "us": 10**3, "ns": 1}
 
 _REMEDIES = {
@@ -52,7 +52,7 @@ _REMEDIES = {
 def scan(
     paths: Sequence[Path],
     stamp: Stamp,
-    calendar: Calendar,
+    calendars: Calendars,
     symbols: Sequence[str] | None = None,
     since: int | None = None,
     until: int | None = None,
@@ -66,14 +66,14 @@ def scan(
     """
     checked, found = [], files(paths)
     for path in found:
-        rows = _canonical(path, stamp, calendar)
+        rows = _canonical(path, stamp, calendars)
         if symbols is not None:
             rows = rows.filter(pl.col("symbol").is_in(list(symbols)) | pl.col("symbol").is_null())
         if since is not None:
             rows = rows.filter((pl.col("ns") >= since) | (pl.col("ns") < 0) | pl.col("ns").is_null())
         if until is not None:
             rows = rows.filter((pl.col("ns") < until) | pl.col("ns").is_null())
-        _check(path, rows, stamp, calendar)
+        _check(path, rows, stamp, calendars)
         checked.append(rows.with_columns(file=pl.lit(str(path))))
     close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
     known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
@@ -139,7 +139,7 @@ def files(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
+def _canonical(path: Path, stamp: Stamp, calendars: Calendars) -> pl.LazyFrame:
     """The rows with `row` (from 1), `given` (the time as it was written) and `ns`; nulls are faults.
 
     `ns` is the close; null where the time is not understood, -1 where no bar opens, -2 without a zone.
@@ -147,7 +147,7 @@ def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
     try:
         raw = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
         schema = raw.collect_schema()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
     names: dict[str, str] = {}
     for name in schema:
@@ -174,12 +174,15 @@ def _canonical(path: Path, stamp: Stamp, calendar: Calendar) -> pl.LazyFrame:
             f"{path} has {len(times) or 'no'} time column(s) for bars stamped by their {stamp}"
             f"{': ' + ', '.join(times) if times else ''}; have one, named {' or '.join(candidates)}."
         )
-    dtype = schema[times[0]]
-    given, ns = _as_written(times[0], dtype), _nanoseconds(path, raw, times[0], dtype, stamp, calendar)
+    dtype, symbols = schema[times[0]], pl.col(names["symbol"]).cast(pl.String)
+    given, ns = (
+        _as_written(times[0], dtype),
+        _nanoseconds(path, raw, times[0], dtype, symbols, stamp, calendars),
+    )
     return raw.with_row_index("\0row", offset=1).select(
         pl.col("\0row").alias("row"),
         given.alias("given"),
-        pl.col(names["symbol"]).cast(pl.String).alias("symbol"),
+        symbols.alias("symbol"),
         *(pl.col(names[name]).cast(pl.Float64, strict=False).alias(name) for name in VALUES),
         *(pl.col(names[name]).cast(pl.String).alias(f"given {name}") for name in VALUES),
         ns=ns,
@@ -197,7 +200,13 @@ def _as_written(name: str, dtype: pl.DataType) -> pl.Expr:
 
 
 def _nanoseconds(
-    path: Path, raw: pl.LazyFrame, name: str, dtype: pl.DataType, stamp: Stamp, calendar: Calendar
+    path: Path,
+    raw: pl.LazyFrame,
+    name: str,
+    dtype: pl.DataType,
+    symbols: pl.Expr,
+    stamp: Stamp,
+    calendars: Calendars,
 ) -> pl.Expr:
     """The close of each row in nanoseconds, or the mark of its fault."""
     column = pl.col(name)
@@ -208,7 +217,7 @@ def _nanoseconds(
         elif len(first) == 10:
             column, dtype = column.str.to_date("%Y-%m-%d", strict=False), pl.Date()
     if dtype == pl.Date:
-        _check_dates(path, name, stamp, calendar)
+        _check_dates(path, name, stamp, calendars)
         moments = _scaled(column, DAY)
         stamp = "open"
     elif dtype == pl.String:
@@ -235,27 +244,38 @@ def _nanoseconds(
             f"Column {name!r} of {path} holds {dtype}, not times: write datetimes with a time zone, "
             "or strings such as 2026-01-31T16:00:00Z."
         )
-    given = moments.filter(moments >= 0)
-    first, last = _collect(path, raw.select(first=given.min(), last=given.max())).row(0)
-    if first is not None:
+    rows = raw.select(symbol=symbols, given=moments).filter(pl.col("given") >= 0)
+    reach = rows.group_by("symbol").agg(first=pl.col("given").min(), last=pl.col("given").max())
+    for symbol, first, last in _collect(path, reach).rows():
         try:
-            calendar.closes_for_opens(np.array([first, last]))
+            calendars.of(symbol or "").closes_for_opens(np.array([first, last]))
         except DataError as error:
             raise DataError(f"Column {name!r} of {path}: {error}") from error
 
-    def close_of(known: NDArray[np.int64]) -> NDArray[np.int64]:
+    def close_of(symbol: str, known: NDArray[np.int64]) -> NDArray[np.int64]:
+        calendar = calendars.of(symbol)
         if stamp == "open":
             return calendar.closes_for_opens(known)
         return np.where(calendar.are_closes(known), known, -1)
 
     def closes(series: pl.Series) -> pl.Series:
-        stamps = series.to_frame("given").with_columns(fault=pl.when(pl.col("given") < 0).then("given"))
-        known = stamps.filter(pl.col("given") >= 0)["given"].unique().to_numpy()
-        table = pl.DataFrame({"given": known, "close": close_of(known)})
-        joined = stamps.join(table, on="given", how="left", maintain_order="left")
+        # Symbols that keep the same hours share a table: they are named by the calendar.
+        stamps = series.struct.unnest().with_columns(
+            fault=pl.when(pl.col("given") < 0).then("given"),
+            hours=pl.col("symbol").replace_strict(calendars.others, default=""),
+        )
+        known = stamps.filter(pl.col("given") >= 0).select("hours", "symbol", "given")
+        tables = [stamps.select("hours", "given", close=pl.lit(None, pl.Int64)).clear()]
+        for (hours,), own in known.group_by("hours"):
+            given = own["given"].unique()
+            close = close_of(own["symbol"][0] or "", given.to_numpy())
+            tables.append(
+                pl.DataFrame({"hours": [hours], "given": [given], "close": [close]}).explode("given", "close")
+            )
+        joined = stamps.join(pl.concat(tables), on=["hours", "given"], how="left", maintain_order="left")
         return joined.select(pl.coalesce("fault", "close")).to_series()
 
-    return moments.map_batches(closes, return_dtype=pl.Int64)
+    return pl.struct(given=moments, symbol=symbols).map_batches(closes, return_dtype=pl.Int64)
 
 
 def _scaled(column: pl.Expr, unit: int) -> pl.Expr:
@@ -269,21 +289,21 @@ def _unit(count: float) -> str:
     return ("", "s", "ms", "us", "ns")[bisect((1e8, 1e11, 1e14, 1e17), count)]
 
 
-def _check_dates(path: Path, name: str, stamp: Stamp, calendar: Calendar) -> None:
-    duration = calendar.timeframe.duration
+def _check_dates(path: Path, name: str, stamp: Stamp, calendars: Calendars) -> None:
+    duration = calendars.timeframe.duration
     if duration is not None and duration < DAY:
         raise DataError(
             f"Column {name!r} of {path} holds dates, but the timeframe is "
-            f"{calendar.timeframe}: write date and time."
+            f"{calendars.timeframe}: write date and time."
         )
-    if stamp == "close" and calendar.name == "24x7":
+    if stamp == "close" and "24x7" in (calendars.default.name, *calendars.others.values()):
         raise DataError(
             f"Column {name!r} of {path} holds dates, which do not say when a 24x7 day closed: "
             "write date and time, or stamp by the open."
         )
 
 
-def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendar: Calendar) -> None:
+def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendars: Calendars) -> None:
     """Raise `DataError` for the first row that cannot be used, with how many others there are."""
     nan = [pl.col(name).is_null() | ~pl.col(name).is_finite() for name in VALUES]
     faults: list[tuple[str, str, pl.Expr]] = [
@@ -312,7 +332,7 @@ def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendar: Calendar) -> 
     others = ", ".join(f"{name} in {count}" for name, count in counts.most_common())
     raise DataError(
         f"{path}, row {row['row']}, {_where(row)}: {_column(column)} is {_value(row, column)}"
-        f"{_beside(kind, row, stamp, calendar)}; {_REMEDIES[kind]}."
+        f"{_beside(kind, row, stamp, calendars)}; {_REMEDIES[kind]}."
         + (f" In all {counts.total()} rows cannot be used: {others}." if counts.total() > 1 else "")
     )
 
@@ -343,7 +363,7 @@ def _check_together(bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Se
 def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
     try:
         return frame.collect()
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -370,8 +390,9 @@ def _value(row: dict[str, Any], column: str) -> str:
     return "empty" if value is None else str(value) if not isinstance(value, str) else repr(value)
 
 
-def _beside(kind: str, row: dict[str, Any], stamp: Stamp, calendar: Calendar) -> str:
+def _beside(kind: str, row: dict[str, Any], stamp: Stamp, calendars: Calendars) -> str:
     if kind == "grid":
+        calendar = calendars.of(row["symbol"])
         return f", when no {calendar.timeframe} bar of the calendar {calendar.name} {stamp}s"
     if kind == "order":
         return f" beside open {row['open']}, high {row['high']}, low {row['low']}, close {row['close']}"

@@ -2,13 +2,16 @@
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 import polars as pl
+import polars.testing
 import pytest
 
 from barcast.backtest import cli
 from barcast.backtest.replay import read_capture, run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.daemon.adjustments import read_adjustments
 from barcast.models import DataError
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS"]
@@ -51,6 +54,59 @@ def test_forecast_in_json_holds_every_level(run):
     assert [h["bars"] for h in found["horizons"]] == [1, 5, 20]
     assert [len(row) for row in found["quantiles"]] == [len(found["levels"])] * 3
     assert found["quantiles"][0] == sorted(found["quantiles"][0])
+
+
+@pytest.fixture
+def split(tmp_path):
+    """IBM as it would have traded with a split in two on 1 June 2012, and the file that declares it."""
+    prices = ["open", "high", "low", "close"]
+    until = pl.col("close_time") <= datetime(2012, 6, 1, 20, tzinfo=UTC)
+    scaled = [pl.when(until).then(2 * pl.col(name)).otherwise(name).alias(name) for name in prices]
+    volume = pl.when(until).then(pl.col("volume") / 2).otherwise("volume").alias("volume")
+    pl.read_parquet(SAMPLE).filter(symbol="IBM").with_columns(*scaled, volume).write_parquet(
+        tmp_path / "traded.parquet"
+    )
+    (tmp_path / "splits.csv").write_text("symbol,time,factor,kind\nIBM,2012-06-01T20:00:00Z,0.5,split\n")
+    return str(tmp_path / "traded.parquet"), str(tmp_path / "splits.csv")
+
+
+def test_declared_split_changes_no_forecast(run, split):
+    """Bars as traded with their split declared forecast what split-adjusted bars do, to the bit."""
+    traded, splits = split
+    options = [*DAILY, "--model", "fhs", "--symbol", "IBM", "--json"]
+    _, plain, _ = run("forecast", SAMPLE, *options)
+    _, declared, _ = run("forecast", traded, *options, "--adjustments", splits)
+    _, undeclared, _ = run("forecast", traded, *options)
+    assert declared == plain != undeclared
+
+
+def test_declared_split_changes_no_backtest(split):
+    """Scores, equity and outcomes over a declared split are those of split-adjusted bars."""
+    traded, splits = split
+    options = {
+        "stamp": "close",
+        "timeframe": "session",
+        "calendar": "XNYS",
+        "symbols": ["IBM"],
+        "since": "2012-05-01",
+    }
+    plain = run_backtest([SAMPLE], **options)
+    declared = run_backtest([traded], adjustments=read_adjustments(Path(splits)), **options)
+    assert declared.outcomes.drop("price").equals(plain.outcomes.drop("price"))
+    pl.testing.assert_frame_equal(declared.scores, plain.scores, abs_tol=1e-12)
+    pl.testing.assert_frame_equal(declared.equity, plain.equity, abs_tol=1e-12)
+    assert run_backtest([traded], **options).outcomes["outcome"].min() < -0.6
+
+
+def test_hours_of_one_symbol_are_taken_from_the_command_line(run, short):
+    """--symbol-calendar overrides --calendar for its symbol; anything but SYMBOL=NAME is refused."""
+    other = ["--stamp", "close", "--timeframe", "session", "--calendar", "XLON", "--model", "fhs"]
+    status, _, err = run("forecast", short, *other)
+    assert (status, "calendar XLON" in err) == (78, True)
+    status, _, err = run("forecast", short, *other, "--symbol-calendar", "IBM=XNYS")
+    assert "No symbol has the 249 bars" in err
+    status, _, err = run("forecast", short, *other, "--symbol-calendar", "IBM")
+    assert (status, "write SYMBOL=NAME" in err) == (2, True)
 
 
 def test_forecast_fits_a_terminal_of_80_columns(run):

@@ -16,7 +16,7 @@ from barcast.backtest.report import html, write_report
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.sample import sample_bars
 from barcast.backtest.scoring import DEFINITIONS, portfolio, scores
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import bars, scan
 from barcast.daemon.ports import Group, Outcome
 from barcast.daemon.timeframe import Timeframe
@@ -33,7 +33,7 @@ SINCE = 1_340_000_000 * 10**9
 @pytest.fixture(scope="module")
 def result() -> BacktestResult:
     """Half a year of the sample bars under a forecast of constant width."""
-    calendar = Calendar("XNYS", Timeframe.parse("session"))
+    calendar = Calendars("XNYS", Timeframe.parse("session"))
     history = list(bars(scan([sample_bars()], "close", calendar, symbols=["FB", "IBM"], since=SINCE)))
     ledger, strategy = Ledger(1, 2), build("median-drift", "drift", {"costs": 0})
     root = np.sqrt(HORIZONS)

@@ -18,7 +18,7 @@ from barcast.backtest.ledger import Ledger
 from barcast.backtest.replay import arrivals, replay
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon import pipeline
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import read_windows, scan
 from barcast.daemon.pipeline import Settings
 from barcast.daemon.ports import Activation, Revision
@@ -130,7 +130,7 @@ def main() -> None:
     ]
     for name, forecaster in loops:
         rows.append((name, len(bars), cpu_seconds(lambda f=forecaster: through_path(bars, f), 2)))  # type: ignore[misc]
-    calendar = Calendar("XNYS", Timeframe.parse("session"))
+    calendar = Calendars("XNYS", Timeframe.parse("session"))
     history = read_windows(scan([sample_bars()], "close", calendar))["IBM"]
     for sampler in ("dpmpp", "ddim"):
         model = open_forecaster(sample_checkpoint(), sampler)

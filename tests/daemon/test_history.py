@@ -6,13 +6,13 @@ import polars as pl
 import pytest
 
 from barcast.backtest.sample import sample_bars
-from barcast.daemon.calendar import Calendar
+from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import DataError
 
-HOURS = Calendar("24x7", Timeframe.parse("1h"))
-DAYS = Calendar("XNYS", Timeframe.parse("session"))
+HOURS = Calendars("24x7", Timeframe.parse("1h"))
+DAYS = Calendars("XNYS", Timeframe.parse("session"))
 NINE = dt.datetime(2026, 3, 2, 9, tzinfo=dt.UTC)
 HOUR = dt.timedelta(hours=1)
 
@@ -91,7 +91,7 @@ def test_dates_of_sessions(tmp_path: Path, suffix: str) -> None:
 
 def test_dates_always_open(tmp_path: Path) -> None:
     """With 24x7 a date is the day that begins then; as a close it is refused."""
-    daily = Calendar("24x7", Timeframe.parse("1d"))
+    daily = Calendars("24x7", Timeframe.parse("1d"))
     path = written(tmp_path, table(close_time=None, date=[dt.date(2026, 3, day) for day in (1, 1, 2)]))
     assert closes(scan([path], "open", daily)) == ["03-02 00:00", "03-02 00:00", "03-03 00:00"]
     path = written(tmp_path, table(close_time=[dt.date(2026, 3, 1)] * 3))
@@ -286,3 +286,41 @@ def test_times_that_cannot_be_written(tmp_path: Path) -> None:
         times = pl.Series([count] * 3).cast(pl.Datetime(unit, "UTC"))  # type: ignore[arg-type]
         with pytest.raises(DataError, match=r"row 1, BTC at .*from 1970 on, before 2262"):
             scan([written(tmp_path, table(close_time=None).with_columns(close_time=times))], "close", HOURS)
+
+
+def test_each_symbol_keeps_its_own_hours(tmp_path):
+    """Bars are checked against the calendar of their symbol, which a fault names."""
+    rows = [
+        ("EURUSD", "2026-03-06T22:00:00Z"),  # the week ends
+        ("EURUSD", "2026-03-08T22:00:00Z"),  # and begins, an hour earlier in UTC
+        ("BTC", "2026-03-07T12:00:00Z"),
+        ("AAPL", "2026-03-06T20:30:00Z"),
+        ("AAPL", "2026-03-06T21:00:00Z"),
+    ]
+    frame = pl.DataFrame(
+        [(symbol, time, 1.0, 2.0, 0.5, 1.5, 3.0) for symbol, time in rows],
+        ["symbol", "close_time", "open", "high", "low", "close", "volume"],
+        orient="row",
+    )
+    hours = Calendars("24x7", Timeframe.parse("1h"), {"EURUSD": "fx", "AAPL": "XNYS"})
+    assert scan([written(tmp_path, frame)], "close", hours).collect().height == 5
+    opens = frame.with_columns(
+        pl.col("close_time").replace_strict(
+            {
+                "2026-03-06T22:00:00Z": "2026-03-06T21:00:00Z",
+                "2026-03-08T22:00:00Z": "2026-03-08T21:00:00Z",
+                "2026-03-07T12:00:00Z": "2026-03-07T11:00:00Z",
+                "2026-03-06T20:30:00Z": "2026-03-06T19:30:00Z",
+                "2026-03-06T21:00:00Z": "2026-03-06T20:30:00Z",
+            }
+        )
+    ).rename({"close_time": "open_time"})
+    closes_of = scan([written(tmp_path, opens)], "open", hours).collect()
+    assert sorted(closes_of["close_time"].dt.strftime("%Y-%m-%dT%H:%M:%SZ")) == sorted(
+        time for _, time in rows
+    )
+    wrong = frame.with_columns(symbol=pl.col("symbol").replace("BTC", "EURUSD"))
+    with pytest.raises(DataError, match=r"row 3, EURUSD .*no 1h bar of the calendar fx closes"):
+        scan([written(tmp_path, wrong)], "close", hours)
+    with pytest.raises(DataError, match=r"row 4, AAPL .*no 1h bar of the calendar 24x7 closes"):
+        scan([written(tmp_path, frame)], "close", Calendars("24x7", Timeframe.parse("1h")))
