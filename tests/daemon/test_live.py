@@ -124,27 +124,6 @@ def test_bad_message_becomes_a_dead_letter(scribe):
     assert [r.payload for r in scribe.journal.records()] == [A.payload, B.payload]
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        Message("t/bars/5m/A", A.payload),
-        Message("t/bars/1m/B", A.payload),
-        Message("t/bars/1m/A/x", A.payload),
-        Message("t/bars/1m/A", b""),
-        Message("t/bars/1m/A", b"\xff\xfe\x00"),
-        Message("t/bars/1m/A", b"[[[["),
-        Message("t/bars/1m", b"\x92\xc0"),
-    ],
-)
-def test_nothing_that_arrives_stops_the_loop(scribe, message):
-    """Whatever a message is, it is acknowledged, told of, and the next one is taken."""
-    world = World()
-    world.deliver(message, B)
-    assert symbols(play(events(source(world, scribe)))) == ["B"]
-    assert world.acked == [1, 2]
-    assert [m.topic for m in outbox(scribe.journal)] == ["t/deadletter/me"]
-
-
 def test_array_with_a_bad_bar_keeps_the_good_ones(scribe):
     """One bad bar of an array becomes a dead letter of its own; the others are taken."""
     pieces = json.loads(Message.of(bar("A", 1), bar("B", 1), bar("C", 1)).payload)
