@@ -1,10 +1,12 @@
 """A broker and a clock in memory, for tests of the live rim without a network and without waiting."""
 
+import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from barcast.backtest.replay import Recording, replay
 from barcast.daemon.app import recover
@@ -14,13 +16,14 @@ from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
 from barcast.daemon.pipeline import OpenModel, Pipeline, Settings, run
-from barcast.daemon.ports import EndOfSource, Revision
+from barcast.daemon.ports import EndOfSource, Event, Revision
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing, encode_bars
 from barcast.models import Bar
 from tests.fakes import START
 
 SECOND = 10**9
+T = TypeVar("T")
 MINUTELY = Calendars("24x7", Timeframe.parse("1m"))
 
 
@@ -119,6 +122,26 @@ def source(world: World, scribe: Scribe, **changes: object) -> LiveSource:
     }
     world.source = LiveSource(world, scribe, world, **(settings | changes))
     return world.source
+
+
+def play(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine under asyncio's debug mode, and not for long."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(10):
+            return await coroutine
+
+    return asyncio.run(limited(), debug=True)
+
+
+async def taken(src: LiveSource) -> list[Event | None]:
+    """All events until the source ends."""
+    found = []
+    while True:
+        try:
+            found.append(await src.next(None))
+        except EndOfSource:
+            return found
 
 
 def outbox(journal: Journal) -> list[Outgoing]:
