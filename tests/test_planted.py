@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
 
 from barcast.backtest.sample import sample_checkpoint
 from barcast.daemon.journal import Journal
@@ -17,6 +19,7 @@ from barcast.models import Window, samplers
 from barcast.models.checkpoint import open_forecaster
 from barcast.models.diffusion import Distribution
 from tests import checks
+from tests.daemon.test_machine import DaemonMachine
 from tests.fakes import Spread
 from tests.garch import simulate
 from tests.rim import SECOND
@@ -160,6 +163,28 @@ def test_planted_bug_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(AssertionError):
             bug.check(tmp_path / "planted")
     bug.check(tmp_path / "after")
+
+
+FOUND_BY_THE_MACHINE = [
+    "acknowledged before the commit",
+    "an outbox row is lost",
+    "progress is noted before its outcomes",
+    "lateness is decided when the loop gets to it",
+    "the forecaster of the tests keeps something",
+    "an activation acts before it is journalled",
+    "an activation is journalled twice",
+]
+
+
+@pytest.mark.parametrize("name", FOUND_BY_THE_MACHINE)
+def test_planted_bug_is_found_by_the_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine of anything in any order finds the bug, too: what it looks at can break."""
+    plant(BUGS[name], monkeypatch)
+    draws = settings(
+        max_examples=1000, stateful_step_count=40, phases=[Phase.generate], derandomize=True, database=None
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(DaemonMachine, settings=draws)
 
 
 def test_bug_whose_words_are_gone_is_planted_again(monkeypatch: pytest.MonkeyPatch) -> None:
