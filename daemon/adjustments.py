@@ -31,8 +31,10 @@ def read_adjustments(path: Path) -> list[Adjustment]:
         try:
             message = msgspec.convert(row, AdjustmentMessage, strict=False)
             found.append(adjustment(message, message.symbol or ""))
-        except (msgspec.ValidationError, ValueError) as error:
+        except msgspec.ValidationError as error:
             raise DataError(f"{path}, row {number}: {error}; {ADJUSTMENT}.") from error
+        except ValueError as error:
+            raise DataError(f"{path}, row {number}: {error}.") from error
     return found
 
 

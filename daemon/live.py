@@ -154,8 +154,8 @@ class LiveSource:
                 records.append((time, kind, delivery.topic, delivery.payload))
                 events.append(found)
             if rejects:
-                reason = rejects[0].reason[: wire.CUT]
-                log.warning("dead_letter", topic=delivery.topic, reason=reason, count=len(rejects))
+                topic, reason = delivery.topic[: wire.CUT], rejects[0].reason[: wire.CUT]
+                log.warning("dead_letter", topic=topic, reason=reason, count=len(rejects))
                 outgoing.append(wire.dead_letter(rejects, delivery.topic, time, self._deadletters))
         seqs = await self._scribe(self._scribe.journal.append, records, outgoing)
         self._link.ack(deliveries)

@@ -33,18 +33,22 @@ MOST_BYTES = 1_000_000
 UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 """What a decoder says of bytes that are no message; the last of thousands of nested brackets."""
 
-BAR = "a bar is close_time, open, high, low, close and volume; times are RFC 3339 with a zone, prices numbers"
+MOST_PIECES = 20_000
+"""The longest array that is searched for its good bars when one is malformed: no more fit into a payload."""
+
+BAR = "send close_time (RFC 3339 with a zone) and open, high, low, close and volume (numbers)"
 """What a reason ends with when a payload has not the form of a bar."""
 
-ADJUSTMENT = (
-    "an adjustment is time (RFC 3339 with a zone), factor (new over old price) and kind, split or roll"
-)
-"""What a reason ends with when there is no adjustment in a message."""
+ADJUSTMENT = "send time (RFC 3339 with a zone), factor (a number) and kind (split or roll)"
+"""What a reason ends with when a payload has not the form of an adjustment."""
 
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,31}")
 CUT = 1000
+SHOWN = 200
+"""Characters of a foreign text that a reason shows, so that the remedy behind it is never cut."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY, _SECOND, _MICROSECOND = 86_400_000_000_000, 1_000_000_000, 1_000
+_FOREVER = 1 << 63
 
 
 def to_ns(time: datetime) -> int:
@@ -252,8 +256,9 @@ def decode(
             messages = [(_pack_bar if packed else _json_bar).decode(payload)]
     except UNDECODABLE as error:
         pieces = _pieces(payload, packed) if array else None
-        if pieces is None:
-            return [], [Reject(f"{error}; {BAR}", payload)]
+        if pieces is None or len(pieces) > MOST_PIECES:
+            many = f", in an array of {len(pieces)}" if pieces else ""
+            return [], [Reject(f"{_malformed(error, packed)}{many}; {BAR}", payload)]
         return _piecewise(pieces, symbol, received, calendars, packed)
     bars: list[Bar] = []
     rejects: list[Reject] = []
@@ -274,7 +279,7 @@ def decode(
             and LEAST < m.low <= m.open <= m.high < MOST
             and m.low <= m.close <= m.high
             and 0 <= m.volume < MOST
-            and (m.trades is None or m.trades >= 0)
+            and (m.trades is None or 0 <= m.trades < MOST)
             and (m.vwap is None or LEAST < m.vwap < MOST)
         ):
             bars.append(Bar(name, close, m.open, m.high, m.low, m.close, m.volume, m.trades, m.vwap))
@@ -289,24 +294,32 @@ def declared(topic: str, payload: bytes, root: str) -> Adjustment | Reject:
     segment = topic.removeprefix(f"{root}/adjustments/")
     try:
         packed, _ = _form(payload)
+    except ValueError as error:
+        return Reject(str(error), payload)
+    try:
         message = (_pack_adjustment if packed else _json_adjustment).decode(payload)
-        if message.symbol not in (None, segment):
-            raise ValueError(f"symbol {message.symbol!r} disagrees with the topic's {segment!r}")
+    except UNDECODABLE as error:
+        return Reject(f"{_malformed(error, packed)}; {ADJUSTMENT}", payload)
+    if message.symbol is not None and message.symbol != segment:
+        return Reject(_disagrees(message.symbol, segment), payload)
+    try:
         return adjustment(message, segment)
-    except (ValueError, *UNDECODABLE) as error:
-        return Reject(f"{error}; {ADJUSTMENT}", payload)
+    except ValueError as error:
+        return Reject(str(error), payload)
 
 
 def adjustment(message: AdjustmentMessage, symbol: str) -> Adjustment:
     """The adjustment of a symbol that a message stands for. Raise ValueError for one that cannot be."""
-    time = to_ns(message.time)
+    time, factor = to_ns(message.time), message.factor
     if not is_symbol(symbol):
         raise ValueError(_no_symbol(symbol))
-    if not 1e-6 <= message.factor <= 1e6 or message.factor == 1:
-        raise ValueError(f"factor {message.factor} is not from 1e-6 to 1e6, or it is 1 and changes nothing")
-    if time <= 0:
-        raise ValueError(f"time {message.time.isoformat()} is not after 1970")
-    return Adjustment(symbol, time, message.factor, message.kind)
+    if not 1e-6 <= factor <= 1e6 or factor == 1:
+        raise ValueError(
+            f"factor {factor} is not from 1e-6 to 1e6, or it is 1; send the new price over the old one"
+        )
+    if not 0 < time < _FOREVER:
+        raise ValueError(f"time {message.time.isoformat()} is not between 1970 and 2262; correct it")
+    return Adjustment(symbol, time, factor, message.kind)
 
 
 @lru_cache(4096)
@@ -322,10 +335,13 @@ def _symbol_of(topic: str, root: str, timeframe: str) -> str | None:
     parts = topic.removeprefix(prefix).split("/") if topic.startswith(prefix) else []
     if not 1 <= len(parts) <= 2:
         raise ValueError(
-            f"topic {topic!r} is not {prefix}TIMEFRAME/SYMBOL or {prefix}TIMEFRAME; publish there"
+            f"topic {_shown(topic)!r} is not {prefix}TIMEFRAME/SYMBOL or {prefix}TIMEFRAME; publish there"
         )
     if parts[0] != timeframe:
-        raise ValueError(f"timeframe {parts[0]!r}: this instance takes {timeframe!r} bars only")
+        raise ValueError(
+            f"timeframe {_shown(parts[0])!r} is not the {timeframe!r} of this instance; "
+            "publish such bars, or run another instance for the others"
+        )
     if len(parts) == 2 and not is_symbol(parts[1]):
         raise ValueError(_no_symbol(parts[1]))
     return parts[1] if len(parts) == 2 else None
@@ -334,10 +350,10 @@ def _symbol_of(topic: str, root: str, timeframe: str) -> str | None:
 def _form(payload: bytes) -> tuple[bool, bool]:
     """Whether a payload is msgpack, and whether it is an array. Raise ValueError for one that cannot be."""
     if not payload:
-        raise ValueError("the payload is empty; send a bar or an array of bars")
+        raise ValueError("the payload is empty; send JSON or msgpack")
     if len(payload) > MOST_BYTES:
         raise ValueError(
-            f"the payload has {len(payload)} bytes, more than {MOST_BYTES}; send arrays of fewer bars"
+            f"the payload has {len(payload)} bytes, more than {MOST_BYTES}; send fewer bars at once"
         )
     first = payload[0]
     if first in b" \t\r\n":
@@ -373,7 +389,7 @@ def _piecewise(
         try:
             m = one.decode(piece)
         except UNDECODABLE as fault:
-            rejects.append(Reject(f"{fault}; {BAR}", bytes(piece)))
+            rejects.append(Reject(f"{_malformed(fault, packed)}; {BAR}", bytes(piece)))
             continue
         if reason := _fault(m, symbol, received, calendars):
             rejects.append(Reject(reason, bytes(piece)))
@@ -385,8 +401,22 @@ def _piecewise(
     return bars, rejects
 
 
+def _malformed(error: Exception, packed: bool) -> str:
+    """What a decoder has against a payload, for people."""
+    fault = "brackets are nested too deep" if isinstance(error, RecursionError) else _shown(str(error))
+    return f"taken for msgpack by its first byte: {fault}" if packed else fault
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
 def _no_symbol(name: str) -> str:
-    return f"symbol {name!r} is not of the form [A-Z0-9][A-Z0-9._-]{{0,31}}; spell it so"
+    return f"symbol {_shown(name)!r} is not of the form [A-Z0-9][A-Z0-9._-]{{0,31}}; spell it so"
+
+
+def _disagrees(name: str, symbol: str) -> str:
+    return f"symbol {_shown(name)!r} disagrees with the topic's {_shown(symbol)!r}; correct one of them"
 
 
 def _fault(m: BarMessage, symbol: str | None, received: int, calendars: Calendars) -> str:
@@ -395,31 +425,51 @@ def _fault(m: BarMessage, symbol: str | None, received: int, calendars: Calendar
     if name is None:
         return "symbol is missing; name it in each bar of an array or in the topic"
     if symbol is not None and name != symbol:
-        return f"symbol {m.symbol!r} disagrees with the topic's {symbol!r}; correct one of them"
+        return _disagrees(name, symbol)
     if not is_symbol(name):
         return _no_symbol(name)
     close, given, calendar = to_ns(m.close_time), m.close_time.isoformat(), calendars.of(name)
-    if not 0 < close <= received + _ahead(calendars):
+    if close <= 0:
+        return f"close_time {given} is not after 1970; correct the time"
+    latest = received + _ahead(calendars)
+    if close > latest:
         return (
-            f"close_time {given} is not between 1970 and one bar after its arrival, {to_text(received)}; "
-            "correct the time or the clock"
+            f"close_time {given} is after {to_text(latest)}, the latest that an arrival at "
+            f"{to_text(received)} may have; correct the time or the clock"
         )
     if not calendar.covers(close):
-        return f"close_time {given} is outside the years that the calendar {calendar.name} knows"
+        return (
+            f"close_time {given} is outside the years that the calendar {calendar.name} knows; "
+            "correct the time, or leave the bar out"
+        )
     if not calendar.is_close(close):
         return (
             f"close_time {given} is when no {calendar.timeframe} bar of the calendar {calendar.name} closes; "
             "correct the time, or name the symbol's calendar in the settings"
         )
-    if not (LEAST < m.low <= m.open <= m.high < MOST and m.low <= m.close <= m.high and 0 <= m.volume < MOST):
-        return (
-            f"open {m.open}, high {m.high}, low {m.low}, close {m.close}, volume {m.volume}: prices must be "
-            f"within {LEAST} and {MOST} and low <= open, close <= high; volume below {MOST}, not negative"
-        )
-    if (m.trades is not None and m.trades < 0) or (m.vwap is not None and not LEAST < m.vwap < MOST):
-        return (
-            f"trades {m.trades}, vwap {m.vwap}: the count cannot be negative, vwap is a price; or omit them"
-        )
+    if fault := _implausible(m):
+        return f"{fault}; correct it, or leave the bar out"
+    if m.trades is not None and not 0 <= m.trades < MOST:
+        count = m.trades if abs(m.trades) < MOST else f"{'-' * (m.trades < 0)}10^15 or more"
+        return f"trades {count} is not from 0 to below {MOST:g}; correct it, or leave it out"
+    if m.vwap is not None and not LEAST < m.vwap < MOST:
+        return f"vwap {m.vwap} is not between {LEAST:g} and {MOST:g}; correct it, or leave it out"
+    return ""
+
+
+def _implausible(m: BarMessage) -> str:
+    """Which price or volume cannot be; empty when all can."""
+    prices = {"open": m.open, "high": m.high, "low": m.low, "close": m.close}
+    for field, price in prices.items():
+        if not LEAST < price < MOST:
+            return f"{field} {price} is no price between {LEAST:g} and {MOST:g}"
+    if m.low > m.high:
+        return f"low {m.low} is above high {m.high}"
+    for field, price in prices.items():
+        if not m.low <= price <= m.high:
+            return f"{field} {price} is not between low {m.low} and high {m.high}"
+    if not 0 <= m.volume < MOST:
+        return f"volume {m.volume} is not from 0 to below {MOST:g}"
     return ""
 
 

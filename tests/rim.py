@@ -1,20 +1,29 @@
 """A broker and a clock in memory, for tests of the live rim without a network and without waiting."""
 
+import asyncio
+import sqlite3
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
 
+from barcast.backtest.replay import Recording, replay
+from barcast.daemon.app import recover
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.journal import Journal
-from barcast.daemon.live import LiveSource, Scribe
+from barcast.daemon.events import Champion, events
+from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.live import Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
-from barcast.daemon.ports import EndOfSource
+from barcast.daemon.pipeline import OpenModel, Pipeline, Settings, run
+from barcast.daemon.ports import EndOfSource, Event, Revision
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing, encode_bars
 from barcast.models import Bar
 from tests.fakes import START
 
 SECOND = 10**9
+T = TypeVar("T")
 MINUTELY = Calendars("24x7", Timeframe.parse("1m"))
 
 
@@ -115,7 +124,93 @@ def source(world: World, scribe: Scribe, **changes: object) -> LiveSource:
     return world.source
 
 
+def play(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine under asyncio's debug mode, and not for long."""
+
+    async def limited() -> T:
+        async with asyncio.timeout(10):
+            return await coroutine
+
+    return asyncio.run(limited(), debug=True)
+
+
+async def taken(src: LiveSource) -> list[Event | None]:
+    """All events until the source ends."""
+    found = []
+    while True:
+        try:
+            found.append(await src.next(None))
+        except EndOfSource:
+            return found
+
+
 def outbox(journal: Journal) -> list[Outgoing]:
     """Every message that was ever put into the outbox, in its order."""
     rows = journal._db.execute("SELECT id, topic, payload, retain, expires FROM outbox ORDER BY n")
     return [Outgoing(i, t, p, bool(r), e) for i, t, p, r, e in rows]
+
+
+def path_of(messages: Sequence[Outgoing]) -> list[Outgoing]:
+    """What the path said: all but the dead letters and what is said of models."""
+    return [m for m in messages if m.topic.split("/")[1] not in ("deadletter", "models")]
+
+
+def revision(settings: Settings) -> Decision:
+    """The settings of the path are these from now on."""
+    body = settings.encode()
+    return Decision(Kind.REVISION, body, lambda time: Revision(time, body))
+
+
+def activation(model: str) -> Decision:
+    """A model takes over."""
+    champion = Champion(model, "numpy", 8, "test")
+    return Decision(Kind.ACTIVATION, champion.encode(), champion.event)
+
+
+class Silent:
+    """A courier that delivers nothing."""
+
+    def wake(self) -> None:
+        """Nothing waits for it."""
+
+
+class Instance:
+    """The daemon's own parts over a journal file: built like a start of it, recovery and all."""
+
+    def __init__(self, file: Path, world: World, open_model: OpenModel) -> None:
+        self.journal = Journal(file)
+        self.journal._db.execute("PRAGMA synchronous = OFF")  # the disk is not what is tested
+        self.pipeline = Pipeline(open_model)
+        backlog = recover(self.journal, self.pipeline)
+        self.scribe = Scribe(self.journal)
+        progress = self.journal.progress()
+        self.source = source(
+            world,
+            self.scribe,
+            backlog=backlog,
+            position=progress.seq,
+            stamped=max(self.journal.last_time(), progress.clock),
+        )
+        self.sink = LiveSink(self.scribe, self.source, Silent())
+        self._open_model = open_model
+
+    async def run(self) -> None:
+        """Go on until nothing is left to happen."""
+        await run(self.source, self.pipeline, self.sink)
+
+    def replayed(self) -> list[Outgoing]:
+        """What a replay of the journal says, to its end."""
+        recording = Recording()
+        recorded = events(self.journal.records())
+        replay((event for _, event in recorded), Pipeline(self._open_model), recording)
+        return recording.messages
+
+    def image(self) -> sqlite3.Connection:
+        """A copy of the journal as it is on the disk now."""
+        image = sqlite3.connect(":memory:", check_same_thread=False)
+        self.journal._db.backup(image)
+        return image
+
+    def close(self) -> None:
+        """Close the journal; what is in memory is lost."""
+        self.scribe.close()

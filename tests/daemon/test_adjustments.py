@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from barcast.backtest.ledger import Ledger
 from barcast.backtest.replay import Recording, replay
-from barcast.daemon import wire
 from barcast.daemon.adjustments import read_adjustments
 from barcast.daemon.events import Champion, events
 from barcast.daemon.journal import Journal, Kind
@@ -159,34 +158,6 @@ def test_ledger_holds_through_a_split():
 
 
 ADJUSTMENT = {"time": "2023-11-14T22:20:00Z", "factor": 0.5, "kind": "split"}
-BAD = {
-    "half a JSON": (b'{"time": "2023', "truncated"),
-    "empty": (b"", "empty"),
-    "no factor": ({"time": ADJUSTMENT["time"], "kind": "split"}, "factor"),
-    "negative factor": (ADJUSTMENT | {"factor": -2}, "factor -2.0"),
-    "factor of one": (ADJUSTMENT | {"factor": 1}, "changes nothing"),
-    "naive time": (ADJUSTMENT | {"time": "2023-11-14T22:20:00"}, "time is"),
-    "unknown kind": (ADJUSTMENT | {"kind": "merger"}, "Invalid enum value 'merger'"),
-    "symbol disagrees": (ADJUSTMENT | {"symbol": "B"}, "disagrees"),
-    "an array": ([ADJUSTMENT], "Expected `object`"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_adjustment_is_refused_with_a_reason(case):
-    """What is no adjustment is given back with the reason and what one looks like."""
-    payload, reason = BAD[case]
-    raw = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
-    found = wire.declared("t/adjustments/A", raw, "t")
-    assert isinstance(found, wire.Reject)
-    assert reason.lower().removesuffix(" is") in found.reason.lower()
-
-
-def test_adjustment_of_a_symbol_that_cannot_be_is_refused():
-    """A topic whose last segment names no symbol is a dead letter."""
-    found = wire.declared("t/adjustments/a/b", json.dumps(ADJUSTMENT).encode(), "t")
-    assert isinstance(found, wire.Reject)
-    assert "'a/b'" in found.reason
 
 
 def test_live_declaration_is_journalled_and_replays(tmp_path):

@@ -13,8 +13,9 @@ from barcast.daemon.mqtt import NOT_CONNECTED
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Activation, Arrival, EndOfSource, Revision
 from barcast.daemon.wire import Outgoing
+from tests import checks
 from tests.fakes import START, Spread, bar, settings
-from tests.rim import SECOND, Message, World, outbox, source
+from tests.rim import SECOND, Message, World, outbox, play, source, taken
 
 A, B = (Message.of(bar(symbol, 1)) for symbol in "AB")
 BAD = Message("t/bars/1m/A", b'{"close_time": "yesterday"}')
@@ -28,50 +29,14 @@ def scribe(tmp_path):
     opened.close()
 
 
-def play(coroutine):
-    """Run a coroutine under asyncio's debug mode, and not for long."""
-
-    async def limited():
-        async with asyncio.timeout(10):
-            return await coroutine
-
-    return asyncio.run(limited(), debug=True)
-
-
-async def events(src, deadline=None):
-    """All events until the source ends."""
-    found = []
-    while True:
-        try:
-            found.append(await src.next(deadline))
-        except EndOfSource:
-            return found
-
-
 def symbols(found):
     """The symbols of arrivals, in order."""
     return [b.symbol for event in found for b in event.bars]
 
 
-def test_acknowledged_after_the_commit_in_order(scribe, monkeypatch):
+def test_acknowledged_after_the_commit_in_order(tmp_path):
     """The broker is told that a message is ours only once it is in the journal, oldest first."""
-    world, notes = World(), []
-    append, ack = scribe.journal.append, world.ack
-
-    def spy(records, outgoing):
-        written = append(records, outgoing)
-        notes.append(("committed", [r.topic for r in scribe.journal.records()]))
-        return written
-
-    monkeypatch.setattr(scribe.journal, "append", spy)
-    world.ack = lambda deliveries: (ack(deliveries), notes.append(("acknowledged", list(world.acked))))
-    world.deliver(B, A, B)
-    found = play(events(source(world, scribe)))
-    assert notes == [
-        ("committed", ["t/bars/1m/B", "t/bars/1m/A", "t/bars/1m/B"]),
-        ("acknowledged", [1, 2, 3]),
-    ]
-    assert symbols(found) == ["B", "A", "B"]
+    checks.acknowledged_after_the_commit(tmp_path)
 
 
 def test_failed_commit_acknowledges_nothing(scribe, monkeypatch):
@@ -109,7 +74,7 @@ def test_bad_message_becomes_a_dead_letter(scribe):
     """What cannot be read is acknowledged, put into the outbox with the reason, and the loop goes on."""
     world, queued = World(), []
     world.deliver(A, BAD, B)
-    found = play(events(source(world, scribe, queued=lambda: queued.append(True))))
+    found = play(taken(source(world, scribe, queued=lambda: queued.append(True))))
     assert symbols(found) == ["A", "B"]
     assert world.acked == [1, 2, 3]
     assert queued == [True]
@@ -124,34 +89,13 @@ def test_bad_message_becomes_a_dead_letter(scribe):
     assert [r.payload for r in scribe.journal.records()] == [A.payload, B.payload]
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        Message("t/bars/5m/A", A.payload),
-        Message("t/bars/1m/B", A.payload),
-        Message("t/bars/1m/A/x", A.payload),
-        Message("t/bars/1m/A", b""),
-        Message("t/bars/1m/A", b"\xff\xfe\x00"),
-        Message("t/bars/1m/A", b"[[[["),
-        Message("t/bars/1m", b"\x92\xc0"),
-    ],
-)
-def test_nothing_that_arrives_stops_the_loop(scribe, message):
-    """Whatever a message is, it is acknowledged, told of, and the next one is taken."""
-    world = World()
-    world.deliver(message, B)
-    assert symbols(play(events(source(world, scribe)))) == ["B"]
-    assert world.acked == [1, 2]
-    assert [m.topic for m in outbox(scribe.journal)] == ["t/deadletter/me"]
-
-
 def test_array_with_a_bad_bar_keeps_the_good_ones(scribe):
     """One bad bar of an array becomes a dead letter of its own; the others are taken."""
     pieces = json.loads(Message.of(bar("A", 1), bar("B", 1), bar("C", 1)).payload)
     pieces[1]["low"] = 1e9
     world = World()
     world.deliver(Message("t/bars/1m", json.dumps(pieces).encode()))
-    [arrival] = play(events(source(world, scribe)))
+    [arrival] = play(taken(source(world, scribe)))
     assert [b.symbol for b in arrival.bars] == ["A", "C"]
     [letter] = outbox(scribe.journal)
     assert json.loads(json.loads(letter.payload)["payload"])["symbol"] == "B"
@@ -163,7 +107,7 @@ def test_message_of_quality_0_is_kept_too(scribe):
     """A feed that sends without wanting an answer has its bars journalled like any other."""
     world = World()
     world.deliver(A, qos=0)
-    assert symbols(play(events(source(world, scribe)))) == ["A"]
+    assert symbols(play(taken(source(world, scribe)))) == ["A"]
     assert len(list(scribe.journal.records())) == 1
 
 
@@ -177,25 +121,21 @@ def swap(model):
     )
 
 
-def test_decision_is_journalled_before_what_waits_and_before_it_acts(scribe):
+def test_decision_is_journalled_before_what_waits_and_before_it_acts(tmp_path):
     """A decision takes its place before the messages that wait, and is in the journal by then."""
-    world = World()
-    src = source(world, scribe)
+    checks.decision_is_journalled_before_it_acts(tmp_path)
+
+
+def test_notices_of_decisions_are_told(scribe):
+    """What a decision has to say is put into the outbox with it, in order."""
+    src = source(World(), scribe)
 
     async def decides():
-        world.deliver(A)
-        first, second = src.decide(swap("x")), src.decide(swap("y"))
-        assert not first.done()
-        event = await src.next(None)
-        kinds = [(r.kind, r.time) for r in scribe.journal.records()]
-        assert first.done()
-        assert second.done()
-        return event, kinds, await events(src)
+        src.decide(swap("x"))
+        src.decide(swap("y"))
+        return await taken(src)
 
-    event, kinds, rest = play(decides())
-    assert event == Activation(START, "x", "numpy", 8)
-    assert kinds == [("activation", START), ("activation", START), ("bars", START)]
-    assert [type(e) for e in rest] == [Activation, Arrival]
+    assert [type(e) for e in play(decides())] == [Activation, Activation]
     assert [m.id for m in outbox(scribe.journal)] == ["notice x", "notice y"]
 
 
@@ -276,7 +216,7 @@ def test_stamps_begin_where_the_journal_ended(scribe):
     """After a restart on a host whose clock is behind, nothing is stamped before what is in the journal."""
     world = World(time=START)
     world.deliver(A)
-    [event] = play(events(source(world, scribe, stamped=START + 9)))
+    [event] = play(taken(source(world, scribe, stamped=START + 9)))
     assert event.time == START + 9
 
 

@@ -15,6 +15,7 @@ from barcast.models.diffusion import SSSDForecaster, use_one_thread
 from barcast.models.samplers import SAMPLERS
 from barcast.models.sssd import knot_scores, piecewise
 from barcast.models.trained import Trained
+from tests.checks import forecast_does_not_depend_on_its_batch
 from tests.garch import simulate
 
 Open = Callable[..., SSSDForecaster]
@@ -43,14 +44,7 @@ def _bytes(f: Forecast) -> bytes:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_forecast_does_not_depend_on_its_batch(opened: Open, windows: list[Window], sampler: str) -> None:
     """In batches of 1 to 64 windows, in random company, every window gets the same bits."""
-    forecaster = opened(sampler)
-    alone = [_bytes(forecaster.forecast([w])[0]) for w in windows]
-    rng = np.random.default_rng(1)
-    for size in (1, 2, 3, 7, 16, 31, 64):
-        for _ in range(2):
-            chosen = rng.permutation(len(windows))[:size]
-            together = forecaster.forecast([windows[i] for i in chosen])
-            assert [_bytes(f) for f in together] == [alone[i] for i in chosen]
+    forecast_does_not_depend_on_its_batch(opened(sampler), windows)
 
 
 def test_control_variable_batch_shapes_do_change_bits(trained: Trained, windows: list[Window]) -> None:

@@ -1,0 +1,194 @@
+"""Bugs planted into the real code: the check that guards the promise fails, and passes without the bug."""
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from barcast.backtest.sample import sample_checkpoint
+from barcast.daemon.journal import Journal
+from barcast.daemon.live import LiveSource
+from barcast.daemon.pipeline import run
+from barcast.models import Window, samplers
+from barcast.models.checkpoint import open_forecaster
+from barcast.models.diffusion import Distribution
+from tests import checks
+from tests.daemon.test_machine import DaemonMachine
+from tests.fakes import Spread
+from tests.garch import simulate
+from tests.rim import SECOND
+
+DAY = 86_400 * SECOND
+
+
+def crash_at_any_commit(folder: Path) -> None:
+    """See there, for eight messages at a time."""
+    checks.crash_at_any_commit_changes_no_message(folder, together=8, late=0, again=False)
+
+
+def busy_loop(_folder: Path) -> None:
+    """See there, for as many runs as the tests have."""
+    checks.busy_loop_says_what_its_replay_says(range(25))
+
+
+def batch_of_the_fake(_folder: Path) -> None:
+    """Batches of the forecaster that the tests of the path use."""
+    checks.forecast_does_not_depend_on_its_batch(Spread(), some_windows(), (1, 2, 5))
+
+
+def batch_of_dpmpp(_folder: Path) -> None:
+    """Batches of the shipped model by its own sampler."""
+    forecaster = open_forecaster(sample_checkpoint(), "dpmpp")
+    checks.forecast_does_not_depend_on_its_batch(forecaster, some_windows(), (1, 2, 5))
+
+
+def batch_of_ddim(_folder: Path) -> None:
+    """Batches of the shipped model by the other sampler."""
+    forecaster = open_forecaster(sample_checkpoint(), "ddim")
+    checks.forecast_does_not_depend_on_its_batch(forecaster, some_windows(), (1, 2, 5))
+
+
+def some_windows() -> list[Window]:
+    """Windows of six symbols."""
+    return [simulate(f"S{n}", 400 + n, seed=n, step=DAY).window for n in range(6)]
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A function of the program, what to put in the place of which of its words, and the check for it."""
+
+    where: Callable[..., Any]
+    words: dict[str, str]
+    check: checks.Check
+
+
+COMMITS = "seqs = await self._scribe(self._scribe.journal.append, records, outgoing)"
+ACKNOWLEDGES = "self._link.ack(deliveries)"
+ENQUEUES = "_enqueue(db, outgoing)"
+DECIDES = "self._decisions.append((decision, written))"
+JOURNALS = "self._scribe.journal.append([(self.now(), decision.kind, '', decision.payload)])"
+ACTS = "self._ready.appendleft((self.position, decision.event(self.now())))"
+
+BUGS = {
+    "acknowledged before the commit": Bug(
+        LiveSource._commit,
+        {f"{COMMITS}\n    {ACKNOWLEDGES}": f"{ACKNOWLEDGES}\n    {COMMITS}"},
+        checks.acknowledged_after_the_commit,
+    ),
+    "an outbox row is lost": Bug(
+        Journal.settle,
+        {ENQUEUES: "_enqueue(db, outgoing[:-1])"},
+        checks.replay_says_what_was_sent,
+    ),
+    "progress is noted before its outcomes": Bug(
+        Journal.append,
+        {ENQUEUES: f"{ENQUEUES}; db.execute('UPDATE progress SET seq = seq + ?', (len(records),))"},
+        crash_at_any_commit,
+    ),
+    "lateness is decided when the loop gets to it": Bug(
+        run,
+        {"now = source.now() if event is None else event.time": "now = source.now()"},
+        busy_loop,
+    ),
+    "the noise moves on from window to window": Bug(
+        Distribution.sample,
+        {"start = self.noise": "self.noise = self.noise.flip(1); start = self.noise"},
+        batch_of_ddim,
+    ),
+    "the solver keeps its history from window to window": Bug(
+        samplers.dpmpp,
+        {
+            "last = len(timesteps) - 1": "last, kept = len(timesteps) - 1, []",
+            "previous = x\n": "previous = kept.pop() if kept else x\n",
+            "if 0 < i < last:": "if i < last and previous is not x:",
+            "slope[i - 1]": "slope[max(i - 1, 0)]",
+            "return x\n": "kept.append(previous); return x\n",
+        },
+        batch_of_dpmpp,
+    ),
+    "the forecaster of the tests keeps something": Bug(
+        Spread._one,
+        {"spread = 1e-4": "self.n = getattr(self, 'n', 0) + 1; spread = 1e-4 * self.n"},
+        batch_of_the_fake,
+    ),
+    "an activation acts before it is journalled": Bug(
+        LiveSource.decide,
+        {DECIDES: f"{DECIDES}; {ACTS}"},
+        checks.decision_is_journalled_before_it_acts,
+    ),
+    "an activation overtakes what is journalled": Bug(
+        LiveSource.decide,
+        {DECIDES: f"{DECIDES}; {ACTS}"},
+        checks.decision_amid_work_is_replayed,
+    ),
+    "an activation is journalled twice": Bug(
+        LiveSource.decide,
+        {DECIDES: f"{DECIDES}; {JOURNALS}"},
+        checks.decision_is_journalled_before_it_acts,
+    ),
+    "an activation that is journalled twice is replayed too early": Bug(
+        LiveSource.decide,
+        {DECIDES: f"{DECIDES}; {JOURNALS}"},
+        checks.decision_amid_work_is_replayed,
+    ),
+}
+
+
+def plant(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give a function the code that its source has with other words, wherever it was imported."""
+    source = textwrap.dedent(inspect.getsource(bug.where))
+    for old, new in bug.words.items():
+        assert source.count(old) == 1, f"{bug.where.__name__} does not say {old!r} once: plant the bug again"
+        source = source.replace(old, new)
+    planted: dict[str, Any] = {}
+    exec(compile(source, "<planted>", "exec"), bug.where.__globals__, planted)
+    monkeypatch.setattr(bug.where, "__code__", planted[bug.where.__name__].__code__)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check passes as the code is, fails with the bug in it, and passes again without."""
+    bug = BUGS[name]
+    for folder in ("before", "planted", "after"):
+        (tmp_path / folder).mkdir()
+    bug.check(tmp_path / "before")
+    with monkeypatch.context() as patch:
+        plant(bug, patch)
+        with pytest.raises(AssertionError):
+            bug.check(tmp_path / "planted")
+    bug.check(tmp_path / "after")
+
+
+FOUND_BY_THE_MACHINE = [
+    "acknowledged before the commit",
+    "an outbox row is lost",
+    "progress is noted before its outcomes",
+    "lateness is decided when the loop gets to it",
+    "the forecaster of the tests keeps something",
+    "an activation acts before it is journalled",
+    "an activation is journalled twice",
+]
+
+
+@pytest.mark.parametrize("name", FOUND_BY_THE_MACHINE)
+def test_planted_bug_is_found_by_the_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine of anything in any order finds the bug, too: what it looks at can break."""
+    plant(BUGS[name], monkeypatch)
+    draws = settings(
+        max_examples=1000, stateful_step_count=40, phases=[Phase.generate], derandomize=True, database=None
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(DaemonMachine, settings=draws)
+
+
+def test_bug_whose_words_are_gone_is_planted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of the code under a bug is noticed: it is not passed over as caught."""
+    gone = Bug(Journal.settle, {"what it never said": ""}, busy_loop)
+    with pytest.raises(AssertionError, match="plant the bug again"):
+        plant(gone, monkeypatch)
