@@ -4,25 +4,27 @@ The bars come from the broker, a few arrays at a time, so that the queue between
 short for many symbols as for few. Rings are written to their end, as untouched memory costs nothing.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from barcast.daemon.store import open_model
 from barcast.models.window import SLACK
-from tests.bench.ingest import FIRST, LENGTH, await_answer
+from tests.bench.ingest import FIRST, LENGTH
 from tests.bench.report import Row, Section
-from tests.bench.rig import MINUTE, PROBE, ROOT, Broker, Daemon, Raw, bars, memory, minutes, packets, walk
+from tests.bench.rig import MINUTE, PROBE, Broker, Daemon, Raw, bars, memory, minutes, packets, walk
 
 FEW, MANY = 10, 1000
 AT_ONCE = 50
-"""Arrays that are published before the daemon is asked whether it has them."""
+"""Arrays that are published before they must be in the journal."""
+PULSE_SECONDS = 0.01
 
 
 def measure(tell: Callable[[str], None], folder: Path) -> Section:
     """Resident memory with few and with many symbols, and the difference for each."""
     section = Section(
         "memory",
-        "Memory of the daemon, filtered historical simulation, windows full",
+        "Memory of the daemon, fhs, windows full",
         {
             "symbols": ("symbols", ","),
             "rss_mb": ("MB", ",.0f"),
@@ -44,9 +46,9 @@ def _resident(symbols: int, folder: Path, tell: Callable[[str], None]) -> dict[s
     window = open_model("fhs", "1m", None, None).card.window
     rounds = -(-2 * (window + SLACK) // LENGTH)
     with Broker(folder / "broker") as broker:
-        watcher = Raw(broker.port, "watch", subscribe=[f"{ROOT}/groups/#"])
         publisher = Raw(broker.port, "feed")
         with Daemon(folder, broker, symbols=[PROBE]) as daemon:
+            sent = 0
             for n in range(rounds):
                 tell(f"{symbols:,} symbols, {n * LENGTH} bars of each")
                 closes = minutes(FIRST + n * LENGTH * MINUTE, LENGTH)
@@ -54,5 +56,8 @@ def _resident(symbols: int, folder: Path, tell: Callable[[str], None]) -> dict[s
                 arrays = packets((every[s::symbols] for s in range(symbols)), "1m")
                 for start in range(0, len(arrays), AT_ONCE):
                     publisher.send_all(arrays[start : start + AT_ONCE])
-                    await_answer(daemon, publisher, watcher)
+                    sent += min(AT_ONCE, len(arrays) - start)
+                    while daemon.records() < sent:
+                        time.sleep(PULSE_SECONDS)
+            daemon.settle()
             return memory(daemon.pid)

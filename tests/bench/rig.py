@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,17 @@ from barcast.models import Bar
 from tests.integration.broker import Mosquitto
 
 MINUTE = 60 * 10**9
+DEPLOYED = Path(__file__).parents[2] / "deploy"
 ROOT = "barcast/v1"
 PROBE = "PROBE"
-"""A symbol whose bar asks the daemon whether it has come so far: see `Daemon.probe`."""
+"""Symbols that begin with it ask the daemon whether it has come so far: see `Daemon.probe`."""
+NOW = 29_000_000 * MINUTE
+"""What the clock of a daemon shows for which time does not matter: a minute in 2025."""
+NEVER = datetime(2100, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 120.0
+PULSE_SECONDS = 0.4
+QUIET_SHARE = 0.08
+"""Of a core: a daemon that takes less is waiting."""
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -75,18 +83,26 @@ def minutes(first: int, count: int) -> list[int]:
     return list(range(first, first + count * MINUTE, MINUTE))
 
 
+def rehearsal(start: int, at: datetime = NEVER, speed: float = 1.0) -> str:
+    """The clock of a daemon, as its configuration says it: it shows `start` until the real moment `at`."""
+    begin = datetime.fromtimestamp(start // 10**9, UTC)
+    return f"[rehearsal]\nstart = {begin.isoformat()}\nat = {at.isoformat()}\nspeed = {speed:f}\n"
+
+
 class Broker(Mosquitto):
-    """A mosquitto with the limits of deploy/mosquitto.conf, but a longer queue, and that in memory.
+    """A mosquitto with the settings of deploy/mosquitto.conf, but a longer queue, and that in memory.
 
     A queue of tens of megabytes, saved each second, would measure the broker's disk.
     """
 
+    OURS = ("listener", "persistence", "persistence_location", "autosave_interval", "max_queued_messages")
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.config.write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\n"
-            "persistence false\nmax_queued_messages 200000\n"
-        )
+        lines = (DEPLOYED / "mosquitto.conf").read_text().splitlines()
+        kept = [line for line in lines if line.partition(" ")[0] not in self.OURS]
+        ours = [f"listener {self.port} 127.0.0.1", "persistence false", "max_queued_messages 200000"]
+        self.config.write_text("\n".join([*ours, *kept, ""]))
 
     def __enter__(self) -> "Broker":
         self.start()
@@ -179,7 +195,7 @@ class Raw:
     def _take(self, seconds: float, seen: list[int] | None = None) -> list[Received]:
         """Read once and go through the packets; note their kinds in `seen`."""
         if not select.select([self.socket], [], [], seconds)[0]:
-            if seconds >= PATIENCE_SECONDS:
+            if seconds == PATIENCE_SECONDS:
                 raise TimeoutError("the broker is silent")
             return []
         data = self.socket.recv(1 << 20)
@@ -271,7 +287,7 @@ class Daemon:
         calendar: str = "24x7",
         model: str = "fhs",
         max_wait: str = "60s",
-        rehearsal: str = "",
+        clock: str = "",
     ) -> None:
         self.folder, self.broker = folder, broker
         self.state = folder / "state"
@@ -283,7 +299,8 @@ class Daemon:
         self.config.write_text(
             f'instance = "bench"\nstate_dir = "state"\ntimeframe = "{timeframe}"\ncalendar = "{calendar}"\n'
             f'max_wait = "{max_wait}"\nsymbols = {json.dumps(list(symbols))}\n'
-            f'[mqtt]\nport = {broker.port}\nroot = "{ROOT}"\n[model]\nfirst = "{model}"\n{rehearsal}'
+            f'[mqtt]\nport = {broker.port}\nroot = "{ROOT}"\n[model]\nfirst = "{model}"\n'
+            f"{clock or rehearsal(NOW)}"
         )
 
     def __enter__(self) -> "Daemon":
@@ -302,11 +319,12 @@ class Daemon:
         self.started_in = time.monotonic() - began
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         assert self.process is not None
-        if kind is not None:
+        if error is not None:
             self.process.kill()
             self.process.wait()
+            error.add_note(f"The daemon said last:\n{self._log()[-2000:]}")
             return
         self.process.send_signal(signal.SIGTERM)
         if self.process.wait(30):
@@ -321,14 +339,25 @@ class Daemon:
         return self.process.pid
 
     def probe(self) -> bytes:
-        """A bar of a symbol that is expected alone: the daemon answers it with a group message.
+        """A bar that is current on the standing clock: the daemon answers it with a group message.
 
-        The answer leaves by the connection that took the PUBACKs before it, after the path has seen
-        the bar: all that was sent before is in the journal, acknowledged and in the windows by then.
+        The first completes its group, each other one is a straggler of a symbol of its own. The answer
+        leaves by the connection that took the PUBACKs before it, after the path has seen the bar: all
+        that was sent before is in the journal, acknowledged and in the windows by then.
         """
+        symbol = PROBE + (str(self._probes) if self._probes else "")
         self._probes += 1
-        close = (time.time_ns() // MINUTE + self._probes) * MINUTE
-        return packets([[Bar(PROBE, close, 1.0, 1.0, 1.0, 1.0, 1.0)]], "1m")[0]
+        return packets([[Bar(symbol, NOW, 1.0, 1.0, 1.0, 1.0, 1.0)]], "1m")[0]
+
+    def settle(self) -> None:
+        """Wait until it has nothing to do: it warms up after it says that it is ready."""
+        until, cpu = time.monotonic() + PATIENCE_SECONDS, -1.0
+        while time.monotonic() < until:
+            before, cpu = cpu, cpu_seconds(self.pid)
+            if cpu - before <= QUIET_SHARE * PULSE_SECONDS:
+                return
+            time.sleep(PULSE_SECONDS)
+        raise TimeoutError("the daemon is never quiet")
 
     def records(self) -> int:
         """Messages in the journal."""
