@@ -19,8 +19,8 @@ check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m "not broker"
 
-bench: $(VENV)/.dev ## speed as ratios within one run; writes bench.json
-	$(BIN)/python -m tests.bench.path
+bench: $(VENV)/.dev ## speed, latency, memory, sizing in one run; writes bench.json
+	$(BIN)/python -m tests.bench
 
 clean: ## remove environments, caches and the demo's folder
 	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
