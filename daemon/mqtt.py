@@ -65,8 +65,9 @@ class Delivery:
 class Link:
     """One lasting connection: connects again after every loss, and never acknowledges on its own.
 
-    The state is the current client (None while there is none), the number of the connection, the
-    deliveries that wait to be taken, and the publications that wait for their PUBACK.
+    The state is the client that receives, the same client once it has its subscriptions and may publish (None
+    while there is none), the number of the connection, the deliveries that wait to be taken, and the
+    publications that wait for their PUBACK.
     """
 
     def __init__(self, address: Address, subscriptions: Sequence[str], will: Outgoing | None) -> None:
@@ -75,6 +76,7 @@ class Link:
         self.connected = asyncio.Event()
         self.connection = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
+        self._receiving: aiomqtt.Client | None = None
         self._client: aiomqtt.Client | None = None
         self._leaving = False
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
@@ -137,10 +139,10 @@ class Link:
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge in the order given; one of an earlier connection will be sent again by the broker."""
-        if self._client is not None:
+        if self._receiving is not None:
             for delivery in deliveries:
                 if delivery.connection == self.connection and delivery.qos:
-                    self._client._client.ack(delivery.mid, delivery.qos)
+                    self._receiving._client.ack(delivery.mid, delivery.qos)
 
     async def publish(
         self, message: Outgoing, now: int, properties: Sequence[tuple[str, str]] = ()
@@ -188,6 +190,9 @@ class Link:
         paho.manual_ack_set(True)
         paho.on_message = partial(self._on_message, self.connection)
         paho.on_publish = self._on_publish
+        # The backlog of a session may come, be committed and be acknowledged before the subscription is
+        # granted: what is not acknowledged then fills the broker's window for as long as we are connected.
+        self._receiving = client
         return client
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
@@ -204,7 +209,7 @@ class Link:
             answer.set_result(f"refused by the broker: {code}" if code.is_failure else None)
 
     def _lost(self) -> None:
-        self._client = None
+        self._receiving = self._client = None
         self.connected.clear()
         for answer in self._waiting.values():
             if not answer.done():

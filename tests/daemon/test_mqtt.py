@@ -11,15 +11,29 @@ from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 
 STATUS = Outgoing("", "r/status/x", b"{}", True, None)
-CONNECT, PUBLISH, SUBSCRIBE, DISCONNECT = 1, 3, 8, 14
+CONNECT, PUBLISH, PUBACK, SUBSCRIBE, DISCONNECT = 1, 3, 4, 8, 14
+
+
+def publication(topic, payload, qos=0, mid=0):
+    """A PUBLISH packet without properties."""
+    body = len(topic).to_bytes(2, "big") + topic.encode()
+    body += (mid.to_bytes(2, "big") if qos else b"") + b"\x00" + payload
+    assert len(body) < 128
+    return bytes([0x30 | qos << 1, len(body)]) + body
 
 
 class Broker:
-    """A few packets of MQTT 5: enough to accept, to refuse and to hang up."""
+    """A few packets of MQTT 5: enough to accept, to refuse, to hang up, and to send.
 
-    def __init__(self, suback=1, puback=0, hang_up=None):
+    `backlog` is sent with the answer to CONNECT, and the subscription is granted once `acks_first` of it is
+    acknowledged. `echo` sends what comes for `r/bars` back. `evicts` is a reason to hang up then.
+    """
+
+    def __init__(self, suback=1, puback=0, hang_up=None, backlog=b"", acks_first=0, echo=False, evicts=None):
         self.suback, self.puback, self.hang_up = suback, puback, hang_up
+        self.backlog, self.acks_first, self.echo, self.evicts = backlog, acks_first, echo, evicts
         self.packets, self.connections = [], 0
+        self.writer = None
 
     async def __aenter__(self):
         self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
@@ -31,6 +45,7 @@ class Broker:
 
     async def serve(self, reader, writer):
         self.connections += 1
+        self.writer, acks, granted = writer, 0, None
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 first = (await reader.readexactly(1))[0]
@@ -47,13 +62,22 @@ class Broker:
                 if kind == self.hang_up:
                     self.hang_up = None
                     break
+                acks += kind == PUBACK
                 if kind == CONNECT:
-                    writer.write(b"\x20\x03\x00\x00\x00")
+                    writer.write(b"\x20\x03\x00\x00\x00" + self.backlog)
                 elif kind == SUBSCRIBE:
-                    writer.write(b"\x90\x04" + body[:2] + b"\x00" + bytes([self.suback]))
+                    granted = b"\x90\x04" + body[:2] + b"\x00" + bytes([self.suback])
                 elif kind == PUBLISH:
                     at = 2 + int.from_bytes(body[:2], "big")
                     writer.write(b"\x40\x03" + body[at : at + 2] + bytes([self.puback]))
+                    if self.echo and body[2:at].startswith(b"r/bars/"):
+                        writer.write(bytes([first & 0xF0 | 2, length]) + body)
+                if granted and acks >= self.acks_first:
+                    writer.write(granted)
+                    granted = None
+                    if self.evicts is not None:
+                        writer.write(b"\xe0\x01" + bytes([self.evicts]))
+                        break
         writer.close()
 
 
@@ -157,3 +181,25 @@ def test_session_is_kept_and_flow_is_bounded():
     assert not flags & 0x02  # clean start
     assert b"\x11" + mqtt.SESSION_SECONDS.to_bytes(4, "big") in connect
     assert b"\x21" + mqtt.RECEIVE_MAXIMUM.to_bytes(2, "big") in connect
+
+
+def test_backlog_is_acknowledged_before_the_subscription_is_granted():
+    """What a kept session brings at once can be acknowledged at once: it would fill the window for good."""
+
+    async def play():
+        backlog = b"".join(publication("r/bars/1m/A", b"{}", 1, mid) for mid in (1, 2, 3))
+        async with Broker(backlog=backlog, acks_first=3) as broker:
+            connection = link(broker)
+            task = asyncio.create_task(connection.run(lambda: asyncio.sleep(0)))
+            await until(lambda: len(connection.inbox) == 3)
+            assert not connection.connected.is_set()
+            connection.ack(list(connection.inbox))
+            await until(connection.connected.is_set)
+            assert [body[:2] for kind, body in broker.packets if kind == PUBACK] == [
+                mid.to_bytes(2, "big") for mid in (1, 2, 3)
+            ]
+            connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+
+    asyncio.run(play(), debug=True)
