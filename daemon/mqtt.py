@@ -1,12 +1,14 @@
 """The broker as a source of bars and a sink of signals: MQTT 5, persistent session, ack after commit.
 
-aiomqtt connects and feeds paho from the event loop. Three things that it does not offer are taken from
-the paho client inside it: acknowledging by hand, the reason code of a PUBACK, and messages without a task
-for each. They are set before connecting, because a broker sends the backlog of a session at once.
+aiomqtt connects and feeds paho from the event loop. Four things that it does not offer are taken from
+the paho client inside it: acknowledging by hand, the reason code of a PUBACK, messages without a task
+for each, and reading before writing. They are set before connecting, because a broker sends the backlog of a
+session at once.
 """
 
 import asyncio
 import math
+import select
 import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
@@ -17,6 +19,8 @@ from typing import Any
 import aiomqtt
 import structlog
 from paho.mqtt.client import MQTT_ERR_CONN_LOST, MQTT_ERR_NO_CONN, MQTT_ERR_SUCCESS, MQTTMessage
+from paho.mqtt.client import Client as PahoClient
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -190,6 +194,7 @@ class Link:
         paho.manual_ack_set(True)
         paho.on_message = partial(self._on_message, self.connection)
         paho.on_publish = self._on_publish
+        paho.loop_write = partial(_read_and_write, paho, paho.loop_write)  # type: ignore[method-assign]
         # The backlog of a session may come, be committed and be acknowledged before the subscription is
         # granted: what is not acknowledged then fills the broker's window for as long as we are connected.
         self._receiving = client
@@ -215,3 +220,25 @@ class Link:
             if not answer.done():
                 answer.set_result(NOT_CONNECTED)
         self._waiting.clear()
+
+
+def _read_and_write(client: PahoClient, write: Callable[[], MQTTErrorCode]) -> MQTTErrorCode:
+    """Read what has come, then write.
+
+    Writing to a broker that died closes the connection, and with it goes what it had sent before: bars that a
+    feed was told are safe.
+    """
+    taken = 0
+    while (sock := client.socket()) is not None and _unread(sock, taken < RECEIVE_MAXIMUM):
+        client.loop_read()
+        taken += 1
+    return write()
+
+
+def _unread(sock: Any, more: bool) -> bool:
+    """Whether there is something to read, on the wire if `more`; TLS has decrypted it already, or not."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    waiting = select.poll()
+    waiting.register(sock, select.POLLIN)
+    return more and bool(waiting.poll(0))

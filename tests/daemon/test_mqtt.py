@@ -203,3 +203,36 @@ def test_backlog_is_acknowledged_before_the_subscription_is_granted():
             await asyncio.wait([task])
 
     asyncio.run(play(), debug=True)
+
+
+def test_what_a_dead_broker_had_sent_is_read_before_anything_is_written():
+    """A write to a broker that died closes the connection; what came before is taken all the same."""
+    sent = 50
+
+    async def play():
+        async with Broker() as broker:
+            connection = link(broker)
+            task = asyncio.create_task(connection.run(lambda: asyncio.sleep(0)))
+            await until(connection.connected.is_set)
+            broker.writer.write(
+                b"".join(publication("r/bars/1m/A", b"%d" % mid, 1, mid) for mid in range(1, sent + 1))
+            )
+            broker.writer.close()
+            taken = []
+
+            async def take():
+                while len(taken) < sent:
+                    await connection.arrived.wait()
+                    connection.arrived.clear()
+                    while connection.inbox:
+                        delivery = connection.inbox.popleft()
+                        taken.append(delivery.payload)
+                        connection.ack([delivery])
+
+            with suppress(TimeoutError):
+                await asyncio.wait_for(take(), 5)
+            task.cancel()
+            await asyncio.wait([task])
+            return taken
+
+    assert asyncio.run(play()) == [b"%d" % mid for mid in range(1, sent + 1)]
