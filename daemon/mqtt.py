@@ -39,6 +39,14 @@ LASTING_SECONDS = 10.0
 NOT_CONNECTED = "not connected"
 """The fault of a publication that was not refused: it may be sent again."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+INBOX = 100_000
+"""Messages that may wait before more of QoS 0 are dropped. Of QoS 1, the broker holds back the rest."""
+SHED_SECONDS = 5.0
+"""How long dropped messages are counted before the log says how many."""
+TAKEN_OVER = 0x8E
+"""The reason of a broker that closes a connection because another one has the same client id."""
+CUT_SHORT = 3
+"""Connections in a row that end too soon, after which the log names the likely cause."""
 
 log = structlog.get_logger()
 
@@ -70,8 +78,9 @@ class Link:
     """One lasting connection: connects again after every loss, and never acknowledges on its own.
 
     The state is the client that receives, the same client once it has its subscriptions and may publish (None
-    while there is none), the number of the connection, the deliveries that wait to be taken, and the
-    publications that wait for their PUBACK.
+    while there is none), the number of the connection, the deliveries that wait to be taken, the
+    publications that wait for their PUBACK, how many messages of QoS 0 were dropped and of how many the log
+    told, and what was said that is said only once.
     """
 
     def __init__(self, address: Address, subscriptions: Sequence[str], will: Outgoing | None) -> None:
@@ -79,11 +88,14 @@ class Link:
         self.arrived = asyncio.Event()
         self.connected = asyncio.Event()
         self.connection = 0
+        self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
         self._receiving: aiomqtt.Client | None = None
         self._client: aiomqtt.Client | None = None
         self._leaving = False
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
+        self._shed_told = 0
+        self._said: set[str] = set()
 
     async def run(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
         """Keep the connection until cancelled; call `on_connect` after each subscription.
@@ -91,7 +103,7 @@ class Link:
         A cancellation without `leave` is a fault of ours: the broker is told to publish the last will.
         Raise ConfigError when the broker refuses a subscription.
         """
-        failures = 0
+        failures = cut_short = 0
         while True:
             began = asyncio.get_running_loop().time()
             try:
@@ -100,6 +112,7 @@ class Link:
             except aiomqtt.MqttError as error:
                 address = f"{self._address.host}:{self._address.port}"
                 log.warning("broker_unreachable", broker=address, reason=str(error))
+                cut_short = -1
             finally:
                 self._lost()
             task = asyncio.current_task()
@@ -107,6 +120,11 @@ class Link:
                 raise asyncio.CancelledError
             lasted = asyncio.get_running_loop().time() - began
             failures = 0 if lasted > LASTING_SECONDS else failures + 1
+            cut_short = 0 if lasted > LASTING_SECONDS else cut_short + 1
+            if cut_short == CUT_SHORT:
+                # Not every broker gives the reason: mosquitto 2.0 just closes.
+                reason = f"{CUT_SHORT} connections in a row were closed within {LASTING_SECONDS:.0f} s"
+                self._contested("connections_cut_short", reason)
             await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
 
     def leave(self) -> None:
@@ -132,7 +150,10 @@ class Link:
         greeting = asyncio.create_task(on_connect(), name="greeting")
         try:
             await asyncio.wait([client._disconnected])
-            log.warning("broker_lost", reason=str(client._disconnected.exception()))
+            reason = client._disconnected.exception()
+            log.warning("broker_lost", reason=str(reason))
+            if isinstance(reason, aiomqtt.MqttCodeError) and getattr(reason.rc, "value", None) == TAKEN_OVER:
+                self._contested("session_taken_over", "the broker gave the session to another connection")
         except asyncio.CancelledError:
             if not self._leaving:
                 client._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, identifier=0x04))
@@ -140,6 +161,22 @@ class Link:
         finally:
             self._lost()
             greeting.cancel()
+
+    def _contested(self, event: str, reason: str) -> None:
+        """Name what two daemons of one instance name do: each takes session and bars from the other."""
+        self._say_once(
+            log.warning,
+            event,
+            client_id=self._address.client_id,
+            reason=reason,
+            remedy="if two daemons have this instance name, stop one of them or give it another `instance`",
+        )
+
+    def _say_once(self, level: Callable[..., None], event: str, **what: str) -> None:
+        """Log what would only be repeated at each connection."""
+        if event not in self._said:
+            self._said.add(event)
+            level(event, **what)
 
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge in the order given; one of an earlier connection will be sent again by the broker."""
@@ -201,20 +238,41 @@ class Link:
         return client
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
+        if message.qos == 0 and len(self.inbox) >= INBOX:
+            self._drop()
+            return
         self.inbox.append(
             Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection)
         )
         self.arrived.set()
+
+    def _drop(self) -> None:
+        """Count a message of QoS 0 that finds no room: nothing holds back who sends it."""
+        if self.shed == self._shed_told:
+            asyncio.get_running_loop().call_later(SHED_SECONDS, self._tell_shed)
+        self.shed += 1
+
+    def _tell_shed(self) -> None:
+        dropped, self._shed_told = self.shed - self._shed_told, self.shed
+        if dropped:
+            log.warning(
+                "qos0_shed",
+                count=dropped,
+                waiting=len(self.inbox),
+                remedy="publish bars with QoS 1: then the broker holds them until they are taken",
+            )
 
     def _on_publish(
         self, _client: object, _userdata: object, mid: int, code: Any, _properties: object
     ) -> None:
         answer = self._waiting.pop(mid, None)
         if answer is not None and not answer.done():
-            answer.set_result(f"refused by the broker: {code}" if code.is_failure else None)
+            refusal = f"refused by the broker: {code} (reason code 0x{code.value:02X})"
+            answer.set_result(refusal if code.is_failure else None)
 
     def _lost(self) -> None:
         self._receiving = self._client = None
+        self._tell_shed()
         self.connected.clear()
         for answer in self._waiting.values():
             if not answer.done():

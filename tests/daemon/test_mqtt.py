@@ -4,6 +4,7 @@ import asyncio
 from contextlib import suppress
 
 import pytest
+from structlog.testing import capture_logs
 
 from barcast.daemon import mqtt
 from barcast.daemon.mqtt import NOT_CONNECTED, Address, Link
@@ -236,3 +237,80 @@ def test_what_a_dead_broker_had_sent_is_read_before_anything_is_written():
             return taken
 
     assert asyncio.run(play()) == [b"%d" % mid for mid in range(1, sent + 1)]
+
+
+BARS = "r/bars/1m"
+
+
+def hearing(broker, during):
+    """Run a link and note each greeting; return the notes and the log."""
+
+    async def play(logs):
+        async with broker:
+            connection, greeted = link(broker), []
+
+            async def greet():
+                greeted.append(True)
+
+            task = asyncio.create_task(connection.run(greet))
+            await during(connection, greeted, logs)
+            connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+            return greeted
+
+    with capture_logs() as logs:
+        return asyncio.run(play(logs), debug=True), logs
+
+
+def test_eviction_is_named_once(monkeypatch):
+    """A broker that gives the session to another connection is believed; the remedy is said, once."""
+    monkeypatch.setattr(mqtt, "RETRY_SECONDS", (0.01,))
+
+    async def comes(connection, greeted, _logs):
+        await until(lambda: broker.connections >= 3)
+
+    broker = Broker(evicts=0x8E)
+    _, logs = hearing(broker, comes)
+    [line] = [line for line in logs if line["event"] == "session_taken_over"]
+    assert line["log_level"] == "warning"
+    assert line["client_id"] == "x"
+    assert "`instance`" in line["remedy"]
+
+
+def test_connections_that_do_not_last_are_named_once(monkeypatch):
+    """Where a broker just closes, the third time in a row is told with the likely cause."""
+    monkeypatch.setattr(mqtt, "RETRY_SECONDS", (0.01,))
+    after = []
+
+    async def comes(_connection, greeted, logs):
+        for n in range(1, 6):
+            await until(lambda n=n: len(greeted) >= n)
+            after.append(sum(line["event"] == "connections_cut_short" for line in logs))
+            broker.writer.close()
+            await until(lambda n=n: broker.connections > n)
+
+    broker = Broker()
+    hearing(broker, comes)
+    assert after == [0, 0, 0, 1, 1]
+
+
+def test_flood_of_quality_0_is_bounded_counted_and_named(monkeypatch):
+    """Messages that no window holds back are dropped beyond a bound; those of QoS 1 are never dropped."""
+    monkeypatch.setattr(mqtt, "INBOX", 10)
+    monkeypatch.setattr(mqtt, "SHED_SECONDS", 0.1)
+
+    async def floods(connection, greeted, _logs):
+        await until(lambda: greeted)
+        broker.writer.write(publication(BARS, b"0") * 25 + publication(BARS, b"1", 1, 9))
+        await until(lambda: connection.shed == 15 and len(connection.inbox) == 11)
+        assert connection.inbox[-1].payload == b"1"
+        await asyncio.sleep(0.3)
+        broker.writer.write(publication(BARS, b"0") * 2)
+        await until(lambda: connection.shed == 17)
+
+    broker = Broker()
+    _, logs = hearing(broker, floods)
+    told = [line for line in logs if line["event"] == "qos0_shed"]
+    assert [line["count"] for line in told] == [15, 2]
+    assert all("QoS 1" in line["remedy"] for line in told)
