@@ -148,6 +148,8 @@ class LiveSource:
             events.append(decision.event(time))
             outgoing.extend(decision.notices(time))
         for delivery in deliveries:
+            if delivery.canary:
+                continue
             bars, rejects = wire.decode(delivery.topic, delivery.payload, time, self._root, self._calendar)
             if bars:
                 records.append((time, Kind.BARS, delivery.topic, delivery.payload))

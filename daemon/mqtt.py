@@ -12,6 +12,7 @@ import select
 import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -39,6 +40,12 @@ LASTING_SECONDS = 10.0
 NOT_CONNECTED = "not connected"
 """The fault of a publication that was not refused: it may be sent again."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+NO_BARS = b"[]"
+"""An array without bars: whoever takes bars may take it, and nothing comes of it."""
+CANARY_PROPERTY = "canary"
+"""The MQTT user property that marks a canary; its value is the boot that sent it."""
+HEAR_SECONDS = 10.0
+"""How long a canary may take to come back; then the next one is sent."""
 INBOX = 100_000
 """Messages that may wait before more of QoS 0 are dropped. Of QoS 1, the broker holds back the rest."""
 SHED_SECONDS = 5.0
@@ -64,35 +71,62 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """An array without bars, sent to a topic of the subscription: when it comes back, we hear.
+
+    `boot` marks it in a user property.
+    """
+
+    topic: str
+    boot: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message from the broker, waiting to be acknowledged on the connection that it came by."""
+    """A message from the broker, waiting to be acknowledged on the connection that it came by.
+
+    A canary, ours or that of another daemon, is only to be acknowledged in its turn.
+    """
 
     topic: str
     payload: bytes
     mid: int
     qos: int
     connection: int
+    canary: bool = False
 
 
 class Link:
     """One lasting connection: connects again after every loss, and never acknowledges on its own.
 
+    A broker may grant a subscription that its access list forbids, and then deliver nothing. With a canary
+    the link finds out: it is `deaf` from when nothing came back until something does.
+
     The state is the client that receives, the same client once it has its subscriptions and may publish (None
-    while there is none), the number of the connection, the deliveries that wait to be taken, the
-    publications that wait for their PUBACK, how many messages of QoS 0 were dropped and of how many the log
-    told, and what was said that is said only once.
+    while there is none), the number of the connection and whether anything came by it, the deliveries that
+    wait to be taken, the publications that wait for their PUBACK, how many messages of QoS 0 were dropped and
+    of how many the log told, and what was said that is said only once.
     """
 
-    def __init__(self, address: Address, subscriptions: Sequence[str], will: Outgoing | None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        subscriptions: Sequence[str],
+        will: Outgoing | None,
+        canary: Canary | None = None,
+    ) -> None:
         self.inbox: deque[Delivery] = deque()
         self.arrived = asyncio.Event()
         self.connected = asyncio.Event()
         self.connection = 0
+        self.deaf = False
         self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
+        self._canary = canary
         self._receiving: aiomqtt.Client | None = None
         self._client: aiomqtt.Client | None = None
         self._leaving = False
+        self._heard = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
         self._shed_told = 0
         self._said: set[str] = set()
@@ -100,6 +134,7 @@ class Link:
     async def run(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
         """Keep the connection until cancelled; call `on_connect` after each subscription.
 
+        With a canary it is called once it is known whether the link is deaf, and again when it hears.
         A cancellation without `leave` is a fault of ours: the broker is told to publish the last will.
         Raise ConfigError when the broker refuses a subscription.
         """
@@ -147,7 +182,7 @@ class Link:
         self._client = client
         self.connected.set()
         log.info("broker_connected", host=self._address.host, port=self._address.port)
-        greeting = asyncio.create_task(on_connect(), name="greeting")
+        greeting = asyncio.create_task(self._greet(on_connect), name="greeting")
         try:
             await asyncio.wait([client._disconnected])
             reason = client._disconnected.exception()
@@ -161,6 +196,45 @@ class Link:
         finally:
             self._lost()
             greeting.cancel()
+
+    async def _greet(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Call `on_connect` when it is known whether anything is heard, and again when a deaf link hears."""
+        self.deaf = not await self._hears()
+        if self.deaf:
+            filters = ", ".join(self._subscriptions)
+            log.error(
+                "subscription_denied",
+                topic=filters,
+                reason=f"nothing came by it within {HEAR_SECONDS:.0f} s, not even what we sent ourselves",
+                remedy=f"let the broker's access list allow this user to read {filters}",
+            )
+            await on_connect()
+            while self.deaf:
+                self.deaf = not await self._hears()
+            log.info("subscription_heard", topic=filters)
+        await on_connect()
+
+    async def _hears(self) -> bool:
+        """Send a canary and wait for any delivery. True as well where no canary may be sent."""
+        if self._canary is None:
+            return True
+        topic, boot = self._canary.topic, self._canary.boot
+        # It expires, so that it does not wait in the queue of a daemon that is away.
+        canary = Outgoing("", topic, NO_BARS, retain=False, expires=int(HEAR_SECONDS * 1e9))
+        fault = await self.publish(canary, 0, [(CANARY_PROPERTY, boot)])
+        if fault not in (None, NOT_CONNECTED):
+            self._say_once(
+                log.info,
+                "canary_refused",
+                topic=topic,
+                reason=fault,
+                remedy=f"to have it checked that bars can be read, let this user write {topic}, too",
+            )
+            return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEAR_SECONDS):
+                await self._heard.wait()
+        return self._heard.is_set()
 
     def _contested(self, event: str, reason: str) -> None:
         """Name what two daemons of one instance name do: each takes session and bars from the other."""
@@ -206,6 +280,7 @@ class Link:
 
     def _open(self) -> aiomqtt.Client:
         self.connection += 1
+        self._heard.clear()
         a = self._address
         connect = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         # Without subscriptions there is nothing to keep between connections.
@@ -238,11 +313,13 @@ class Link:
         return client
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
+        self._heard.set()
         if message.qos == 0 and len(self.inbox) >= INBOX:
             self._drop()
             return
+        canary = message.payload == NO_BARS and _is_canary(message)
         self.inbox.append(
-            Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection)
+            Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection, canary)
         )
         self.arrived.set()
 
@@ -278,6 +355,11 @@ class Link:
             if not answer.done():
                 answer.set_result(NOT_CONNECTED)
         self._waiting.clear()
+
+
+def _is_canary(message: MQTTMessage) -> bool:
+    given = getattr(message.properties, "UserProperty", ())
+    return any(name == CANARY_PROPERTY for name, _ in given)
 
 
 def _read_and_write(client: PahoClient, write: Callable[[], MQTTErrorCode]) -> MQTTErrorCode:

@@ -7,7 +7,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from barcast.daemon import mqtt
-from barcast.daemon.mqtt import NOT_CONNECTED, Address, Link
+from barcast.daemon.mqtt import NOT_CONNECTED, Address, Canary, Link
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 
@@ -82,8 +82,8 @@ class Broker:
         writer.close()
 
 
-def link(broker):
-    return Link(Address("127.0.0.1", broker.port, "x"), ["r/bars/#"], STATUS)
+def link(broker, canary=None):
+    return Link(Address("127.0.0.1", broker.port, "x"), ["r/bars/#"], STATUS, canary)
 
 
 async def until(condition, seconds=10):
@@ -242,15 +242,15 @@ def test_what_a_dead_broker_had_sent_is_read_before_anything_is_written():
 BARS = "r/bars/1m"
 
 
-def hearing(broker, during):
-    """Run a link and note each greeting; return the notes and the log."""
+def hearing(broker, canary, during):
+    """Run a link and note, at each greeting, whether it is deaf; return the notes and the log."""
 
     async def play(logs):
         async with broker:
-            connection, greeted = link(broker), []
+            connection, greeted = link(broker, canary), []
 
             async def greet():
-                greeted.append(True)
+                greeted.append(connection.deaf)
 
             task = asyncio.create_task(connection.run(greet))
             await during(connection, greeted, logs)
@@ -263,6 +263,111 @@ def hearing(broker, during):
         return asyncio.run(play(logs), debug=True), logs
 
 
+def test_canary_that_comes_back_proves_hearing():
+    """The greeting waits for a canary, marked as ours, harmless, and left for nobody who is away."""
+
+    async def hears(connection, greeted, _logs):
+        await until(lambda: greeted)
+        [delivery] = connection.inbox
+        assert (delivery.topic, delivery.payload, delivery.canary) == (BARS, b"[]", True)
+        [body] = [body for kind, body in broker.packets if kind == PUBLISH]
+        assert b"\x26\x00\x06canary\x00\x04boot" in body
+        assert b"\x02" + int(mqtt.HEAR_SECONDS).to_bytes(4, "big") in body
+
+    broker = Broker(echo=True)
+    greeted, logs = hearing(broker, Canary(BARS, "boot"), hears)
+    assert greeted == [False]
+    assert [line["event"] for line in logs] == ["broker_connected"]
+
+
+def test_silence_is_named_and_ends_when_something_comes(monkeypatch):
+    """Nothing delivered is an error that names filter and remedy; canaries go on until one comes back."""
+    monkeypatch.setattr(mqtt, "HEAR_SECONDS", 0.1)
+
+    async def hears(_connection, greeted, _logs):
+        await until(lambda: greeted)
+        await until(lambda: [kind for kind, _ in broker.packets].count(PUBLISH) >= 3)
+        assert greeted == [True]
+        broker.echo = True
+        await until(lambda: len(greeted) == 2)
+
+    broker = Broker()
+    greeted, logs = hearing(broker, Canary(BARS, "boot"), hears)
+    assert greeted == [True, False]
+    assert [(line["log_level"], line["event"]) for line in logs] == [
+        ("info", "broker_connected"),
+        ("error", "subscription_denied"),
+        ("info", "subscription_heard"),
+    ]
+    assert logs[1]["topic"] == "r/bars/#"
+    assert "access list" in logs[1]["remedy"]
+
+
+def test_hearing_is_proved_anew_on_each_connection(monkeypatch):
+    """What came by an earlier connection says nothing about this one: access lists change."""
+    monkeypatch.setattr(mqtt, "HEAR_SECONDS", 0.1)
+
+    async def hears(_connection, greeted, _logs):
+        await until(lambda: greeted)
+        broker.echo = False
+        broker.writer.close()
+        await until(lambda: len(greeted) == 2)
+
+    broker = Broker(echo=True)
+    greeted, _ = hearing(broker, Canary(BARS, "boot"), hears)
+    assert greeted == [False, True]
+
+
+def test_any_delivery_proves_hearing(monkeypatch):
+    """Where a canary does not come back but bars do, the link hears."""
+    monkeypatch.setattr(mqtt, "HEAR_SECONDS", 30.0)
+
+    async def hears(connection, greeted, _logs):
+        await until(connection.connected.is_set)
+        assert greeted == []
+        broker.writer.write(publication("r/bars/1m/A", b"{}", 1, 7))
+        await until(lambda: greeted)
+
+    broker = Broker()
+    greeted, _ = hearing(broker, Canary(BARS, "boot"), hears)
+    assert greeted == [False]
+
+
+def test_refused_canary_is_said_once_and_holds_up_nothing():
+    """Who may not write a canary is told once what to grant, and is taken to hear."""
+
+    async def hears(_connection, greeted, _logs):
+        await until(lambda: greeted)
+        broker.writer.close()
+        await until(lambda: len(greeted) == 2)
+
+    broker = Broker(puback=0x87)
+    greeted, logs = hearing(broker, Canary(BARS, "boot"), hears)
+    assert greeted == [False, False]
+    [line] = [line for line in logs if line["event"] == "canary_refused"]
+    assert line["log_level"] == "info"
+    assert "write r/bars/1m" in line["remedy"]
+    assert "0x87" in line["reason"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "mark", "canary"),
+    [(b"[]", "canary", True), (b"[]", "other", False), (b"[{}]", "canary", False), (b"[]", None, False)],
+)
+def test_canary_is_known_by_its_mark_and_emptiness(payload, mark, canary):
+    """Nothing that has a bar in it passes for a canary, and no empty array that is not marked."""
+
+    async def hears(connection, greeted, _logs):
+        await until(lambda: greeted)
+        connection.inbox.clear()
+        properties = [(mark, "x")] if mark else []
+        assert await connection.publish(Outgoing("", BARS, payload, False, None), 0, properties) is None
+        await until(lambda: connection.inbox)
+        assert [delivery.canary for delivery in connection.inbox] == [canary]
+
+    hearing(Broker(echo=True), None, hears)
+
+
 def test_eviction_is_named_once(monkeypatch):
     """A broker that gives the session to another connection is believed; the remedy is said, once."""
     monkeypatch.setattr(mqtt, "RETRY_SECONDS", (0.01,))
@@ -271,7 +376,7 @@ def test_eviction_is_named_once(monkeypatch):
         await until(lambda: broker.connections >= 3)
 
     broker = Broker(evicts=0x8E)
-    _, logs = hearing(broker, comes)
+    _, logs = hearing(broker, None, comes)
     [line] = [line for line in logs if line["event"] == "session_taken_over"]
     assert line["log_level"] == "warning"
     assert line["client_id"] == "x"
@@ -291,7 +396,7 @@ def test_connections_that_do_not_last_are_named_once(monkeypatch):
             await until(lambda n=n: broker.connections > n)
 
     broker = Broker()
-    hearing(broker, comes)
+    hearing(broker, None, comes)
     assert after == [0, 0, 0, 1, 1]
 
 
@@ -310,7 +415,7 @@ def test_flood_of_quality_0_is_bounded_counted_and_named(monkeypatch):
         await until(lambda: connection.shed == 17)
 
     broker = Broker()
-    _, logs = hearing(broker, floods)
+    _, logs = hearing(broker, None, floods)
     told = [line for line in logs if line["event"] == "qos0_shed"]
     assert [line["count"] for line in told] == [15, 2]
     assert all("QoS 1" in line["remedy"] for line in told)
