@@ -25,7 +25,7 @@ from barcast.daemon.gate import Verdict
 from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Courier, Decision, LiveSink, LiveSource, Scribe
-from barcast.daemon.mqtt import Link
+from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, Settings, run, try_strategies
 from barcast.daemon.ports import Event, Revision
@@ -127,7 +127,8 @@ class Daemon:
     async def _serve(self, backlog: list[tuple[int, Event]]) -> None:
         config, journal, topics = self.config, self.scribe.journal, self.config.topics
         address = config.mqtt.address(f"barcast-{config.instance}")
-        self.link = Link(address, [topics.bars, topics.adjustments], self._status("lost"))
+        canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)
+        self.link = Link(address, [topics.bars, topics.adjustments], self._status("lost"), canary)
         self.courier = Courier(self.link, self.scribe, self.clock, config.instance, self.boot)
         self.source = LiveSource(
             self.link,
@@ -156,7 +157,6 @@ class Daemon:
             if planner:
                 planner.start()
             self.state = "ready"
-            await self._announce()
             self.notifier.send("READY=1")
             log.info("ready", instance=config.instance, model=self.champion.model)
             await self.stop.wait()
@@ -251,7 +251,8 @@ class Daemon:
         return Outgoing("", self.config.topics.status, msgspec.json.encode(body), retain=True, expires=None)
 
     async def _announce(self) -> None:
-        fault = await self.link.publish(self._status(self.state), self.clock.now())
+        state = "deaf" if self.state == "ready" and self.link.deaf else self.state
+        fault = await self.link.publish(self._status(state), self.clock.now())
         if fault and self.link.connected.is_set():
             log.warning("status_not_published", reason=fault)
 

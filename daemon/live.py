@@ -148,6 +148,8 @@ class LiveSource:
             events.append(decision.event(time))
             outgoing.extend(decision.notices(time))
         for delivery in deliveries:
+            if delivery.canary:
+                continue
             found, rejects = self._decode(delivery.topic, delivery.payload, time)
             if found is not None:
                 kind = Kind.BARS if isinstance(found, Arrival) else Kind.ADJUSTMENT

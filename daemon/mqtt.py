@@ -1,15 +1,18 @@
 """The broker as a source of bars and a sink of signals: MQTT 5, persistent session, ack after commit.
 
-aiomqtt connects and feeds paho from the event loop. Three things that it does not offer are taken from
-the paho client inside it: acknowledging by hand, the reason code of a PUBACK, and messages without a task
-for each. They are set before connecting, because a broker sends the backlog of a session at once.
+aiomqtt connects and feeds paho from the event loop. Four things that it does not offer are taken from
+the paho client inside it: acknowledging by hand, the reason code of a PUBACK, messages without a task
+for each, and reading before writing. They are set before connecting, because a broker sends the backlog of a
+session at once.
 """
 
 import asyncio
 import math
+import select
 import ssl
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +20,8 @@ from typing import Any
 import aiomqtt
 import structlog
 from paho.mqtt.client import MQTT_ERR_CONN_LOST, MQTT_ERR_NO_CONN, MQTT_ERR_SUCCESS, MQTTMessage
+from paho.mqtt.client import Client as PahoClient
+from paho.mqtt.enums import MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
@@ -35,6 +40,20 @@ LASTING_SECONDS = 10.0
 NOT_CONNECTED = "not connected"
 """The fault of a publication that was not refused: it may be sent again."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
+NO_BARS = b"[]"
+"""An array without bars: whoever takes bars may take it, and nothing comes of it."""
+CANARY_PROPERTY = "canary"
+"""The MQTT user property that marks a canary; its value is the boot that sent it."""
+HEAR_SECONDS = 10.0
+"""How long a canary may take to come back; then the next one is sent."""
+INBOX = 100_000
+"""Messages that may wait before more of QoS 0 are dropped. Of QoS 1, the broker holds back the rest."""
+SHED_SECONDS = 5.0
+"""How long dropped messages are counted before the log says how many."""
+TAKEN_OVER = 0x8E
+"""The reason of a broker that closes a connection because another one has the same client id."""
+CUT_SHORT = 3
+"""Connections in a row that end too soon, after which the log names the likely cause."""
 
 log = structlog.get_logger()
 
@@ -52,40 +71,74 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
+class Canary:
+    """An array without bars, sent to a topic of the subscription: when it comes back, we hear.
+
+    `boot` marks it in a user property.
+    """
+
+    topic: str
+    boot: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
-    """A message from the broker, waiting to be acknowledged on the connection that it came by."""
+    """A message from the broker, waiting to be acknowledged on the connection that it came by.
+
+    A canary, ours or that of another daemon, is only to be acknowledged in its turn.
+    """
 
     topic: str
     payload: bytes
     mid: int
     qos: int
     connection: int
+    canary: bool = False
 
 
 class Link:
     """One lasting connection: connects again after every loss, and never acknowledges on its own.
 
-    The state is the current client (None while there is none), the number of the connection, the
-    deliveries that wait to be taken, and the publications that wait for their PUBACK.
+    A broker may grant a subscription that its access list forbids, and then deliver nothing. With a canary
+    the link finds out: it is `deaf` from when nothing came back until something does.
+
+    The state is the client that receives, the same client once it has its subscriptions and may publish (None
+    while there is none), the number of the connection and whether anything came by it, the deliveries that
+    wait to be taken, the publications that wait for their PUBACK, how many messages of QoS 0 were dropped and
+    of how many the log told, and what was said that is said only once.
     """
 
-    def __init__(self, address: Address, subscriptions: Sequence[str], will: Outgoing | None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        subscriptions: Sequence[str],
+        will: Outgoing | None,
+        canary: Canary | None = None,
+    ) -> None:
         self.inbox: deque[Delivery] = deque()
         self.arrived = asyncio.Event()
         self.connected = asyncio.Event()
         self.connection = 0
+        self.deaf = False
+        self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
+        self._canary = canary
+        self._receiving: aiomqtt.Client | None = None
         self._client: aiomqtt.Client | None = None
         self._leaving = False
+        self._heard = asyncio.Event()
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
+        self._shed_told = 0
+        self._said: set[str] = set()
 
     async def run(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
         """Keep the connection until cancelled; call `on_connect` after each subscription.
 
+        With a canary it is called once it is known whether the link is deaf, and again when it hears.
         A cancellation without `leave` is a fault of ours: the broker is told to publish the last will.
         Raise ConfigError when the broker refuses a subscription.
         """
-        failures = 0
+        failures = cut_short = 0
         while True:
             began = asyncio.get_running_loop().time()
             try:
@@ -94,6 +147,7 @@ class Link:
             except aiomqtt.MqttError as error:
                 address = f"{self._address.host}:{self._address.port}"
                 log.warning("broker_unreachable", broker=address, reason=str(error))
+                cut_short = -1
             finally:
                 self._lost()
             task = asyncio.current_task()
@@ -101,6 +155,11 @@ class Link:
                 raise asyncio.CancelledError
             lasted = asyncio.get_running_loop().time() - began
             failures = 0 if lasted > LASTING_SECONDS else failures + 1
+            cut_short = 0 if lasted > LASTING_SECONDS else cut_short + 1
+            if cut_short == CUT_SHORT:
+                # Not every broker gives the reason: mosquitto 2.0 just closes.
+                reason = f"{CUT_SHORT} connections in a row were closed within {LASTING_SECONDS:.0f} s"
+                self._contested("connections_cut_short", reason)
             await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
 
     def leave(self) -> None:
@@ -123,10 +182,13 @@ class Link:
         self._client = client
         self.connected.set()
         log.info("broker_connected", host=self._address.host, port=self._address.port)
-        greeting = asyncio.create_task(on_connect(), name="greeting")
+        greeting = asyncio.create_task(self._greet(on_connect), name="greeting")
         try:
             await asyncio.wait([client._disconnected])
-            log.warning("broker_lost", reason=str(client._disconnected.exception()))
+            reason = client._disconnected.exception()
+            log.warning("broker_lost", reason=str(reason))
+            if isinstance(reason, aiomqtt.MqttCodeError) and getattr(reason.rc, "value", None) == TAKEN_OVER:
+                self._contested("session_taken_over", "the broker gave the session to another connection")
         except asyncio.CancelledError:
             if not self._leaving:
                 client._client.disconnect(ReasonCode(PacketTypes.DISCONNECT, identifier=0x04))
@@ -135,12 +197,67 @@ class Link:
             self._lost()
             greeting.cancel()
 
+    async def _greet(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Call `on_connect` when it is known whether anything is heard, and again when a deaf link hears."""
+        self.deaf = not await self._hears()
+        if self.deaf:
+            filters = ", ".join(self._subscriptions)
+            log.error(
+                "subscription_denied",
+                topic=filters,
+                reason=f"nothing came by it within {HEAR_SECONDS:.0f} s, not even what we sent ourselves",
+                remedy=f"let the broker's access list allow this user to read {filters}",
+            )
+            await on_connect()
+            while self.deaf:
+                self.deaf = not await self._hears()
+            log.info("subscription_heard", topic=filters)
+        await on_connect()
+
+    async def _hears(self) -> bool:
+        """Send a canary and wait for any delivery. True as well where no canary may be sent."""
+        if self._canary is None:
+            return True
+        topic, boot = self._canary.topic, self._canary.boot
+        # It expires, so that it does not wait in the queue of a daemon that is away.
+        canary = Outgoing("", topic, NO_BARS, retain=False, expires=int(HEAR_SECONDS * 1e9))
+        fault = await self.publish(canary, 0, [(CANARY_PROPERTY, boot)])
+        if fault not in (None, NOT_CONNECTED):
+            self._say_once(
+                log.info,
+                "canary_refused",
+                topic=topic,
+                reason=fault,
+                remedy=f"to have it checked that bars can be read, let this user write {topic}, too",
+            )
+            return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(HEAR_SECONDS):
+                await self._heard.wait()
+        return self._heard.is_set()
+
+    def _contested(self, event: str, reason: str) -> None:
+        """Name what two daemons of one instance name do: each takes session and bars from the other."""
+        self._say_once(
+            log.warning,
+            event,
+            client_id=self._address.client_id,
+            reason=reason,
+            remedy="if two daemons have this instance name, stop one of them or give it another `instance`",
+        )
+
+    def _say_once(self, level: Callable[..., None], event: str, **what: str) -> None:
+        """Log what would only be repeated at each connection."""
+        if event not in self._said:
+            self._said.add(event)
+            level(event, **what)
+
     def ack(self, deliveries: Sequence[Delivery]) -> None:
         """Acknowledge in the order given; one of an earlier connection will be sent again by the broker."""
-        if self._client is not None:
+        if self._receiving is not None:
             for delivery in deliveries:
                 if delivery.connection == self.connection and delivery.qos:
-                    self._client._client.ack(delivery.mid, delivery.qos)
+                    self._receiving._client.ack(delivery.mid, delivery.qos)
 
     async def publish(
         self, message: Outgoing, now: int, properties: Sequence[tuple[str, str]] = ()
@@ -163,6 +280,7 @@ class Link:
 
     def _open(self) -> aiomqtt.Client:
         self.connection += 1
+        self._heard.clear()
         a = self._address
         connect = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         # Without subscriptions there is nothing to keep between connections.
@@ -188,25 +306,84 @@ class Link:
         paho.manual_ack_set(True)
         paho.on_message = partial(self._on_message, self.connection)
         paho.on_publish = self._on_publish
+        paho.loop_write = partial(_read_and_write, paho, paho.loop_write)  # type: ignore[method-assign]
+        # The backlog of a session may come, be committed and be acknowledged before the subscription is
+        # granted: what is not acknowledged then fills the broker's window for as long as we are connected.
+        self._receiving = client
         return client
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
+        if not self._heard.is_set() and self._proves_hearing(message.topic):
+            self._heard.set()
+        if message.qos == 0 and len(self.inbox) >= INBOX:
+            self._drop()
+            return
+        canary = message.payload == NO_BARS and _is_canary(message)
         self.inbox.append(
-            Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection)
+            Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection, canary)
         )
         self.arrived.set()
+
+    def _proves_hearing(self, topic: str) -> bool:
+        """Bars do; what comes by another subscription says nothing about theirs."""
+        return self._canary is None or topic.startswith(self._canary.topic)
+
+    def _drop(self) -> None:
+        """Count a message of QoS 0 that finds no room: nothing holds back who sends it."""
+        if self.shed == self._shed_told:
+            asyncio.get_running_loop().call_later(SHED_SECONDS, self._tell_shed)
+        self.shed += 1
+
+    def _tell_shed(self) -> None:
+        dropped, self._shed_told = self.shed - self._shed_told, self.shed
+        if dropped:
+            log.warning(
+                "qos0_shed",
+                count=dropped,
+                waiting=len(self.inbox),
+                remedy="publish bars with QoS 1: then the broker holds them until they are taken",
+            )
 
     def _on_publish(
         self, _client: object, _userdata: object, mid: int, code: Any, _properties: object
     ) -> None:
         answer = self._waiting.pop(mid, None)
         if answer is not None and not answer.done():
-            answer.set_result(f"refused by the broker: {code}" if code.is_failure else None)
+            refusal = f"refused by the broker: {code} (reason code 0x{code.value:02X})"
+            answer.set_result(refusal if code.is_failure else None)
 
     def _lost(self) -> None:
-        self._client = None
+        self._receiving = self._client = None
+        self._tell_shed()
         self.connected.clear()
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_result(NOT_CONNECTED)
         self._waiting.clear()
+
+
+def _is_canary(message: MQTTMessage) -> bool:
+    given = getattr(message.properties, "UserProperty", ())
+    return any(name == CANARY_PROPERTY for name, _ in given)
+
+
+def _read_and_write(client: PahoClient, write: Callable[[], MQTTErrorCode]) -> MQTTErrorCode:
+    """Read what has come, then write.
+
+    Writing to a broker that died closes the connection, and with it goes what it had sent before: bars that a
+    feed was told are safe.
+    """
+    taken = 0
+    while (sock := client.socket()) is not None and _unread(sock, taken < RECEIVE_MAXIMUM):
+        client.loop_read()
+        taken += 1
+    return write()
+
+
+def _unread(sock: Any, more: bool) -> bool:
+    """Whether there is something to read, on the wire if `more`; TLS has decrypted it already, or not."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    waiting = select.poll()
+    waiting.register(sock, select.POLLIN)
+    return more and bool(waiting.poll(0))

@@ -9,7 +9,7 @@ import pytest
 from barcast.daemon import live
 from barcast.daemon.journal import Journal, Kind, Progress, State
 from barcast.daemon.live import Courier, Decision, LiveSink, Scribe
-from barcast.daemon.mqtt import NOT_CONNECTED
+from barcast.daemon.mqtt import NOT_CONNECTED, Delivery
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Activation, Arrival, EndOfSource, Revision
 from barcast.daemon.wire import Outgoing
@@ -101,6 +101,28 @@ def test_array_with_a_bad_bar_keeps_the_good_ones(scribe):
     assert json.loads(json.loads(letter.payload)["payload"])["symbol"] == "B"
     [record] = scribe.journal.records()
     assert json.loads(record.payload) == pieces
+
+
+@pytest.mark.parametrize("topic", ["t/bars/1m", "t/bars/5m"])
+def test_canary_is_acknowledged_and_nothing_comes_of_it(scribe, topic):
+    """A daemon's message to itself, of any timeframe, is neither journalled nor a dead letter."""
+    world = World()
+    world.deliver(A)
+    world.inbox.append(Delivery(topic, b"[]", 7, 1, 1, canary=True))
+    world.deliver(B)
+    assert symbols(play(taken(source(world, scribe)))) == ["A", "B"]
+    assert world.acked == [1, 7, 2]
+    assert [r.payload for r in scribe.journal.records()] == [A.payload, B.payload]
+    assert outbox(scribe.journal) == []
+
+
+def test_canary_of_who_does_not_mark_it_is_harmless(scribe):
+    """An array without bars has neither a bar nor a fault in it."""
+    world = World()
+    world.deliver(Message("t/bars/1m", b"[]"), A)
+    assert symbols(play(taken(source(world, scribe)))) == ["A"]
+    assert world.acked == [1, 2]
+    assert outbox(scribe.journal) == []
 
 
 def test_message_of_quality_0_is_kept_too(scribe):

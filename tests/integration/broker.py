@@ -1,12 +1,18 @@
 """A real mosquitto for tests: on loopback, with persistence, to be stopped, killed and started again."""
 
+import hashlib
 import shutil
+import signal
 import socket
 import subprocess
 import time
+from base64 import b64encode
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "deploy" / "mosquitto.conf"
+SHIPPED_ACL = ROOT / "deploy" / "mosquitto.acl"
 PLACES = (
     ROOT / ".tools/usr/sbin/mosquitto",  # where `make` unpacks Debian's package without root
     Path("/usr/sbin/mosquitto"),
@@ -26,10 +32,21 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-class Mosquitto:
-    """One broker with its own folder and port."""
+def password_line(user: str, password: str) -> str:
+    """What `mosquitto_passwd` writes of a user: PBKDF2-SHA512 with 101 rounds."""
+    salt = hashlib.sha256(user.encode()).digest()[:12]
+    key = hashlib.pbkdf2_hmac("sha512", password.encode(), salt, 101)
+    return f"{user}:$7$101${b64encode(salt).decode()}${b64encode(key).decode()}\n"
 
-    def __init__(self, folder: Path) -> None:
+
+class Mosquitto:
+    """One broker with its own folder and port, on the configuration that is shipped.
+
+    `without` names settings that are left at mosquitto's default. With an access list, only its users are let
+    in; each one's password is the name.
+    """
+
+    def __init__(self, folder: Path, *, without: Sequence[str] = (), acl: str | None = None) -> None:
         self.port = free_port()
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,13 +56,36 @@ class Mosquitto:
                 parent.chmod(parent.stat().st_mode | 0o011)
             else:
                 break
+        lines = [line for line in SHIPPED.read_text().splitlines() if line.split(" ")[0] not in without]
+        text = "\n".join(lines) + "\n"
+        for here, there in (
+            ("listener 1883 ", f"listener {self.port} "),
+            ("persistence_location /var/lib/mosquitto/", f"persistence_location {folder}/"),
+            *((("allow_anonymous true", "allow_anonymous false"),) if acl is not None else ()),
+        ):
+            assert text.count(here) == 1, here
+            text = text.replace(here, there)
+        self.acl = folder / "acl"
+        if acl is not None:
+            users = [line.split()[1] for line in acl.splitlines() if line.startswith("user ")]
+            self._give(folder / "passwords", "".join(password_line(user, user) for user in users))
+            self._give(self.acl, acl)
+            text += f"password_file {folder}/passwords\nacl_file {self.acl}\n"
         self.config = folder / "mosquitto.conf"
-        self.config.write_text(
-            f"listener {self.port} 127.0.0.1\nallow_anonymous true\nper_listener_settings false\n"
-            f"persistence true\npersistence_location {folder}/\nautosave_interval 1\n"
-            "max_queued_messages 100000\nmax_inflight_messages 100\n"
-        )
+        self._give(self.config, text)
         self.process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def _give(path: Path, text: str) -> None:
+        """Write a file that mosquitto's own user may read."""
+        path.write_text(text)
+        path.chmod(0o644)
+
+    def allow(self, acl: str) -> None:
+        """Replace the access list while the broker runs."""
+        assert self.process is not None
+        self._give(self.acl, acl)
+        self.process.send_signal(signal.SIGHUP)
 
     def start(self) -> None:
         """Start and wait until it takes connections."""

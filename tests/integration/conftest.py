@@ -17,16 +17,28 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def broker(tmp_path):
-    """A running mosquitto. Its absence is a failure: a skipped promise is not a kept one."""
+def brokers(tmp_path):
+    """Starts mosquittos. Its absence is a failure: a skipped promise is not a kept one."""
     if executable() is None:
         pytest.fail(
             "mosquitto is missing: run `make test`, which installs it, or `apt-get install mosquitto`"
         )
-    server = Mosquitto(tmp_path / "broker")
-    server.start()
-    yield server
-    server.stop()
+    running = []
+
+    def start(**how):
+        running.append(Mosquitto(tmp_path / f"broker{len(running)}", **how))
+        running[-1].start()
+        return running[-1]
+
+    yield start
+    for server in running:
+        server.stop()
+
+
+@pytest.fixture
+def broker(brokers):
+    """A running mosquitto, configured as it is shipped."""
+    return brokers()
 
 
 @pytest.fixture(scope="session")

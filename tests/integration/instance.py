@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,14 +20,16 @@ from paho.mqtt.properties import Properties
 from barcast.daemon.wire import encode_bars
 from barcast.models import Bar, Window
 
-BARCAST = [sys.executable, "-m", "barcast.backtest.cli"]
+BARCAST = (sys.executable, "-m", "barcast.backtest.cli")
 
 
-def client(name: str, port: int) -> paho.Client:
-    """A paho client of its own thread with a persistent session."""
+def client(name: str, port: int, user: str | None = None) -> paho.Client:
+    """A paho client of its own thread with a persistent session; a user's password is the name."""
     c = paho.Client(paho.CallbackAPIVersion.VERSION2, name, protocol=paho.MQTTv5, reconnect_on_failure=True)
     c.reconnect_delay_set(1, 1)
     c.max_queued_messages_set(0)
+    if user is not None:
+        c.username_pw_set(user, user)
     properties = Properties(PacketTypes.CONNECT)
     properties.SessionExpiryInterval = 3600
     c.connect("127.0.0.1", port, clean_start=False, properties=properties)
@@ -36,10 +39,10 @@ def client(name: str, port: int) -> paho.Client:
 class Subscriber:
     """Writes down what it receives, like a trading system that keeps evidence."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, user: str | None = None) -> None:
         self.seen: list[tuple[str, bytes]] = []
         self.subscribed = threading.Event()
-        self.client = client("evidence", port)
+        self.client = client("evidence", port, user)
         self.client.on_message = lambda _c, _u, m: self.seen.append((m.topic, m.payload))
         self.client.on_subscribe = lambda *_: self.subscribed.set()
         self.client.subscribe("barcast/v1/#", 1)
@@ -49,6 +52,10 @@ class Subscriber:
     def of(self, kind: str) -> list[tuple[str, bytes]]:
         """What came under one kind of topic."""
         return [(t, p) for t, p in self.seen if t.startswith(f"barcast/v1/{kind}/")]
+
+    def states(self) -> list[str]:
+        """The daemon's states as they were announced."""
+        return [json.loads(payload)["state"] for _, payload in self.of("status")]
 
     def close(self) -> None:
         """Leave the broker."""
@@ -68,6 +75,8 @@ class Instance:
     speed: float
     sampler: str = "dpmpp"
     cron: str | None = None
+    user: str | None = None
+    command: Sequence[str] = BARCAST
     process: subprocess.Popen[bytes] | None = None
     at: datetime = field(default_factory=lambda: datetime.now(UTC) + timedelta(seconds=8))
 
@@ -80,10 +89,14 @@ class Instance:
         self.state.mkdir(parents=True, exist_ok=True)
         path = self.folder / "barcast.toml"
         begin = datetime.fromtimestamp(self.start // 10**9, UTC)
+        login = ""
+        if self.user is not None:
+            (self.folder / "secret").write_text(self.user)
+            login = f'username = "{self.user}"\npassword_file = "secret"\n'
         path.write_text(
             f'instance = "test"\nstate_dir = "state"\ntimeframe = "1m"\nmax_wait = "15s"\n'
             f"symbols = {json.dumps(self.symbols)}\n"
-            f"[mqtt]\nport = {self.port}\n"
+            f"[mqtt]\nport = {self.port}\n{login}"
             f'[model]\nfirst = "{self.first_model}"\nsampler = "{self.sampler}"\n'
             '[[strategy]]\nkind = "median-drift"\n'
             f"[rehearsal]\nstart = {begin.isoformat()}\nat = {self.at.isoformat()}\nspeed = {self.speed}\n"
@@ -94,7 +107,7 @@ class Instance:
     def launch(self) -> None:
         """Start the daemon on the configuration as it is now."""
         log = (self.folder / "daemon.log").open("ab")
-        self.process = subprocess.Popen([*BARCAST, "run", str(self.write())], stdout=log, stderr=log)
+        self.process = subprocess.Popen([*self.command, "run", str(self.write())], stdout=log, stderr=log)
 
     def log(self) -> list[dict[str, object]]:
         """The daemon's log lines so far."""
