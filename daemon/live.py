@@ -13,13 +13,15 @@ import structlog
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
-from barcast.daemon.mqtt import Link
+from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.ports import Arrival, Declaration, Event, Outcome
 from barcast.daemon.wire import Outgoing, Reject
 from barcast.models import Adjustment, Bar
 
 TAKE = 500
 """Messages written in one commit, at most."""
+TAKE_BYTES = 2_000_000
+"""Bytes after which a commit takes no further message: what is decoded at once holds up the event loop."""
 PROGRESS_EVERY = 1000
 """Records after which progress is noted even when nothing is due to subscribers."""
 AT_ONCE = 256
@@ -60,9 +62,9 @@ class Scribe:
         self.journal = journal
         self._thread = ThreadPoolExecutor(1, "journal")
 
-    async def __call__(self, verb: Callable[..., T], *args: object) -> T:
-        """Call a method of the journal on its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: verb(*args))
+    def __call__(self, verb: Callable[..., T], *args: object) -> asyncio.Future[T]:
+        """Call a method of the journal on its thread, in the order of the calls."""
+        return asyncio.get_running_loop().run_in_executor(self._thread, lambda: verb(*args))
 
     def close(self) -> None:
         """Finish what is under way and close the journal."""
@@ -70,12 +72,24 @@ class Scribe:
         self._thread.shutdown()
 
 
+@dataclass(frozen=True, slots=True)
+class _Commit:
+    """What the journal is writing: the numbers that its records will have, and what follows then."""
+
+    numbers: asyncio.Future[list[int]]
+    events: Sequence[Event]
+    deliveries: Sequence[Delivery]
+    written: Sequence[asyncio.Future[None]]
+    outgoing: bool
+
+
 class LiveSource:
     """Events from the broker and from our own decisions, each committed to the journal before it acts.
 
     Arrivals are stamped here, in one place and never backwards, when they are committed; they are
-    acknowledged after the commit, in order. The state is the events that are committed and not handed out
-    yet, the decisions that wait, the newest stamp and the number of the event handed out last.
+    acknowledged after the commit, in order. One commit is written while the path works on the events of the
+    one before. The state is that commit, the events that are committed and not handed out yet, the decisions
+    that wait, the newest stamp and the number of the event handed out last.
     """
 
     def __init__(
@@ -99,6 +113,7 @@ class LiveSource:
         self._queued = queued
         self._ready: deque[tuple[int, Event]] = deque(backlog)
         self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
+        self._writing: _Commit | None = None
         self._stamped = stamped
 
     def now(self) -> int:
@@ -119,11 +134,13 @@ class LiveSource:
     async def next(self, deadline: int | None) -> Event | None:
         """The next committed event, or None once `deadline` passed with nothing left that came before."""
         while True:
+            if self._writing is None and (self._link.inbox or self._decisions):
+                self._writing = self._begin()
             if self._ready:
                 self.position, event = self._ready.popleft()
                 return event
-            if self._link.inbox or self._decisions:
-                await self._commit()
+            if self._writing is not None:
+                await self._finish(self._writing)
                 continue
             if deadline is not None and self.now() >= deadline:
                 return None
@@ -135,9 +152,13 @@ class LiveSource:
                     await self._link.arrived.wait()
             self.waiting = False
 
-    async def _commit(self) -> None:
-        inbox = self._link.inbox
-        deliveries = [inbox.popleft() for _ in range(min(len(inbox), TAKE))]
+    def _begin(self) -> _Commit:
+        """Stamp and decode what has come, and let the journal write it."""
+        inbox, size = self._link.inbox, 0
+        deliveries: list[Delivery] = []
+        while inbox and len(deliveries) < TAKE and size < TAKE_BYTES:
+            deliveries.append(inbox.popleft())
+            size += len(deliveries[-1].payload)
         decisions = [self._decisions.popleft() for _ in range(len(self._decisions))]
         time = self.now()
         records: list[tuple[int, str, str, bytes]] = []
@@ -159,12 +180,18 @@ class LiveSource:
                 topic, reason = delivery.topic[: wire.CUT], rejects[0].reason[: wire.CUT]
                 log.warning("dead_letter", topic=topic, reason=reason, count=len(rejects))
                 outgoing.append(wire.dead_letter(rejects, delivery.topic, time, self._deadletters))
-        seqs = await self._scribe(self._scribe.journal.append, records, outgoing)
-        self._link.ack(deliveries)
-        for _, written in decisions:
+        numbers = self._scribe(self._scribe.journal.append, records, outgoing)
+        return _Commit(numbers, events, deliveries, [written for _, written in decisions], bool(outgoing))
+
+    async def _finish(self, commit: _Commit) -> None:
+        """Once it is written, acknowledge what came and hand the events out."""
+        numbers = await commit.numbers
+        self._writing = None
+        self._link.ack(commit.deliveries)
+        for written in commit.written:
             written.set_result(None)
-        self._ready.extend(zip(seqs, events, strict=True))
-        if outgoing:
+        self._ready.extend(zip(numbers, commit.events, strict=True))
+        if commit.outgoing:
             self._queued()
 
     def _decode(self, topic: str, payload: bytes, time: int) -> tuple[Event | None, list[Reject]]:

@@ -68,7 +68,7 @@ class Bug:
     check: checks.Check
 
 
-COMMITS = "seqs = await self._scribe(self._scribe.journal.append, records, outgoing)"
+COMMITS = "numbers = self._scribe(self._scribe.journal.append, records, outgoing)"
 ACKNOWLEDGES = "self._link.ack(deliveries)"
 ENQUEUES = "_enqueue(db, outgoing)"
 DECIDES = "self._decisions.append((decision, written))"
@@ -77,8 +77,8 @@ ACTS = "self._ready.appendleft((self.position, decision.event(self.now())))"
 
 BUGS = {
     "acknowledged before the commit": Bug(
-        LiveSource._commit,
-        {f"{COMMITS}\n    {ACKNOWLEDGES}": f"{ACKNOWLEDGES}\n    {COMMITS}"},
+        LiveSource._begin,
+        {COMMITS: f"{ACKNOWLEDGES}; {COMMITS}"},
         checks.acknowledged_after_the_commit,
     ),
     "an outbox row is lost": Bug(
