@@ -141,12 +141,13 @@ def check(config: ConfigFile) -> None:
 
     settings = load(config)
     settings.mqtt.address("check")
+    others = "".join(f"; {name}: {', '.join(own)}" for name, own in settings.calendars.items())
     table = Table(title=f"{config} is in order", show_header=False, box=None)
     for name, value in (
         ("instance", settings.instance),
         ("state directory", settings.state_dir),
         ("broker", f"{settings.mqtt.host}:{settings.mqtt.port}, root {settings.mqtt.root}"),
-        ("bars", f"{settings.timeframe} on calendar {settings.calendar}"),
+        ("bars", f"{settings.timeframe} on calendar {settings.calendar}{others}"),
         ("symbols", ", ".join(settings.symbols) or "those that come"),
         ("model", f"{settings.model.name}, at first {settings.model.first}"),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),

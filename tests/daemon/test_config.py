@@ -318,3 +318,28 @@ def test_journalled_settings_are_canonical(write):
     assert swapped != GOOD
     assert load(write(swapped)).settings().encode() == first
     assert load(write(GOOD.replace("1500ms", "1501ms"))).settings().encode() != first
+
+
+def test_symbols_keep_their_own_hours(tmp_path):
+    """[calendars] names symbols by their calendar; a symbol has one, and the calendar has the timeframe."""
+    path = tmp_path / "barcast.toml"
+    start = 'instance = "x"\nstate_dir = "s"\ntimeframe = "1h"\n'
+    path.write_text(f'{start}[calendars]\nfx = ["EURUSD", "USDJPY"]\nXNYS = ["AAPL"]\n')
+    config = load(path)
+    assert config.settings().calendars == {"EURUSD": "fx", "USDJPY": "fx", "AAPL": "XNYS"}
+    assert config.bar_calendars().of("AAPL").name == "XNYS"
+    assert config.bar_calendars().of("BTCUSD").name == "24x7"
+    for table, said in (
+        (
+            'fx = ["EURUSD"]\nXNYS = ["EURUSD"]',
+            "EURUSD is given more than one calendar; name each symbol once",
+        ),
+        ('XNYZ = ["AAPL"]', "did you mean"),
+        ('fx = ["eurusd"]', "calendars.fx.0: a symbol is A-Z"),
+    ):
+        path.write_text(f"{start}[calendars]\n{table}\n")
+        with pytest.raises(ConfigError, match=said):
+            load(path)
+    path.write_text(f"{start}max_jump = 0\n")
+    with pytest.raises(ConfigError, match="max_jump: .*greater than 0"):
+        load(path)
