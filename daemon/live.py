@@ -203,12 +203,17 @@ class LiveSource:
 
 
 class Courier:
-    """Publishes the outbox in its order for each topic, until the broker has a message or it expired."""
+    """Publishes the outbox in its order for each topic, until the broker has a message or it expired.
+
+    The state is what is wrong with which topic, so that it is said once and not at each try, and how many
+    publications this boot has made.
+    """
 
     def __init__(self, link: Link, scribe: Scribe, clock: Clock, instance: str, boot: str) -> None:
         self._link, self._scribe, self._clock = link, scribe, clock
         self._instance, self._boot = instance, boot
         self._sequence = 0
+        self._faults: dict[str, str] = {}
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
 
@@ -250,11 +255,15 @@ class Courier:
             due = [row for row in rows if not _expired(row, now)]
             answers = await asyncio.gather(*(self._publish(row.message, now) for row in due))
             for row, fault in zip(due, answers, strict=True):
+                topic = row.message.topic
                 if fault is None:
                     states.append((row.n, State.DELIVERED))
-                else:
-                    blocked.add(row.message.topic)
-                    log.warning("publish_failed", topic=row.message.topic, id=row.message.id, reason=fault)
+                    self._faults.pop(topic, None)
+                    continue
+                blocked.add(topic)
+                if self._faults.get(topic) != fault:
+                    self._faults[topic] = fault
+                    log.warning("publish_failed", topic=topic, id=row.message.id, reason=fault)
             await self._scribe(journal.mark, states)
 
     async def _publish(self, message: Outgoing, now: int) -> str | None:

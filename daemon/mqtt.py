@@ -308,7 +308,7 @@ class Link:
         paho.on_publish = self._on_publish
         paho.loop_write = partial(_read_and_write, paho, paho.loop_write)  # type: ignore[method-assign]
         # The backlog of a session may come, be committed and be acknowledged before the subscription is
-        # granted: what is not acknowledged then fills the broker's window for as long as we are connected.
+        # granted: what is not acknowledged then takes room in its window for as long as we are connected.
         self._receiving = client
         return client
 

@@ -341,5 +341,5 @@ def test_symbols_keep_their_own_hours(tmp_path):
         with pytest.raises(ConfigError, match=said):
             load(path)
     path.write_text(f"{start}max_jump = 0\n")
-    with pytest.raises(ConfigError, match="max_jump: .*greater than 0"):
+    with pytest.raises(ConfigError, match=r"max_jump: .*greater than 0"):
         load(path)

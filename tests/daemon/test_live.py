@@ -5,6 +5,7 @@ import json
 import sqlite3
 
 import pytest
+from structlog.testing import capture_logs
 
 from barcast.daemon import live
 from barcast.daemon.journal import Journal, Kind, Progress, State
@@ -465,6 +466,16 @@ def test_refused_message_holds_its_topic_and_no_other(scribe, broker):
     assert [s for s in broker.sent if s[0] == "a"] == ["a1"] * 6 + ["a2"]
     assert [s for s in broker.sent if s[0] == "b"] == ["b1", "b2"]
     assert scribe.journal.outbox_counts()[State.DELIVERED] == 4
+
+
+def test_refusal_is_logged_once(scribe, broker):
+    """However often a refused topic is tried again, the log says so once, and again after it worked."""
+    fill(scribe, "a1", "a2")
+    broker.faults["a"] = ["refused"] * 3 + [None] + ["refused"] * 2
+    with capture_logs() as lines:
+        delivers(scribe, broker)
+    assert [line["topic"] for line in lines if line["event"] == "publish_failed"] == ["a", "a"]
+    assert broker.sent[-1] == "a2"
 
 
 def test_refusal_beyond_the_window_holds_order_too(scribe, broker, monkeypatch):

@@ -185,7 +185,7 @@ def test_session_is_kept_and_flow_is_bounded():
 
 
 def test_backlog_is_acknowledged_before_the_subscription_is_granted():
-    """What a kept session brings at once can be acknowledged at once: it would fill the window for good."""
+    """What a kept session brings at once can be acknowledged at once: later it would not be."""
 
     async def play():
         backlog = b"".join(publication("r/bars/1m/A", b"{}", 1, mid) for mid in (1, 2, 3))
