@@ -184,7 +184,8 @@ class Ledger:
 
     def adjusted(self, adjustment: Adjustment) -> None:
         """Count what bars cost after the adjustment's time on the basis of the bars before it."""
-        self._adjustments.setdefault(adjustment.symbol, []).append(adjustment)
+        known = self._adjustments.setdefault(adjustment.symbol, [])
+        known[:] = [*(other for other in known if other.time != adjustment.time), adjustment]
 
     async def emit(self, outcome: Outcome) -> None:
         """Keep the forecasts, mark every book at the group's close and place the orders of its targets.

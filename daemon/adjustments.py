@@ -39,9 +39,10 @@ def read_adjustments(path: Path) -> list[Adjustment]:
 
 
 def adjusted(windows: Mapping[str, Window], adjustments: Iterable[Adjustment]) -> dict[str, Window]:
-    """Each window on the price basis of its newest bar."""
+    """Each window on the price basis of its newest bar; of two declarations for a time the last counts."""
     own: dict[str, list[Adjustment]] = {}
-    for each in sorted(set(adjustments), key=attrgetter("time")):
+    latest = {(each.symbol, each.time): each for each in adjustments}
+    for each in sorted(latest.values(), key=attrgetter("time")):
         own.setdefault(each.symbol, []).append(each)
     return {
         symbol: Window(symbol, w.close_times, on_one_basis(w.close_times, w.values, own[symbol]))

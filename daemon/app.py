@@ -23,7 +23,7 @@ from barcast.daemon.config import Config, Rehearsal
 from barcast.daemon.events import Champion, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.history import bars, digest, history_files, scan
-from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.live import Courier, Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.notify import Notifier
@@ -212,14 +212,14 @@ class Daemon:
         else:
             self.champion = Champion(model, card.fingerprint, card.window, "the configuration names it")
             decisions.append(self._activation(self.champion, {}))
-        return decisions + self._warmup(card.window)
+        return decisions + self._warmup(card.window, journal.last(Kind.WARMUP))
 
-    def _warmup(self, length: int) -> list[Decision]:
+    def _warmup(self, length: int, record: Record | None) -> list[Decision]:
         """The last `length` bars of each symbol's history, if they were not taken from these files before."""
         files = history_files(self.config.state_dir / "history")
         if not files:
             return []
-        found, record = digest(files), self.scribe.journal.last(Kind.WARMUP)
+        found = digest(files)
         if record is not None:
             taken = Warmth.decode(record.payload)
             if taken.digest == found and taken.length >= length:
@@ -305,7 +305,8 @@ class Daemon:
         card = forecaster.card
         champion = Champion(model, card.fingerprint, card.window, verdict.reason)
         # A model that looks back further than its predecessor finds the history in its windows, too.
-        warmup = await self.scribe(self._warmup, card.window)
+        last = await self.scribe(self.scribe.journal.last, Kind.WARMUP)
+        warmup = await asyncio.to_thread(self._warmup, card.window, last)
         for decision in [self._activation(champion, msgspec.to_builtins(verdict)), *warmup]:
             written = self.source.decide(decision)
         await written

@@ -25,8 +25,8 @@ from barcast.models.bar import TIME_UNIT
 YEARS = range(1970, 2200)
 """The years in which sessions are looked up."""
 
-REACH = 64
-"""Closes after a bar that must be known: horizons end there."""
+REACH = 2
+"""Closes after a bar that must be known for it to be taken: its signal is valid until then."""
 
 _MARGIN = 5
 """Years read before and after a time that is not covered yet."""
@@ -51,7 +51,7 @@ class Calendar:
         self._periods_per_year: int | None = None
         # The symbols of a close ask the same one after the other.
         self._is_close, self._next, self._oldest_valid = (-1, False), (-1, -1), (-1, -1)
-        self._covered = (1 << 62, -1)
+        self._covered: dict[int, tuple[int, int]] = {}
 
     def close_at_or_after(self, time: int) -> int:
         """The first bar close that is not before `time`."""
@@ -67,14 +67,15 @@ class Calendar:
             self._is_close = (time, self._closes.is_close(time) and self.covers(time))
         return self._is_close[1]
 
-    def covers(self, time: int) -> bool:
-        """Whether sessions are known around `time`, and far enough after it for a quarter of daily bars."""
-        if not self._covered[0] <= time <= self._covered[1]:
+    def covers(self, time: int, count: int = REACH) -> bool:
+        """Whether sessions are known around `time`, and `count` closes after it."""
+        first, last = self._covered.get(count, (time + 1, time - 1))
+        if not first <= time <= last:
             try:
-                self._closes.after(time, REACH)
+                self._closes.after(time, count)
             except DataError:
                 return False
-            self._covered = (min(self._covered[0], time), max(self._covered[1], time))
+            self._covered[count] = (min(first, time), max(last, time))
         return True
 
     def missing_between(self, previous_close: int, close_time: int) -> int:

@@ -29,6 +29,21 @@ CREATE TABLE progress (one INTEGER PRIMARY KEY CHECK (one = 1), seq INTEGER NOT 
 INSERT INTO progress VALUES (1, 0, 0);
 """
 
+# From topic to topic by the index: grouping would read all that is pending, and a flood of dead letters is
+# pending on one topic.
+_PENDING = """
+WITH RECURSIVE waiting(topic) AS (
+  SELECT MIN(topic) FROM outbox WHERE state = 0
+  UNION ALL
+  SELECT (SELECT MIN(topic) FROM outbox WHERE state = 0 AND topic > waiting.topic)
+  FROM waiting WHERE waiting.topic IS NOT NULL
+)
+SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN (
+  SELECT (SELECT MIN(n) FROM outbox WHERE state = 0 AND topic = waiting.topic)
+  FROM waiting WHERE waiting.topic IS NOT NULL
+) ORDER BY n LIMIT ?
+"""
+
 
 class Kind:
     """What a record is."""
@@ -160,11 +175,7 @@ class Journal:
     def pending(self, limit: int) -> list[Queued]:
         """The oldest undelivered message of each topic, at most `limit` of them, oldest first."""
         with self._reading():
-            rows = self._db.execute(
-                "SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN "
-                "(SELECT MIN(n) FROM outbox WHERE state = 0 GROUP BY topic) ORDER BY n LIMIT ?",
-                (limit,),
-            ).fetchall()
+            rows = self._db.execute(_PENDING, (limit,)).fetchall()
         return [Queued(n, Outgoing(i, t, p, bool(r), e)) for n, i, t, p, r, e in rows]
 
     def outbox_counts(self) -> dict[State, int]:

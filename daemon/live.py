@@ -189,7 +189,8 @@ class LiveSource:
         self._writing = None
         self._link.ack(commit.deliveries)
         for written in commit.written:
-            written.set_result(None)
+            if not written.done():  # whoever waited may have gone
+                written.set_result(None)
         self._ready.extend(zip(numbers, commit.events, strict=True))
         if commit.outgoing:
             self._queued()

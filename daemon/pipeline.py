@@ -166,7 +166,12 @@ class Pipeline:
         degraded: dict[str, tuple[str, ...]] = {}
         withheld: dict[str, str] = {}
         holes: dict[str, Hole] = {}
+        terms = self._terms(group, card.horizons)
         for symbol in group.symbols:
+            if not terms[symbol].ends:
+                name = self.calendars.of(symbol).name
+                withheld[symbol] = f"the calendar {name} ends before the horizons; install a newer one"
+                continue
             window = self.windows.cut(symbol, group.close_time, card.window)
             if window is None or len(window) < card.min_window:
                 have = 0 if window is None else len(window)
@@ -184,10 +189,10 @@ class Pipeline:
                     degraded[symbol] = reasons
             windows.append(window)
         made = self.forecaster.forecast(windows)
-        forecasts = {f.symbol: f for f, finite in zip(made, usable(made, card), strict=True) if finite}
+        forecasts = {f.symbol: f for f, good in zip(made, usable(made, card), strict=True) if good}
         for forecast in made:
             if forecast.symbol not in forecasts:
-                withheld[forecast.symbol] = "the model gave no finite forecast"
+                withheld[forecast.symbol] = "the model gave no forecast that can be a price"
         targets = {}
         if forecasts and not group.straggler:
             targets = {s.name: s.on_forecasts(group.close_time, forecasts) for s in self.strategies}
@@ -201,7 +206,7 @@ class Pipeline:
             withheld=withheld,
             holes=holes,
             targets=targets,
-            terms=self._terms(group, card.horizons),
+            terms=terms,
         )
 
     def _take_bars(self, bars: Iterable[Bar], time: int, sink: Sink | None) -> Iterator[Group]:
@@ -220,6 +225,8 @@ class Pipeline:
                 calendar = self.calendars.of(symbol)
                 oldest = calendar.oldest_valid(time)
             self.continuity.newest(bar, calendar, settings.max_jump)
+            if self.windows.rebased(symbol):
+                self.continuity.disturbed(symbol)
             if sink is not None:
                 sink.accepted(bar)
             if bar.close_time < oldest:
@@ -232,14 +239,19 @@ class Pipeline:
     def _revise(self, settings: Settings) -> None:
         self._revision, self._forecaster = settings, None
         self.calendars = settings.bar_calendars()
+        # What followed under other hours, or within another jump, proves nothing.
+        self.continuity = Continuity()
         self.batcher.reconfigure(settings.symbols, settings.max_wait, self.calendars.open)
         self.strategies = settings.build()
 
     def _terms(self, group: Group, horizons: Sequence[int]) -> dict[str, Term]:
+        """The term of each symbol; without ends where the calendar does not know that far."""
         terms: dict[str, Term] = {}
+        reach = max(horizons)
         for calendar, symbols in self.calendars.split(group.symbols):
-            closes = calendar.closes_after(group.close_time, max(horizons))
-            ends = tuple(closes[h - 1] for h in horizons)
+            known = calendar.covers(group.close_time, reach)
+            closes = calendar.closes_after(group.close_time, reach) if known else ()
+            ends = tuple(closes[h - 1] for h in horizons) if known else ()
             terms.update(dict.fromkeys(symbols, Term(ends, calendar.valid_until(group.close_time))))
         return terms
 

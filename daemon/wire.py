@@ -313,10 +313,8 @@ def adjustment(message: AdjustmentMessage, symbol: str) -> Adjustment:
     time, factor = to_ns(message.time), message.factor
     if not is_symbol(symbol):
         raise ValueError(_no_symbol(symbol))
-    if not 1e-6 <= factor <= 1e6 or factor == 1:
-        raise ValueError(
-            f"factor {factor} is not from 1e-6 to 1e6, or it is 1; send the new price over the old one"
-        )
+    if not 1e-6 <= factor <= 1e6:
+        raise ValueError(f"factor {factor} is not from 1e-6 to 1e6; send the new price over the old one")
     if not 0 < time < _FOREVER:
         raise ValueError(f"time {message.time.isoformat()} is not between 1970 and 2262; correct it")
     return Adjustment(symbol, time, factor, message.kind)
@@ -440,7 +438,7 @@ def _fault(m: BarMessage, symbol: str | None, received: int, calendars: Calendar
     if not calendar.covers(close):
         return (
             f"close_time {given} is outside the years that the calendar {calendar.name} knows; "
-            "correct the time, or leave the bar out"
+            "correct the time, or install a newer exchange_calendars"
         )
     if not calendar.is_close(close):
         return (

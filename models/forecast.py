@@ -60,8 +60,12 @@ class Card:
     fingerprint: str
 
 
+FAR = 5.0
+"""Log return beyond which no quantile is believed: 148 times the price."""
+
+
 def usable(forecasts: Sequence[Forecast], card: Card) -> NDArray[np.bool_]:
-    """Which forecasts of one call have finite quantiles, (B,).
+    """Which forecasts of one call have quantiles that can be prices: finite and below `FAR`, (B,).
 
     Raise ValueError for quantiles that fall along the levels, or are not of the card's shape (H, Q).
     """
@@ -78,8 +82,8 @@ def usable(forecasts: Sequence[Forecast], card: Card) -> NDArray[np.bool_]:
     if falls.any():
         wrong = forecasts[int(np.argmax(falls)) // shape[0]]
         raise ValueError(f"quantiles of {wrong.symbol} fall along the levels: {wrong.quantiles}")
-    finite: NDArray[np.bool_] = np.isfinite(quantiles).all(1).reshape(-1, shape[0]).all(1)
-    return finite
+    near: NDArray[np.bool_] = (np.abs(quantiles) < FAR).all(1).reshape(-1, shape[0]).all(1)
+    return near
 
 
 class Forecaster(Protocol):

@@ -94,13 +94,22 @@ class Windows:
     def adjust(self, adjustment: Adjustment) -> bool:
         """Take note of another price basis; False when it was declared before.
 
-        Windows that end after its time show the bars up to it on the new basis.
+        Windows that end after its time show the bars up to it on the new basis. It replaces what was declared
+        for the same time; a factor of 1 withdraws it.
         """
         known = self._adjustments.setdefault(adjustment.symbol, [])
         if adjustment in known:
             return False
+        known[:] = [other for other in known if other.time != adjustment.time]
         insort(known, adjustment, key=_time)
         return True
+
+    def rebased(self, symbol: str) -> bool:
+        """Whether an adjustment takes effect between the newest two bars of a symbol."""
+        if symbol not in self._adjustments:
+            return False
+        after, before = self._rings[symbol].newest_two()
+        return any(after <= adjustment.time < before for adjustment in self._adjustments[symbol])
 
     def cut(self, symbol: str, close_time: int, length: int) -> Window | None:
         """The symbol's last `length` bars up to `close_time`, or None when that very bar is not kept.
@@ -221,6 +230,10 @@ class _Ring:
             self.superseded.pop(self._stamps[self.start], None)
             self.start += 1
         return Verdict.OLDER
+
+    def newest_two(self) -> tuple[int, int]:
+        """The closes of the newest bar and the one before it, or twice its own."""
+        return self._stamps[max(self.start, self.stop - 2)], self.newest
 
     def find(self, time: int) -> int | None:
         """Where the bar of this close is."""

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from barcast.backtest.ledger import Ledger
 from barcast.backtest.replay import Recording, replay
-from barcast.daemon.adjustments import read_adjustments
+from barcast.daemon.adjustments import adjusted, read_adjustments
 from barcast.daemon.events import Champion, events
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Decision, Scribe
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Declaration, Revision
-from barcast.models import Adjustment, Bar, DataError, Windows
+from barcast.models import Adjustment, Bar, DataError, Window, Windows
 from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing
 from tests.rim import Message, World, outbox, source
 
@@ -223,3 +223,32 @@ def test_adjustments_of_a_file(tmp_path):
     for name in ("none.csv", "splits.txt"):
         with pytest.raises(DataError, match=name):
             read_adjustments(tmp_path / name)
+
+
+def test_declaration_for_the_same_time_replaces_the_first():
+    """A corrected factor counts alone, in windows, files and books; a factor of 1 withdraws."""
+    right, wrong = SPLIT, Adjustment("A", SPLIT.time, 0.25, "split")
+    withdrawn = Adjustment("A", SPLIT.time, 1.0, "split")
+    for story, factor in (([wrong, right], 0.5), ([right, wrong, right], 0.5), ([right, withdrawn], 1.0)):
+        windows, ledger = Windows(8), Ledger(0.0, 0.0)
+        for each in story:
+            assert windows.adjust(each)
+            ledger.adjusted(each)
+        for minute in (6, 7):
+            windows.put(bar("A", minute))
+            ledger.accepted(bar("A", minute))
+        cut = windows.cut("A", START + 7 * MINUTE, 8)
+        assert cut.values[0, 3] == factor * bar("A", 6).close
+        raw = Window("A", cut.close_times, np.array([bar("A", m).values for m in (6, 7)]))
+        assert adjusted({"A": raw}, story)["A"].values.tolist() == cut.values.tolist()
+        assert ledger._series["A"].bases == [1.0, factor]
+
+
+def test_split_that_was_declared_and_did_not_come_is_named():
+    """However early a split was declared: prices that do not follow it jump on the newest basis."""
+    model = Spread(window=8, min_window=4)
+    declared = Declaration(START + 90 * SECOND, Adjustment("A", START + 8 * MINUTE, 0.5, "split"))
+    told = signals(outgoing([*opening(("A",)), *inserted(feed(14, split=99), declared)], spread=model))
+    flagged = [s["close_time"][14:16] for s in told if s["reasons"]]
+    assert flagged == ["23", "24", "25"]
+    assert "jumped to 2" in told[5]["reasons"][0]

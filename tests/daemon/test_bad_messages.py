@@ -295,7 +295,7 @@ ADJUSTMENTS = {
     },
     **{
         f"factor {factor}": Bad(pack(SPLIT | {"factor": factor}), f"factor {factor} is not from", SPLITS)
-        for factor in (math.nan, math.inf, -2.0, 0.0, -0.0, 1.0, 1e-7, 1e7)
+        for factor in (math.nan, math.inf, -2.0, 0.0, -0.0, 1e-7, 1e7)
     },
     "empty adjustment": Bad(b"", "the payload is empty", SPLITS),
     "half an adjustment": Bad(text(SPLIT)[:20], "truncated", SPLITS),

@@ -1,8 +1,12 @@
 """The journal: what was committed is there, once, in order."""
 
 import sqlite3
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from barcast.daemon.journal import Journal, Kind, Progress, State
 from barcast.daemon.wire import Outgoing
@@ -74,3 +78,20 @@ def test_foreign_files_are_refused_by_name(tmp_path):
         Journal(tmp_path / "newer.db")
     with pytest.raises(ConfigError, match="no journal there"):
         Journal(tmp_path / "absent.db", readonly=True)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=30), st.integers(1, 5))
+def test_pending_is_the_oldest_of_each_topic(rows, limit):
+    """What is handed out is the oldest undelivered message of each topic, oldest first, at most so many."""
+    with TemporaryDirectory() as folder:
+        journal = Journal(Path(folder) / "journal.db")
+        journal._db.execute("PRAGMA synchronous = OFF")
+        told = [Outgoing(str(k), topic, b"", False, None) for k, (topic, _) in enumerate(rows)]
+        journal.append([], told)
+        journal.mark([(k + 1, State.DELIVERED) for k, (_, done) in enumerate(rows) if done])
+        oldest = {}
+        for k, (topic, done) in enumerate(rows):
+            if not done:
+                oldest.setdefault(topic, k + 1)
+        assert [q.n for q in journal.pending(limit)] == sorted(oldest.values())[:limit]
+        journal.close()

@@ -1,13 +1,22 @@
 """The path: one stated rule for each kind of bar, no look-ahead, and what subscribers are told."""
 
+import dataclasses
 import json
+from datetime import UTC, datetime
 
+import msgspec
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from barcast.daemon.ports import Activation, Arrival
+from barcast.daemon.calendar import Calendar
+from barcast.daemon.ports import Activation, Arrival, Revision
+from barcast.daemon.timeframe import Timeframe
+from barcast.daemon.wire import to_ns
+from barcast.models import Bar
 from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing
+from tests.fakes import settings as fake_settings
 
 SECOND = 10**9
 
@@ -181,3 +190,69 @@ def test_path_needs_its_settings_first():
     """A journal that does not begin with a revision is a broken invariant, not an empty result."""
     with pytest.raises(RuntimeError, match="before the first revision"):
         outgoing([Activation(START, "spread", "numpy", 8), *arrivals(both(1))])
+
+
+def test_price_that_cannot_be_is_withheld():
+    """A model that gives a quantile beyond all reason, or none at all, is not published."""
+    for beyond in (6.0, np.inf, np.nan):
+
+        class Wild(Spread):
+            def _one(self, window, beyond=beyond):
+                made = super()._one(window)
+                if window.symbol == "A":
+                    made.quantiles[1, 2] = beyond
+                return made
+
+        messages = outgoing([*opening(), *arrivals(*(both(m) for m in range(1, 5)))], spread=Wild())
+        assert {topic for topic, _ in said(messages, "signals")} == {"t/signals/1m/B"}
+        assert said(messages, "groups")[-1][1]["withheld"] == {
+            "A": "the model gave no forecast that can be a price"
+        }
+
+
+def test_falling_quantiles_are_a_fault():
+    """Quantiles that fall along the levels are a broken model, which is named."""
+
+    class Falling(Spread):
+        def forecast(self, windows):
+            return [
+                msgspec.structs.replace(f, quantiles=f.quantiles[:, ::-1]) for f in super().forecast(windows)
+            ]
+
+    with pytest.raises(ValueError, match="quantiles of A fall along the levels"):
+        outgoing([*opening(), *arrivals(*(both(m) for m in range(1, 5)))], spread=Falling())
+
+
+def test_settings_in_force_decide_what_is_degraded():
+    """With a narrower limit for jumps, a jump that was none before degrades the next signals."""
+    model = Spread(window=12, min_window=6)
+    bars = [bar("A", m, close=100.0 if m < 8 else 120.0) for m in range(1, 12)]
+    steps = arrivals(*((60 * m + 1, b) for m, b in enumerate(bars, 1)))
+    narrow = msgspec.structs.replace(fake_settings(("A",)), max_jump=0.1)
+    told = [
+        *opening(("A",), window=12),
+        *steps[:9],
+        Revision(START + 560 * SECOND, narrow.encode()),
+        *steps[9:],
+    ]
+    reasons = [bool(body["reasons"]) for _, body in said(outgoing(told, spread=model), "signals")]
+    assert reasons == [False] * 4 + [True, True]
+
+
+def test_calendar_that_ends_withholds_and_does_not_raise():
+    """Near the end of what a calendar knows bars are taken, and what cannot be dated is withheld by name."""
+    calendar = Calendar("XSHG", Timeframe.parse("session"))
+    last = calendar._closes.years.stop
+    closes = calendar.closes_after(to_ns(datetime(last - 1, 11, 20, tzinfo=UTC)), 25)
+    far = Spread()
+    far.card = dataclasses.replace(far.card, horizons=(1, 60))
+    shanghai = msgspec.structs.replace(fake_settings(("A",)), calendar="XSHG", timeframe="session")
+    story = [Revision(closes[0], shanghai.encode()), Activation(closes[0], "spread", "numpy", 8)]
+    for n, close in enumerate(closes):
+        b = bar("A", n)
+        assert calendar.is_close(close)
+        story.append(Arrival(close, (Bar("A", close, *b.values),)))
+    messages = outgoing(story, spread=far)
+    assert said(messages, "signals") == []
+    for _, group in said(messages, "groups")[3:]:
+        assert "the calendar XSHG ends before the horizons" in group["withheld"]["A"]
