@@ -4,8 +4,27 @@ import pytest
 import structlog
 from hypothesis import HealthCheck, settings
 
+from barcast.backtest import cli
+
 settings.register_profile("barcast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("barcast")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command; give its exit status, output and error output."""
+
+    def command(*arguments):
+        monkeypatch.setattr("sys.argv", ["barcast", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return command
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from barcast.backtest import cli
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon import gate
 from barcast.daemon.journal import Journal, Kind
@@ -786,21 +785,10 @@ CASES |= {
 
 
 @pytest.fixture
-def barcast(tmp_path, monkeypatch, capsys):
+def barcast(run, tmp_path, monkeypatch):
     """Run the command line in the folder; give exit status, output and error output."""
-
-    def run(arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("sys.argv", ["barcast", *arguments])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    yield run
+    monkeypatch.chdir(tmp_path)
+    yield lambda arguments: run(*arguments)
     LOCKS.clear()
 
 

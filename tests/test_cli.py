@@ -8,7 +8,6 @@ import polars as pl
 import polars.testing
 import pytest
 
-from barcast.backtest import cli
 from barcast.backtest.replay import read_capture, run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon.adjustments import read_adjustments
@@ -16,23 +15,6 @@ from barcast.models import DataError
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS"]
 SAMPLE, MODEL = str(sample_bars()), str(sample_checkpoint())
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command; give its exit status, output and error output."""
-
-    def command(*arguments):
-        monkeypatch.setattr("sys.argv", ["barcast", *arguments])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as leaving:
-            status = leaving.code or 0
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return command
 
 
 @pytest.fixture

@@ -308,14 +308,11 @@ class Daemon:
         log = (self.folder / "daemon.log").open("wb")
         command = [sys.executable, "-m", "barcast.backtest.cli", "run", str(self.config)]
         self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        try:
-            while not {"ready", "broker_connected"} <= self._events():
-                if self.process.poll() is not None or time.monotonic() - began > PATIENCE_SECONDS:
-                    raise RuntimeError(f"the daemon did not start:\n{self._log()[-3000:]}")
-                time.sleep(0.02)
-        except BaseException:
-            self.process.kill()
-            raise
+        while not {"ready", "broker_connected"} <= self._events():
+            if self.process.poll() is not None or time.monotonic() - began > PATIENCE_SECONDS:
+                self.process.kill()
+                raise RuntimeError(f"the daemon did not start:\n{self._log()[-3000:]}")
+            time.sleep(0.02)
         self.started_in = time.monotonic() - began
         return self
 
