@@ -77,8 +77,9 @@ def test_model_that_looks_back_further_is_warmed_from_the_same_history(tmp_path)
     daemon = start(tmp_path)
     [warmup] = [d for d in decide(daemon) if d.kind == Kind.WARMUP]
     length = Warmth.decode(warmup.payload).length
-    assert daemon._warmup(length) == []
-    [more] = daemon._warmup(length + 50)
+    last = daemon.scribe.journal.last(Kind.WARMUP)
+    assert daemon._warmup(length, last) == []
+    [more] = daemon._warmup(length + 50, last)
     assert len(Warmth.decode(more.payload).bars) == length + 50
     daemon.scribe.close()
 
