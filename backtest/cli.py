@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -48,6 +48,14 @@ class Stamp(StrEnum):
 
     open = "open"
     close = "close"
+
+
+class Kind(StrEnum):
+    """What is trained."""
+
+    sssd = "sssd"
+    lgbm = "lgbm"
+    ensemble = "ensemble"
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
@@ -257,14 +265,38 @@ def train(
     ] = None,
     init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="sssd, the diffusion model; lgbm, boosted trees (needs barcast\\[baselines]); or ensemble."
+        ),
+    ] = Kind.sssd,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Of an ensemble: a baseline or a checkpoint directory; to be repeated."
+        ),
+    ] = None,
 ) -> None:
-    """Train a model on bars closed before --until and write a checkpoint."""
+    """Train a model on bars closed before --until and write a checkpoint.
+
+    An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
+    of the bars chose; it holds copies of members that are checkpoints.
+    """
+    wrong: dict[str, object] = {"--seed": seed} if kind == Kind.ensemble else {"--member": member}
+    if kind != Kind.sssd:
+        wrong |= {"--steps": steps, "--minutes": minutes, "--init-from": init_from}
+    for option, given in wrong.items():
+        if given:
+            raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _train(
         histories,
         out_dir,
         timeframe,
+        kind=kind,
+        members=member or (),
         horizons=tuple(horizon) if horizon else None,
         steps=steps,
         minutes=minutes,
@@ -358,9 +390,8 @@ def forecast(
     """Forecast every symbol from its last bar and print the quantiles, in prices."""
     import numpy as np
 
-    from barcast.daemon.store import open_model
     from barcast.daemon.wire import to_text
-    from barcast.models import Window
+    from barcast.models import Window, open_model
 
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
@@ -518,51 +549,70 @@ def _train(
     out_dir: Path,
     timeframe: str,
     *,
+    kind: Kind = Kind.sssd,
+    members: Sequence[str] = (),
     horizons: tuple[int, ...] | None = None,
     steps: int | None = None,
     minutes: float | None = None,
     init_from: Path | None = None,
     seed: int = 0,
 ) -> str:
-    from barcast.models.checkpoint import check_target, load, save
-    from barcast.models.training import Progress as Stand
-    from barcast.models.training import train as fit
+    from barcast.models import ensemble, gbm, training
+    from barcast.models.checkpoint import check_target, load, open_member, save
+    from barcast.models.trained import Model, Trained
 
     try:
         check_target(out_dir).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {error}; name a directory that you may write") from error
-    start = load(init_from) if init_from else None
+    start = None
+    if init_from:
+        first = load(init_from)
+        if not isinstance(first.trained, Trained):
+            raise ConfigError(f"--init-from: {init_from} is no sssd; name one, or train from scratch")
+        start = first.model, first.trained
+    bars = list(histories.values())
+    outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
+    outputs["levels"] = LEVELS
+    trained: Model
     with _progress("training", None) as advance:
 
-        def stand(p: Stand) -> None:
+        def stand(p: training.Progress) -> None:
             crps = f" crps {p.crps:.4f}" if p.crps is not None else ""
             advance(0, f"{p.phase} {p.step}/{p.steps} loss {p.loss:.4f}{crps}")
 
-        trained = fit(
-            list(histories.values()),
-            timeframe=timeframe,
-            horizons=horizons or default_horizons(timeframe),
-            levels=LEVELS,
-            steps=steps,
-            seconds=None if minutes is None else 60 * minutes,
-            clock=time.monotonic,
-            init_from=None if start is None else (start.model, start.trained),
-            seed=seed,
-            progress=stand,
-        )
+        def say(text: str) -> None:
+            advance(0, text)
+
+        if kind == Kind.ensemble:
+            trained = ensemble.train(bars, [open_member(m) for m in members], **outputs, progress=say)
+        elif kind == Kind.lgbm:
+            trained = gbm.train(bars, **outputs, seed=seed, progress=say)
+        else:
+            trained = training.train(
+                bars,
+                **outputs,
+                steps=steps,
+                seconds=None if minutes is None else 60 * minutes,
+                clock=time.monotonic,
+                init_from=start,
+                seed=seed,
+                progress=stand,
+            )
     model = save(trained, out_dir)
     if left_out := ", ".join(trained.record.left_out):
         err.print(f"left out, as too short or standing still: {left_out}", markup=False, soft_wrap=True)
+    if isinstance(trained, ensemble.Ensemble):
+        for line in trained.sentences():
+            err.print(line, markup=False, soft_wrap=True)
     err.print(f"model {model} written to {out_dir}", markup=False, soft_wrap=True)
     return model
 
 
 def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:
     """Show how a new model does beside the baselines on the bars that its training left for the gate."""
-    from barcast.daemon.store import BASELINES
     from barcast.daemon.wire import to_text
-    from barcast.models import compare
+    from barcast.models import BASELINES, compare
     from barcast.models.checkpoint import load
 
     checkpoint = load(model)

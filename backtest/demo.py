@@ -325,8 +325,10 @@ class Demo:
 def _spoil(checkpoint: Path, out: Path) -> None:
     """Write a valid checkpoint whose bands are three times too wide: the gate must refuse it."""
     from barcast.models.checkpoint import load, save
+    from barcast.models.trained import Trained
 
     trained = load(checkpoint).trained
+    assert isinstance(trained, Trained)
     trained.net.map.static *= 3
     out.parent.mkdir(parents=True, exist_ok=True)
     save(trained, out)

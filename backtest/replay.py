@@ -33,10 +33,10 @@ from barcast.daemon.ports import (
     Sink,
     Warmup,
 )
-from barcast.daemon.store import BASELINES, ModelStore, open_model
+from barcast.daemon.store import ModelStore
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
-from barcast.models import Adjustment, Bar, ConfigError, DataError
+from barcast.models import BASELINES, Adjustment, Bar, ConfigError, DataError, open_model
 
 Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""

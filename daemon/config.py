@@ -30,10 +30,9 @@ from barcast.daemon.calendar import Calendar, Calendars
 from barcast.daemon.mqtt import Address
 from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
-from barcast.daemon.store import BASELINES
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
-from barcast.models import ConfigError
+from barcast.models import BASELINES, ConfigError
 from barcast.strategies import build
 
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}

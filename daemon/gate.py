@@ -5,8 +5,7 @@ from pathlib import Path
 
 import msgspec
 
-from barcast.daemon.store import BASELINES, open_model
-from barcast.models import ConfigError, DataError, Window, compare
+from barcast.models import BASELINES, ConfigError, DataError, Window, compare, open_model
 
 MIN_ORIGINS = 50
 """Fewer forecasts than this say nothing about which model is better."""

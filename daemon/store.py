@@ -1,24 +1,11 @@
-"""The models of one state directory, by content id, and the baselines, which need no files."""
+"""The models of one state directory, by content id."""
 
 import re
 import shutil
 from pathlib import Path
 
-from barcast.models import (
-    LEVELS,
-    CheckpointError,
-    ConfigError,
-    FilteredHistoricalSimulation,
-    Forecaster,
-    HistoricalSimulation,
-    default_horizons,
-)
+from barcast.models import BASELINES, CheckpointError, ConfigError, Forecaster, open_model
 
-BASELINES: dict[str, type[HistoricalSimulation] | type[FilteredHistoricalSimulation]] = {
-    "hs": HistoricalSimulation,
-    "fhs": FilteredHistoricalSimulation,
-}
-"""The forecasters that are not trained: historical simulation, plain and EWMA-filtered."""
 _ID = re.compile(r"[0-9a-f]{16}")
 
 
@@ -78,18 +65,3 @@ class ModelStore:
     def path(self, model: str) -> str:
         """What `open_model` takes for a model id or a baseline."""
         return model if model in BASELINES else str(self.directory / model)
-
-
-def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None) -> Forecaster:
-    """Open a checkpoint directory, or a baseline by its name. Imports torch for a checkpoint only."""
-    if name in BASELINES:
-        return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
-    from barcast.models.checkpoint import open_forecaster
-
-    forecaster = open_forecaster(Path(name), sampler, steps)
-    if forecaster.card.timeframe != timeframe:
-        raise ConfigError(
-            f"{name}: the model was trained on {forecaster.card.timeframe!r} bars, not on {timeframe!r}; "
-            "name another model or train one"
-        )
-    return forecaster

@@ -1,16 +1,19 @@
 """From bars to windows, tensors and quantiles. The only package that imports torch or diffusers.
 
-What needs torch is imported by its module: `diffusion` (the forecaster), `training` and `checkpoint`.
+What needs torch is imported by its module: `diffusion` (the forecaster), `training`, `gbm`, `ensemble` and
+`checkpoint`.
 """
 
 from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
+from barcast.models.catalog import BASELINES, open_model
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
 from barcast.models.evaluation import Scores, compare, score
 from barcast.models.forecast import LEVELS, Card, Forecast, Forecaster, default_horizons, usable
 from barcast.models.window import Verdict, Window, Windows
 
 __all__ = [
+    "BASELINES",
     "LEVELS",
     "Adjustment",
     "Bar",
@@ -29,6 +32,7 @@ __all__ = [
     "Windows",
     "compare",
     "default_horizons",
+    "open_model",
     "score",
     "usable",
 ]

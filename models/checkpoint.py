@@ -1,13 +1,18 @@
-"""Models on disk: a directory with `model.json` and `weights.safetensors`, named by the hash of both."""
+"""Models on disk: a directory with `model.json` and `weights.safetensors`, named by the hash of both.
+
+An ensemble has no weights file: its trained members are directories in `members/`, whose names are their ids.
+"""
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -15,16 +20,21 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from barcast.models import samplers
-from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
+from barcast.models.catalog import BASELINES
+from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
+from barcast.models.forecast import Forecaster
+from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.sssd import SSSD, Architecture
-from barcast.models.trained import Record, Trained, check_outputs
+from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
 FORMAT = 1
-JSON, WEIGHTS = "model.json", "weights.safetensors"
+JSON, WEIGHTS, MEMBERS = "model.json", "weights.safetensors", "members"
+AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
 
@@ -34,12 +44,11 @@ class Checkpoint:
     """A model read from disk, and its id: 16 hex digits that depend on every byte of it."""
 
     model: str
-    trained: Trained
+    trained: Model
 
-    def forecaster(self, sampler: str = SAMPLER, steps: int = STEPS) -> SSSDForecaster:
+    def forecaster(self, sampler: str | None = None, steps: int | None = None) -> Forecaster:
         """A forecaster of this model; raises `ConfigError` for an unknown sampler or number of steps."""
-        t = self.trained
-        return SSSDForecaster(t.net, t.scaling, t.levels, self.model, sampler, steps)
+        return self.trained.forecaster(self.model, sampler, steps)
 
 
 def check_target(directory: Path) -> Path:
@@ -51,20 +60,18 @@ def check_target(directory: Path) -> Path:
     return directory
 
 
-def save(trained: Trained, directory: Path) -> str:
+def save(trained: Model, directory: Path) -> str:
     """Write a model into a directory, which is created, or replaced as a whole if it holds a model.
 
     Returns the model's id; raises `CheckpointError` rather than replace anything else.
     """
     directory = check_target(directory)
-    weights = save_tensors({k: v.contiguous() for k, v in trained.net.state_dict().items()})
-    body = _body(trained)
-    model = _identity(body, weights)
+    model, files = _files(trained)
     fresh = directory.with_name(f".{directory.name}.{model}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    _write(fresh / WEIGHTS, weights)
-    _write(fresh / JSON, json.dumps({"id": model, **body}, indent=1, allow_nan=False).encode() + b"\n")
+    for name, content in files.items():
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+        _write(fresh / name, content)
     if directory.exists():
         old = directory.with_name(f".{directory.name}.{model}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -80,36 +87,64 @@ def load(directory: Path) -> Checkpoint:
     """Read a model; raises `CheckpointError` for one that is incomplete, damaged, foreign or newer."""
     path = directory / JSON
     body = _json(path)
-    for field, mine, remedy in (
-        ("format", FORMAT, "use the version of barcast that wrote it, or train again"),
-        ("kind", "sssd", "point to a model that `barcast train` wrote"),
-        ("schedule", [samplers.SCHEDULE, samplers.TIMESTEPS], "train again: it cannot be sampled by another"),
-        ("prediction", samplers.PREDICTION, "train again: it cannot be sampled as another"),
-    ):
-        if body.get(field) != mine:
-            raise CheckpointError(f"{path}: {field} is {body.get(field)!r}, not {mine!r}; {remedy}")
-    weights = _read(directory / WEIGHTS)
+    newer = "use the version of barcast that wrote it, or train again"
+    _expect(path, body, {"format": FORMAT}, newer)
+    kind = next((kind for kind in KINDS if kind.name == body.get("kind")), None)
+    if kind is None:
+        known = ", ".join(kind.name for kind in KINDS)
+        raise CheckpointError(
+            f"{path}: kind is {body.get('kind')!r}, none of {known}; "
+            "point to a model that `barcast train` wrote"
+        )
+    weights = _read(directory / WEIGHTS) if kind.weights else b""
     claimed = body.pop("id", None)
+    contents = f"{JSON} and {WEIGHTS}" if kind.weights else JSON
     if claimed != (found := _identity(body, weights)):
         raise CheckpointError(
-            f"{path}: id {claimed!r} does not fit the contents of {JSON} and {WEIGHTS}, which is {found!r}; "
+            f"{path}: id {claimed!r} does not fit the contents of {contents}, which is {found!r}; "
             "copy the directory again"
         )
-    trained = _trained(path, body)
-    _fill(trained.net, weights, directory / WEIGHTS)
-    return Checkpoint(str(claimed), trained)
+    return Checkpoint(str(claimed), kind.read(directory, body, weights))
 
 
-def open_forecaster(directory: Path, sampler: str | None = None, steps: int | None = None) -> SSSDForecaster:
+def open_forecaster(directory: Path, sampler: str | None = None, steps: int | None = None) -> Forecaster:
     """The forecaster of the model in a directory, with the default sampler and steps where None is given."""
-    return load(directory).forecaster(sampler or SAMPLER, STEPS if steps is None else steps)
+    return load(directory).forecaster(sampler, steps)
+
+
+def open_member(name: str) -> Member:
+    """A member of an ensemble: a baseline by its name, else a checkpoint directory."""
+    if name in BASELINES:
+        return Member(name)
+    checkpoint = load(Path(name))
+    return Member(checkpoint.model, checkpoint.trained)
+
+
+def _files(trained: Model) -> tuple[str, dict[str, bytes]]:
+    """A model's id, and the contents of its files by their path in its directory."""
+    kind = next(kind for kind in KINDS if isinstance(trained, kind.holds))
+    body = {"format": FORMAT, "kind": kind.name, **kind.body(trained)}
+    weights = kind.weights(trained) if kind.weights else b""
+    model = _identity(body, weights)
+    files = {JSON: json.dumps({"id": model, **body}, indent=1, allow_nan=False).encode() + b"\n"}
+    if kind.weights:
+        files[WEIGHTS] = weights
+    for member in trained.members if isinstance(trained, Ensemble) else ():
+        if member.trained is not None:
+            inner, theirs = _files(member.trained)
+            files |= {f"{MEMBERS}/{inner}/{name}": content for name, content in theirs.items()}
+    return model, files
+
+
+def _expect(path: Path, body: Mapping[str, Any], wanted: Mapping[str, Any], remedy: str) -> None:
+    for field, mine in wanted.items():
+        if body.get(field) != mine:
+            raise CheckpointError(f"{path}: {field} is {body.get(field)!r}, not {mine!r}; {remedy}")
 
 
 def _body(trained: Trained) -> dict[str, Any]:
     s = trained.scaling
     return {
-        "format": FORMAT,
-        "kind": "sssd",
         "timeframe": s.timeframe,
         "horizons": list(s.horizons),
         "levels": list(trained.levels),
@@ -123,70 +158,219 @@ def _body(trained: Trained) -> dict[str, Any]:
     }
 
 
+def _weights(trained: Trained) -> bytes:
+    return save_tensors({k: v.contiguous() for k, v in trained.net.state_dict().items()})
+
+
 def _identity(body: Mapping[str, Any], weights: bytes) -> str:
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return sha256(canonical.encode() + b"\0" + weights).hexdigest()[:16]
 
 
-def _trained(path: Path, body: dict[str, Any]) -> Trained:
-    """The model without its weights. The hash was right, so what fails here is a foreign or a newer file."""
+def _sssd(directory: Path, body: dict[str, Any], weights: bytes) -> Trained:
+    path = directory / JSON
+    mine = {"schedule": [samplers.SCHEDULE, samplers.TIMESTEPS], "prediction": samplers.PREDICTION}
+    _expect(path, body, mine, "train again: it cannot be sampled by another")
+    trained = _trained(path, body)
+    _fill(trained.net, weights, directory / WEIGHTS)
+    return trained
+
+
+R = TypeVar("R", bound=Past)
+
+
+@contextmanager
+def _foreign(path: Path) -> Iterator[None]:
+    """The hash was right, so what fails in here is a foreign or a newer file."""
     try:
+        yield
+    except KeyError as e:
+        raise CheckpointError(f"{path}: {e.args[0]} is missing; {AGAIN}") from e
+    except (TypeError, ValueError, RuntimeError, msgspec.ValidationError, BarcastError) as e:
+        raise CheckpointError(f"{path}: {e}; {AGAIN}") from e
+
+
+def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling, tuple[float, ...], R]:
+    """What a model has that forecasts from the features: its scaling, levels and record."""
+    with _foreign(path):
         horizons = msgspec.convert(body["horizons"], tuple[int, ...])
         levels = msgspec.convert(body["levels"], tuple[float, ...])
         check_outputs(horizons, levels)
         statistics = {name: np.array(body["scaling"][name], np.float64) for name in STATISTICS}
         scaling = Scaling(body["timeframe"], horizons, **statistics)
-        record = msgspec.convert(body["record"], Record)
-        architecture = Architecture(**body["architecture"])
-        for name, size in asdict(architecture).items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"architecture.{name} is {size!r}, not a whole number above 0")
+        found = msgspec.convert(body["record"], record)
         names = feature_names(scaling.timeframe, horizons)
-        net = SSSD(architecture, torch.Generator().manual_seed(0))
-    except KeyError as e:
-        raise CheckpointError(f"{path}: {e.args[0]} is missing; train again with this version") from e
-    except (TypeError, ValueError, RuntimeError, msgspec.ValidationError, BarcastError) as e:
-        raise CheckpointError(f"{path}: {e}; train again with this version") from e
     slots, H, F = scaling.layout.slots, len(horizons), len(names)
     shapes = {"factor": (slots,), "volume": (slots,), "gain": (H, slots), "mean": (F,), "std": (F,)}
     shapes["har"] = (H, len(scaling.layout.har))
-    for field, found, mine in (
+    for field, got, mine in (
         ("window", body.get("window"), scaling.window),
         ("features", body.get("features"), names),
-        ("architecture.features", architecture.features, F),
-        ("architecture.horizons", architecture.horizons, H),
-        ("architecture.context", architecture.context, scaling.layout.context),
-        ("architecture.channels", architecture.channels, CHANNELS),
         *((f"scaling.{name}", statistics[name].shape, shape) for name, shape in shapes.items()),
     ):
-        if found != mine:
-            raise CheckpointError(f"{path}: {field} is {found}, not {mine}; train again with this version")
+        if got != mine:
+            raise CheckpointError(f"{path}: {field} is {got}, not {mine}; {AGAIN}")
     for name, array in statistics.items():
         if not np.isfinite(array).all():
             raise CheckpointError(f"{path}: scaling.{name} holds a number that is not finite; train again")
         if name in DIVISORS and array.min() <= 0:
             raise CheckpointError(f"{path}: scaling.{name} holds {array.min()}, not above 0; train again")
+    return scaling, levels, found
+
+
+def _trained(path: Path, body: dict[str, Any]) -> Trained:
+    """The model without its weights."""
+    scaling, levels, record = _scaling(path, body, Record)
+    with _foreign(path):
+        architecture = Architecture(**body["architecture"])
+        for name, size in asdict(architecture).items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"architecture.{name} is {size!r}, not a whole number above 0")
+        net = SSSD(architecture, torch.Generator().manual_seed(0))
+    for field, found, mine in (
+        ("architecture.features", architecture.features, len(scaling.mean)),
+        ("architecture.horizons", architecture.horizons, len(scaling.horizons)),
+        ("architecture.context", architecture.context, scaling.layout.context),
+        ("architecture.channels", architecture.channels, CHANNELS),
+    ):
+        if found != mine:
+            raise CheckpointError(f"{path}: {field} is {found}, not {mine}; {AGAIN}")
     return Trained(net=net, scaling=scaling, levels=levels, record=record)
 
 
 def _fill(net: SSSD, weights: bytes, path: Path) -> None:
-    try:
-        tensors = load_tensors(weights)
-    except SafetensorError as e:
-        raise CheckpointError(f"{path}: not a safetensors file ({e}); copy the directory again") from e
     own = net.state_dict()
-    if tensors.keys() != own.keys():
-        odd = sorted(tensors.keys() ^ own.keys())[0]
-        raise CheckpointError(f"{path}: tensor {odd} is missing or unknown; train again with this version")
+    tensors = _tensors(path, weights, own)
     for name, mine in own.items():
         tensor = tensors[name]
         if (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype):
             got, want = (f"{tuple(t.shape)} {t.dtype}" for t in (tensor, mine))
-            raise CheckpointError(f"{path}: {name} is {got}, not {want}; train again with this version")
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds a number that is not finite; train again")
+            raise CheckpointError(f"{path}: {name} is {got}, not {want}; {AGAIN}")
     net.load_state_dict(tensors, strict=True)
     net.eval()
+
+
+def _tensors(path: Path, weights: bytes, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a weights file, which has these and no others; all numbers are finite."""
+    try:
+        tensors = load_tensors(weights)
+    except SafetensorError as e:
+        raise CheckpointError(f"{path}: not a safetensors file ({e}); copy the directory again") from e
+    if tensors.keys() != set(names):
+        odd = sorted(tensors.keys() ^ set(names))[0]
+        raise CheckpointError(f"{path}: tensor {odd} is missing or unknown; {AGAIN}")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds a number that is not finite; train again")
+    return tensors
+
+
+def _boosted_body(boosted: Boosted) -> dict[str, Any]:
+    s = boosted.scaling
+    return {
+        "timeframe": s.timeframe,
+        "horizons": list(s.horizons),
+        "levels": list(boosted.levels),
+        "window": s.window,
+        "features": feature_names(s.timeframe, s.horizons),
+        "scaling": {name: getattr(s, name).tolist() for name in STATISTICS},
+        "record": asdict(boosted.record),
+    }
+
+
+def _boosted_weights(boosted: Boosted) -> bytes:
+    return save_tensors({f.name: torch.from_numpy(getattr(boosted.trees, f.name)) for f in fields(Trees)})
+
+
+def _boosted(directory: Path, body: dict[str, Any], weights: bytes) -> Boosted:
+    scaling, levels, record = _scaling(directory / JSON, body, TreesRecord)
+    path = directory / WEIGHTS
+    tensors = _tensors(path, weights, [f.name for f in fields(Trees)])
+    trees = Trees(**{name: tensor.numpy() for name, tensor in tensors.items()})
+    fault = trees.fault((len(scaling.horizons), len(levels)), len(scaling.mean))
+    if fault:
+        raise CheckpointError(f"{path}: {fault}; {AGAIN}")
+    return Boosted(trees, scaling, levels, record)
+
+
+def _ensemble_body(ensemble: Ensemble) -> dict[str, Any]:
+    cards = [member.card for member in ensemble.open_members()]
+    return {
+        "timeframe": ensemble.timeframe,
+        "horizons": list(ensemble.horizons),
+        "levels": list(ensemble.levels),
+        "window": max(card.window for card in cards),
+        "members": [
+            {"name": member.name, "model": card.model}
+            for member, card in zip(ensemble.members, cards, strict=True)
+        ],
+        "weights": ensemble.weights.tolist(),
+        "record": asdict(ensemble.record),
+    }
+
+
+def _ensemble(directory: Path, body: dict[str, Any], _: bytes) -> Ensemble:
+    path = directory / JSON
+    with _foreign(path):
+        horizons = msgspec.convert(body["horizons"], tuple[int, ...])
+        levels = msgspec.convert(body["levels"], tuple[float, ...])
+        check_outputs(horizons, levels)
+        named = [(m["name"], m["model"]) for m in msgspec.convert(body["members"], list[dict[str, str]])]
+        weights = np.array(body["weights"], np.float64)
+        record = msgspec.convert(body["record"], Past)
+    members = tuple(_member(directory, name) for name, _ in named)
+    with _foreign(path):
+        ensemble = Ensemble(body["timeframe"], horizons, levels, members, weights, record)
+        cards = [forecaster.card for forecaster in ensemble.open_members()]
+    shape = len(horizons), len(members)
+    for field, got, mine in (
+        ("members", [model for _, model in named], [card.model for card in cards]),
+        ("window", body.get("window"), max((card.window for card in cards), default=0)),
+        ("weights", weights.shape, shape),
+    ):
+        if got != mine:
+            raise CheckpointError(f"{path}: {field} is {got}, not {mine}; {AGAIN}")
+    for h, row in zip(horizons, weights, strict=True):
+        if not (row >= 0).all() or not abs(row.sum() - 1) < 1e-9:
+            raise CheckpointError(
+                f"{path}: weights of horizon {h} are {row.tolist()}, not above 0 with a sum of 1; train again"
+            )
+    return ensemble
+
+
+def _member(directory: Path, name: str) -> Member:
+    if name in BASELINES:
+        return Member(name)
+    if not re.fullmatch("[0-9a-f]{16}", name):
+        raise CheckpointError(
+            f"{directory / JSON}: member {name!r} is neither a baseline ({', '.join(BASELINES)}) nor an id; "
+            f"{AGAIN}"
+        )
+    checkpoint = load(directory / MEMBERS / name)
+    if checkpoint.model != name or isinstance(checkpoint.trained, Ensemble):
+        raise CheckpointError(
+            f"{directory / MEMBERS / name}: holds {checkpoint.model}, which is another model or an ensemble; "
+            "copy the directory again"
+        )
+    return Member(name, checkpoint.trained)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How a kind of model is written and read: its part of model.json, its weights, and both read again."""
+
+    name: str
+    holds: type
+    body: Callable[[Any], dict[str, Any]]
+    weights: Callable[[Any], bytes] | None
+    read: Callable[[Path, dict[str, Any], bytes], Model]
+
+
+KINDS = (
+    _Kind("sssd", Trained, _body, _weights, _sssd),
+    _Kind("lgbm", Boosted, _boosted_body, _boosted_weights, _boosted),
+    _Kind("ensemble", Ensemble, _ensemble_body, None, _ensemble),
+)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
-from barcast.models.forecast import Forecaster, usable
+from barcast.models.forecast import Card, Forecaster, usable
 from barcast.models.scores import crps as crps_of
 from barcast.models.window import Window
 
@@ -38,6 +38,20 @@ class Scores:
     close_times: NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Forecasts:
+    """What several forecasters said at the same n origins, and what then happened.
+
+    `outcomes` is (n, H), `quantiles` one (n, H, Q) for each forecaster, all log returns; `symbols` and
+    `close_times` (n,) are those of the origins.
+    """
+
+    outcomes: Array
+    quantiles: list[Array]
+    symbols: tuple[str, ...]
+    close_times: NDArray[np.int64]
+
+
 def score(
     forecaster: Forecaster,
     histories: Sequence[Window],
@@ -58,10 +72,23 @@ def compare(
     until: int,
     stride: int = 1,
 ) -> list[Scores]:
-    """Score several forecasters on identical origins: those that all of them can forecast.
+    """Score several forecasters on identical origins; arguments and errors are those of `collect`."""
+    found = collect(forecasters, histories, since=since, until=until, stride=stride)
+    return [_scores(f.card, found, q) for f, q in zip(forecasters, found.quantiles, strict=True)]
 
-    A target counts the symbol's own bars. Times are nanoseconds. Raises `ConfigError` if horizons or levels
-    differ, and `DataError` if no origin is left.
+
+def collect(
+    forecasters: Sequence[Forecaster],
+    histories: Sequence[Window],
+    *,
+    since: int,
+    until: int,
+    stride: int = 1,
+) -> Forecasts:
+    """Forecast by all of them at every `stride`-th bar that all can forecast, with since <= close.
+
+    A target counts the symbol's own bars and is realised by `until`. Times are nanoseconds. Raises
+    `ConfigError` if horizons or levels differ, and `DataError` if no origin is left.
     """
     cards = [f.card for f in forecasters]
     for card in cards[1:]:
@@ -74,7 +101,7 @@ def compare(
                 )
     least = max(card.min_window for card in cards)
     most = max(card.window for card in cards)
-    horizons, levels = cards[0].horizons, cards[0].levels
+    horizons = cards[0].horizons
     outcomes: list[Array] = []
     quantiles: list[list[Array]] = [[] for _ in forecasters]
     symbols: list[str] = []
@@ -94,11 +121,9 @@ def compare(
         raise DataError(
             f"no forecast origin between {since} and {until} has {least} bars before it and a target"
         )
-    y = np.array(outcomes)  # (n, H)
-    return [
-        _scores(card.model, horizons, levels, y, np.array(q), tuple(symbols), np.array(close_times, np.int64))
-        for card, q in zip(cards, quantiles, strict=True)
-    ]
+    return Forecasts(
+        np.array(outcomes), [np.array(q) for q in quantiles], tuple(symbols), np.array(close_times, np.int64)
+    )
 
 
 def _origins(history: Window, least: int, reach: int, since: int, until: int) -> list[int]:
@@ -113,15 +138,8 @@ def _chunks(history: Window, origins: Sequence[int], length: int) -> Iterator[li
         yield [Window(history.symbol, history.close_times[c], history.values[c]) for c in cuts]
 
 
-def _scores(
-    model: str,
-    horizons: tuple[int, ...],
-    levels: tuple[float, ...],
-    y: Array,
-    q: Array,
-    symbols: tuple[str, ...],
-    close_times: NDArray[np.int64],
-) -> Scores:
+def _scores(card: Card, found: Forecasts, q: Array) -> Scores:
+    y, levels = found.outcomes, card.levels
     losses = crps_of(y, q, levels)  # (n, H)
     mean = losses.mean(0)
     size = np.abs(y).mean(0)
@@ -130,14 +148,14 @@ def _scores(
     central = [(i, j) for i, j in pairs if abs(levels[i] + levels[j] - 1) < 1e-9]
     covered = [((y >= q[..., i]) & (y <= q[..., j])).mean(0) for i, j in central]
     return Scores(
-        model=model,
-        horizons=horizons,
+        model=card.model,
+        horizons=card.horizons,
         n=len(y),
         crps=mean,
         normalised=normalised,
         intervals=tuple(round(levels[j] - levels[i], 12) for i, j in central),
-        coverage=np.stack(covered, 1) if covered else np.empty((len(horizons), 0)),
+        coverage=np.stack(covered, 1) if covered else np.empty((len(card.horizons), 0)),
         losses=losses,
-        symbols=symbols,
-        close_times=close_times,
+        symbols=found.symbols,
+        close_times=found.close_times,
     )

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
 from barcast.models.errors import ConfigError
+from barcast.models.forecast import Forecaster
 from barcast.models.scaling import Scaling
 from barcast.models.sssd import SSSD
 
@@ -18,8 +21,8 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """How a model came about. Times are nanoseconds since 1970 UTC."""
+class Past:
+    """What a model of any kind has learnt from. Times are nanoseconds since 1970 UTC."""
 
     data: str  # sha256 of the bars that were used
     symbols: tuple[str, ...]
@@ -29,6 +32,13 @@ class Record:
     until: int  # no later bar was seen
     train_end: int  # learning ends, validation begins
     validation_end: int  # validation ends; what follows up to `until` was held out for the gate
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Record(Past):
+    """How an SSSD came about."""
+
     seed: int
     map_steps: int
     denoiser_steps: int
@@ -37,7 +47,19 @@ class Record:
     candidates: tuple[Candidate, ...]
     map_step: int  # chosen by validation
     denoiser_step: int
-    fingerprint: str
+
+
+class Model(Protocol):
+    """A trained model of any kind."""
+
+    @property
+    def record(self) -> Past:
+        """What it has learnt from."""
+        ...
+
+    def forecaster(self, model: str, sampler: str | None, steps: int | None) -> Forecaster:
+        """A forecaster of this model under an id; sampler and steps are for models that are sampled."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,6 +70,14 @@ class Trained:
     scaling: Scaling
     levels: tuple[float, ...]
     record: Record
+
+    def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> SSSDForecaster:
+        """A forecaster with the default sampler and steps where None is given; see `Model.forecaster`.
+
+        Raise `ConfigError` for an unknown sampler or number of steps.
+        """
+        steps = STEPS if steps is None else steps
+        return SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
 
 
 def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from barcast.daemon.store import open_model
+from barcast.models import open_model
 from barcast.models.window import SLACK
 from tests.bench.ingest import FIRST, LENGTH
 from tests.bench.report import Row, Section

@@ -1,0 +1,56 @@
+"""Mean, spread and direction of a distribution that is known by a few quantiles."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from barcast.models.forecast import Card, Forecast
+from barcast.models.window import Window
+
+Array = NDArray[np.float64]
+
+
+def forecast_of(card: Card, window: Window, quantiles: Array) -> Forecast:
+    """The forecast of rising quantiles (H, Q) of a window's log returns."""
+    mean, std, rise = moments(quantiles, card.levels)
+    return Forecast(
+        symbol=window.symbol,
+        close_time=window.close_time,
+        reference=window.reference,
+        horizons=card.horizons,
+        levels=card.levels,
+        quantiles=quantiles,
+        mean=mean,
+        std=std,
+        rise=rise,
+        warming=len(window) < card.window,
+    )
+
+
+def moments(quantiles: Array, levels: Sequence[float]) -> tuple[Array, Array, Array]:
+    """Mean, standard deviation and probability above zero, each (H,), of rising quantiles (H, Q), Q >= 2.
+
+    The quantile function is linear between the levels. Beyond the outermost ones it has exponential tails,
+    Q(x) = q_1 + b ln(x / p_1) below p_1, mirrored above p_Q; b is such that the tail, drawn on, meets the
+    level next to it.
+    """
+    p = np.array(levels)
+    apart = np.diff(p)
+    low = (quantiles[:, 1] - quantiles[:, 0]) / np.log(p[1] / p[0])  # b of the lower tail, (H,)
+    high = (quantiles[:, -1] - quantiles[:, -2]) / np.log((1 - p[-2]) / (1 - p[-1]))
+    first, last = quantiles[:, 0], quantiles[:, -1]
+    mean = p[0] * (first - low) + (1 - p[-1]) * (last + high)
+    mean = mean + ((quantiles[:, :-1] + quantiles[:, 1:]) / 2 * apart).sum(1)
+
+    q = quantiles - mean[:, None]
+    a, b = q[:, :-1], q[:, 1:]
+    variance = ((a * a + a * b + b * b) / 3 * apart).sum(1)
+    variance += p[0] * ((q[:, 0] - low) ** 2 + low**2)
+    variance += (1 - p[-1]) * ((q[:, -1] + high) ** 2 + high**2)
+
+    below = np.array([np.interp(0.0, row, p) for row in quantiles])
+    tiny = np.finfo(float).tiny
+    below = np.where(first > 0, p[0] * np.exp(-first / np.maximum(low, tiny)), below)
+    below = np.where(last < 0, 1 - (1 - p[-1]) * np.exp(last / np.maximum(high, tiny)), below)
+    return mean, np.sqrt(variance), 1 - below
