@@ -6,7 +6,7 @@ that averaging probabilities would blur.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from barcast.models.window import Window
 Array = NDArray[np.float64]
 
 ORIGINS = 2000  # that the weights are fitted on, about
-SHRINK = 0.003  # share of the loss that a nat away from equal weights must save
+SHRINK = 0.01  # share of the loss that a nat away from equal weights must save
 STEPS, RATE = 400, 30.0  # of the descent
 
 
@@ -170,21 +170,20 @@ def train(
     bars = sum(
         int(((w.close_times > since) & (w.close_times <= data.validation_end)).sum()) for w in data.histories
     )
+    if not bars:
+        raise _too_few(0, since, data.validation_end)
     progress(f"forecasts of {', '.join(names)}")
     found = collect(
         forecasters,
         data.histories,
         since=since + 1,
         until=data.validation_end,
-        stride=_stride(bars // ORIGINS),
+        stride=_stride(bars),
     )
     quantiles = np.stack(found.quantiles)  # (M, n, H, Q)
     whole = np.isfinite(quantiles).all((0, 2, 3))
     if whole.sum() < LEAST:
-        raise DataError(
-            f"only {whole.sum()} forecasts of all members between {since} and {data.validation_end}, not "
-            f"{LEAST}, to fit weights on: give more bars, or members that have learnt from fewer"
-        )
+        raise _too_few(int(whole.sum()), since, data.validation_end)
     H = range(len(horizons))
     weights = [fit(found.outcomes[whole, j], quantiles[:, whole, j], levels) for j in H]
     record = Past(
@@ -225,11 +224,17 @@ def fit(outcomes: Array, quantiles: Array, levels: Sequence[float]) -> Array:
     return chosen
 
 
-def _stride(n: int) -> int:
-    """The first whole number from n on that walks through every hour of a day and day of a week."""
-    while gcd(n, 2 * 3 * 5 * 7) != 1:
-        n += 1
-    return n
+def _too_few(n: int, since: int, until: int) -> DataError:
+    first, last = (np.datetime_as_string(np.datetime64(time, "ns"), "s") for time in (since, until))
+    return DataError(
+        f"the members have learnt from bars up to {first}Z, and validation ends at {last}Z: {n} forecasts, "
+        f"not {LEAST}, to fit weights on; give more bars, or members that have learnt from fewer"
+    )
+
+
+def _stride(bars: int) -> float:
+    """From one origin to the next. The golden ratio's part walks evenly through hours and weekdays."""
+    return 1 if bars <= ORIGINS else bars // ORIGINS + (sqrt(5) - 1) / 2
 
 
 def _last(window: Window, length: int) -> Window:

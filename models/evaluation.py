@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,9 +84,9 @@ def collect(
     *,
     since: int,
     until: int,
-    stride: int = 1,
+    stride: float = 1,
 ) -> Forecasts:
-    """Forecast by all of them at every `stride`-th bar that all can forecast, with since <= close.
+    """Forecast by all of them at every `stride`-th bar, rounded down, that all can forecast, from `since` on.
 
     A target counts the symbol's own bars and is realised by `until`. Times are nanoseconds. Raises
     `ConfigError` if horizons or levels differ, and `DataError` if no origin is left.
@@ -107,7 +108,8 @@ def collect(
     symbols: list[str] = []
     close_times: list[int] = []
     for history in histories:
-        origins = _origins(history, least, max(horizons), since, until)[::stride]
+        origins = _origins(history, least, max(horizons), since, until)
+        origins = [origins[int(i * stride)] for i in range(ceil(len(origins) / stride))]
         price = np.log(history.values[:, 3])
         outcomes += [np.array([price[k + h] - price[k] for h in horizons]) for k in origins]
         symbols += [history.symbol] * len(origins)

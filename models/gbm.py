@@ -27,13 +27,13 @@ Array = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
 ROWS = 60_000  # origins to learn from, and to stop early on, thinned evenly
-ROUNDS, PATIENCE = 250, 20  # trees of a quantile at most, and those grown in vain before it ends
+ROUNDS, PATIENCE = 400, 20  # trees of a quantile at most, and those grown in vain before it ends
 WEIGHTS = (0.05, 10.0)  # of an origin: its scale over the mean one, within these
 PARAMETERS = {
     "objective": "quantile",
-    "learning_rate": 0.08,
-    "num_leaves": 15,
-    "feature_fraction": 0.7,
+    "learning_rate": 0.04,
+    "num_leaves": 8,
+    "feature_fraction": 0.4,
     "bagging_fraction": 0.7,
     "bagging_freq": 1,
     "lambda_l2": 5.0,
@@ -67,13 +67,17 @@ class Trees:
     children: Ints
     value: Array
 
-    @property
-    def depth(self) -> int:
-        """Steps from any root after which every row is in a leaf."""
-        at, steps = self.roots, 0
-        while (inner := at[self.children[at, 0] != at]).size:
-            at, steps = np.unique(self.children[inner]), steps + 1
-        return steps
+    def outputs(self, features: NDArray[np.float32]) -> Array:
+        """The sum of the trees of each quantile, (H, Q), for a row of features (F,); NaN where one is."""
+        if not np.isfinite(features).all():
+            return np.full(self.counts.shape, np.nan)
+        at, before = self.roots, None
+        while not np.array_equal(at, before):
+            right = features[self.feature[at]] > self.threshold[at]
+            at, before = self.children[at, right.astype(np.intp)], at
+        first = np.cumsum(self.counts) - self.counts.ravel()  # (H Q,): the first tree of each
+        sums: Array = np.add.reduceat(self.value[at], first)
+        return sums.reshape(self.counts.shape)
 
     def fault(self, quantiles: tuple[int, int], features: int) -> str | None:
         """What is wrong with trees for quantiles (H, Q) of rows with so many features, if anything."""
@@ -128,9 +132,8 @@ class BoostedForecaster:
     """
 
     def __init__(self, boosted: Boosted, model: str) -> None:
-        trees, scaling = boosted.trees, boosted.scaling
-        self._trees, self._scaling, self._depth = trees, scaling, trees.depth
-        self._first = np.cumsum(trees.counts) - trees.counts.ravel()  # (H Q,): the first tree of each
+        scaling = boosted.scaling
+        self._trees, self._scaling = boosted.trees, scaling
         self._card = Card(
             model=model,
             kind="lgbm",
@@ -156,20 +159,8 @@ class BoostedForecaster:
 
     def _forecast(self, window: Window) -> Forecast:
         frame = self._scaling.of_window(window)
-        z = np.sort(self._outputs(frame.features[0].astype(np.float32)), -1)
+        z = np.sort(self._trees.outputs(frame.features[0].astype(np.float32)), -1)
         return forecast_of(self.card, window, z * frame.scale[0][:, None])
-
-    def _outputs(self, features: NDArray[np.float32]) -> Array:
-        """The sums of the trees for a row of features (F,): (H, Q), not sorted; NaN if a feature is."""
-        trees = self._trees
-        if not np.isfinite(features).all():
-            return np.full(trees.counts.shape, np.nan)
-        at = trees.roots
-        for _ in range(self._depth):
-            right = features[trees.feature[at]] > trees.threshold[at]
-            at = trees.children[at, right.astype(np.intp)]
-        sums: Array = np.add.reduceat(trees.value[at], self._first)
-        return sums.reshape(trees.counts.shape)
 
 
 def train(

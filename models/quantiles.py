@@ -50,7 +50,7 @@ def moments(quantiles: Array, levels: Sequence[float]) -> tuple[Array, Array, Ar
     variance += (1 - p[-1]) * ((q[:, -1] + high) ** 2 + high**2)
 
     below = np.array([np.interp(0.0, row, p) for row in quantiles])
-    tiny = np.finfo(float).tiny
-    below = np.where(first > 0, p[0] * np.exp(-first / np.maximum(low, tiny)), below)
-    below = np.where(last < 0, 1 - (1 - p[-1]) * np.exp(last / np.maximum(high, tiny)), below)
+    tiny = 1e-300  # of a tail that has no width
+    below = np.where(first > 0, p[0] * np.exp(-np.maximum(first, 0) / np.maximum(low, tiny)), below)
+    below = np.where(last < 0, 1 - (1 - p[-1]) * np.exp(np.minimum(last, 0) / np.maximum(high, tiny)), below)
     return mean, np.sqrt(variance), 1 - below

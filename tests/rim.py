@@ -161,9 +161,9 @@ def revision(settings: Settings) -> Decision:
     return Decision(Kind.REVISION, body, lambda time: Revision(time, body))
 
 
-def activation(model: str) -> Decision:
+def activation(model: str, window: int = 8) -> Decision:
     """A model takes over."""
-    champion = Champion(model, "numpy", 8, "test")
+    champion = Champion(model, "numpy", window, "test")
     return Decision(Kind.ACTIVATION, champion.encode(), champion.event)
 
 

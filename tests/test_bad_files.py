@@ -24,6 +24,7 @@ from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon import gate
 from barcast.daemon.journal import Journal, Kind
 from barcast.models import CheckpointError, checkpoint
+from tests import kinds
 from tests.fakes import START, settings
 
 Build = Callable[[Path], list[str]]
@@ -216,7 +217,8 @@ def sign(directory: Path, content: dict[str, Any]) -> None:
     """Write model.json with a right id, as a foreign program or another version would."""
     content = {k: v for k, v in content.items() if k != "id"}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":")).encode()
-    digest = sha256(canonical + b"\0" + (directory / WEIGHTS).read_bytes()).hexdigest()[:16]
+    weights = (directory / WEIGHTS).read_bytes() if (directory / WEIGHTS).exists() else b""
+    digest = sha256(canonical + b"\0" + weights).hexdigest()[:16]
     (directory / JSON).write_text(json.dumps({"id": digest, **content}))
 
 
@@ -401,6 +403,78 @@ def sound(_: Path) -> None:
     """No damage."""
 
 
+def other(kind: str, damage: Damage) -> Build:
+    """Trees or an ensemble made out of the shipped model, with a fault, and a forecast by it."""
+
+    def build(folder: Path) -> list[str]:
+        shipped = checkpoint.load(sample_checkpoint()).trained
+        if kind == "lgbm":
+            made = kinds.boosted(shipped.scaling, shipped.levels, shipped.record)
+        else:
+            made = kinds.ensemble(folder / "parts", shipped)
+        checkpoint.save(made, folder / "model")
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+        damage(folder / "model")
+        return ["forecast", str(sample_bars()), *SAMPLE, "--model", "model"]
+
+    return build
+
+
+def unsigned(name: str) -> Damage:
+    """A member's file, by a pattern, that is gone."""
+    return lambda d: next(d.glob(name)).unlink()
+
+
+CASES |= {
+    "trees: of another format": (
+        other("lgbm", field("format", 2)),
+        f"{JSON} | format | is 2 | use the version",
+    ),
+    "trees: cut off": (
+        other("lgbm", content(WEIGHTS, lambda b: b[:1000])),
+        f"model/{JSON} | id | {WEIGHTS} | copy the directory again",
+    ),
+    "trees: cut off and signed": (
+        other("lgbm", tensors(lambda t: t.update(feature=t["feature"][:9].clone()))),
+        f"model/{WEIGHTS} | threshold is (63,) float64 | (9,) | train again",
+    ),
+    "trees: that run in a circle": (
+        other("lgbm", tensors(lambda t: t["children"].fill_(0))),
+        f"model/{WEIGHTS} | children of node | behind it | train again",
+    ),
+    "trees: of features that there are not": (
+        other("lgbm", tensors(lambda t: t["feature"].add_(1000))),
+        f"model/{WEIGHTS} | feature reaches from 1000 | train again",
+    ),
+    "ensemble: without a member": (
+        other("ensemble", lambda d: shutil.rmtree(next((d / "members").iterdir()))),
+        f"model/members/ | {JSON} | No such file | check the path of the model",
+    ),
+    "ensemble: a member without weights": (
+        other("ensemble", unsigned(f"members/*/{WEIGHTS}")),
+        f"model/members/ | {WEIGHTS} | No such file | check the path of the model",
+    ),
+    "ensemble: a member of another's name": (
+        other("ensemble", field("members", [{"name": "0" * 16, "model": "x"}] * 3)),
+        f"model/members/{'0' * 16}/{JSON} | No such file | check the path of the model",
+    ),
+    "ensemble: an unknown baseline": (
+        other("ensemble", field("members", [{"name": "nobody", "model": "x"}] * 3)),
+        f"model/{JSON} | 'nobody' | neither a baseline (hs, | train again",
+    ),
+    "ensemble: weights that are no numbers": (
+        other("ensemble", field("weights", [[float("nan")] * 3] * 3)),
+        f"model/{JSON} | weights of horizon 1 | nan | train again",
+    ),
+    "ensemble: weights without a sum of 1": (
+        other("ensemble", field("weights", [[1, 1, 1]] * 3)),
+        f"model/{JSON} | weights of horizon 1 | sum of 1 | train again",
+    ),
+    "ensemble: of another format": (
+        other("ensemble", field("format", 2)),
+        f"{JSON} | format | is 2 | use the version of barcast that wrote it",
+    ),
+}
 HOURLY = ["--stamp", "close", "--timeframe", "1h"]
 CHAMPION = ["--champion", ID]
 CASES |= {
@@ -847,6 +921,8 @@ def test_every_fault_of_a_configuration_is_in_one_message(tmp_path, barcast):
 GOOD = {
     "configuration": config(LEAST),
     "model": model(sound),
+    "trees": other("lgbm", sound),
+    "ensemble": other("ensemble", sound),
     "model in a store": stored(ID, sound, "gate", str(sample_checkpoint()), "--champion", "fhs"),
     "parquet": bars(count=300, by="forecast"),
     "csv": csv(count=400),

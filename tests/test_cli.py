@@ -116,6 +116,18 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
         (["publish", SAMPLE, *DAILY, "--root", ""], "root"),
         (["publish", SAMPLE, "--stamp", "close", "--config", "x.toml", "--host", "h"], "--host"),
         (["train", SAMPLE, *DAILY, "--out", "/proc/none/x"], "--out"),
+        (
+            ["train", SAMPLE, *DAILY, "--out", "x", "--kind", "lgbm", "--steps", "9"],
+            "--steps does not go with",
+        ),
+        (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "lgbm", "--member", "hs"], "--member does not go"),
+        (["train", SAMPLE, *DAILY, "--out", "x", "--member", "hs"], "--member does not go with --kind sssd"),
+        (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble", "--seed", "1"], "--seed does not go"),
+        (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble"], "members none: give two or more"),
+        (
+            ["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble", "--member", "no"],
+            "no/model.json: cannot",
+        ),
         (["replay", "nowhere.db"], "no journal there"),
         (["run", "nowhere.toml"], "no such file"),
     ],
@@ -126,6 +138,27 @@ def test_faults_of_the_user_end_in_a_sentence(run, arguments, said):
     assert status in (2, 78)
     assert said in " ".join((out + err).replace("│", " ").split())
     assert "Traceback" not in out + err
+
+
+def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path):
+    """Both kinds come out of `train`, are shown on held-out bars, and serve in a backtest and a forecast."""
+    history = [SAMPLE, *DAILY, "--symbol", "IBM", "--until", "2007-01-01"]
+    trees, mix = str(tmp_path / "trees"), str(tmp_path / "mix")
+    status, _, err = run("train", *history, "--out", trees, "--kind", "lgbm")
+    assert (status, "held-out forecasts" in err) == (0, True), err
+    members = ["--member", "fhs", "--member", "hs", "--member", trees]
+    status, _, err = run("train", *history, "--out", mix, "--kind", "ensemble", *members)
+    assert (status, "weights +20: fhs 0." in err) == (0, True), err
+    status, _, err = run("train", *history, "--out", str(tmp_path / "new"), "--init-from", trees)
+    assert (status, "is no sssd" in err) == (78, True)
+    for model, kind in ((trees, "lgbm"), (mix, "ensemble")):
+        options = {"stamp": "close", "timeframe": "session", "calendar": "XNYS", "symbols": ["IBM"]}
+        seen = run_backtest([SAMPLE], model=model, since="2005-10-03", until="2005-10-20", **options)
+        later = run_backtest([SAMPLE], model=model, since="2007-06-01", until="2007-06-20", **options)
+        assert (seen.meta["kind"], later.meta["kind"]) == (kind, kind)
+        assert "in sample" in str(seen.meta["warning"])
+        assert later.meta["warning"] == ""
+        assert run("forecast", *history, "--model", model)[0] == 0
 
 
 def test_training_never_replaces_what_is_no_model(run, tmp_path):

@@ -150,7 +150,7 @@ def imported(run: subprocess.CompletedProcess[str]) -> set[str]:
     return set(run.stderr.splitlines()[-1].split()[1:])
 
 
-HEAVY = {"torch", "diffusers", "accelerate", "safetensors", "plotly"}
+HEAVY = {"torch", "diffusers", "accelerate", "safetensors", "lightgbm", "plotly"}
 
 
 def test_help_starts_without_heavy_packages() -> None:
@@ -305,6 +305,7 @@ def test_imports_are_found() -> None:
         ("diffusers", "models/"),
         ("accelerate", "models/"),
         ("safetensors", "models/"),
+        ("lightgbm", "models/gbm.py"),
         ("aiomqtt", "daemon/mqtt.py backtest/demo.py"),
         ("paho", "daemon/mqtt.py"),
         ("apscheduler", "daemon/schedule.py"),

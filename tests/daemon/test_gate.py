@@ -72,6 +72,25 @@ def test_better_challenger_is_accepted(models, histories):
 
 
 @pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("kind", ["trees", "mix"])
+def test_kinds_are_judged_against_each_other(models, histories, tmp_path, kind):
+    """Trees and ensembles are challengers and champions like the network; the sampler is for what has one."""
+    from barcast.models.checkpoint import load, save
+    from tests import kinds
+
+    network = load(models / "good").trained
+    if kind == "mix":
+        save(kinds.ensemble(tmp_path, network), tmp_path / "mix")
+    else:
+        save(kinds.boosted(network.scaling, network.levels, network.record), tmp_path / "trees")
+    won = judge(tmp_path / kind, str(models / "spoiled"), histories, "1h", 0.0, "ddim", 4)
+    assert won.accepted
+    lost = judge(models / "spoiled", str(tmp_path / kind), histories, "1h", 0.0)
+    assert not lost.accepted
+    assert (lost.champion, lost.champion_crps) != (won.challenger, None)
+
+
+@pytest.mark.usefixtures("few")
 def test_spoiled_challenger_is_refused(models, histories):
     """A model made worse on purpose is refused, and the reason says by how much."""
     verdict = judge(models / "spoiled", str(models / "good"), histories, "1h", 0.0)

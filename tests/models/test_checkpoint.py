@@ -3,10 +3,12 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from barcast.models.checkpoint import load, open_forecaster, save
 from barcast.models.diffusion import SSSDForecaster
 from barcast.models.sssd import SSSD
 from barcast.models.trained import Trained
+from tests import kinds
 
 
 @pytest.fixture
@@ -34,6 +37,61 @@ def test_a_model_comes_back_to_the_bit(trained: Trained, directory: Path, histor
         assert a.quantiles.tobytes() == b.quantiles.tobytes()
         assert a.rise.tobytes() == b.rise.tobytes()
     assert open_forecaster(directory).card.model == checkpoint.model
+
+
+@pytest.fixture
+def trees(trained: Trained, tmp_path: Path) -> Path:
+    save(kinds.boosted(trained.scaling, trained.levels, trained.record), tmp_path / "boosted")
+    return tmp_path / "boosted"
+
+
+@pytest.fixture
+def mixed(trained: Trained, tmp_path: Path) -> Path:
+    save(kinds.ensemble(tmp_path / "members", trained), tmp_path / "mixed")
+    shutil.rmtree(tmp_path / "members")
+    return tmp_path / "mixed"
+
+
+def _files(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["directory", "trees", "mixed"])
+def test_every_kind_comes_back_to_the_byte(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, histories: list[Window]
+) -> None:
+    """A model of any kind, saved again or copied, has the same files, id and forecasts."""
+    directory = request.getfixturevalue(kind)
+    first = load(directory)
+    assert save(first.trained, tmp_path / "again") == first.model
+    assert _files(tmp_path / "again") == _files(directory)
+    shutil.move(directory, tmp_path / "elsewhere")
+    before, after = first.forecaster(), open_forecaster(tmp_path / "elsewhere")
+    assert before.card == after.card
+    assert after.card.model == first.model
+    for a, b in zip(before.forecast(histories), after.forecast(histories), strict=True):
+        assert a.quantiles.tobytes() == b.quantiles.tobytes()
+        assert (a.mean.tobytes(), a.std.tobytes()) == (b.mean.tobytes(), b.std.tobytes())
+        assert a.rise.tobytes() == b.rise.tobytes()
+
+
+def test_an_ensemble_samples_its_members_as_asked(mixed: Path) -> None:
+    """Sampler and steps reach the network in it, and stand on its card; the others have none."""
+    card = open_forecaster(mixed, "ddim", 20).card
+    assert (card.kind, card.sampler, card.steps) == ("ensemble", "ddim", 20)
+    assert "torch" in card.fingerprint
+    with pytest.raises(ConfigError, match="steps = 1"):
+        open_forecaster(mixed, "ddim", 1)
+
+
+def test_the_id_of_an_ensemble_covers_weights_and_members(trained: Trained, tmp_path: Path) -> None:
+    """Another weight or another member gives another id."""
+    mix = kinds.ensemble(tmp_path, trained)
+    ids = {save(mix, tmp_path / "mix")}
+    ids.add(save(replace(mix, weights=mix.weights[::-1].copy()), tmp_path / "mix"))
+    ids.add(save(replace(mix, members=mix.members[1:], weights=np.full((3, 2), 0.5)), tmp_path / "mix"))
+    assert len(list((tmp_path / "mix" / "members").iterdir())) == 2
+    assert len(ids) == 3
 
 
 def test_the_id_is_a_hash_of_the_contents(trained: Trained, directory: Path, tmp_path: Path) -> None:
@@ -97,7 +155,8 @@ def _body(directory: Path) -> dict[str, Any]:
 def _signed(directory: Path, body: dict[str, Any]) -> None:
     """Write model.json with a right id, as a foreign program or another version would."""
     body = {k: v for k, v in body.items() if k != "id"}
-    weights = (directory / "weights.safetensors").read_bytes()
+    file = directory / "weights.safetensors"
+    weights = file.read_bytes() if file.exists() else b""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
     model = sha256(canonical + b"\0" + weights).hexdigest()[:16]
     (directory / "model.json").write_text(json.dumps({"id": model, **body}))
@@ -190,6 +249,125 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a safetensors file",
     ),
 }
+
+
+def _member(d: Path, at: int) -> Path:
+    return d / "members" / _body(d)["members"][at]["name"]
+
+
+def _named(change: Callable[[list[dict[str, str]]], object]) -> Callable[[Path], None]:
+    def damage(d: Path) -> None:
+        body = _body(d)
+        change(body["members"])
+        _signed(d, body)
+
+    return damage
+
+
+def _weights(value: object) -> Callable[[Path], None]:
+    return _field("weights", value)
+
+
+def _nested(d: Path) -> None:
+    inner, outer = _body(d)["id"], _body(d)
+    shutil.copytree(d, d.parent / inner)
+    shutil.move(d.parent / inner, d / "members" / inner)
+    outer["members"][1] = {"name": inner, "model": inner}
+    _signed(d, outer)
+
+
+TREES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "newer format": (_field("format", 2), "format is 2, not 1"),
+    "no record": (lambda d: _signed(d, _without(_body(d), "record")), "record is missing; train"),
+    "record of a network": (_field("record", {"seed": 0}), "missing required field"),
+    "no weights": (lambda d: (d / "weights.safetensors").unlink(), "weights.safetensors: cannot be read"),
+    "flipped leaf": (_flip("weights.safetensors", -5), "does not fit the contents"),
+    "truncated weights": (
+        lambda d: (d / "weights.safetensors").write_bytes((d / "weights.safetensors").read_bytes()[:-9]),
+        "does not fit the contents",
+    ),
+    "garbage weights": (_garbage, "not a safetensors file"),
+    "statistics of zero": (_statistic("std", [0.0] * 80), "scaling.std"),
+    "missing tensor": (_tensors(lambda t: t.pop("roots")), "tensor roots is missing or unknown"),
+    "leaf that is no number": (_tensors(lambda t: t["value"].fill_(float("nan"))), "value holds a number"),
+    "truncated trees": (
+        _tensors(lambda t: t.update({n: t[n][:-1].clone() for n in ("feature", "threshold", "value")})),
+        r"children is \(63, 2\) int32, not \(62, 2\) int32",
+    ),
+    "no trees": (
+        _tensors(lambda t: t.update({n: t[n][:0].clone() for n in t if n != "counts"})),
+        "counts are .* with a sum of 0",
+    ),
+    "fewer levels": (_tensors(lambda t: t.update(counts=t["counts"][:, :5].clone())), r"counts is \(3, 5\)"),
+    "trees of nobody": (_tensors(lambda t: t["counts"].add_(1)), "counts are .* with a sum of 21"),
+    "a quantile without trees": (_tensors(lambda t: t["counts"].mul_(0)), "counts are .* not above 0"),
+    "unknown feature": (
+        _tensors(lambda t: t["feature"].add_(80)),
+        "feature reaches from 80 to .* not from 0 to",
+    ),
+    "root beyond": (_tensors(lambda t: t["roots"].add_(60)), "roots reaches from 60"),
+    "root before": (_tensors(lambda t: t["roots"].sub_(1)), "roots reaches from -1"),
+    "child beyond": (_tensors(lambda t: t["children"][0].fill_(99)), "children of node 0 .*not behind"),
+    "circle": (_tensors(lambda t: t["children"][1].fill_(0)), "children of node 1 are not behind it"),
+    "half a leaf": (_tensors(lambda t: t["children"][1, 0].fill_(2)), "children of node 1 are not behind it"),
+    "another type": (_tensors(lambda t: t.update(value=t["value"].float())), "value is .* float32"),
+}
+
+MIXED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "newer format": (_field("format", 2), "format is 2, not 1"),
+    "edited weights": (
+        lambda d: (d / "model.json").write_text(json.dumps(_body(d) | {"weights": [[1]]})),
+        "does not fit the contents of model.json, which",
+    ),
+    "not a number": (_weights([[float("nan"), 0.5, 0.5]] * 3), "weights of horizon 1 are"),
+    "not a sum of 1": (_weights([[0.25, 0.5, 0.25], [0.2, 0.2, 0.2], [1, 0, 0]]), "weights of horizon 4 are"),
+    "below 0": (_weights([[0.25, 0.5, 0.25], [1, 0, 0], [1.5, -0.25, -0.25]]), "weights of horizon 16 are"),
+    "too few": (_weights([[0.5, 0.5]] * 3), r"weights is \(3, 2\), not \(3, 3\)"),
+    "ragged": (_weights([[0.5, 0.5], [1.0]]), "model.json: .*; train again"),
+    "text": (_weights("equal"), "model.json: .*; train again"),
+    "no weights": (lambda d: _signed(d, _without(_body(d), "weights")), "weights is missing; train"),
+    "no members": (_field("members", []), r"weights|window"),
+    "no record": (lambda d: _signed(d, _without(_body(d), "record")), "record is missing; train"),
+    "other window": (_field("window", 10), "window is 10, not"),
+    "missing member": (lambda d: shutil.rmtree(_member(d, 1)), "members/[0-9a-f]{16}/model.json: cannot be"),
+    "damaged member": (
+        lambda d: (_member(d, 2) / "weights.safetensors").write_bytes(b""),
+        "members/.*does not fit the contents",
+    ),
+    "foreign member": (
+        lambda d: [shutil.rmtree(_member(d, 2)), shutil.copytree(_member(d, 1), _member(d, 2))],
+        "which is another model or an ensemble; copy",
+    ),
+    "ensemble in itself": (_nested, "which is another model or an ensemble; copy"),
+    "unknown baseline": (
+        _named(lambda m: m[0].update(name="garch9")),
+        "member 'garch9' is neither a baseline",
+    ),
+    "member outside": (_named(lambda m: m[1].update(name="../../model")), "member '../../model' is neither"),
+    "other arithmetic": (_named(lambda m: m[0].update(model="hs-0")), "members is .'hs-0'"),
+    "member of other horizons": (
+        lambda d: _signed(d, _body(d) | {"horizons": [1, 4, 8]}),
+        "horizons of member .* is .1, 4, 16., not .1, 4, 8.",
+    ),
+    "a list for a member": (_field("members", [["hs"]]), "model.json: .*; train again"),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [*(("trees", what) for what in TREES), *(("mixed", what) for what in MIXED)]
+)
+def test_a_damaged_model_of_another_kind_is_refused(
+    request: pytest.FixtureRequest, kind: str, what: str
+) -> None:
+    """Trees and ensembles are checked as the network is: file, finding and remedy in one sentence."""
+    directory: Path = request.getfixturevalue(kind)
+    damage, words = {"trees": TREES, "mixed": MIXED}[kind][what]
+    damage(directory)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        load(directory)
+    assert ";" in str(caught.value) or "check the path" in str(caught.value)
+    assert str(directory) in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("what", DAMAGE)
