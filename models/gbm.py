@@ -71,7 +71,7 @@ class Trees:
         """The sum of the trees of each quantile, (H, Q), for a row of features (F,); NaN where one is."""
         if not np.isfinite(features).all():
             return np.full(self.counts.shape, np.nan)
-        at, before = self.roots, None
+        at, before = self.roots, self.roots[:0]
         while not np.array_equal(at, before):
             right = features[self.feature[at]] > self.threshold[at]
             at, before = self.children[at, right.astype(np.intp)], at
