@@ -56,7 +56,12 @@ ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the instance.")]
 Stamped = Annotated[
     Stamp, typer.Option(help="Whether times in the files are the open or the close of the bar.")
 ]
-Timeframe = Annotated[str, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session for exchange days.")]
+Timeframe = Annotated[
+    str | None,
+    typer.Option(
+        help="Length of a bar: {n}{s|m|h|d}, or session for exchange days; default: found in the files."
+    ),
+]
 CalendarName = Annotated[str, typer.Option(help="24x7, fx, or a name of exchange_calendars such as XNYS.")]
 OtherCalendars = Annotated[
     list[str] | None,
@@ -85,7 +90,9 @@ Until = Annotated[
         help="Take closes before this moment only, in the same form, UTC.", metavar="TIME", formats=FORMATS
     ),
 ]
-ModelName = Annotated[str, typer.Option(help="A checkpoint directory, or hs or fhs (no training needed).")]
+ModelName = Annotated[
+    str, typer.Option(help="A checkpoint directory, or a baseline such as hs or fhs (no training needed).")
+]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
 Steps = Annotated[
     int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=2)
@@ -239,7 +246,7 @@ def train(
         Path,
         typer.Option("--out", help="Directory for the checkpoint; one that is there must be a checkpoint."),
     ],
-    timeframe: Timeframe = "1d",
+    timeframe: Timeframe = None,
     calendar: CalendarName = "24x7",
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -259,6 +266,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
 ) -> None:
     """Train a model on bars closed before --until and write a checkpoint."""
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _train(
@@ -343,7 +351,7 @@ def forecast(
     files: Files,
     stamp: Stamped,
     model: ModelName,
-    timeframe: Timeframe = "1d",
+    timeframe: Timeframe = None,
     calendar: CalendarName = "24x7",
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -362,6 +370,7 @@ def forecast(
     from barcast.daemon.wire import to_text
     from barcast.models import Window
 
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _sampled(model, sampler, steps)
@@ -408,11 +417,55 @@ def forecast(
 
 
 @app.command()
+def predict(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName,
+    origins: Annotated[
+        Path,
+        typer.Option(
+            help="Parquet or CSV file with the columns symbol and ts, the time of a bar in the files."
+        ),
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="Parquet file to write the quantiles to.")],
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+) -> None:
+    """Forecast from many bars of the past, each seen without what came after it.
+
+    Writes a row for each origin and horizon (bars): symbol, ts, horizon, and the quantiles as log returns
+    from the origin's close: q05, q10 and so on.
+    """
+    _sampled(model, sampler, steps)
+    if out_file.is_dir():
+        raise typer.BadParameter(f"{out_file} is a directory: name a file", param_hint="--out")
+    from barcast.backtest.predict import predict as quantiles
+    from barcast.daemon.adjustments import read_adjustments
+    from barcast.daemon.history import read_origins, read_windows, scan
+    from barcast.daemon.store import open_model
+
+    timeframe = timeframe or _found(files, stamp, calendar, None)
+    closes = _calendars(calendar, symbol_calendar, timeframe)
+    forecaster = open_model(model, timeframe, sampler, steps)
+    wanted = read_origins(origins, stamp.value, closes)
+    histories = read_windows(scan(files, stamp.value, closes))
+    declared = read_adjustments(adjustments) if adjustments else []
+    with _writing("--out", out_file), _progress("forecasting", wanted.height) as advance:
+        made = quantiles(forecaster, histories, wanted, str(origins), declared, advance)
+        made.write_parquet(out_file)
+    out.print(f"{wanted.height} origins, {made.height} rows: {out_file.absolute()}", soft_wrap=True)
+
+
+@app.command()
 def backtest(
     files: Files,
     stamp: Stamped,
     model: ModelName = "fhs",
-    timeframe: Timeframe = "1d",
+    timeframe: Timeframe = None,
     calendar: CalendarName = "24x7",
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -441,6 +494,7 @@ def backtest(
     from barcast.backtest.report import write_report
     from barcast.daemon.adjustments import read_adjustments
 
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
     with _progress("replaying", None) as advance:
         result = run_backtest(
             files,
@@ -463,11 +517,8 @@ def backtest(
     _print_result(result)
     if result.meta["warning"]:
         err.print(str(result.meta["warning"]), style="yellow")
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
+    with _writing("--report", report):
         write_report(result, report)
-    except OSError as error:
-        raise ConfigError(f"--report: {error}; name a file that you may write") from error
     out.print(f"report: {report.absolute()}")
 
 
@@ -608,6 +659,16 @@ def _others(given: list[str] | None) -> dict[str, str]:
     return {symbol: name for symbol, _, name in pairs}
 
 
+def _found(files: list[Path], stamp: Stamp, calendar: str, symbols: list[str] | None) -> str:
+    """The timeframe of the files, and say so; days of an exchange are its sessions."""
+    from barcast.daemon.history import find_timeframe
+
+    found, how = find_timeframe(files, stamp.value, symbols)
+    text = "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text
+    err.print(f"timeframe {text}: {how}", highlight=False, markup=False, soft_wrap=True)
+    return text
+
+
 def _calendars(calendar: str, others: list[str] | None, timeframe: str) -> "Calendars":
     from barcast.daemon.calendar import Calendars
     from barcast.daemon.timeframe import Timeframe as Parsed
@@ -632,7 +693,9 @@ def _histories(
 
 
 def _sampled(model: str, sampler: str | None, steps: int | None) -> None:
-    if model in ("hs", "fhs") and (sampler or steps):
+    from barcast.daemon.store import BASELINES
+
+    if model in BASELINES and (sampler or steps):
         raise typer.BadParameter(f"{model} is not sampled: --sampler and --steps go with a checkpoint")
 
 
@@ -665,6 +728,16 @@ def _ns(moment: datetime | None) -> int | None:
     from barcast.daemon.wire import to_ns
 
     return None if moment is None else to_ns(moment.replace(tzinfo=UTC))
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Make the folder of a file that is about to be written; what forbids writing is the option's fault."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: {error}; name a file that you may write") from error
 
 
 @contextmanager
