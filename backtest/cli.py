@@ -20,6 +20,7 @@ from rich.table import Table
 from barcast.models import LEVELS, BarcastError, ConfigError, DataError, default_horizons
 
 if TYPE_CHECKING:
+    from barcast.backtest.evaluate import Evaluation
     from barcast.backtest.result import BacktestResult
     from barcast.daemon.calendar import Calendars
     from barcast.models import Window
@@ -523,6 +524,86 @@ def backtest(
 
 
 @app.command()
+def evaluate(
+    files: Files,
+    stamp: Stamped,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A checkpoint directory, or a baseline such as fhs; may be repeated. hs, which skill is measured "
+            "against, is always there, and all other baselines as long as none is named."
+        ),
+    ] = None,
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            help="First close of an origin, as --until; default: where no model has learnt from.",
+            metavar="TIME",
+            formats=FORMATS,
+        ),
+    ] = None,
+    until: Until = None,
+    folds: Annotated[int, typer.Option(help="Parts of equal time, one after the other.", min=1)] = 4,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Bars from one origin to the next, on a grid common to all symbols. Default: 1 from a day "
+            "on, else 5.",
+            min=1,
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
+    ] = None,
+) -> None:
+    """Compare models on identical rolling origins: CRPS, skill, coverage, each with its error.
+
+    Bars before --since only fill the windows.
+    """
+    for option, path in (("--report", report), ("--json", json_file)):
+        if path is not None and path.is_dir():
+            raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
+    from barcast.backtest.evaluate import evaluate as compare
+    from barcast.backtest.evaluate import open_field
+    from barcast.backtest.report import write_evaluation
+
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
+    closes = _calendars(calendar, symbol_calendar, timeframe)
+    field = open_field(model or [], timeframe)
+    for name, reason in field.left_out.items():
+        err.print(f"{name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+    histories = _histories(files, stamp, closes, symbol, until, adjustments)
+    with _progress("forecasting", None) as advance:
+        result = compare(
+            field,
+            list(histories.values()),
+            closes.timeframe,
+            since=_ns(since),
+            until=_ns(until),
+            folds=folds,
+            stride=stride,
+            progress=advance,
+        )
+    _print_evaluation(result)
+    if result.meta["warning"]:
+        err.print(str(result.meta["warning"]), style="yellow", markup=False)
+    if report is not None:
+        with _writing("--report", report):
+            write_evaluation(result, report)
+        out.print(f"report: {report.absolute()}", soft_wrap=True)
+    if json_file is not None:
+        with _writing("--json", json_file):
+            json_file.write_text(result.json())
+        out.print(f"numbers: {json_file.absolute()}", soft_wrap=True)
+
+
+@app.command()
 def replay(
     journal: Annotated[Path, typer.Argument(help="journal.db of an instance's state directory.")],
     capture: Annotated[
@@ -722,6 +803,49 @@ def _print_result(result: "BacktestResult") -> None:
         total, drawdown = percent
         books.add_row(row["strategy"], total, sharpe, drawdown, str(row["fills"]))
     out.print(scores, books)
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    """A table for each horizon, the best model first; what differs from the best baseline by chance is plain."""
+    for horizon in result.meta["horizons"]:
+        pooled = result.scores.filter(fold="all", horizon=horizon).sort("crps")
+        n, times = pooled.row(0, named=True)["n"], pooled.row(0, named=True)["times"]
+        best = result.best_baseline(horizon)
+        table = Table(
+            title=f"+{horizon}: {n} forecasts at {times} times",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+        )
+        table.add_column("model")
+        names = ("CRPS, bp", "% over hs", f"% over {best}", "in 50 %", "in 80 %", "in 90 %", "worst")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in pooled.iter_rows(named=True):
+            model = row["model"]
+            skill = "-" if model == "hs" else f"{row['skill']:.2f} ±{row['skill_error']:.2f} "
+            gain, error = (0.0, 0.0) if model == best else result.gain(horizon, model, best)
+            sure = abs(gain) > 2 * error
+            over = "-" if model == best else f"{gain:.2f} ±{error:.2f}{'*' if sure else ' '}"
+            inside = [_share(row[f"coverage_{p}"], row[f"coverage_{p}_error"]) for p in (50, 80, 90)]
+            style = "bold" if sure and gain > 0 else None
+            table.add_row(
+                model, f"{1e4 * row['crps']:.2f}", skill, over, *inside, f"{row['worst']:.3f}", style=style
+            )
+        out.print(table)
+    folds = result.meta["folds"]
+    out.print(
+        f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} folds. ± is one standard error; "
+        "* is more than two from the best baseline; worst is the largest distance of a level from the share "
+        "of outcomes below it.",
+        highlight=False,
+    )
+    for model, count in result.meta["withheld"].items():
+        out.print(f"{count} origins left out for all, as {model} makes nothing usable of them", markup=False)
+
+
+def _share(value: float | None, error: float | None) -> str:
+    return "-" if value is None or error is None else f"{100 * value:.1f} ±{100 * error:.1f}"
 
 
 def _ns(moment: datetime | None) -> int | None:

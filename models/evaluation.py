@@ -1,13 +1,13 @@
 """Rolling-origin scores: what a forecaster said at every bar of a period, against what then happened."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
-from barcast.models.forecast import Forecaster, usable
+from barcast.models.forecast import Card, Forecaster, usable
 from barcast.models.scores import crps as crps_of
 from barcast.models.window import Window
 
@@ -38,6 +38,20 @@ class Scores:
     close_times: NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Forecasts:
+    """What several forecasters said at the same n origins, and what then happened.
+
+    `outcomes` is (n, H), `quantiles` one (n, H, Q) for each forecaster, all log returns; `symbols` and
+    `close_times` (n,) are those of the origins.
+    """
+
+    outcomes: Array
+    quantiles: list[Array]
+    symbols: tuple[str, ...]
+    close_times: NDArray[np.int64]
+
+
 def score(
     forecaster: Forecaster,
     histories: Sequence[Window],
@@ -58,10 +72,27 @@ def compare(
     until: int,
     stride: int = 1,
 ) -> list[Scores]:
-    """Score several forecasters on identical origins: those that all of them can forecast.
+    """Score several forecasters on identical origins; arguments and errors are those of `collect`."""
+    found = collect(forecasters, histories, since=since, until=until, stride=stride)
+    return [_scores(f.card, found, q) for f, q in zip(forecasters, found.quantiles, strict=True)]
 
-    A target counts the symbol's own bars. Times are nanoseconds. Raises `ConfigError` if horizons or levels
-    differ, and `DataError` if no origin is left.
+
+def collect(
+    forecasters: Sequence[Forecaster],
+    histories: Sequence[Window],
+    *,
+    since: int,
+    until: int,
+    stride: int = 1,
+    slot: int | None = None,
+    progress: Callable[[int, int, Window], None] = lambda _done, _all, _window: None,
+) -> Forecasts:
+    """Forecast by all of them at every `stride`-th bar that all can forecast, with since <= close.
+
+    With a `slot`, the length of a bar in nanoseconds, it is every `stride`-th slot since 1970, the same for
+    all symbols, and the bars that began in these. A target counts the symbol's own bars and is realised by
+    `until`. Times are nanoseconds. Raises `ConfigError` if horizons or levels differ, and `DataError` if no
+    origin is left. `progress` is told the forecasts made, those to make, and the window at hand.
     """
     cards = [f.card for f in forecasters]
     for card in cards[1:]:
@@ -73,38 +104,49 @@ def compare(
                     "only models that forecast the same can be compared"
                 )
     least = max(card.min_window for card in cards)
-    most = max(card.window for card in cards)
-    horizons, levels = cards[0].horizons, cards[0].levels
+    horizons = cards[0].horizons
+    places = [_origins(h, least, max(horizons), since, until, stride, slot) for h in histories]
+    count = len(forecasters) * sum(map(len, places))
+    if not count:
+        raise DataError(
+            f"no forecast origin between {_date(since)} and {_date(until)} has {least} bars up to it and a "
+            "target: give more bars or a longer time"
+        )
+    done = 0
     outcomes: list[Array] = []
     quantiles: list[list[Array]] = [[] for _ in forecasters]
     symbols: list[str] = []
     close_times: list[int] = []
-    for history in histories:
-        origins = _origins(history, least, max(horizons), since, until)[::stride]
+    for history, origins in zip(histories, places, strict=True):
         price = np.log(history.values[:, 3])
         outcomes += [np.array([price[k + h] - price[k] for h in horizons]) for k in origins]
         symbols += [history.symbol] * len(origins)
         close_times += [int(history.close_times[k]) for k in origins]
-        for windows in _chunks(history, origins, most):
-            for found, forecaster in zip(quantiles, forecasters, strict=True):
+        for found, forecaster in zip(quantiles, forecasters, strict=True):
+            for windows in _chunks(history, origins, forecaster.card.window):
                 made = forecaster.forecast(windows)
                 usable(made, forecaster.card)
                 found += [f.quantiles for f in made]
-    if not outcomes:
-        raise DataError(
-            f"no forecast origin between {since} and {until} has {least} bars before it and a target"
-        )
-    y = np.array(outcomes)  # (n, H)
-    return [
-        _scores(card.model, horizons, levels, y, np.array(q), tuple(symbols), np.array(close_times, np.int64))
-        for card, q in zip(cards, quantiles, strict=True)
-    ]
+                done += len(made)
+                progress(done, count, windows[-1])
+    return Forecasts(
+        np.array(outcomes), [np.array(q) for q in quantiles], tuple(symbols), np.array(close_times, np.int64)
+    )
 
 
-def _origins(history: Window, least: int, reach: int, since: int, until: int) -> list[int]:
+def _origins(
+    history: Window, least: int, reach: int, since: int, until: int, stride: int, slot: int | None
+) -> list[int]:
     first = max(least - 1, int(np.searchsorted(history.close_times, since)))
     stop = int(np.searchsorted(history.close_times, until, "right")) - reach
-    return list(range(first, stop))
+    if slot is None:
+        return list(range(first, stop, stride))
+    began = history.close_times[first : max(first, stop)] - slot
+    return [first + int(k) for k in np.flatnonzero(began // slot % stride == 0)]
+
+
+def _date(time: int) -> str:
+    return str(np.datetime64(time, "ns").astype("datetime64[D]"))
 
 
 def _chunks(history: Window, origins: Sequence[int], length: int) -> Iterator[list[Window]]:
@@ -113,15 +155,8 @@ def _chunks(history: Window, origins: Sequence[int], length: int) -> Iterator[li
         yield [Window(history.symbol, history.close_times[c], history.values[c]) for c in cuts]
 
 
-def _scores(
-    model: str,
-    horizons: tuple[int, ...],
-    levels: tuple[float, ...],
-    y: Array,
-    q: Array,
-    symbols: tuple[str, ...],
-    close_times: NDArray[np.int64],
-) -> Scores:
+def _scores(card: Card, found: Forecasts, q: Array) -> Scores:
+    y, levels = found.outcomes, card.levels
     losses = crps_of(y, q, levels)  # (n, H)
     mean = losses.mean(0)
     size = np.abs(y).mean(0)
@@ -130,14 +165,14 @@ def _scores(
     central = [(i, j) for i, j in pairs if abs(levels[i] + levels[j] - 1) < 1e-9]
     covered = [((y >= q[..., i]) & (y <= q[..., j])).mean(0) for i, j in central]
     return Scores(
-        model=model,
-        horizons=horizons,
+        model=card.model,
+        horizons=card.horizons,
         n=len(y),
         crps=mean,
         normalised=normalised,
         intervals=tuple(round(levels[j] - levels[i], 12) for i, j in central),
-        coverage=np.stack(covered, 1) if covered else np.empty((len(horizons), 0)),
+        coverage=np.stack(covered, 1) if covered else np.empty((len(card.horizons), 0)),
         losses=losses,
-        symbols=symbols,
-        close_times=close_times,
+        symbols=found.symbols,
+        close_times=found.close_times,
     )
