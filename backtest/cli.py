@@ -40,6 +40,9 @@ EX_CONFIG = 78
 HELD_OUT = 1000
 """How many forecasts a new model is shown beside the baselines on, about."""
 
+WIDE = 100
+"""Columns that the tables of an evaluation take where there is no terminal."""
+
 LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
 
@@ -530,8 +533,8 @@ def evaluate(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A checkpoint directory, or a baseline such as fhs; may be repeated. hs, which skill is measured "
-            "against, is always there, and all other baselines as long as none is named."
+            help="A checkpoint directory, or a baseline such as fhs; may be repeated. hs, which skill is "
+            "measured against, is always there, and all other baselines as long as none is named."
         ),
     ] = None,
     timeframe: Timeframe = None,
@@ -806,7 +809,8 @@ def _print_result(result: "BacktestResult") -> None:
 
 
 def _print_evaluation(result: "Evaluation") -> None:
-    """A table for each horizon, the best model first; what differs from the best baseline by chance is plain."""
+    """A table for each horizon, the best model first; bold is what beats the best baseline."""
+    console = out if out.is_terminal else Console(width=max(out.width, WIDE))
     for horizon in result.meta["horizons"]:
         pooled = result.scores.filter(fold="all", horizon=horizon).sort("crps")
         n, times = pooled.row(0, named=True)["n"], pooled.row(0, named=True)["times"]
@@ -817,27 +821,29 @@ def _print_evaluation(result: "Evaluation") -> None:
             box=SIMPLE_HEAD,
             padding=(0, 0, 0, 1),
         )
-        table.add_column("model")
-        names = ("CRPS, bp", "% over hs", f"% over {best}", "in 50 %", "in 80 %", "in 90 %", "worst")
-        for name in names:
+        table.add_column("model", overflow="fold")
+        others = dict.fromkeys(["hs", best])
+        names = (f"% over {other}" for other in others)
+        for name in ("CRPS, bp", *names, "in 50 %", "in 80 %", "in 90 %", "worst"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in pooled.iter_rows(named=True):
-            model = row["model"]
-            skill = "-" if model == "hs" else f"{row['skill']:.2f} ±{row['skill_error']:.2f} "
-            gain, error = (0.0, 0.0) if model == best else result.gain(horizon, model, best)
-            sure = abs(gain) > 2 * error
-            over = "-" if model == best else f"{gain:.2f} ±{error:.2f}{'*' if sure else ' '}"
+            gains = [result.gain(horizon, row["model"], other) for other in others]
+            over = ["-" if gain is None else f"{gain.value:z.2f} ±{gain.error:.2f} " for gain in gains]
+            last = gains[-1]
+            style = None
+            if last is not None and abs(last.value) > 2 * last.error:
+                over[-1] = f"{over[-1][:-1]}*"
+                style = "bold" if last.value > 0 else None
             inside = [_share(row[f"coverage_{p}"], row[f"coverage_{p}_error"]) for p in (50, 80, 90)]
-            style = "bold" if sure and gain > 0 else None
             table.add_row(
-                model, f"{1e4 * row['crps']:.2f}", skill, over, *inside, f"{row['worst']:.3f}", style=style
+                row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, f"{row['worst']:.3f}", style=style
             )
-        out.print(table)
+        console.print(table)
     folds = result.meta["folds"]
-    out.print(
-        f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} folds. ± is one standard error; "
-        "* is more than two from the best baseline; worst is the largest distance of a level from the share "
-        "of outcomes below it.",
+    console.print(
+        f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
+        "error, * a difference of more than two from the best baseline; worst is the largest distance of the "
+        "share of outcomes below a quantile from its level.",
         highlight=False,
     )
     for model, count in result.meta["withheld"].items():

@@ -42,7 +42,7 @@ DEFINITIONS = {
     "crps": "twice the pinball loss averaged over the levels and forecasts, of log returns",
     "skill": "100 (1 - CRPS / CRPS of hs)",
     "gain": "100 (1 - CRPS / CRPS of the other model), on the same origins",
-    "error": "standard error after Newey and West (1987) over origin times, lag max(2 ceil(h/stride), T^(1/3))",
+    "error": "standard error, Newey and West (1987) over origin times, lag max(2 ceil(h/stride), T^(1/3))",
     "coverage_50": "share of outcomes from q25 to q75; 0.5 when calibrated",
     "coverage_80": "share of outcomes from q10 to q90; 0.8 when calibrated",
     "coverage_90": "share of outcomes from q05 to q95; 0.9 when calibrated",
@@ -80,8 +80,10 @@ class Evaluation:
         pooled = self.scores.filter(fold=ALL, horizon=horizon).filter(pl.col("model").is_in(list(BASELINES)))
         return str(pooled.sort("crps")["model"][0])
 
-    def gain(self, horizon: int, model: str, other: str) -> Estimate:
-        """The gain of one model over another over all folds, in percent."""
+    def gain(self, horizon: int, model: str, other: str) -> Estimate | None:
+        """The gain of one model over another over all folds, in percent; none over itself."""
+        if model == other:
+            return None
         row = self.gains.filter(fold=ALL, horizon=horizon, model=model, other=other)
         return Estimate(row["gain"].item(), row["error"].item())
 
@@ -288,8 +290,14 @@ class _Tables:
 
     def evaluation(self, meta: dict[str, object]) -> Evaluation:
         """The rows as frames."""
-        frames = (self.scores, self.gains, self.thirds, self.shares, self.bins)
-        return Evaluation(*(pl.DataFrame(rows, infer_schema_length=None) for rows in frames), meta)
+        return Evaluation(
+            scores=pl.DataFrame(self.scores, infer_schema_length=None),
+            gains=pl.DataFrame(self.gains, infer_schema_length=None),
+            thirds=pl.DataFrame(self.thirds, infer_schema_length=None),
+            levels=pl.DataFrame(self.shares, infer_schema_length=None),
+            pit=pl.DataFrame(self.bins, infer_schema_length=None),
+            meta=meta,
+        )
 
     def _coverage(
         self, y: Array, q: Array, at: NDArray[np.intp], times: int, lags: int
