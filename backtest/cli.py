@@ -575,6 +575,7 @@ def evaluate(
     from barcast.backtest.evaluate import evaluate as compare
     from barcast.backtest.evaluate import open_field
     from barcast.backtest.report import write_evaluation
+    from barcast.daemon.history import digest
 
     timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
@@ -593,6 +594,7 @@ def evaluate(
             stride=stride,
             progress=advance,
         )
+    result.meta.update(calendar=calendar, files=[f.name for f in files], files_sha256=digest(files))
     _print_evaluation(result)
     if result.meta["warning"]:
         err.print(str(result.meta["warning"]), style="yellow", markup=False)
@@ -702,7 +704,7 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
 
     checkpoint = load(model)
     mine, record = checkpoint.forecaster(), checkpoint.trained.record
-    others = [kind(timeframe, mine.card.horizons, mine.card.levels) for kind in BASELINES.values()]
+    others = [BASELINES[name](timeframe, mine.card.horizons, mine.card.levels) for name in ("hs", "fhs")]
     held_out = sum(int((w.close_times >= record.validation_end).sum()) for w in histories.values())
     try:
         scores = compare(

@@ -210,6 +210,7 @@ def test_the_command_writes_table_page_and_numbers(run, tmp_path, monkeypatch):
     assert len(found["scores"]) == 3 * 3 * len(models)
     assert len(found["gains"]) == 3 * 3 * len(models) * (len(models) - 1)
     assert found["meta"]["warning"] == ""
+    assert found["meta"]["files"] == [sample_bars().name]
     text = page.read_text()
     assert "<script src" not in text
     assert text.count('class="plotly-graph-div"') == 6
