@@ -20,6 +20,7 @@ from rich.table import Table
 from barcast.models import LEVELS, BarcastError, ConfigError, DataError, default_horizons
 
 if TYPE_CHECKING:
+    from barcast.backtest.evaluate import Evaluation
     from barcast.backtest.result import BacktestResult
     from barcast.daemon.calendar import Calendars
     from barcast.models import Window
@@ -38,6 +39,9 @@ EX_CONFIG = 78
 
 HELD_OUT = 1000
 """How many forecasts a new model is shown beside the baselines on, about."""
+
+WIDE = 100
+"""Columns that the tables of an evaluation take where there is no terminal."""
 
 LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
@@ -64,7 +68,12 @@ ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the instance.")]
 Stamped = Annotated[
     Stamp, typer.Option(help="Whether times in the files are the open or the close of the bar.")
 ]
-Timeframe = Annotated[str, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session for exchange days.")]
+Timeframe = Annotated[
+    str | None,
+    typer.Option(
+        help="Length of a bar: {n}{s|m|h|d}, or session for exchange days; default: found in the files."
+    ),
+]
 CalendarName = Annotated[str, typer.Option(help="24x7, fx, or a name of exchange_calendars such as XNYS.")]
 OtherCalendars = Annotated[
     list[str] | None,
@@ -93,7 +102,9 @@ Until = Annotated[
         help="Take closes before this moment only, in the same form, UTC.", metavar="TIME", formats=FORMATS
     ),
 ]
-ModelName = Annotated[str, typer.Option(help="A checkpoint directory, or hs or fhs (no training needed).")]
+ModelName = Annotated[
+    str, typer.Option(help="A checkpoint directory, or a baseline such as hs or fhs (no training needed).")
+]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
 Steps = Annotated[
     int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=2)
@@ -247,7 +258,7 @@ def train(
         Path,
         typer.Option("--out", help="Directory for the checkpoint; one that is there must be a checkpoint."),
     ],
-    timeframe: Timeframe = "1d",
+    timeframe: Timeframe = None,
     calendar: CalendarName = "24x7",
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -289,6 +300,7 @@ def train(
     for option, given in wrong.items():
         if given:
             raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _train(
@@ -375,7 +387,7 @@ def forecast(
     files: Files,
     stamp: Stamped,
     model: ModelName,
-    timeframe: Timeframe = "1d",
+    timeframe: Timeframe = None,
     calendar: CalendarName = "24x7",
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -393,6 +405,7 @@ def forecast(
     from barcast.daemon.wire import to_text
     from barcast.models import Window, open_model
 
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _sampled(model, sampler, steps)
@@ -439,11 +452,55 @@ def forecast(
 
 
 @app.command()
+def predict(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName,
+    origins: Annotated[
+        Path,
+        typer.Option(
+            help="Parquet or CSV file with the columns symbol and ts, the time of a bar in the files."
+        ),
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="Parquet file to write the quantiles to.")],
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+) -> None:
+    """Forecast from many bars of the past, each seen without what came after it.
+
+    Writes a row for each origin and horizon (bars): symbol, ts, horizon, and the quantiles as log returns
+    from the origin's close: q05, q10 and so on.
+    """
+    _sampled(model, sampler, steps)
+    if out_file.is_dir():
+        raise typer.BadParameter(f"{out_file} is a directory: name a file", param_hint="--out")
+    from barcast.backtest.predict import predict as quantiles
+    from barcast.daemon.adjustments import read_adjustments
+    from barcast.daemon.history import read_origins, read_windows, scan
+    from barcast.models import open_model
+
+    timeframe = timeframe or _found(files, stamp, calendar, None)
+    closes = _calendars(calendar, symbol_calendar, timeframe)
+    forecaster = open_model(model, timeframe, sampler, steps)
+    wanted = read_origins(origins, stamp.value, closes)
+    histories = read_windows(scan(files, stamp.value, closes))
+    declared = read_adjustments(adjustments) if adjustments else []
+    with _writing("--out", out_file), _progress("forecasting", wanted.height) as advance:
+        made = quantiles(forecaster, histories, wanted, str(origins), declared, advance)
+        made.write_parquet(out_file)
+    out.print(f"{wanted.height} origins, {made.height} rows: {out_file.absolute()}", soft_wrap=True)
+
+
+@app.command()
 def backtest(
     files: Files,
     stamp: Stamped,
     model: ModelName = "fhs",
-    timeframe: Timeframe = "1d",
+    timeframe: Timeframe = None,
     calendar: CalendarName = "24x7",
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -472,6 +529,7 @@ def backtest(
     from barcast.backtest.report import write_report
     from barcast.daemon.adjustments import read_adjustments
 
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
     with _progress("replaying", None) as advance:
         result = run_backtest(
             files,
@@ -494,12 +552,91 @@ def backtest(
     _print_result(result)
     if result.meta["warning"]:
         err.print(str(result.meta["warning"]), style="yellow")
-    try:
-        report.parent.mkdir(parents=True, exist_ok=True)
+    with _writing("--report", report):
         write_report(result, report)
-    except OSError as error:
-        raise ConfigError(f"--report: {error}; name a file that you may write") from error
     out.print(f"report: {report.absolute()}")
+
+
+@app.command()
+def evaluate(
+    files: Files,
+    stamp: Stamped,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A checkpoint directory, or a baseline such as fhs; may be repeated. hs, which skill is "
+            "measured against, is always there, and all other baselines as long as none is named."
+        ),
+    ] = None,
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            help="First close of an origin, as --until; default: where no model has learnt from.",
+            metavar="TIME",
+            formats=FORMATS,
+        ),
+    ] = None,
+    until: Until = None,
+    folds: Annotated[int, typer.Option(help="Parts of equal time, one after the other.", min=1)] = 4,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Bars from one origin to the next, on a grid common to all symbols. Default: 1 from a day "
+            "on, else 5.",
+            min=1,
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
+    ] = None,
+) -> None:
+    """Compare models on identical rolling origins: CRPS, skill, coverage, each with its error.
+
+    Bars before --since only fill the windows.
+    """
+    for option, path in (("--report", report), ("--json", json_file)):
+        if path is not None and path.is_dir():
+            raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
+    from barcast.backtest.evaluate import evaluate as compare
+    from barcast.backtest.evaluate import open_field
+    from barcast.backtest.report import write_evaluation
+    from barcast.daemon.history import digest
+
+    timeframe = timeframe or _found(files, stamp, calendar, symbol)
+    closes = _calendars(calendar, symbol_calendar, timeframe)
+    field = open_field(model or [], timeframe)
+    for name, reason in field.left_out.items():
+        err.print(f"{name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+    histories = _histories(files, stamp, closes, symbol, until, adjustments)
+    with _progress("forecasting", None) as advance:
+        result = compare(
+            field,
+            list(histories.values()),
+            closes.timeframe,
+            since=_ns(since),
+            until=_ns(until),
+            folds=folds,
+            stride=stride,
+            progress=advance,
+        )
+    result.meta.update(calendar=calendar, files=[f.name for f in files], files_sha256=digest(files))
+    _print_evaluation(result)
+    if result.meta["warning"]:
+        err.print(str(result.meta["warning"]), style="yellow", markup=False)
+    if report is not None:
+        with _writing("--report", report):
+            write_evaluation(result, report)
+        out.print(f"report: {report.absolute()}", soft_wrap=True)
+    if json_file is not None:
+        with _writing("--json", json_file):
+            json_file.write_text(result.json())
+        out.print(f"numbers: {json_file.absolute()}", soft_wrap=True)
 
 
 @app.command()
@@ -617,7 +754,7 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
 
     checkpoint = load(model)
     mine, record = checkpoint.forecaster(), checkpoint.trained.record
-    others = [kind(timeframe, mine.card.horizons, mine.card.levels) for kind in BASELINES.values()]
+    others = [BASELINES[name](timeframe, mine.card.horizons, mine.card.levels) for name in ("hs", "fhs")]
     held_out = sum(int((w.close_times >= record.validation_end).sum()) for w in histories.values())
     try:
         scores = compare(
@@ -658,6 +795,16 @@ def _others(given: list[str] | None) -> dict[str, str]:
     return {symbol: name for symbol, _, name in pairs}
 
 
+def _found(files: list[Path], stamp: Stamp, calendar: str, symbols: list[str] | None) -> str:
+    """The timeframe of the files, and say so; days of an exchange are its sessions."""
+    from barcast.daemon.history import find_timeframe
+
+    found, how = find_timeframe(files, stamp.value, symbols)
+    text = "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text
+    err.print(f"timeframe {text}: {how}", highlight=False, markup=False, soft_wrap=True)
+    return text
+
+
 def _calendars(calendar: str, others: list[str] | None, timeframe: str) -> "Calendars":
     from barcast.daemon.calendar import Calendars
     from barcast.daemon.timeframe import Timeframe as Parsed
@@ -682,7 +829,9 @@ def _histories(
 
 
 def _sampled(model: str, sampler: str | None, steps: int | None) -> None:
-    if model in ("hs", "fhs") and (sampler or steps):
+    from barcast.models import BASELINES
+
+    if model in BASELINES and (sampler or steps):
         raise typer.BadParameter(f"{model} is not sampled: --sampler and --steps go with a checkpoint")
 
 
@@ -711,10 +860,66 @@ def _print_result(result: "BacktestResult") -> None:
     out.print(scores, books)
 
 
+def _print_evaluation(result: "Evaluation") -> None:
+    """A table for each horizon, the best model first; bold is what beats the best baseline."""
+    console = out if out.is_terminal else Console(width=max(out.width, WIDE))
+    for horizon in result.meta["horizons"]:
+        pooled = result.scores.filter(fold="all", horizon=horizon).sort("crps")
+        n, times = pooled.row(0, named=True)["n"], pooled.row(0, named=True)["times"]
+        best = result.best_baseline(horizon)
+        table = Table(
+            title=f"+{horizon}: {n} forecasts at {times} times",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+        )
+        table.add_column("model", overflow="fold")
+        others = dict.fromkeys(["hs", best])
+        names = (f"% over {other}" for other in others)
+        for name in ("CRPS, bp", *names, "in 50 %", "in 80 %", "in 90 %", "worst"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in pooled.iter_rows(named=True):
+            gains = [result.gain(horizon, row["model"], other) for other in others]
+            over = ["-" if gain is None else f"{gain.value:z.2f} ±{gain.error:.2f} " for gain in gains]
+            last = gains[-1]
+            style = None
+            if last is not None and abs(last.value) > 2 * last.error:
+                over[-1] = f"{over[-1][:-1]}*"
+                style = "bold" if last.value > 0 else None
+            inside = [_share(row[f"coverage_{p}"], row[f"coverage_{p}_error"]) for p in (50, 80, 90)]
+            table.add_row(
+                row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, f"{row['worst']:.3f}", style=style
+            )
+        console.print(table)
+    folds = result.meta["folds"]
+    console.print(
+        f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
+        "error, * a difference of more than two from the best baseline; worst is the largest distance of the "
+        "share of outcomes below a quantile from its level.",
+        highlight=False,
+    )
+    for model, count in result.meta["withheld"].items():
+        out.print(f"{count} origins left out for all, as {model} makes nothing usable of them", markup=False)
+
+
+def _share(value: float | None, error: float | None) -> str:
+    return "-" if value is None or error is None else f"{100 * value:.1f} ±{100 * error:.1f}"
+
+
 def _ns(moment: datetime | None) -> int | None:
     from barcast.daemon.wire import to_ns
 
     return None if moment is None else to_ns(moment.replace(tzinfo=UTC))
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    """Make the folder of a file that is about to be written; what forbids writing is the option's fault."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: {error}; name a file that you may write") from error
 
 
 @contextmanager

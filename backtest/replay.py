@@ -222,7 +222,7 @@ def run_backtest(
         scores=scores(signals, outcomes),
         portfolio=portfolio(equity, fills, closes.periods_per_year),
         meta={
-            "warning": _learnt(model, start),
+            "warning": learnt_warning(model, start),
             "model": card.model,
             "kind": card.kind,
             "sampler": card.sampler,
@@ -254,13 +254,18 @@ def _ns(moment: Moment | None) -> int | None:
     return wire.to_ns(time if time.tzinfo else time.replace(tzinfo=UTC))
 
 
-def _learnt(model: str, first: int) -> str:
-    """A warning when a model has seen some of the bars that it is tested on, else nothing."""
+def learnt_until(model: str) -> int:
+    """The close up to which a checkpoint directory has learnt and chosen, in nanoseconds; baselines: 0."""
     if model in BASELINES:
-        return ""
+        return 0
     from barcast.models.checkpoint import load
 
-    seen = load(Path(model)).trained.record.validation_end
+    return load(Path(model)).trained.record.validation_end
+
+
+def learnt_warning(model: str, first: int) -> str:
+    """A warning when a model has seen some of the bars that it is tested on, else nothing."""
+    seen = learnt_until(model)
     if seen <= first:
         return ""
     return (

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a backtest: figures, scores with their definitions, and what was run."""
+"""One self-contained HTML page of a backtest or an evaluation: figures, scores and what they mean."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +11,17 @@ import polars as pl
 from plotly.offline import get_plotlyjs
 
 from barcast.backtest import plot
+from barcast.backtest.evaluate import ALL, Evaluation
+from barcast.backtest.evaluate import DEFINITIONS as COMPARED
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import DEFINITIONS, INTERVALS, POOLED
+from barcast.models.scores import Estimate
 
 FANS = 6
 """Symbols whose forecasts are drawn."""
+
+SYMBOLS = 12
+"""Symbols that the head of an evaluation names."""
 
 TOLERANCE = 0.02
 """Coverage farther than this from its nominal share is marked."""
@@ -53,6 +59,7 @@ th { color: var(--soft); font-weight: 600; font-size: 13px; }
 th:first-child, td:first-child { text-align: left; }
 tr.pooled td { font-weight: 600; background: var(--band); }
 td.off { color: var(--off); font-weight: 600; }
+.tight th, .tight td { padding: 5px 6px; font-size: 13px; }
 table.meta td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere; vertical-align: top; }
 table.meta td:first-child { white-space: nowrap; color: var(--soft); width: 1%; }
 table.meta td:last-child { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: 13px; }
@@ -73,9 +80,18 @@ def write_report(result: BacktestResult, path: Path, title: str = "Barcast backt
     path.write_text(html(result, title), encoding="utf-8")
 
 
+def write_evaluation(result: Evaluation, path: Path) -> None:
+    """Write the page of an evaluation to `path`; it needs no network to be read."""
+    body = "\n".join([_evaluation_head(result), *_evaluation_sections(result)])
+    path.write_text(_page("Barcast evaluation", body), encoding="utf-8")
+
+
 def html(result: BacktestResult, title: str = "Barcast backtest") -> str:
     """The page of a backtest. The same result gives the same text."""
-    body = "\n".join([_head(result, title), _cards(result), *_sections(result)])
+    return _page(title, "\n".join([_head(result, title), _cards(result), *_sections(result)]))
+
+
+def _page(title: str, body: str) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -160,6 +176,116 @@ def _sections(result: BacktestResult) -> Iterator[str]:
     yield _section("What was run", "", _meta(result.meta))
 
 
+def _evaluation_head(result: Evaluation) -> str:
+    meta = result.meta
+    folds, pooled = meta["folds"], result.scores.filter(fold=ALL)
+    symbols = ", ".join(meta["symbols"][:SYMBOLS])
+    more = f" and {len(meta['symbols']) - SYMBOLS} more" if len(meta["symbols"]) > SYMBOLS else ""
+    cards = [(_whole(pooled["n"][0]), f"origins of {len(meta['symbols'])} symbols")]
+    for h in meta["horizons"]:
+        best = pooled.filter(horizon=h).sort("crps").row(0, named=True)
+        told = f"is best at +{h}: {_signed(best['skill'])} % over hs"
+        cards.append((_text(best["model"]), f"{told}, {_percent(best['coverage_90'])} inside 90 %"))
+    boxes = "".join(f'<div class="card"><b>{value}</b><span>{label}</span></div>' for value, label in cards)
+    return (
+        f"<h1>Barcast evaluation</h1><p>{escape(symbols + more)}; {meta['timeframe']} bars, "
+        f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]} in {len(folds)} folds, an origin every "
+        f"{meta['stride']} bars.</p>"
+        + (f'<p class="warning">{escape(meta["warning"])}</p>' if meta["warning"] else "")
+        + f'<div class="cards">{boxes}</div>'
+    )
+
+
+def _evaluation_sections(result: Evaluation) -> Iterator[str]:
+    horizons = result.meta["horizons"]
+    yield _section(
+        "Skill",
+        "How far a model's CRPS is below that of historical simulation (hs) on the same origins, all folds "
+        "pooled. A bar reaches two standard errors to either side.",
+        _draw(plot.skill(result), "skill"),
+        "<h3>Fold by fold</h3>",
+        _draw(plot.skill_by_fold(result), "skill-folds"),
+    )
+    yield _section(
+        "Scores",
+        "All folds pooled. Bold in the column of the best baseline: more than two standard errors away from "
+        f"it. Coverage more than {100 * TOLERANCE:.0f} points off is marked.",
+        *(part for h in horizons for part in (f"<h3>+{plot.bars(h)}</h3>", _pooled(result, h))),
+        _terms(
+            {
+                "CRPS, bp": f"{COMPARED['crps']}; basis points, 0.0001",
+                "% over a model": COMPARED["gain"],
+                "±": COMPARED["error"],
+                **{f"inside {p} %": COMPARED[f"coverage_{p}"] for p in INTERVALS},
+                "worst": COMPARED["worst"],
+            }
+        ),
+    )
+    yield _section(
+        "Each against each",
+        "By how many percent the CRPS of the row's model is below that of the column's, all folds pooled, "
+        "with the standard error of the paired difference; bold beyond two of them.",
+        *(part for h in horizons for part in (f"<h3>+{plot.bars(h)}</h3>", _gains(result, h))),
+    )
+    yield _section(
+        "Calibration",
+        "The share of outcomes inside the central 50, 80 and 90 % intervals, beside the share that belongs "
+        "there (dashed). A bar reaches two standard errors to either side.",
+        "<h3>Fold by fold</h3>",
+        _draw(plot.coverage_by_fold(result), "coverage-folds"),
+        "<h3>By expected volatility</h3>"
+        f"<p>A third of each symbol's origins each, by the width of the 80 % interval of "
+        f"{escape(result.meta['volatility'])}.</p>",
+        _draw(plot.coverage_by_third(result), "coverage-thirds") if result.thirds.height else "",
+        "<h3>Reliability</h3><p>How far the share of outcomes at or below a quantile is from its level: "
+        "0 when calibrated.</p>",
+        _draw(plot.reliability(result), "reliability"),
+        "<h3>Where outcomes fell between the levels</h3><p>Flat at 1 when calibrated.</p>",
+        _draw(plot.pits(result), "pits"),
+    )
+    yield _section("What was compared", "", _meta(result.meta))
+
+
+def _pooled(result: Evaluation, horizon: int) -> str:
+    best = result.best_baseline(horizon)
+    others = dict.fromkeys([result.meta["reference"], best])
+    labels = ["model", "CRPS, bp", *(f"% over {other}" for other in others)]
+    labels += [f"inside {p} %" for p in INTERVALS] + ["worst"]
+    rows = []
+    for row in result.scores.filter(fold=ALL, horizon=horizon).sort("crps").iter_rows(named=True):
+        model = row["model"]
+        cells = [f"<td>{_text(model)}</td>", f"<td>{1e4 * row['crps']:.2f}</td>"]
+        cells += [_estimate(result.gain(horizon, model, other), other == best) for other in others]
+        for percent in INTERVALS:
+            value, error = row[f"coverage_{percent}"], row[f"coverage_{percent}_error"]
+            shown = f"{_percent(value)} &plusmn;{100 * error:.1f}" if error is not None else "&ndash;"
+            cells.append(f"<td{_mark(f'coverage_{percent}', value)}>{shown}</td>")
+        rows.append(f"<tr>{''.join(cells)}<td>{row['worst']:.3f}</td></tr>")
+    return _table({label: (label, _text) for label in labels}, "".join(rows))
+
+
+def _gains(result: Evaluation, horizon: int) -> str:
+    pooled = result.scores.filter(fold=ALL, horizon=horizon).sort("crps")
+    models = pooled["model"].to_list()
+    rows = []
+    for model in models:
+        cells = [_estimate(result.gain(horizon, model, other), True) for other in models]
+        rows.append(f"<tr><td>{_text(model)}</td>{''.join(cells)}</tr>")
+    return f'<div class="tight">{_table({m: (m, _text) for m in ("", *models)}, "".join(rows))}</div>'
+
+
+def _estimate(gain: Estimate | None, mark: bool) -> str:
+    """A cell; bold where a gain to mark is more than two errors from zero."""
+    if gain is None:
+        return "<td>&ndash;</td>"
+    shown = f"{_signed(gain.value)} &plusmn;{gain.error:.2f}"
+    return f"<td>{f'<b>{shown}</b>' if mark and abs(gain.value) > plot.SURE * gain.error else shown}</td>"
+
+
+def _signed(value: float) -> str:
+    return f"{value:z.2f}".replace("-", "&minus;")
+
+
 def _section(title: str, text: str, *parts: str) -> str:
     told = f"<p>{escape(text)}</p>" if text else ""
     return f"<section><h2>{escape(title)}</h2>{told}{''.join(parts)}</section>"
@@ -218,7 +344,11 @@ def _table(columns: Mapping[str, tuple[str, Cell]], rows: str) -> str:
 
 def _definitions(columns: Mapping[str, tuple[str, Cell]], more: Mapping[str, str]) -> str:
     told = {label: DEFINITIONS[name] for name, (label, _) in columns.items() if name in DEFINITIONS}
-    terms = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in {**told, **more}.items())
+    return _terms({**told, **more})
+
+
+def _terms(told: Mapping[str, str]) -> str:
+    terms = "".join(f"<dt>{escape(a)}</dt><dd>{escape(b)}</dd>" for a, b in told.items())
     return f"<dl>{terms}</dl>"
 
 

@@ -39,14 +39,20 @@ def read_adjustments(path: Path) -> list[Adjustment]:
 
 
 def adjusted(windows: Mapping[str, Window], adjustments: Iterable[Adjustment]) -> dict[str, Window]:
-    """Each window on the price basis of its newest bar; of two declarations for a time the last counts."""
-    own: dict[str, list[Adjustment]] = {}
-    latest = {(each.symbol, each.time): each for each in adjustments}
-    for each in sorted(latest.values(), key=attrgetter("time")):
-        own.setdefault(each.symbol, []).append(each)
+    """Each window on the price basis of its newest bar."""
+    own = by_symbol(adjustments)
     return {
         symbol: Window(symbol, w.close_times, on_one_basis(w.close_times, w.values, own[symbol]))
         if symbol in own
         else w
         for symbol, w in windows.items()
     }
+
+
+def by_symbol(adjustments: Iterable[Adjustment]) -> dict[str, list[Adjustment]]:
+    """The adjustments of each symbol in order of time; of two declarations for a time the last counts."""
+    own: dict[str, list[Adjustment]] = {}
+    latest = {(each.symbol, each.time): each for each in adjustments}
+    for each in sorted(latest.values(), key=attrgetter("time")):
+        own.setdefault(each.symbol, []).append(each)
+    return own

@@ -20,8 +20,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.daemon.calendar import Calendars, iso
-from barcast.daemon.timeframe import DAY
-from barcast.models import Bar, DataError, Window
+from barcast.daemon.timeframe import DAY, Timeframe
+from barcast.models import Bar, ConfigError, DataError, Window
 from barcast.models.bar import LEAST, MOST, TIME_UNIT
 
 Stamp = Literal["open", "close"]
@@ -101,6 +101,83 @@ def bars(frame: pl.LazyFrame) -> Iterator[Bar]:
         yield Bar(*row)
 
 
+def find_timeframe(
+    paths: Sequence[Path], stamp: Stamp, symbols: Sequence[str] | None = None
+) -> tuple[Timeframe, str]:
+    """The timeframe of the bars in `paths` (files, or folders of them), and what it was found by.
+
+    It is what the column `timeframe` says. Without that column it is the most frequent distance between
+    neighbouring bars of a symbol, of several the shortest. Only the bars of `symbols` are looked at. Raise
+    `DataError` when there is none, more than one, or one that bars cannot have.
+    """
+    said: dict[str, Path] = {}
+    stamps = []
+    for path in files(paths):
+        raw, schema, names = _opened(path)
+        if "symbol" not in names:
+            raise DataError(f"{path} has no column 'symbol', only {', '.join(schema)}: add or rename it.")
+        symbol = pl.col(names["symbol"]).cast(pl.String)
+        own = raw if symbols is None else raw.filter(symbol.is_in(list(symbols)))
+        if "timeframe" in names:
+            column = pl.col(names["timeframe"]).cast(pl.String).fill_null("").unique().sort()
+            for text in _collect(path, own.select(column)).to_series():
+                said.setdefault(text, path)
+        else:
+            time = _time_column(path, schema, names, stamp)
+            moments, _ = _moments(path, own, time, schema[time])
+            stamps.append(_collect(path, own.select(symbol=symbol, time=moments)))
+    if len(said) > 1:
+        raise DataError(
+            f"Column 'timeframe' of {' and '.join(sorted({str(path) for path in said.values()}))} holds "
+            f"{', '.join(map(repr, said))}: keep bars of one length in the files."
+        )
+    for text, path in said.items():
+        try:
+            return Timeframe.parse(text), f"column 'timeframe' of {path}"
+        except ConfigError as error:
+            raise DataError(f"Column 'timeframe' of {path}: {error}") from error
+    named = ", ".join(map(str, paths))
+    times = pl.concat(stamps).filter(pl.col("time") >= 0).unique().sort("time") if stamps else pl.DataFrame()
+    steps = times.select(pl.col("time").diff().over("symbol").drop_nulls()) if times.height else times
+    if not steps.height:
+        whose = f" of {', '.join(symbols)}" if symbols else ""
+        raise DataError(
+            f"{named}: there are no two bars{whose} that tell how long one is: correct the files or the "
+            "symbols, or say the timeframe."
+        )
+    duration = steps.group_by("time").len().sort("len", "time", descending=[True, False]).item(0, "time")
+    try:
+        return Timeframe.of(duration), "the most frequent distance between bars"
+    except ConfigError as error:
+        raise DataError(f"{named}: the most frequent distance between bars: {error}") from error
+
+
+def read_origins(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame:
+    """The forecast origins in a file with the columns `symbol` and `ts`, each once and as they come.
+
+    The columns are `symbol`, `ts` as it is in the file, where it names the open or the close of the origin's
+    bar as `stamp` says, and `close_time` (int64 nanoseconds): below zero or null where no bar of the calendar
+    has that time. Raise `DataError` for a file that holds no origins.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder: name the file with the origins.")
+    raw, schema, _ = _opened(*files([path]))
+    if missing := [repr(column) for column in ("symbol", "ts") if column not in schema]:
+        raise DataError(
+            f"{path} has no column {' and no '.join(missing)}, only {', '.join(schema)}: origins are rows of "
+            "symbol and ts, the time of a bar."
+        )
+    if schema["symbol"] not in TEXTS:
+        raise DataError(f"Column 'symbol' of {path} holds {schema['symbol']}, not texts: write texts.")
+    symbol = pl.col("symbol").cast(pl.String)
+    given = raw.select(symbol.alias("symbol"), "ts").unique(maintain_order=True)
+    close_time = _nanoseconds(path, given, "ts", schema["ts"], pl.col("symbol"), stamp, calendars)
+    origins = _collect(path, given.with_columns(close_time=close_time))
+    if not origins.height:
+        raise DataError(f"{path} holds no origin: write rows of symbol and ts, the time of a bar.")
+    return origins
+
+
 def digest(paths: Sequence[Path]) -> str:
     """The SHA-256 of the files' contents, in hex. Names and order do not matter."""
     hashes = []
@@ -144,18 +221,7 @@ def _canonical(path: Path, stamp: Stamp, calendars: Calendars) -> pl.LazyFrame:
 
     `ns` is the close; null where the time is not understood, -1 where no bar opens, -2 without a zone.
     """
-    try:
-        raw = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
-        schema = raw.collect_schema()
-    except UNREADABLE as error:
-        raise _unreadable(path, error) from error
-    names: dict[str, str] = {}
-    for name in schema:
-        # polars tells columns of one name in a CSV apart by this ending
-        plain = re.sub(r"_duplicated_\d+$", "", name).lower() if path.suffix == ".csv" else name.lower()
-        if plain in names and plain in (*COLUMNS, "open_time", *TIMES):
-            raise DataError(f"{path} has two columns {names[plain]!r} and {name!r}: keep one of them.")
-        names[plain] = name
+    raw, schema, names = _opened(path)
     if missing := [repr(column) for column in ("symbol", *VALUES) if column not in names]:
         raise DataError(
             f"{path} has no column {' and no '.join(missing)}, only {', '.join(schema)}: add or rename it."
@@ -167,17 +233,11 @@ def _canonical(path: Path, stamp: Stamp, calendars: Calendars) -> pl.LazyFrame:
             raise DataError(
                 f"Column {names[column]!r} of {path} holds {dtype}, not {wanted}: write {wanted}."
             )
-    candidates = (f"{stamp}_time", *TIMES)
-    times = [names[name] for name in candidates if name in names]
-    if len(times) != 1:
-        raise DataError(
-            f"{path} has {len(times) or 'no'} time column(s) for bars stamped by their {stamp}"
-            f"{': ' + ', '.join(times) if times else ''}; have one, named {' or '.join(candidates)}."
-        )
-    dtype, symbols = schema[times[0]], pl.col(names["symbol"]).cast(pl.String)
+    time = _time_column(path, schema, names, stamp)
+    dtype, symbols = schema[time], pl.col(names["symbol"]).cast(pl.String)
     given, ns = (
-        _as_written(times[0], dtype),
-        _nanoseconds(path, raw, times[0], dtype, symbols, stamp, calendars),
+        _as_written(time, dtype),
+        _nanoseconds(path, raw, time, dtype, symbols, stamp, calendars),
     )
     return raw.with_row_index("\0row", offset=1).select(
         pl.col("\0row").alias("row"),
@@ -187,6 +247,34 @@ def _canonical(path: Path, stamp: Stamp, calendars: Calendars) -> pl.LazyFrame:
         *(pl.col(names[name]).cast(pl.String).alias(f"given {name}") for name in VALUES),
         ns=ns,
     )
+
+
+def _opened(path: Path) -> tuple[pl.LazyFrame, pl.Schema, dict[str, str]]:
+    """The rows of a file, the types of its columns, and their names by what they are in small letters."""
+    try:
+        raw = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema=False)
+        schema = raw.collect_schema()
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+    names: dict[str, str] = {}
+    for name in schema:
+        # polars tells columns of one name in a CSV apart by this ending
+        plain = re.sub(r"_duplicated_\d+$", "", name).lower() if path.suffix == ".csv" else name.lower()
+        if plain in names and plain in (*COLUMNS, "open_time", "timeframe", *TIMES):
+            raise DataError(f"{path} has two columns {names[plain]!r} and {name!r}: keep one of them.")
+        names[plain] = name
+    return raw, schema, names
+
+
+def _time_column(path: Path, schema: pl.Schema, names: dict[str, str], stamp: Stamp) -> str:
+    candidates = (f"{stamp}_time", *TIMES)
+    times = [names[name] for name in candidates if name in names]
+    if len(times) != 1:
+        raise DataError(
+            f"{path} has {len(times) or 'no'} time column(s) for bars stamped by their {stamp}"
+            f"{': ' + ', '.join(times) if times else ''}; have one, named {' or '.join(candidates)}."
+        )
+    return times[0]
 
 
 def _as_written(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -209,41 +297,10 @@ def _nanoseconds(
     calendars: Calendars,
 ) -> pl.Expr:
     """The close of each row in nanoseconds, or the mark of its fault."""
-    column = pl.col(name)
-    first = _collect(path, raw.select(column.to_physical().drop_nulls().first().cast(pl.String))).item()
-    if dtype == pl.String and first is not None:
-        if re.fullmatch(r"\d{9,19}(\.\d*)?", first):
-            dtype = pl.Int64()
-        elif len(first) == 10:
-            column, dtype = column.str.to_date("%Y-%m-%d", strict=False), pl.Date()
-    if dtype == pl.Date:
+    moments, dates = _moments(path, raw, name, dtype)
+    if dates:
         _check_dates(path, name, stamp, calendars)
-        moments = _scaled(column, DAY)
         stamp = "open"
-    elif dtype == pl.String:
-        zoned = column.str.contains(r"(Z|z|[+-]\d\d:?\d\d)$")
-        iso8601 = column.str.replace(r"[Zz]$", "+00:00").str.replace(" ", "T", literal=True)
-        parsed = iso8601.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", time_unit="ns", strict=False)
-        bare = column.str.contains(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?$")
-        moments = pl.when(zoned).then(_scaled(parsed, 1)).when(bare).then(pl.lit(-2, pl.Int64))
-    elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
-        moments = _scaled(column, _UNITS[dtype.time_unit])
-    elif isinstance(dtype, pl.Datetime):
-        raise DataError(
-            f"Column {name!r} of {path} has times without a time zone: say which it is, "
-            "in polars with dt.replace_time_zone('UTC')."
-        )
-    elif dtype.is_numeric() and first is not None and (unit := _unit(float(first))):
-        raise DataError(
-            f"Column {name!r} of {path} holds {dtype}, not times: {first} looks like {unit} since 1970; in "
-            f"polars pl.from_epoch(pl.col({name!r}).cast(pl.Int64), {unit!r}).dt.replace_time_zone('UTC') "
-            "converts it."
-        )
-    else:
-        raise DataError(
-            f"Column {name!r} of {path} holds {dtype}, not times: write datetimes with a time zone, "
-            "or strings such as 2026-01-31T16:00:00Z."
-        )
     rows = raw.select(symbol=symbols, given=moments).filter(pl.col("given") >= 0)
     reach = rows.group_by("symbol").agg(first=pl.col("given").min(), last=pl.col("given").max())
     for symbol, first, last in _collect(path, reach).rows():
@@ -276,6 +333,47 @@ def _nanoseconds(
         return joined.select(pl.coalesce("fault", "close")).to_series()
 
     return pl.struct(given=moments, symbol=symbols).map_batches(closes, return_dtype=pl.Int64)
+
+
+def _moments(path: Path, raw: pl.LazyFrame, name: str, dtype: pl.DataType) -> tuple[pl.Expr, bool]:
+    """A column's times in nanoseconds, and whether they are dates.
+
+    Null where the time is not understood, -2 where it has no zone.
+    """
+    column = pl.col(name)
+    first = _collect(path, raw.select(column.to_physical().drop_nulls().first().cast(pl.String))).item()
+    if dtype == pl.String and first is not None:
+        if re.fullmatch(r"\d{9,19}(\.\d*)?", first):
+            dtype = pl.Int64()
+        elif len(first) == 10:
+            column, dtype = column.str.to_date("%Y-%m-%d", strict=False), pl.Date()
+    if dtype == pl.Date:
+        return _scaled(column, DAY), True
+    if dtype == pl.String:
+        zoned = column.str.contains(r"(Z|z|[+-]\d\d:?\d\d)$")
+        iso8601 = column.str.replace(r"[Zz]$", "+00:00").str.replace(" ", "T", literal=True)
+        parsed = iso8601.str.to_datetime("%Y-%m-%dT%H:%M:%S%.f%z", time_unit="ns", strict=False)
+        bare = column.str.contains(r"^\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?$")
+        moments: pl.Expr = pl.when(zoned).then(_scaled(parsed, 1)).when(bare).then(pl.lit(-2, pl.Int64))
+    elif isinstance(dtype, pl.Datetime) and dtype.time_zone is not None:
+        moments = _scaled(column, _UNITS[dtype.time_unit])
+    elif isinstance(dtype, pl.Datetime):
+        raise DataError(
+            f"Column {name!r} of {path} has times without a time zone: say which it is, "
+            "in polars with dt.replace_time_zone('UTC')."
+        )
+    elif dtype.is_numeric() and first is not None and (unit := _unit(float(first))):
+        raise DataError(
+            f"Column {name!r} of {path} holds {dtype}, not times: {first} looks like {unit} since 1970; in "
+            f"polars pl.from_epoch(pl.col({name!r}).cast(pl.Int64), {unit!r}).dt.replace_time_zone('UTC') "
+            "converts it."
+        )
+    else:
+        raise DataError(
+            f"Column {name!r} of {path} holds {dtype}, not times: write datetimes with a time zone, "
+            "or strings such as 2026-01-31T16:00:00Z."
+        )
+    return moments, False
 
 
 def _scaled(column: pl.Expr, unit: int) -> pl.Expr:

@@ -39,5 +39,13 @@ class Timeframe:
             )
         return cls(text, duration)
 
+    @classmethod
+    def of(cls, duration: int) -> "Timeframe":
+        """The timeframe of this many nanoseconds. Raise `ConfigError` when there is none."""
+        unit = next((unit for unit in reversed(_UNITS) if duration % _UNITS[unit] == 0), None)
+        if unit is None:
+            raise ConfigError(f"{duration / TIME_UNIT} s is no timeframe: take whole seconds.")
+        return cls.parse(f"{duration // _UNITS[unit]}{unit}")
+
     def __str__(self) -> str:
         return self.text

@@ -1,6 +1,6 @@
 """Rolling-origin scores: what a forecaster said at every bar of a period, against what then happened."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -85,11 +85,15 @@ def collect(
     since: int,
     until: int,
     stride: float = 1,
+    slot: int | None = None,
+    progress: Callable[[int, int, Window], None] = lambda _done, _all, _window: None,
 ) -> Forecasts:
     """Forecast by all of them at every `stride`-th bar, rounded down, that all can forecast, from `since` on.
 
-    A target counts the symbol's own bars and is realised by `until`. Times are nanoseconds. Raises
-    `ConfigError` if horizons or levels differ, and `DataError` if no origin is left.
+    With a `slot`, the length of a bar in nanoseconds, it is every `stride`-th slot since 1970, the same for
+    all symbols, and the bars that began in these. A target counts the symbol's own bars and is realised by
+    `until`. Times are nanoseconds. Raises `ConfigError` if horizons or levels differ, and `DataError` if no
+    origin is left. `progress` is told the forecasts made, those to make, and the window at hand.
     """
     cards = [f.card for f in forecasters]
     for card in cards[1:]:
@@ -101,37 +105,49 @@ def collect(
                     "only models that forecast the same can be compared"
                 )
     least = max(card.min_window for card in cards)
-    most = max(card.window for card in cards)
     horizons = cards[0].horizons
+    places = [_origins(h, least, max(horizons), since, until, stride, slot) for h in histories]
+    count = len(forecasters) * sum(map(len, places))
+    if not count:
+        raise DataError(
+            f"no forecast origin between {_date(since)} and {_date(until)} has {least} bars up to it and a "
+            "target: give more bars or a longer time"
+        )
+    done = 0
     outcomes: list[Array] = []
     quantiles: list[list[Array]] = [[] for _ in forecasters]
     symbols: list[str] = []
     close_times: list[int] = []
-    for history in histories:
-        origins = _origins(history, least, max(horizons), since, until)
-        origins = [origins[int(i * stride)] for i in range(ceil(len(origins) / stride))]
+    for history, origins in zip(histories, places, strict=True):
         price = np.log(history.values[:, 3])
         outcomes += [np.array([price[k + h] - price[k] for h in horizons]) for k in origins]
         symbols += [history.symbol] * len(origins)
         close_times += [int(history.close_times[k]) for k in origins]
-        for windows in _chunks(history, origins, most):
-            for found, forecaster in zip(quantiles, forecasters, strict=True):
+        for found, forecaster in zip(quantiles, forecasters, strict=True):
+            for windows in _chunks(history, origins, forecaster.card.window):
                 made = forecaster.forecast(windows)
                 usable(made, forecaster.card)
                 found += [f.quantiles for f in made]
-    if not outcomes:
-        raise DataError(
-            f"no forecast origin between {since} and {until} has {least} bars before it and a target"
-        )
+                done += len(made)
+                progress(done, count, windows[-1])
     return Forecasts(
         np.array(outcomes), [np.array(q) for q in quantiles], tuple(symbols), np.array(close_times, np.int64)
     )
 
 
-def _origins(history: Window, least: int, reach: int, since: int, until: int) -> list[int]:
+def _origins(
+    history: Window, least: int, reach: int, since: int, until: int, stride: float, slot: int | None
+) -> list[int]:
     first = max(least - 1, int(np.searchsorted(history.close_times, since)))
     stop = int(np.searchsorted(history.close_times, until, "right")) - reach
-    return list(range(first, stop))
+    if slot is None:
+        return [first + int(i * stride) for i in range(ceil((stop - first) / stride))]
+    began = history.close_times[first : max(first, stop)] - slot
+    return [first + int(k) for k in np.flatnonzero(began // slot % stride == 0)]
+
+
+def _date(time: int) -> str:
+    return str(np.datetime64(time, "ns").astype("datetime64[D]"))
 
 
 def _chunks(history: Window, origins: Sequence[int], length: int) -> Iterator[list[Window]]:

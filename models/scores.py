@@ -1,7 +1,17 @@
-"""Scores of quantile forecasts."""
+"""Scores of quantile forecasts, and how sure one can be of their means."""
+
+from math import ceil, nan, sqrt
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+
+class Estimate(NamedTuple):
+    """A value and its standard error, in the same unit."""
+
+    value: float
+    error: float
 
 
 def pinball(outcome: ArrayLike, quantiles: ArrayLike, levels: ArrayLike) -> NDArray[np.float64]:
@@ -24,3 +34,73 @@ def coverage(outcome: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
     """The share of outcomes inside [lower, upper]."""
     y = np.asarray(outcome, float)
     return float(((y >= np.asarray(lower)) & (y <= np.asarray(upper))).mean())
+
+
+def lag(horizon: int, stride: int, times: int) -> int:
+    """Over how many origin times errors are taken as correlated: max(2 ceil(h / stride), T^(1/3)).
+
+    Outcomes over `horizon` bars overlap while origins, `stride` bars apart, are less than that away; the cube
+    root of the number of times T lets volatility cluster.
+    """
+    return max(2 * ceil(horizon / stride), int(times ** (1 / 3)))
+
+
+def newey_west(series: ArrayLike, lags: int) -> float:
+    """Standard error of the mean of an autocorrelated series (T,); nan for fewer than two values.
+
+    Newey and West (1987): autocovariances up to `lags` with the weights 1 - k / (lags + 1).
+    """
+    x = np.asarray(series, float)
+    n = len(x)
+    if n < 2:
+        return nan
+    d = x - x.mean()
+    variance = float(d @ d) / n
+    for k in range(1, min(lags, n - 1) + 1):
+        variance += 2 * (1 - k / (lags + 1)) * float(d[k:] @ d[:-k]) / n
+    return sqrt(max(variance, 0.0) / n)
+
+
+def mean(values: ArrayLike, at: ArrayLike, times: int, lags: int) -> Estimate:
+    """The mean of values (n,) of several symbols, with an error that holds when they move together.
+
+    `at` (n,) numbers the time of each value, from 0 to `times` - 1. Deviations are summed over the symbols of
+    a time, and the error is that of `newey_west` over the series of times: with equally many symbols at every
+    time, the error of the series of averages. Times without a value count as zero deviation.
+    """
+    x = np.asarray(values, float)
+    if not len(x):
+        return Estimate(nan, nan)
+    value = float(x.mean())
+    sums = np.bincount(np.asarray(at), x - value, minlength=times)
+    return Estimate(value, newey_west(sums, lags) * times / len(x))
+
+
+def gain(mine: ArrayLike, others: ArrayLike, at: ArrayLike, times: int, lags: int) -> Estimate:
+    """By what share the losses (n,) of one model are below those of another at the same origins.
+
+    1 - mean(mine) / mean(others), with the error of the paired difference over mean(others); arguments and
+    errors as in `mean`.
+    """
+    theirs = np.asarray(others, float)
+    saved = mean(theirs - np.asarray(mine, float), at, times, lags)
+    size = float(theirs.mean()) if len(theirs) else nan
+    return Estimate(saved.value / size, saved.error / size) if size else Estimate(nan, nan)
+
+
+def pit(below: ArrayLike) -> NDArray[np.float64]:
+    """The share of outcomes in each bin between levels, (Q + 1,), from the shares at or below each (Q,).
+
+    The bins of the probability integral transform; calibrated ones hold as much as they are wide.
+    """
+    return np.diff(np.concatenate([[0.0], np.asarray(below, float), [1.0]]))
+
+
+def thirds(values: ArrayLike, groups: ArrayLike) -> NDArray[np.intp]:
+    """0, 1 or 2 for the lowest, middle and highest third of values (n,) within each group (n,)."""
+    x, names = np.asarray(values, float), np.asarray(groups)
+    third = np.empty(len(x), np.intp)
+    for name in np.unique(names):
+        own = names == name
+        third[own] = np.searchsorted(np.quantile(x[own], [1 / 3, 2 / 3]), x[own])
+    return third

@@ -1,4 +1,5 @@
 import datetime as dt
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from barcast.backtest.sample import sample_bars
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
+from barcast.daemon.history import Stamp, bars, digest, find_timeframe, read_windows, scan
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import DataError
 
@@ -324,3 +325,71 @@ def test_each_symbol_keeps_its_own_hours(tmp_path):
         scan([written(tmp_path, wrong)], "close", hours)
     with pytest.raises(DataError, match=r"row 4, AAPL .*no 1h bar of the calendar 24x7 closes"):
         scan([written(tmp_path, frame)], "close", Calendars("24x7", Timeframe.parse("1h")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"timeframe": ["15m"] * 3}, ("15m", "column 'timeframe' of {path}")),
+        ({"Timeframe": ["session"] * 3}, ("session", "column 'timeframe' of {path}")),
+        ({}, ("1h", "the most frequent distance between bars")),
+        ({"close_time": [NINE + 24 * HOUR, NINE, NINE]}, ("1d", "the most frequent distance between bars")),
+        ({"close_time": [NINE + HOUR / 4, NINE, NINE]}, ("15m", "the most frequent distance between bars")),
+        ({"close_time": [NINE + 168 * HOUR, NINE, NINE]}, ("7d", "the most frequent distance between bars")),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "csv"])
+def test_timeframe_is_found(
+    tmp_path: Path, changes: dict[str, Any], found: tuple[str, str], suffix: str
+) -> None:
+    """The column `timeframe` tells it, or else how far apart the bars of a symbol mostly are."""
+    path = written(tmp_path, table(**changes), suffix)
+    timeframe, how = find_timeframe([path], "close")
+    assert (timeframe.text, how) == (found[0], found[1].format(path=path))
+
+
+def test_timeframe_is_the_most_frequent_distance(tmp_path: Path) -> None:
+    """Holes, other symbols, rows that are there twice and files that split a symbol do not mislead it."""
+    hours = [0, 1, 2, 9, 10, 50, 51]
+    rows = table(**{name: [v] * 7 for name, v in table().row(0, named=True).items()}).with_columns(
+        close_time=pl.Series([NINE + h * HOUR for h in hours], dtype=pl.Datetime("us", "UTC"))
+    )
+    for k in range(7):
+        rows[k : k + 1].write_parquet(tmp_path / f"{k}.parquet")
+    rows[:2].write_parquet(tmp_path / "again.parquet")
+    assert find_timeframe([tmp_path], "close")[0].text == "1h"
+    dates = table(symbol=["BTC"] * 3, close_time=None, date=[dt.date(2026, 3, d) for d in (2, 3, 6)])
+    assert find_timeframe([written(tmp_path, dates)], "open")[0].text == "1d"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"timeframe": ["15m", "1h", "1h"]},
+            "Column 'timeframe' of {path} holds '15m', '1h': keep bars of one",
+        ),
+        ({"timeframe": ["1h", None, "1h"]}, "holds '', '1h': keep bars of one"),
+        ({"timeframe": ["1w"] * 3}, "Column 'timeframe' of {path}: timeframe '1w' is not understood"),
+        ({"symbol": ["A", "B", "C"]}, "{path}: there are no two bars that tell how long one is"),
+        ({"close_time": [NINE + 7 * HOUR, NINE, NINE]}, "timeframe '7h' neither divides a day"),
+        ({"close_time": [NINE + HOUR / 7200, NINE, NINE]}, "0.5 s is no timeframe"),
+        ({"close_time": None}, "no time column"),
+        ({"symbol": None}, "no column 'symbol'"),
+    ],
+)
+def test_a_timeframe_that_cannot_be_found_is_a_fault(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    """Several, none, or one that bars cannot have: a sentence says what to do."""
+    path = written(tmp_path, table(**changes))
+    with pytest.raises(DataError, match=re.escape(said.format(path=path))):
+        find_timeframe([path], "close")
+
+
+def test_timeframe_of_the_symbols_that_are_taken(tmp_path: Path) -> None:
+    """Bars of other symbols do not count."""
+    path = written(tmp_path, table(timeframe=["1h", "15m", "1h"]))
+    assert find_timeframe([path], "close", ["BTC"])[0].text == "1h"
+    with pytest.raises(DataError, match="no two bars of SOL"):
+        find_timeframe([path], "close", ["SOL"])

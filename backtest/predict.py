@@ -1,0 +1,97 @@
+"""Forecasts from given bars of a history, each seen without what came after it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import polars as pl
+
+from barcast.backtest.result import level_column
+from barcast.daemon.adjustments import by_symbol
+from barcast.daemon.calendar import iso
+from barcast.models import Adjustment, DataError, Forecast, Forecaster, Window, usable
+from barcast.models.evaluation import CHUNK
+from barcast.models.window import on_one_basis
+
+
+def predict(
+    forecaster: Forecaster,
+    histories: Mapping[str, Window],
+    origins: pl.DataFrame,
+    source: str,
+    adjustments: Iterable[Adjustment] = (),
+    progress: Callable[[int, str], None] = lambda _count, _at: None,
+) -> pl.DataFrame:
+    """The quantiles at each of the `origins`, which `history.read_origins` read from the file `source`.
+
+    A row for each origin, in their order, and horizon: symbol, ts, horizon (Int32, bars), and a column for
+    each level (`q05` ...), log returns from the origin's close. A window holds bars up to and including the
+    origin's own, at most as many as the model's window, on the price basis of then. Windows come symbol by
+    symbol in order of time, so that a forecaster profits from the work on the one before. Raise `DataError`
+    when an origin cannot be forecast.
+    """
+    card = forecaster.card
+    places = _places(origins, histories, source, card.model, card.min_window)
+    own = by_symbol(adjustments)
+    quantiles = np.empty((len(places), len(card.horizons), len(card.levels)))
+    withheld: list[int] = []
+    for chunk in _chunks(origins["symbol"], places):
+        windows = []
+        for i in chunk:
+            history = histories[origins["symbol"][i]]
+            cut = slice(max(0, places[i] + 1 - card.window), places[i] + 1)
+            times, values = history.close_times[cut], history.values[cut]
+            if history.symbol in own:
+                values = on_one_basis(times, values, own[history.symbol])
+            windows.append(Window(history.symbol, times, values))
+        made: list[Forecast] = forecaster.forecast(windows)
+        withheld += [i for i, good in zip(chunk, usable(made, card), strict=True) if not good]
+        quantiles[chunk] = [f.quantiles for f in made]
+        progress(len(chunk), f"{windows[-1].symbol} {iso(windows[-1].close_time)[:10]}")
+    if withheld:
+        raise _fault(origins, sorted(withheld), source, f"{card.model} makes nothing usable of its bars")
+    H, Q = len(card.horizons), len(card.levels)
+    columns = dict(zip(map(level_column, card.levels), quantiles.reshape(-1, Q).T, strict=True))
+    return origins.select(
+        pl.col("symbol", "ts").repeat_by(H).explode(),
+        pl.Series("horizon", np.tile(card.horizons, len(places)), pl.Int32),
+    ).with_columns(pl.Series(name, values) for name, values in columns.items())
+
+
+def _places(
+    origins: pl.DataFrame, histories: Mapping[str, Window], source: str, model: str, least: int
+) -> list[int]:
+    """Which bar of its symbol each origin is; what cannot be forecast ends in one sentence."""
+    places, faults = [], []
+    for i, (symbol, close_time) in enumerate(origins.select("symbol", "close_time").iter_rows()):
+        history = histories.get(symbol)
+        at = -1
+        if history is None:
+            faults.append((i, f"the files have no bar of {symbol}"))
+        elif close_time is None or (at := _find(history, close_time)) < 0:
+            faults.append((i, "the files have no bar of that time"))
+        elif at + 1 < least:
+            faults.append((i, f"it has {at + 1} bars up to then and {model} needs {least}"))
+        places.append(at)
+    if faults:
+        raise _fault(origins, [i for i, _ in faults], source, faults[0][1])
+    return places
+
+
+def _find(history: Window, close_time: int) -> int:
+    at = int(np.searchsorted(history.close_times, close_time))
+    return at if at < len(history) and history.close_times[at] == close_time else -1
+
+
+def _chunks(symbols: pl.Series, places: Sequence[int]) -> Iterator[list[int]]:
+    """The numbers of the origins, symbol by symbol in order of time, some at once."""
+    order = np.lexsort((np.array(places), symbols.rank("dense").to_numpy()))
+    for i in range(0, len(order), CHUNK):
+        yield order[i : i + CHUNK].tolist()
+
+
+def _fault(origins: pl.DataFrame, wrong: Sequence[int], source: str, reason: str) -> DataError:
+    symbol, ts, _ = origins.row(wrong[0])
+    return DataError(
+        f"{len(wrong)} of {origins.height} origins in {source} cannot be forecast, the first {symbol} at "
+        f"{ts}: {reason}; give the bars, or leave such origins out."
+    )
