@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from barcast.backtest.result import BacktestResult
     from barcast.daemon.calendar import Calendars
     from barcast.models import Window
+    from barcast.models.optimiser import Progress as Stand
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +49,13 @@ class Stamp(StrEnum):
 
     open = "open"
     close = "close"
+
+
+class Precision(StrEnum):
+    """In which numbers the losses of a training are computed."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
@@ -257,8 +265,19 @@ def train(
     ] = None,
     init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Numbers of the losses; bf16 pays only where the processor is built for it."),
+    ] = Precision.fp32,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch is computed, one after another.", min=1)
+    ] = 1,
 ) -> None:
-    """Train a model on bars closed before --until and write a checkpoint."""
+    """Train a model on bars closed before --until and write a checkpoint.
+
+    The same command again goes on with a training that was interrupted. Several processes share a training
+    under `accelerate launch --cpu --num_processes N -m barcast.backtest.cli train ...`.
+    """
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)
     _train(
@@ -270,6 +289,8 @@ def train(
         minutes=minutes,
         init_from=init_from,
         seed=seed,
+        precision=precision,
+        accumulate=accumulate,
     )
     _print_held_out(histories, out_dir, timeframe)
 
@@ -523,22 +544,22 @@ def _train(
     minutes: float | None = None,
     init_from: Path | None = None,
     seed: int = 0,
-) -> str:
+    precision: str = "fp32",
+    accumulate: int = 1,
+) -> None:
+    """Train, or go on with what was interrupted, and write the model; helping processes end here."""
     from barcast.models.checkpoint import check_target, load, save
-    from barcast.models.training import Progress as Stand
+    from barcast.models.optimiser import is_main
     from barcast.models.training import train as fit
 
     try:
-        check_target(out_dir).parent.mkdir(parents=True, exist_ok=True)
+        out_dir = check_target(out_dir)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {error}; name a directory that you may write") from error
     start = load(init_from) if init_from else None
-    with _progress("training", None) as advance:
-
-        def stand(p: Stand) -> None:
-            crps = f" crps {p.crps:.4f}" if p.crps is not None else ""
-            advance(0, f"{p.phase} {p.step}/{p.steps} loss {p.loss:.4f}{crps}")
-
+    state = out_dir.with_name(f".{out_dir.name}.training")
+    with _epochs() as stand:
         trained = fit(
             list(histories.values()),
             timeframe=timeframe,
@@ -549,13 +570,53 @@ def _train(
             clock=time.monotonic,
             init_from=None if start is None else (start.model, start.trained),
             seed=seed,
+            precision=precision,
+            accumulate=accumulate,
+            state=state,
             progress=stand,
         )
+    if not is_main():
+        raise typer.Exit
     model = save(trained, out_dir)
+    state.unlink(missing_ok=True)
     if left_out := ", ".join(trained.record.left_out):
         err.print(f"left out, as too short or standing still: {left_out}", markup=False, soft_wrap=True)
     err.print(f"model {model} written to {out_dir}", markup=False, soft_wrap=True)
-    return model
+
+
+@contextmanager
+def _epochs() -> "Iterator[Callable[[Stand], None]]":
+    """Show a training: a bar with the time left on a terminal, a log line for each epoch elsewhere."""
+    if err.is_terminal:
+        columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=err, transient=True) as bar:
+            task, crps = bar.add_task("training", total=None), ""
+
+            def show(p: "Stand") -> None:
+                nonlocal crps
+                if p.note:
+                    err.print(p.note, markup=False, soft_wrap=True)
+                crps = crps if p.crps is None else f" crps {p.crps:.4f}"
+                loss = "" if p.loss is None else f" loss {p.loss:.4f}"
+                text = f"{p.phase} {p.step}/{p.steps}{loss}{crps}"
+                bar.update(task, total=p.total, completed=p.done, description=text)
+
+            yield show
+        return
+    import structlog
+
+    from barcast.daemon import log
+
+    log.configure()
+    logger = structlog.get_logger()
+
+    def line(p: "Stand") -> None:
+        if p.note:
+            logger.info("resume", note=p.note)
+        if p.crps is not None:
+            logger.info("epoch", phase=p.phase, step=p.step, steps=p.steps, loss=p.loss, crps=p.crps)
+
+    yield line
 
 
 def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:
