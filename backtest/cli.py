@@ -276,7 +276,7 @@ def train(
     """Train a model on bars closed before --until and write a checkpoint.
 
     The same command again goes on with a training that was interrupted. Several processes share a training
-    under `accelerate launch --cpu --num_processes N -m barcast.backtest.cli train ...`.
+    under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
     """
     closes = _calendars(calendar, symbol_calendar, timeframe)
     histories = _histories(files, stamp, closes, symbol, until, adjustments)

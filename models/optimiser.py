@@ -149,7 +149,7 @@ def is_main() -> bool:
 
 
 def processes(precision: str, accumulate: int, batch: int) -> Accelerator:
-    """Join the processes that train together; without `accelerate launch` or torchrun there is one.
+    """Join the processes that train together; without a launcher such as torchrun there is one.
 
     Raises `ConfigError` for a precision that there is not, and for a `batch` that does not divide into
     `accumulate` parts for each process.
@@ -289,8 +289,8 @@ class _Loop:
                 self.capped |= late
             if at.step == 0 and self._over(seconds):
                 raise ConfigError(
-                    f"the cap of {self.budget.seconds:g} s on the phase {phase.name} leaves no time for a step: "
-                    "allow more"
+                    f"the cap of {self.budget.seconds:g} s on the phase {phase.name} leaves no time for a "
+                    "step: allow more"
                 )
             self._say(phase, at, crps, note)
             if crps is not None:
@@ -304,7 +304,6 @@ class _Loop:
             self.stopped.append(phase.name)
         _assign(parameters, at.chosen)
         self.chosen[phase.name] = at.best_step
-        self.accelerator.free_memory()
 
     def _step(
         self, model: nn.Module, optimiser: Any, parameters: list[nn.Parameter], rate: float, at: _Position

@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+from subprocess import PIPE
 
 import polars as pl
 import pytest
@@ -43,9 +44,17 @@ def bars(tmp_path_factory) -> str:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a fresh interpreter with one thread."""
+    """Run a fresh interpreter with one thread; whatever it starts ends with it."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, timeout=120)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=PIPE, stderr=PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def epochs(err: str) -> list[dict[str, object]]:
@@ -82,10 +91,10 @@ def test_each_epoch_is_a_log_line_with_both_losses(run, bars, tmp_path):
 
 
 def test_two_processes_train_one_model(bars, run, tmp_path):
-    """Under accelerate's launcher two processes share each batch, and one of them writes and speaks."""
+    """Under torchrun two processes share each batch, and one of them writes and speaks."""
     status, _, err = run("train", bars, *QUICK, "--out", str(tmp_path / "one"))
     assert status == 0, err
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     me = ["-m", "barcast.backtest.cli", "train", bars, *QUICK, "--out", str(tmp_path / "two")]
     two = python(*launch, *me)
     assert two.returncode == 0, two.stderr
