@@ -261,7 +261,8 @@ def train(
         int | None, typer.Option(help="Optimiser steps of each phase; default: from the data.", min=1)
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Cap on each phase; that it was hit is recorded.", min=0)
+        float | None,
+        typer.Option(help="Cap on the training, half for each phase; that it was hit is recorded.", min=0),
     ] = None,
     init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,

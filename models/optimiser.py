@@ -25,7 +25,7 @@ from barcast.models.errors import ConfigError, DataError
 from barcast.models.trained import Candidate
 
 EPOCHS = 12  # looks at the validation part in each phase, after that at step 0
-PATIENCE = 5  # looks without a better one after which a phase ends
+PATIENCE = 6  # looks without a better one after which a phase ends
 DECAY, NORM = 0.05, 1.0  # of weights, and at which gradients are clipped
 MEMORY = 0.998  # of the average of the weights
 PRECISIONS = {"fp32": "no", "bf16": "bf16"}  # as accelerate calls them
