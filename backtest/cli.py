@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from barcast.backtest.result import BacktestResult
     from barcast.daemon.calendar import Calendars
     from barcast.models import Window
+    from barcast.models.optimiser import Progress as Stand
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,6 +61,13 @@ class Kind(StrEnum):
     sssd = "sssd"
     lgbm = "lgbm"
     ensemble = "ensemble"
+
+
+class Precision(StrEnum):
+    """In which numbers the losses of a training are computed."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
@@ -272,7 +280,8 @@ def train(
         int | None, typer.Option(help="Optimiser steps of each phase; default: from the data.", min=1)
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="Cap on each phase; that it was hit is recorded.", min=0)
+        float | None,
+        typer.Option(help="Cap on the training, half for each phase; that it was hit is recorded.", min=0),
     ] = None,
     init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
@@ -288,15 +297,26 @@ def train(
             metavar="MODEL", help="Of an ensemble: a baseline or a checkpoint directory; to be repeated."
         ),
     ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Numbers of the losses; bf16 pays only where the processor is built for it."),
+    ] = Precision.fp32,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch is computed, one after another.", min=1)
+    ] = 1,
 ) -> None:
     """Train a model on bars closed before --until and write a checkpoint.
 
     An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
     of the bars chose; it holds copies of members that are checkpoints.
+
+    The same command again goes on with a training that was interrupted. Several processes share a training
+    under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
     """
     wrong: dict[str, object] = {"--seed": seed} if kind == Kind.ensemble else {"--member": member}
     if kind != Kind.sssd:
         wrong |= {"--steps": steps, "--minutes": minutes, "--init-from": init_from}
+        wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
     for option, given in wrong.items():
         if given:
             raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
@@ -314,6 +334,8 @@ def train(
         minutes=minutes,
         init_from=init_from,
         seed=seed,
+        precision=precision,
+        accumulate=accumulate,
     )
     _print_held_out(histories, out_dir, timeframe)
 
@@ -693,13 +715,17 @@ def _train(
     minutes: float | None = None,
     init_from: Path | None = None,
     seed: int = 0,
-) -> str:
-    from barcast.models import ensemble, gbm, training
+    precision: str = "fp32",
+    accumulate: int = 1,
+) -> None:
+    """Train, or go on with what was interrupted, and write the model; helping processes end here."""
+    from barcast.models import ensemble, gbm, optimiser, training
     from barcast.models.checkpoint import check_target, load, open_member, save
     from barcast.models.trained import Model, Trained
 
     try:
-        check_target(out_dir).parent.mkdir(parents=True, exist_ok=True)
+        out_dir = check_target(out_dir)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {error}; name a directory that you may write") from error
     start = None
@@ -712,20 +738,9 @@ def _train(
     outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
     outputs["levels"] = LEVELS
     trained: Model
-    with _progress("training", None) as advance:
-
-        def stand(p: training.Progress) -> None:
-            crps = f" crps {p.crps:.4f}" if p.crps is not None else ""
-            advance(0, f"{p.phase} {p.step}/{p.steps} loss {p.loss:.4f}{crps}")
-
-        def say(text: str) -> None:
-            advance(0, text)
-
-        if kind == Kind.ensemble:
-            trained = ensemble.train(bars, [open_member(m) for m in members], **outputs, progress=say)
-        elif kind == Kind.lgbm:
-            trained = gbm.train(bars, **outputs, seed=seed, progress=say)
-        else:
+    state = out_dir.with_name(f".{out_dir.name}.training")
+    if kind == Kind.sssd:
+        with _epochs() as stand:
             trained = training.train(
                 bars,
                 **outputs,
@@ -734,16 +749,66 @@ def _train(
                 clock=time.monotonic,
                 init_from=start,
                 seed=seed,
+                precision=precision,
+                accumulate=accumulate,
+                state=state,
                 progress=stand,
             )
+        if not optimiser.is_main():
+            raise typer.Exit
+    else:
+        with _progress("training", None) as advance:
+
+            def say(text: str) -> None:
+                advance(0, text)
+
+            if kind == Kind.ensemble:
+                trained = ensemble.train(bars, [open_member(m) for m in members], **outputs, progress=say)
+            else:
+                trained = gbm.train(bars, **outputs, seed=seed, progress=say)
     model = save(trained, out_dir)
+    state.unlink(missing_ok=True)
     if left_out := ", ".join(trained.record.left_out):
         err.print(f"left out, as too short or standing still: {left_out}", markup=False, soft_wrap=True)
     if isinstance(trained, ensemble.Ensemble):
         for line in trained.sentences():
             err.print(line, markup=False, soft_wrap=True)
     err.print(f"model {model} written to {out_dir}", markup=False, soft_wrap=True)
-    return model
+
+
+@contextmanager
+def _epochs() -> "Iterator[Callable[[Stand], None]]":
+    """Show a training: a bar with the time left on a terminal, a log line for each epoch elsewhere."""
+    if err.is_terminal:
+        columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=err, transient=True) as bar:
+            task, crps = bar.add_task("training", total=None), ""
+
+            def show(p: "Stand") -> None:
+                nonlocal crps
+                if p.note:
+                    err.print(p.note, markup=False, soft_wrap=True)
+                crps = crps if p.crps is None else f" crps {p.crps:.4f}"
+                loss = "" if p.loss is None else f" loss {p.loss:.4f}"
+                text = f"{p.phase} {p.step}/{p.steps}{loss}{crps}"
+                bar.update(task, total=p.total, completed=p.done, description=text)
+
+            yield show
+        return
+    import structlog
+
+    from barcast.daemon import log
+
+    log.configure()
+    logger = structlog.get_logger()
+
+    def line(p: "Stand") -> None:
+        if p.note:
+            logger.info("resume", note=p.note)
+        if p.crps is not None:
+            logger.info("epoch", phase=p.phase, step=p.step, steps=p.steps, loss=p.loss, crps=p.crps)
+
+    yield line
 
 
 def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:

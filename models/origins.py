@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -10,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from barcast.models.errors import DataError
-from barcast.models.scaling import Scaling, check, check_to_learn, fit
+from barcast.models.errors import ConfigError, DataError
+from barcast.models.scaling import CHANNELS, Scaling, check, check_to_learn, fit
 from barcast.models.window import Window
 
 TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
@@ -71,10 +74,56 @@ class Split:
         return h.hexdigest()
 
 
-def split(histories: Sequence[Window], timeframe: str, horizons: tuple[int, ...], until: int | None) -> Split:
+class Table:
+    """Rows of one width that are added piece by piece and then become one tensor (n, width).
+
+    In a folder they lie in a file without a name, mapped into memory: it is gone with the tensor, however the
+    process ends. Without one they lie in memory. The numbers are the same.
+    """
+
+    def __init__(self, width: int, dtype: type[np.generic], folder: Path | None) -> None:
+        self._width, self._dtype, self._folder = width, np.dtype(dtype), folder
+        self._rows = 0
+        try:
+            self._file = BytesIO() if folder is None else TemporaryFile(dir=folder)  # noqa: SIM115
+        except OSError as error:
+            raise ConfigError(f"{folder}: {error.strerror}; name a directory that you may write") from error
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def add(self, rows: NDArray[Any]) -> None:
+        """Add rows (k, width), or (k,) where the width is 1; raise `ConfigError` when the disk is full."""
+        try:
+            self._file.write(rows.astype(self._dtype).tobytes())
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: {error.strerror}; make room, or train fewer bars") from error
+        self._rows += len(rows)
+
+    def tensor(self) -> Tensor:
+        """All rows; the table is closed by it and must hold one at least."""
+        shape = (self._rows, self._width)
+        if isinstance(self._file, BytesIO):
+            return torch.frombuffer(self._file.getbuffer(), dtype=_TORCH[self._dtype.type]).reshape(shape)
+        with self._file:
+            self._file.flush()
+            return torch.from_numpy(np.memmap(self._file, self._dtype, "c", shape=shape))
+
+
+_TORCH = {np.float32: torch.float32, np.float64: torch.float64, np.int64: torch.int64}
+
+
+def split(
+    histories: Sequence[Window],
+    timeframe: str,
+    horizons: tuple[int, ...],
+    until: int | None,
+    folder: Path | None = None,
+) -> Split:
     """Cut whole histories, learn the scaling and collect the origins; no bar after `until` is looked at.
 
-    Raises `DataError` for histories that cannot be learnt from.
+    What the network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for
+    histories that cannot be learnt from.
     """
     if until is None:
         until = max((w.close_time for w in histories if len(w)), default=0)
@@ -97,25 +146,38 @@ def split(histories: Sequence[Window], timeframe: str, horizons: tuple[int, ...]
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise DataError(f"no symbol is left to learn from; {'; '.join(faults[:3])}{more}")
     scaling = fit([_cut(w, train_end) for w in used], timeframe, horizons)
-    learn, validation = _collect(used, scaling, train_end, validation_end)
-    for part, what in ((learn, "learn from"), (validation, "validate on")):
-        if len(part) < LEAST:
-            raise DataError(f"only {len(part)} forecast origins to {what}, not {LEAST}: give more bars")
+    learn, validation = _collect(used, scaling, train_end, validation_end, folder)
     left_out = tuple(w.symbol for w in histories if all(w.symbol != u.symbol for u in used))
     return Split(tuple(used), left_out, until, train_end, validation_end, scaling, learn, validation)
 
 
-_Pieces = list[tuple[NDArray[Any], ...]]  # of each symbol: features, row, z and scale
+class _Part:
+    """The origins of a part while they are collected, as the tables of `Origins`."""
+
+    def __init__(self, features: int, horizons: int, folder: Path | None) -> None:
+        self.features = Table(features, np.float32, folder)
+        self.row = Table(1, np.int64, folder)
+        self.z = Table(horizons, np.float64, folder)
+        self.scale = Table(horizons, np.float64, folder)
+
+    def origins(self, channels: Tensor) -> Origins:
+        features, row, z, scale = (t.tensor() for t in (self.features, self.row, self.z, self.scale))
+        return Origins(features, channels, row[:, 0], z, scale)
 
 
 def _collect(
-    histories: Sequence[Window], scaling: Scaling, train_end: int, validation_end: int
+    histories: Sequence[Window],
+    scaling: Scaling,
+    train_end: int,
+    validation_end: int,
+    folder: Path | None,
 ) -> tuple[Origins, Origins]:
+    """Symbol by symbol, so that memory holds one symbol's numbers at a time."""
     reach = max(scaling.horizons)
     first = scaling.layout.har[-1] + 1
-    rows = 0
-    channels: list[NDArray[np.float64]] = []
-    found: tuple[_Pieces, _Pieces] = ([], [])
+    channels = Table(CHANNELS, np.float32, folder)
+    F, H = len(scaling.mean), len(scaling.horizons)
+    learnt, validated = (_Part(F, H, folder) for _ in range(2))
     for w in histories:
         frame = scaling.frame(w.close_times, w.values, first)
         price = np.log(w.values[:, 3])
@@ -124,22 +186,19 @@ def _collect(
         opened, closed = w.close_times[k], w.close_times[k + reach]
         learn = closed <= train_end
         validate = (opened > train_end) & (closed <= validation_end)
-        for pieces, chosen in zip(found, (learn, validate), strict=True):
+        for part, chosen in ((learnt, learn), (validated, validate)):
             i = k[chosen] - first
             scale = frame.scale[i]
-            z = np.clip(y[chosen] / scale, -OUTLIER, OUTLIER)
-            pieces.append((frame.features[i], rows + k[chosen] - 1, z, scale))
-        channels.append(frame.channels)
-        rows += len(frame.channels)
-    table = torch.from_numpy(np.concatenate(channels)).float()
-    learnt, validated = (_origins(table, pieces) for pieces in found)
-    return learnt, validated
-
-
-def _origins(channels: Tensor, pieces: _Pieces) -> Origins:
-    columns = zip(*pieces, strict=True)
-    features, row, z, scale = (torch.from_numpy(np.concatenate(column)) for column in columns)
-    return Origins(features.float(), channels, row, z, scale)
+            part.features.add(frame.features[i])
+            part.row.add(len(channels) + k[chosen] - 1)
+            part.z.add(np.clip(y[chosen] / scale, -OUTLIER, OUTLIER))
+            part.scale.add(scale)
+        channels.add(frame.channels)
+    for part, what in ((learnt, "learn from"), (validated, "validate on")):
+        if len(part.row) < LEAST:
+            raise DataError(f"only {len(part.row)} forecast origins to {what}, not {LEAST}: give more bars")
+    table = channels.tensor()
+    return learnt.origins(table), validated.origins(table)
 
 
 def _cut(w: Window, until: int) -> Window:

@@ -7,7 +7,7 @@ there. All is float64 and free of BLAS, whose sums may change with the shape.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import log, pi
 
@@ -205,10 +205,17 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
         gain.append(_slot_means(slot, ratio / ratio.mean(), layout.slots) * ratio.mean())
     part = _replace(part, gain=np.array(gain))
 
-    rows = [part.frame(w.close_times, w.values, warm + 1).features for w in histories]
-    x = np.concatenate(rows)
-    mean = np.where(signed_features(timeframe, horizons), 0.0, x.mean(0))
-    std = np.sqrt(((x - mean) ** 2).mean(0))
+    def mean_of(f: Callable[[Array], Array]) -> Array:
+        """Mean over the bars of all symbols, one symbol at a time; the bits are those of one long table."""
+        total, n = np.zeros((1, len(signed))), 0
+        for w in histories:
+            x = f(part.frame(w.close_times, w.values, warm + 1).features)
+            total, n = np.concatenate([total, x]).sum(0, keepdims=True), n + len(x)
+        return np.asarray(total[0] / n)
+
+    signed = signed_features(timeframe, horizons)
+    mean = np.where(signed, 0.0, mean_of(lambda x: x))
+    std = np.sqrt(mean_of(lambda x: (x - mean) ** 2))
     return _replace(part, mean=mean, std=np.where(std > 1e-9, std, 1.0))
 
 

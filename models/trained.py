@@ -13,11 +13,12 @@ from barcast.models.sssd import SSSD
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A state of the network that validation looked at, and its normalised CRPS there."""
+    """A state of the network that validation looked at: the end of an epoch, and both losses there."""
 
     phase: str  # "map" or "denoiser"
     step: int
-    crps: float
+    crps: float  # normalised, of forecasts sampled in full on the validation part
+    loss: float | None = None  # the fast loss, averaged over the steps since the look before
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class Record(Past):
     candidates: tuple[Candidate, ...]
     map_step: int  # chosen by validation
     denoiser_step: int
+    precision: str = "fp32"  # of the losses' arithmetic
+    processes: int = 1  # that shared each batch
+    accumulate: int = 1  # parts of a batch in each process
+    stopped: tuple[str, ...] = ()  # phases that ended early, as validation no longer improved
 
 
 class Model(Protocol):

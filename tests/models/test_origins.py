@@ -1,11 +1,13 @@
 """The cut into learning, validation and the part that is held out."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from barcast.models import DataError, Window
-from barcast.models.origins import OUTLIER, split
+from barcast.models import ConfigError, DataError, Window
+from barcast.models.origins import OUTLIER, Table, split
 from tests.garch import simulate
 
 HORIZONS = (1, 4, 16)
@@ -77,3 +79,31 @@ def test_the_digest_follows_every_bar(histories: list[Window]) -> None:
     values[1800, 4] += 1
     other = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, until)
     assert first.digest == same.digest != other.digest
+
+
+def test_tables_on_disk_hold_the_same_numbers(histories: list[Window], tmp_path: Path) -> None:
+    """Every tensor has the bits that it has in memory, is a mapped file, and leaves no name behind."""
+    here, there = (split(histories, "1h", HORIZONS, None, folder) for folder in (None, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+    mapped = Path("/proc/self/maps").read_text()
+    for a, b in ((here.learn, there.learn), (here.validation, there.validation)):
+        for name in ("features", "channels", "row", "z", "scale"):
+            mine, theirs = getattr(a, name), getattr(b, name)
+            assert mine.dtype == theirs.dtype
+            assert torch.equal(mine, theirs)
+            start = f"{theirs.data_ptr():x}-"
+            assert [line for line in mapped.splitlines() if line.startswith(start)] or name == "row"
+    at = torch.tensor([3, 700, 41])
+    assert torch.equal(here.learn.sequence(at, 64), there.learn.sequence(at, 64))
+
+
+def test_a_disk_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
+    """A folder that is not there, and a full disk, end in a sentence that names the folder."""
+    with pytest.raises(ConfigError, match="none: No such file or directory; name a directory"):
+        Table(3, np.float32, tmp_path / "none")
+    if Path("/dev/full").exists():
+        table = Table(3, np.float32, tmp_path)
+        table._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        with pytest.raises(ConfigError, match="No space left on device; make room"):
+            table.add(np.ones((2, 3)))
+        table._file.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from barcast.models import ConfigError, DataError, HistoricalSimulation, Window, compare
 from barcast.models.diffusion import SSSDForecaster
+from barcast.models.optimiser import Progress
 from barcast.models.trained import Trained
-from barcast.models.training import Progress, train
+from barcast.models.training import train
 from tests.garch import START, simulate
 from tests.models.conftest import HORIZONS, LEVELS
 
@@ -82,20 +84,56 @@ def test_the_gate_part_is_not_seen(small: list[Window], base: Trained) -> None:
     assert clean.record.data != dirty.record.data
 
 
-def test_progress_and_record_tell_both_losses_and_every_candidate(small: list[Window]) -> None:
-    """Each phase reports its steps in order, the loss of each, and the CRPS of every look at validation."""
+def test_progress_and_record_tell_both_losses_of_every_epoch(small: list[Window]) -> None:
+    """Each phase reports its steps in order; the record keeps both losses of every look at validation."""
     seen: list[Progress] = []
-    trained = _train(small, progress=seen.append)
-    record = trained.record
+    record = _train(small, progress=seen.append).record
     for phase, chosen in (("map", record.map_step), ("denoiser", record.denoiser_step)):
         mine = [p for p in seen if p.phase == phase]
         assert [p.step for p in mine] == list(range(7))
-        assert all(np.isfinite(p.loss) for p in mine[1:])
-        looks = {p.step: p.crps for p in mine if p.crps is not None}
-        candidates = {c.step: c.crps for c in record.candidates if c.phase == phase}
+        looks = {p.step: (p.crps, p.loss) for p in mine if p.crps is not None}
+        candidates = {c.step: (c.crps, c.loss) for c in record.candidates if c.phase == phase}
         assert looks == candidates
-        assert 0 in candidates
-        assert candidates[chosen] == min(candidates.values())
+        assert candidates[0][1] is None
+        assert np.isfinite([loss for _, loss in candidates.values() if loss is not None]).all()
+        assert candidates[chosen][0] == min(crps for crps, _ in candidates.values())
+    assert [p.done for p in seen if p.step] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("at", [1, 6, 8, 13])
+def test_an_interrupted_training_goes_on_to_the_same_model(
+    small: list[Window], base: Trained, tmp_path: Path, at: int
+) -> None:
+    """Interrupted in either phase and started again, with tables on disk, model and record are the same."""
+    seen = 0
+
+    def interrupt(_: Progress) -> None:
+        nonlocal seen
+        seen += 1
+        if seen > at:
+            raise KeyboardInterrupt
+
+    state = tmp_path / "state"
+    with pytest.raises(KeyboardInterrupt):
+        _train(small, state=state, progress=interrupt)
+    notes: list[str] = []
+    again = _train(small, state=state, progress=lambda p: notes.append(p.note))
+    assert "goes on" in notes[0]
+    assert len(notes) == 14 - at + 1
+    assert _state(again) == _state(base)
+    assert again.record == base.record
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"until": START + 1900 * HOUR}])
+def test_other_options_do_not_go_on_from_a_state(
+    small: list[Window], tmp_path: Path, options: dict[str, int]
+) -> None:
+    """A state belongs to its bars and options: with others the training begins anew, to its own bits."""
+    state, notes = tmp_path / "state", []
+    _train(small, steps=1, state=state)
+    found = _train(small, steps=1, state=state, progress=lambda p: notes.append(p.note), **options)
+    assert "of other bars or options" in notes[0]
+    assert _state(found) == _state(_train(small, steps=1, **options))
 
 
 def test_the_cap_on_seconds_is_kept_and_recorded(small: list[Window]) -> None:

@@ -1,0 +1,154 @@
+"""`barcast train` as a person uses it: killed and started again, by several processes, with a log to read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from subprocess import PIPE
+
+import polars as pl
+import pytest
+from safetensors.numpy import load_file
+
+from barcast.backtest.sample import sample_bars
+
+DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
+QUICK = [*DAILY, "--until", "2008-01-01", "--steps", "13"]
+
+KILLED = """
+import os, random, signal, sys
+import barcast.backtest.cli as cli, barcast.models.training
+dice = random.Random(4)
+for _ in range(3):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(writing, 2)
+        cli.main()
+    os.close(writing)
+    epochs = (line for line in open(reading, "rb") if b'"epoch"' in line)
+    for _ in range(dice.randint(1, 9)):
+        next(epochs)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def bars(tmp_path_factory) -> str:
+    """Eight years of one symbol."""
+    path = tmp_path_factory.mktemp("bars") / "bars.parquet"
+    pl.read_parquet(sample_bars()).filter(symbol="IBM").write_parquet(path)
+    return str(path)
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter with one thread; whatever it starts ends with it."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=PIPE, stderr=PIPE, text=True, env=env, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def epochs(err: str) -> list[dict[str, object]]:
+    """The log lines about epochs."""
+    lines = [json.loads(line) for line in err.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == "epoch"]
+
+
+def test_a_killed_training_goes_on_to_the_same_model(run, bars, tmp_path):
+    """Killed with SIGKILL at random moments and started again, the model has the id of one left alone."""
+    status, _, whole = run("train", bars, *QUICK, "--out", str(tmp_path / "whole"))
+    assert status == 0, whole
+    killed = tmp_path / "killed"
+    assert python("-c", KILLED, "train", bars, *QUICK, "--out", str(killed)).returncode == 0
+    assert {p.name for p in tmp_path.iterdir()} - {".killed.training.new"} == {"whole", ".killed.training"}
+    status, _, err = run("train", bars, *QUICK, "--out", str(killed))
+    assert status == 0, err
+    assert "the training goes on from" in err
+    assert 0 < len(epochs(err)) < len(epochs(whole))
+    for name in ("model.json", "weights.safetensors"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+
+
+def test_each_epoch_is_a_log_line_with_both_losses(run, bars, tmp_path):
+    """Where nobody watches a terminal each look at validation is a line; the record keeps the curve."""
+    status, _, err = run("train", bars, *QUICK, "--out", str(tmp_path / "model"))
+    assert status == 0, err
+    record = json.loads((tmp_path / "model" / "model.json").read_text())["record"]
+    assert [{k: line[k] for k in ("phase", "step", "crps", "loss")} for line in epochs(err)] == [
+        {k: c[k] for k in ("phase", "step", "crps", "loss")} for c in record["candidates"]
+    ]
+    assert (record["precision"], record["processes"]) == ("fp32", 1)
+
+
+def test_two_processes_train_one_model(bars, run, tmp_path):
+    """Under torchrun two processes share each batch, and one of them writes and speaks."""
+    status, _, err = run("train", bars, *QUICK, "--out", str(tmp_path / "one"))
+    assert status == 0, err
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    me = ["-m", "barcast.backtest.cli", "train", bars, *QUICK, "--out", str(tmp_path / "two")]
+    two = python(*launch, *me)
+    assert two.returncode == 0, two.stderr
+    assert two.stderr.count("written to") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+    records = [json.loads((tmp_path / n / "model.json").read_text())["record"] for n in ("one", "two")]
+    assert [r["processes"] for r in records] == [1, 2]
+    curves = [[(c["phase"], c["step"]) for c in r["candidates"]] for r in records]
+    assert curves[0] == curves[1]
+    for a, b in zip(records[0]["candidates"], records[1]["candidates"], strict=True):
+        assert b["crps"] == pytest.approx(a["crps"], rel=1e-5)
+        assert b["loss"] == (a["loss"] and pytest.approx(a["loss"], rel=1e-4))
+    one, other = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
+    for name, weights in one.items():
+        assert other[name] == pytest.approx(weights, rel=1e-3, abs=1e-4), name
+
+
+def test_no_time_at_all_is_a_fault(run, bars, tmp_path):
+    """A cap that leaves no time for a step ends in a sentence, and leaves nothing behind."""
+    status, _, err = run("train", bars, *QUICK, "--minutes", "0", "--out", str(tmp_path / "model"))
+    assert status == 78
+    assert "leaves no time for a step: allow more" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
+    """What is left of a retraining is gone on from with the same bars only; with others it begins anew."""
+    history = tmp_path / "state" / "history"
+    history.mkdir(parents=True)
+    known = pl.read_parquet(bars)
+    config = tmp_path / "barcast.toml"
+    config.write_text(
+        'instance = "x"\nstate_dir = "state"\ntimeframe = "session"\ncalendar = "XNYS"\n'
+        '[retrain]\ncron = "0 3 * * *"\nsteps = 2\nnice = 0\n'
+    )
+    challenger = tmp_path / "state" / "challengers" / "trained"
+    arguments = ("retrain", str(config), "--out", str(challenger), "--champion", "fhs")
+    known.head(2000).write_parquet(history / "bars.parquet")
+    assert run(*arguments)[0] == 0
+    state = challenger.with_name(".trained.training")
+    assert not state.exists()
+    first = challenger.joinpath("model.json").read_bytes()
+
+    interrupted = python("-c", KILLED.replace("range(3)", "range(1)").replace("(1, 9)", "(2, 2)"), *arguments)
+    assert interrupted.returncode == 0, interrupted.stderr
+    assert state.exists()
+    left = state.read_bytes()
+    status, _, err = run(*arguments)
+    assert (status, "goes on from" in err) == (0, True), err
+    assert challenger.joinpath("model.json").read_bytes() == first
+
+    state.write_bytes(left)
+    known.head(2100).write_parquet(history / "bars.parquet")
+    status, _, err = run(*arguments)
+    assert (status, "of other bars or options: the training begins anew" in err) == (0, True), err
+    assert challenger.joinpath("model.json").read_bytes() != first
+    assert not state.exists()
