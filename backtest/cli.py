@@ -85,7 +85,13 @@ Until = Annotated[
         help="Take closes before this moment only, in the same form, UTC.", metavar="TIME", formats=FORMATS
     ),
 ]
-ModelName = Annotated[str, typer.Option(help="A checkpoint directory, or hs or fhs (no training needed).")]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help="A checkpoint directory, or a baseline, which needs no training: hs, fhs, ewma, har or garch; "
+        "of bars shorter than a day also with a time-of-week factor: hs-s, fhs-s, ewma-s, har-s or garch-s."
+    ),
+]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
 Steps = Annotated[
     int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=2)
@@ -567,7 +573,7 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
 
     checkpoint = load(model)
     mine, record = checkpoint.forecaster(), checkpoint.trained.record
-    others = [kind(timeframe, mine.card.horizons, mine.card.levels) for kind in BASELINES.values()]
+    others = [BASELINES[name](timeframe, mine.card.horizons, mine.card.levels) for name in ("hs", "fhs")]
     held_out = sum(int((w.close_times >= record.validation_end).sum()) for w in histories.values())
     try:
         scores = compare(
@@ -632,7 +638,9 @@ def _histories(
 
 
 def _sampled(model: str, sampler: str | None, steps: int | None) -> None:
-    if model in ("hs", "fhs") and (sampler or steps):
+    from barcast.daemon.store import BASELINES
+
+    if model in BASELINES and (sampler or steps):
         raise typer.BadParameter(f"{model} is not sampled: --sampler and --steps go with a checkpoint")
 
 

@@ -30,7 +30,7 @@ from barcast.daemon.calendar import Calendar, Calendars
 from barcast.daemon.mqtt import Address
 from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
-from barcast.daemon.store import BASELINES
+from barcast.daemon.store import BASELINES, open_model
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
 from barcast.models import ConfigError
@@ -162,7 +162,7 @@ class Mqtt(_Section):
 class Model(_Section):
     """Which model serves and how it is sampled. Without sampler and steps the model's own are used.
 
-    `name` is `champion`, a baseline (`hs`, `fhs`), a model id or a checkpoint directory; `first` is who
+    `name` is `champion`, a baseline such as `fhs`, a model id or a checkpoint directory; `first` is who
     serves as long as there is no champion.
     """
 
@@ -290,6 +290,17 @@ class Config(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError(f"strategy names {names} repeat; give each [[strategy]] a name of its own")
         return strategy
+
+    @field_validator("model")
+    @classmethod
+    def _has_such_bars(cls, model: Model, info: ValidationInfo) -> Model:
+        for name in {model.name, model.first} & BASELINES.keys():
+            if "timeframe" in info.data:
+                try:
+                    open_model(name, info.data["timeframe"], None, None)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from error
+        return model
 
     @field_validator("retrain")
     @classmethod

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from barcast.models import (
@@ -10,15 +12,22 @@ from barcast.models import (
     ConfigError,
     FilteredHistoricalSimulation,
     Forecaster,
+    Garch,
     HistoricalSimulation,
+    Scaled,
     default_horizons,
 )
 
-BASELINES: dict[str, type[HistoricalSimulation] | type[FilteredHistoricalSimulation]] = {
+BASELINES: dict[str, Callable[[str, Sequence[int], Sequence[float]], Forecaster]] = {
     "hs": HistoricalSimulation,
     "fhs": FilteredHistoricalSimulation,
+    **{name: partial(Scaled, name) for name in ("ewma", "har", "hs-s", "fhs-s", "ewma-s", "har-s")},
+    **{name: partial(Garch, name) for name in ("garch", "garch-s")},
 }
-"""The forecasters that are not trained: historical simulation, plain and EWMA-filtered."""
+"""The forecasters that are not trained, of a timeframe, horizons and levels; -s with a time-of-week factor.
+
+All raise `ConfigError` where they cannot serve: -s on daily bars, GARCH without the package arch.
+"""
 _ID = re.compile(r"[0-9a-f]{16}")
 
 

@@ -102,7 +102,9 @@ class HistoricalSimulation(_Simulation):
     def __init__(self, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
         reach = max(horizons) + 1
         parameters = {"version": VERSION, "returns": RETURNS, "least": LEAST}
-        super().__init__(card_of("hs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters))
+        super().__init__(
+            card_of("hs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
+        )
         self._ones = np.ones(self.card.window)
 
     def _scales(self, price: Array, known: Array | None) -> Array:
@@ -144,7 +146,7 @@ class FilteredHistoricalSimulation(_Simulation):
 
 
 def volatility(squares: Array) -> Array:
-    """The exponentially weighted volatility (n,), above 0, at the end of each row of squared returns (n, 128)."""
+    """The exponentially weighted volatility (n,), above 0, after each row of squared returns (n, 128)."""
     root: Array = np.maximum(np.sqrt(np.add.reduce(squares * WEIGHT, -1) / TOTAL), TINY)
     return root
 
@@ -214,9 +216,7 @@ class _Past:
         self.price, self.scale = price, scale
 
 
-def figures(
-    outcomes: Array, n: NDArray[np.intp], levels: Sequence[float], scale: Array
-) -> tuple[Array, ...]:
+def figures(outcomes: Array, n: NDArray[np.intp], levels: Sequence[float], scale: Array) -> tuple[Array, ...]:
     """Quantiles (B, H, Q), mean, standard deviation and the share above zero (B, H) of sorted outcomes.
 
     `outcomes` is (B, H, R), overwritten, with n (B, H) of them in use and zeros behind; `scale`, (B, H) or

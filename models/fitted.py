@@ -1,7 +1,7 @@
 """Baselines that fit some numbers to the window's own past: HAR, and any of them with a time-of-week factor.
 
-What is fitted depends on the bars that closed by a boundary, one of a grid in time that is fixed for each symbol,
-and so changes once in some hundreds of bars. It is kept until the bars it was fitted to are others. numpy only.
+What is fitted depends on the bars that closed by a boundary, one of a grid in time that is fixed for each
+symbol, and so changes rarely. It is kept until the bars it was fitted to are others.
 """
 
 import re
@@ -50,14 +50,14 @@ class Reach:
     """How far back the baselines look, in bars."""
 
     har: tuple[int, ...]  # of the means of the variance (Corsi 2009)
-    outcomes: int  # behind the quantiles of `har` and `fhs-s`
+    outcomes: int  # behind the quantiles of `har`, `fhs-s` and `garch`
     fit: int  # that are fitted to
     least: int  # that are fitted to while a window is short
     refit: int  # between two boundaries
 
 
 INTRADAY = Reach((1, 4, 16, 96, 480), 2000, fit=5000, least=200, refit=480)
-DAILY = Reach((1, 5, 22, 66), 750, fit=1000, least=120, refit=20)
+DAILY = Reach((1, 5, 22, 66), 750, fit=1000, least=150, refit=20)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,18 +126,16 @@ class Flat:
 
 
 class Fitted(ABC, Generic[Fit]):
-    """A forecaster that is a pure function of the window and fits something to a part of it, if it must.
+    """A forecaster that is a pure function of the window and fits something to a part of it.
 
     It is fitted to the last `reach.fit` bars that closed by the last boundary before the window's end; while
     those are fewer than `reach.least`, to the first so many of the window; when they all close at one price,
-    to the whole window. Boundaries are `reach.refit` timeframes apart, at other times for each symbol, so that
-    not all are fitted at once.
+    to the whole window. Boundaries are `reach.refit` timeframes apart, at other times for each symbol: they
+    need not all be fitted at once.
 
     The state is the newest fit of each symbol with the digest of the bars it was made of. It saves work and
     changes no bit.
     """
-
-    fits: bool
 
     def __init__(self, card: Card, reach: Reach) -> None:
         self.card = card
@@ -154,7 +152,7 @@ class Fitted(ABC, Generic[Fit]):
         """What there is to learn from a series."""
 
     @abstractmethod
-    def _figures(self, close_times: Ints, values: Array, fit: Fit | None) -> tuple[Array, ...]:
+    def _figures(self, close_times: Ints, values: Array, fit: Fit) -> tuple[Array, ...]:
         """Quantiles (H, Q), mean, standard deviation and the probability of a rise (H,), from those bars."""
 
     def _forecast(self, window: Window) -> Forecast:
@@ -164,7 +162,7 @@ class Fitted(ABC, Generic[Fit]):
         times, values = window.close_times[-card.window :], window.values[-card.window :]
         prices = values[:, :4]
         if prices.min() > 0 and prices.max() < np.inf:  # neither holds when one is not a number
-            fit = self._fitted(window.symbol, times, values) if self.fits else None
+            fit = self._fitted(window.symbol, times, values)
             quantiles, mean, std, rise = self._figures(times, values, fit)
         else:
             quantiles = np.full((len(card.horizons), len(card.levels)), np.nan)
@@ -192,8 +190,8 @@ class Fitted(ABC, Generic[Fit]):
         closes = values[start:stop, 3]
         if closes.min() == closes.max():
             start, stop = 0, len(times)
-        content = sha256(np.ascontiguousarray(times[start:stop]))
-        content.update(np.ascontiguousarray(values[start:stop]))
+        content = sha256(np.ascontiguousarray(times[start:stop]).data)
+        content.update(np.ascontiguousarray(values[start:stop]).data)
         digest = content.digest()
         known = self._fits.get(symbol)
         if known is None or known[0] != digest:
@@ -203,7 +201,7 @@ class Fitted(ABC, Generic[Fit]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Har:
-    """Log variance over each horizon on the logs of past means: coefficients (H, J + 1), the constant first."""
+    """Log variance over each horizon by logs of past means: coefficients (H, J + 1), the constant first."""
 
     floor: float  # added to every variance
     coefficients: Array
@@ -246,7 +244,7 @@ class Scaled(Fitted[tuple[Season | None, Har | None]]):
 
     def __init__(self, name: str, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
         self._kind, self._seasonal, reach = parse(name, timeframe)
-        self.fits = self._seasonal or self._kind == "har"
+        fits = self._seasonal or self._kind == "har"
         past = {"hs": 0, "ewma": MEMORY, "fhs": MEMORY, "har": reach.har[-1]}[self._kind]
         self._burn = min(past, reach.har[-2]) if self._kind == "har" else past  # bars without an outcome
         self._outcomes = {"hs": RETURNS, "ewma": 0}.get(self._kind, reach.outcomes)
@@ -259,8 +257,8 @@ class Scaled(Fitted[tuple[Season | None, Har | None]]):
                 timeframe,
                 horizons,
                 levels,
-                max(self._need, reach.fit + reach.refit) if self.fits else self._need,
-                max(least, reach.least) if self.fits else least,
+                max(self._need, reach.fit + reach.refit) if fits else self._need,
+                max(least, reach.least) if fits else least,
                 {
                     "version": VERSION,
                     "outcomes": self._outcomes,
@@ -283,9 +281,9 @@ class Scaled(Fitted[tuple[Season | None, Har | None]]):
         return season, Har.of(Flat.of(s, season, horizons).variance, self.reach.har, horizons)
 
     def _figures(
-        self, close_times: Ints, values: Array, fit: tuple[Season | None, Har | None] | None
+        self, close_times: Ints, values: Array, fit: tuple[Season | None, Har | None]
     ) -> tuple[Array, ...]:
-        season, har = fit or (None, None)
+        season, har = fit
         H = self.card.horizons
         s = Series.of(close_times[-self._need :], values[-self._need :])
         flat = Flat.of(s, season, H)
@@ -324,7 +322,7 @@ def parse(name: str, timeframe: str) -> tuple[str, bool, Reach]:
     daily = _nanoseconds(timeframe) >= SECONDS["d"] * 10**9
     if seasonal and daily:
         raise ConfigError(
-            f"model {name!r} needs hours of the week, which {timeframe!r} bars do not have: take {kind!r}"
+            f"model {name!r} needs hours of the week, which {timeframe!r} bars do not have; take {kind!r}"
         )
     return kind, seasonal, DAILY if daily else INTRADAY
 
