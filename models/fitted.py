@@ -31,14 +31,14 @@ from barcast.models.baselines import (
 )
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Card, Forecast
-from barcast.models.season import Ints, choose_zone, clipped, slot_means, slots
+from barcast.models.season import HOUR, PRIOR, Ints, choose_zone, clipped, slot_means, slots
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
 Fit = TypeVar("Fit")
 
 VERSION = 1  # of the arithmetic: ids differ where bits may
-SEASON_PRIOR = 1.0  # bars of evidence for a gain of 1 in every slot
+GAIN_PRIOR = 1.0  # bars that a gain of 1 counts as
 FLOOR = 1e-3  # of the mean variance: keeps the logarithm of a quiet bar finite
 TINY = 1e-12  # the same in bars that stand still, in (log return)²
 RIDGE = 1e-6  # squared coefficients weigh this much beside the mean squared error: some bars teach no slope
@@ -90,20 +90,23 @@ class Season:
 
     @classmethod
     def of(cls, s: Series, horizons: Sequence[int]) -> "Season":
-        """Learn it from a series: mean absolute returns, the hours of the week shrunk to those of the day.
+        """Learn it from a series: mean absolute returns, the hours of the week shrunk to those of the day,
+        and these to 1, which counts as 30 hours of bars in each.
 
         The gain is the root mean square of the factors of the bars that followed.
         """
         zone = choose_zone(s.close_times, np.abs(s.returns))
         slot, size = slots(s.close_times, zone), clipped(np.abs(s.returns))
-        day = slot_means(slot % 24, size, 24)
-        factor = np.tile(day, 7) * slot_means(slot, size / day[slot % 24])
+        hours = len(np.unique((s.close_times - 1) // HOUR))
+        prior = PRIOR * len(slot) / hours  # the bars within an hour are much alike: hours are counted
+        day = slot_means(slot % 24, size, 24, prior)
+        factor = np.tile(day, 7) * slot_means(slot, size / day[slot % 24], prior=prior)
         gain = []
         for h in horizons:
             ahead = _sums(factor[slot] ** 2, h)[1:] / h
             from_, n = slot[: len(ahead)], np.bincount(slot[: len(ahead)], minlength=len(factor))
             total = np.bincount(from_, ahead, minlength=len(factor))
-            gain.append(np.sqrt((total + SEASON_PRIOR) / (n + SEASON_PRIOR)))
+            gain.append(np.sqrt((total + GAIN_PRIOR) / (n + GAIN_PRIOR)))
         return cls(zone, factor, np.array(gain))
 
 
@@ -266,6 +269,7 @@ class Scaled(Fitted[tuple[Season | None, Har | None]]):
                     "memory": MEMORY,
                     "still": STILL,
                     "floor": FLOOR,
+                    "season": (PRIOR, GAIN_PRIOR),
                     **asdict(reach),
                 },
             ),

@@ -20,6 +20,7 @@ from barcast.models import (
     compare,
     fitted,
 )
+from barcast.models.fitted import Season, Series
 from barcast.models.season import slots
 from tests.garch import HOUR, START, simulate
 
@@ -394,6 +395,19 @@ def test_the_hours_are_those_of_new_york_when_the_market_keeps_them(name: str) -
     busy = (ahead >= 9) & (ahead < 12)
     assert np.median(widths[busy]) > 3 * np.median(widths[~busy])
     assert widths[busy].min() > 1.5 * widths[~busy].max()
+
+
+def test_bars_within_an_hour_are_no_more_evidence_than_one() -> None:
+    """Four bars an hour that move like the one of that hour teach the same factors."""
+    times = START + HOUR * np.arange(1, 1001)
+    r = np.random.default_rng(3).normal(0, 0.01, 1000)
+    quarters = (times[:, None] - HOUR // 4 * np.arange(3, -1, -1)).ravel()
+    found = [
+        Season.of(Series(t, np.append(0.0, np.cumsum(x)), x, x * x), (1,)).factor
+        for t, x in ((times, r), (quarters, np.repeat(r, 4)))
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-3)
+    assert found[0].std() > 0.05
 
 
 @pytest.mark.parametrize("timeframe", ["1d", "session", "7d"])
