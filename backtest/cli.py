@@ -111,7 +111,11 @@ Until = Annotated[
     ),
 ]
 ModelName = Annotated[
-    str, typer.Option(help="A checkpoint directory, or a baseline such as hs or fhs (no training needed).")
+    str,
+    typer.Option(
+        help="A checkpoint directory, or a baseline, which needs no training: hs, fhs, ewma, har or garch; "
+        "of bars shorter than a day also with a time-of-week factor: hs-s, fhs-s, ewma-s, har-s or garch-s."
+    ),
 ]
 Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
 Steps = Annotated[

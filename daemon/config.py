@@ -32,7 +32,7 @@ from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
-from barcast.models import BASELINES, ConfigError
+from barcast.models import BASELINES, ConfigError, open_model
 from barcast.strategies import build
 
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
@@ -161,7 +161,7 @@ class Mqtt(_Section):
 class Model(_Section):
     """Which model serves and how it is sampled. Without sampler and steps the model's own are used.
 
-    `name` is `champion`, a baseline (`hs`, `fhs`), a model id or a checkpoint directory; `first` is who
+    `name` is `champion`, a baseline such as `fhs`, a model id or a checkpoint directory; `first` is who
     serves as long as there is no champion.
     """
 
@@ -289,6 +289,17 @@ class Config(BaseSettings):
         if len(set(names)) < len(names):
             raise ValueError(f"strategy names {names} repeat; give each [[strategy]] a name of its own")
         return strategy
+
+    @field_validator("model")
+    @classmethod
+    def _has_such_bars(cls, model: Model, info: ValidationInfo) -> Model:
+        for name in {model.name, model.first} & BASELINES.keys():
+            if "timeframe" in info.data:
+                try:
+                    open_model(name, info.data["timeframe"], None, None)
+                except ConfigError as error:
+                    raise ValueError(str(error)) from error
+        return model
 
     @field_validator("retrain")
     @classmethod

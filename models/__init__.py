@@ -9,7 +9,9 @@ from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSim
 from barcast.models.catalog import BASELINES, open_model
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
 from barcast.models.evaluation import Scores, compare, score
+from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Card, Forecast, Forecaster, default_horizons, usable
+from barcast.models.garch import Garch
 from barcast.models.window import Verdict, Window, Windows
 
 __all__ = [
@@ -25,7 +27,9 @@ __all__ = [
     "FilteredHistoricalSimulation",
     "Forecast",
     "Forecaster",
+    "Garch",
     "HistoricalSimulation",
+    "Scaled",
     "Scores",
     "Verdict",
     "Window",

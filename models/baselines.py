@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from math import isfinite
+from math import isfinite, sqrt
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -20,11 +20,12 @@ RETURNS = 500  # realised outcomes behind the quantiles
 LEAST = 100  # realised outcomes below which nothing is forecast
 DECAY = 0.94  # of the variance, RiskMetrics (1996)
 MEMORY = 128  # bars of the variance; the weight beyond is DECAY**MEMORY = 0.0004
-TINY = 1e-12  # variance per bar of a symbol that stands still: (0.01 bp)²
+STILL = 0.3  # of the root mean square return of the window: the least volatility that outcomes are divided by
+TINY = 1e-6  # volatility per bar of a window that stands still: 0.01 bp
 WEIGHT = DECAY ** np.arange(MEMORY - 1, -1, -1)  # of the squared returns in the variance
 TOTAL = float(WEIGHT.sum())
 CHUNK = 64  # windows worked on at once: their outcomes fit a core's cache
-VERSION = 2  # of the arithmetic: ids differ where bits may
+VERSION = 3  # of the arithmetic: ids differ where bits may
 
 
 class _Simulation(ABC):
@@ -47,17 +48,22 @@ class _Simulation(ABC):
     def _scales(self, price: Array, known: Array | None) -> Array:
         """The scale of every bar that an outcome can begin at; `known` ends with all but the newest."""
 
+    def _least(self, price: Array) -> float:
+        """The scale below which none counts, in a window of these log prices."""
+        return 0.0
+
     def _forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         card = self.card
         outcomes = np.empty((len(windows), len(card.horizons), RETURNS))
         bars, scale = [], []
         for room, window in zip(outcomes, windows, strict=True):
             past = self._past(window)
-            room[:] = np.nan if past is None else past.outcomes
+            least = 0.0 if past is None else self._least(past.price)
+            room[:] = np.nan if past is None else past.outcomes_over(least)
             bars.append(card.window if past is None else len(past.scale))
-            scale.append(1.0 if past is None else past.scale.item(-1))
+            scale.append(1.0 if past is None else max(past.scale.item(-1), least))
         n = np.minimum(RETURNS, np.array(bars)[:, None] - card.horizons)
-        found = _figures(outcomes, n, card.levels, np.array(scale))
+        found = figures(outcomes, n, card.levels, np.array(scale)[:, None])
         return [
             Forecast(
                 symbol=window.symbol,
@@ -96,7 +102,9 @@ class HistoricalSimulation(_Simulation):
     def __init__(self, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
         reach = max(horizons) + 1
         parameters = {"version": VERSION, "returns": RETURNS, "least": LEAST}
-        super().__init__(_card("hs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters))
+        super().__init__(
+            card_of("hs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
+        )
         self._ones = np.ones(self.card.window)
 
     def _scales(self, price: Array, known: Array | None) -> Array:
@@ -107,7 +115,9 @@ class FilteredHistoricalSimulation(_Simulation):
     """Quantiles of past outcomes over the volatility of their time, times the volatility of today.
 
     Barone-Adesi, Giannopoulos and Vosper (1999), with an exponentially weighted variance over the last 128
-    returns and the square root of the horizon, which cancels.
+    returns and the square root of the horizon, which cancels. After a standstill that variance is next to
+    nothing and the first moves would be thousands of times its root: no volatility counts as less than 0.3
+    times the root mean square return of the window.
     """
 
     def __init__(self, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
@@ -118,23 +128,32 @@ class FilteredHistoricalSimulation(_Simulation):
             "least": LEAST,
             "decay": DECAY,
             "memory": MEMORY,
+            "still": STILL,
         }
         super().__init__(
-            _card("fhs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
+            card_of("fhs", timeframe, horizons, levels, RETURNS + reach, LEAST + reach, parameters)
         )
 
     def _scales(self, price: Array, known: Array | None) -> Array:
         if known is None:
             squares = np.square(np.diff(price))
-            return _volatility(sliding_window_view(squares, MEMORY))
+            return volatility(sliding_window_view(squares, MEMORY))
         squares = np.square(price[-MEMORY:] - price[-MEMORY - 1 : -1])
-        return np.concatenate((known[MEMORY + 1 - len(price) :], _volatility(squares[None])))
+        return np.concatenate((known[MEMORY + 1 - len(price) :], volatility(squares[None])))
+
+    def _least(self, price: Array) -> float:
+        return least_volatility(price[1:] - price[:-1])
 
 
-def _volatility(squares: Array) -> Array:
-    """The exponentially weighted volatility (n,) at the end of each row of squared returns (n, 128)."""
-    variance: Array = np.add.reduce(squares * WEIGHT, -1) / TOTAL
-    return np.sqrt(np.maximum(variance, TINY))
+def volatility(squares: Array) -> Array:
+    """The exponentially weighted volatility (n,), above 0, after each row of squared returns (n, 128)."""
+    root: Array = np.maximum(np.sqrt(np.add.reduce(squares * WEIGHT, -1) / TOTAL), TINY)
+    return root
+
+
+def least_volatility(returns: Array) -> float:
+    """The volatility per bar below which none counts among these returns (n,)."""
+    return max(STILL * sqrt(float(np.add.reduce(returns * returns)) / len(returns)), TINY)
 
 
 class _Past:
@@ -150,8 +169,19 @@ class _Past:
         self.outcomes = np.zeros((len(horizons), RETURNS))
         self._horizons = horizons
         self._flat = self.outcomes.data.cast("B").cast("d")  # its slices move faster than an array's
-        known = price[-len(scale) :]
-        for h, row in zip(horizons, self.outcomes, strict=True):
+        self._sort(self.outcomes, scale)
+
+    def outcomes_over(self, least: float) -> Array:
+        """The outcomes, where no scale is less than that."""
+        if self.scale.min() >= least:
+            return self.outcomes
+        outcomes = np.zeros_like(self.outcomes)
+        self._sort(outcomes, np.maximum(self.scale, least))
+        return outcomes
+
+    def _sort(self, outcomes: Array, scale: Array) -> None:
+        known = self.price[-len(scale) :]
+        for h, row in zip(self._horizons, outcomes, strict=True):
             found = ((known[h:] - known[:-h]) / scale[:-h])[-RETURNS:]
             row[: len(found)] = np.sort(found)
 
@@ -186,13 +216,12 @@ class _Past:
         self.price, self.scale = price, scale
 
 
-def _figures(
-    outcomes: Array, n: NDArray[np.intp], levels: Sequence[float], scale: Array
-) -> tuple[Array, ...]:
+def figures(outcomes: Array, n: NDArray[np.intp], levels: Sequence[float], scale: Array) -> tuple[Array, ...]:
     """Quantiles (B, H, Q), mean, standard deviation and the share above zero (B, H) of sorted outcomes.
 
-    `outcomes` is (B, H, 500) with n (B, H) of them in use and zeros behind. All is elementwise or a sum along
-    a row, so that no window touches another's bits.
+    `outcomes` is (B, H, R), overwritten, with n (B, H) of them in use and zeros behind; `scale`, (B, H) or
+    (B, 1), is what they are multiplied by. All is elementwise or a sum along a row, so that no window touches
+    another's bits.
     """
     position = (n - 1)[..., None] * np.array(levels)
     floor = np.floor(position)
@@ -204,22 +233,24 @@ def _figures(
     above = np.add.reduce(outcomes > 0, -1, dtype=np.int16) / n
     mean = np.add.reduce(outcomes, -1) / n
     outcomes -= mean[..., None]
-    if n.min() < RETURNS:
-        outcomes[np.arange(RETURNS) >= n[..., None]] = 0
+    most = outcomes.shape[-1]
+    if n.min() < most:
+        outcomes[np.arange(most) >= n[..., None]] = 0
     outcomes *= outcomes
     std = np.sqrt(np.add.reduce(outcomes, -1) / n)
-    return quantiles * scale[:, None, None], mean * scale[:, None], std * scale[:, None], above
+    return quantiles * scale[..., None], mean * scale, std * scale, above
 
 
-def _card(
+def card_of(
     kind: str,
     timeframe: str,
     horizons: Sequence[int],
     levels: Sequence[float],
     window: int,
     min_window: int,
-    parameters: Mapping[str, float],
+    parameters: Mapping[str, object],
 ) -> Card:
+    """The card of a baseline, whose id depends on its parameters."""
     body = {"kind": kind, "timeframe": timeframe, "horizons": list(horizons), "levels": list(levels)}
     content = json.dumps(body | dict(parameters), sort_keys=True, separators=(",", ":"))
     return Card(

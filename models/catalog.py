@@ -1,17 +1,25 @@
 """Every forecaster by its name: the baselines, which need no files, and the directories of trained models."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.errors import ConfigError
+from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Forecaster, default_horizons
+from barcast.models.garch import Garch
 
 BASELINES: dict[str, Callable[[str, Sequence[int], Sequence[float]], Forecaster]] = {
     "hs": HistoricalSimulation,
     "fhs": FilteredHistoricalSimulation,
+    **{name: partial(Scaled, name) for name in ("ewma", "har", "hs-s", "fhs-s", "ewma-s", "har-s")},
+    **{name: partial(Garch, name) for name in ("garch", "garch-s")},
 }
-"""The forecasters that are not trained, made of timeframe, horizons and levels."""
+"""The forecasters that are not trained, of a timeframe, horizons and levels; -s with a time-of-week factor.
+
+All raise `ConfigError` where they cannot serve: -s on daily bars, GARCH without the package arch.
+"""
 
 
 def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None) -> Forecaster:

@@ -111,6 +111,7 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
     ("arguments", "said"),
     [
         (["backtest", SAMPLE, *DAILY, "--model", "hs", "--sampler", "ddim"], "not sampled"),
+        (["backtest", SAMPLE, *DAILY, "--model", "har", "--steps", "4"], "not sampled"),
         (["backtest", SAMPLE, *DAILY, "--report", "."], "is a directory"),
         (["publish", SAMPLE, "--stamp", "close", "--timeframe", "foo"], "timeframe"),
         (["publish", SAMPLE, "--stamp", "close"], "timeframe"),

@@ -212,6 +212,17 @@ def test_fault_is_said_with_its_remedy(write, text, parts):
         assert part in said
 
 
+@pytest.mark.parametrize("key", ["name", "first"])
+def test_daily_bars_have_no_baseline_with_a_season(write, key):
+    """A time-of-week factor is refused for bars of whole days, and taken for shorter ones."""
+    text = f'[model]\n{key} = "har-s"\n'
+    [said] = faults(write(LEAST.replace("1m", "1d") + text))
+    assert said.startswith(
+        "model: model 'har-s' needs hours of the week, which '1d' bars do not have; take 'har'"
+    )
+    assert getattr(load(write(LEAST + text)).model, key) == "har-s"
+
+
 def test_instance_must_be_a_topic_segment(write):
     """The instance's name is part of topics: a slash in it would be another topic."""
     [said] = faults(write(LEAST.replace('"a"', '"a/b"')))

@@ -207,6 +207,31 @@ def test_long_walks_keep_their_bits(kind: type[Baseline], window: Window) -> Non
             assert _bits(f) == _bits(kind("1h", (1, 4, 16), DEFAULT_LEVELS).forecast([cut])[0])
 
 
+def test_no_volatility_counts_as_next_to_nothing_after_a_standstill(window: Window) -> None:
+    """Outcomes are over 0.3 times the window's root mean square return at least, in any order of windows."""
+    price = np.log(window.values[:, 3])
+    r = np.diff(price)
+    r[500:600] = r[900:1100] = 0
+    values = np.exp(np.concatenate([price[:1], price[0] + np.cumsum(r)]))[:, None] * np.ones(5)
+    still = Window("SIM", window.close_times, values)
+    lived = FilteredHistoricalSimulation("1h", HORIZONS, LEVELS)
+    for bars in range(600, 1300):
+        f = lived.forecast([_until(still, bars)])[0]
+        if bars % 7 == 0:
+            fresh = FilteredHistoricalSimulation("1h", HORIZONS, LEVELS)
+            assert _bits(f) == _bits(fresh.forecast([_until(still, bars)])[0])
+    price = np.log(values[1299 - 633 : 1299, 3])
+    weight = 0.94 ** np.arange(127, -1, -1)
+    squares = np.diff(price) ** 2
+    sigma = np.array([np.sqrt(np.average(squares[k : k + 128], weights=weight)) for k in range(505)])
+    least = 0.3 * np.sqrt(squares.mean())
+    assert (sigma < 0.1 * least).any()
+    sigma = np.maximum(sigma, least)
+    for i, h in enumerate(HORIZONS):
+        outcomes = ((price[128 + h :] - price[128:-h]) / sigma[:-h])[-500:] * sigma[-1]
+        np.testing.assert_allclose(f.quantiles[i], np.quantile(outcomes, LEVELS), rtol=1e-12)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_of_one_symbol_can_share_a_call(kind: type[Baseline], window: Window) -> None:
     """Consecutive windows in one call give what each gives alone, and earlier results stay as they were."""
