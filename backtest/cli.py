@@ -38,6 +38,9 @@ err = Console(stderr=True)
 EX_CONFIG = 78
 """Exit status for a fault that a person must mend: systemd does not restart on it."""
 
+HELD_OUT_SHARE = 0.1
+"""Of the newest bars, which a challenger does not learn from: the gate judges on them."""
+
 HELD_OUT = 1000
 """How many forecasts a new model is shown beside the baselines on, about."""
 
@@ -288,6 +291,10 @@ def train(
         typer.Option(help="Cap on the training, half for each phase; that it was hit is recorded.", min=0),
     ] = None,
     init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(help="Share of the newest bars that are not learnt from, to judge on.", min=0, max=0.5),
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
     kind: Annotated[
         Kind,
@@ -337,11 +344,13 @@ def train(
         steps=steps,
         minutes=minutes,
         init_from=init_from,
+        hold_out=hold_out,
         seed=seed,
         precision=precision,
         accumulate=accumulate,
     )
-    _print_held_out(histories, out_dir, timeframe)
+    if hold_out:
+        _print_held_out(histories, out_dir, timeframe)
 
 
 @app.command()
@@ -367,7 +376,14 @@ def retrain(
         os.nice(job.nice)
     histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
     card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
-    _train(histories, out_dir, settings.timeframe, horizons=card.horizons, steps=job.steps if job else None)
+    _train(
+        histories,
+        out_dir,
+        settings.timeframe,
+        horizons=card.horizons,
+        steps=job.steps if job else None,
+        hold_out=HELD_OUT_SHARE,
+    )
 
 
 @app.command()
@@ -718,6 +734,7 @@ def _train(
     steps: int | None = None,
     minutes: float | None = None,
     init_from: Path | None = None,
+    hold_out: float = 0.0,
     seed: int = 0,
     precision: str = "fp32",
     accumulate: int = 1,
@@ -740,7 +757,7 @@ def _train(
         start = first.model, first.trained
     bars = list(histories.values())
     outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
-    outputs["levels"] = LEVELS
+    outputs |= {"levels": LEVELS, "hold_out": hold_out}
     trained: Model
     state = out_dir.with_name(f".{out_dir.name}.training")
     if kind == Kind.sssd:

@@ -29,10 +29,11 @@ from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
+from barcast.models.season import ZONES
 from barcast.models.sssd import SSSD, Architecture
 from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
-FORMAT = 1
+FORMAT = 2
 JSON, WEIGHTS, MEMBERS = "model.json", "weights.safetensors", "members"
 AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
@@ -153,9 +154,14 @@ def _body(trained: Trained) -> dict[str, Any]:
         "prediction": samplers.PREDICTION,
         "architecture": asdict(trained.net.architecture),
         "features": feature_names(s.timeframe, s.horizons),
-        "scaling": {name: getattr(s, name).tolist() for name in STATISTICS},
+        "scaling": _scaling_body(s),
         "record": asdict(trained.record),
     }
+
+
+def _scaling_body(s: Scaling) -> dict[str, Any]:
+    arrays = {name: getattr(s, name).tolist() for name in STATISTICS}
+    return {"zone": s.zone, "symbols": list(s.symbols), **arrays}
 
 
 def _weights(trained: Trained) -> bytes:
@@ -197,12 +203,16 @@ def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling
         levels = msgspec.convert(body["levels"], tuple[float, ...])
         check_outputs(horizons, levels)
         statistics = {name: np.array(body["scaling"][name], np.float64) for name in STATISTICS}
-        scaling = Scaling(body["timeframe"], horizons, **statistics)
+        zone = msgspec.convert(body["scaling"]["zone"], str)
+        if zone not in ZONES:
+            raise ValueError(f"scaling.zone is {zone!r}, not one of {', '.join(ZONES)}")
+        symbols = msgspec.convert(body["scaling"]["symbols"], tuple[str, ...])
+        scaling = Scaling(body["timeframe"], horizons, zone, symbols, **statistics)
         found = msgspec.convert(body["record"], record)
         names = feature_names(scaling.timeframe, horizons)
-    slots, H, F = scaling.layout.slots, len(horizons), len(names)
-    shapes = {"factor": (slots,), "volume": (slots,), "gain": (H, slots), "mean": (F,), "std": (F,)}
-    shapes["har"] = (H, len(scaling.layout.har))
+    slots, H, F, rows = scaling.layout.slots, len(horizons), len(names), 1 + len(symbols)
+    shapes: dict[str, tuple[int, ...]] = {"mean": (F,), "std": (F,), "har": (H, len(scaling.layout.har))}
+    shapes |= {"factor": (rows, slots), "volume": (rows, slots), "gain": (rows, H, slots)}
     for field, got, mine in (
         ("window", body.get("window"), scaling.window),
         ("features", body.get("features"), names),
@@ -273,7 +283,7 @@ def _boosted_body(boosted: Boosted) -> dict[str, Any]:
         "levels": list(boosted.levels),
         "window": s.window,
         "features": feature_names(s.timeframe, s.horizons),
-        "scaling": {name: getattr(s, name).tolist() for name in STATISTICS},
+        "scaling": _scaling_body(s),
         "record": asdict(boosted.record),
     }
 

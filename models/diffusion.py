@@ -90,7 +90,8 @@ class Distribution:
 class SSSDForecaster:
     """Forecasts of one model by one sampler. It has no state that a forecast changes.
 
-    The tile is one window and its S samples: each call of the network has that shape, whatever the number of
+    With `steps` 0 the scores are taken as normal: the quantile map alone, of which nothing is sampled. The
+    tile is one window and its S samples: each call of the network has that shape, whatever the number of
     windows, and runs on one thread.
     """
 
@@ -105,7 +106,9 @@ class SSSDForecaster:
     ) -> None:
         samples = len(net.noise)
         use_one_thread()
-        self._distribution = Distribution(net, sampler, steps, samples)
+        self._distribution = Distribution(net, sampler, steps, samples) if steps else None
+        ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
+        self._normal = torch.special.ndtri(ranks).expand(1, len(scaling.horizons), -1).contiguous()
         self._net = net.eval()
         self._scaling = scaling
         self._levels = torch.tensor(levels, dtype=torch.float64)
@@ -117,9 +120,9 @@ class SSSDForecaster:
             levels=levels,
             window=scaling.window,
             min_window=scaling.min_window,
-            sampler=sampler,
+            sampler=sampler if steps else "none",
             steps=steps,
-            samples=samples,
+            samples=samples if steps else 0,
             fingerprint=fingerprint(samples),
         )
 
@@ -136,17 +139,22 @@ class SSSDForecaster:
 
     def _forecast(self, window: Window) -> Forecast:
         frame = self._scaling.of_window(window)
-        context = self._net.architecture.context
-        sequence = torch.from_numpy(frame.channels[-context:]).float()
-        c = self._net.encoder(torch.from_numpy(frame.features).float(), sequence[None])  # (1, code)
-        knots = self._net.map(c).double()  # (1, H, K)
+        features = torch.from_numpy(frame.features).float()  # (1, F)
+        knots = self._net.map.average(features)  # (1, H, K)
         u = knot_scores().expand(knots.shape)
+        zero = piecewise(torch.zeros(*knots.shape[:2], 1, dtype=torch.float64), knots, u)[..., 0]  # (1, H)
 
-        scores = self._distribution.sample(c)  # (1, S, H)
-        q = self._distribution.quantiles(scores, self._levels)  # (1, H, Q)
-        z = piecewise(scores.transpose(1, 2), u, knots)  # (1, H, S)
-        zero = piecewise(torch.zeros(1, len(self.card.horizons), 1, dtype=torch.float64), knots, u)
-        fall = self._distribution.below(scores, zero[..., 0])  # (1, H)
+        if self._distribution is None:
+            q = torch.special.ndtri(self._levels).expand(*knots.shape[:2], -1).contiguous()  # (1, H, Q)
+            z = piecewise(self._normal, u, knots)  # (1, H, S)
+            fall = torch.special.ndtr(zero)
+        else:
+            context = self._net.architecture.context
+            sequence = torch.from_numpy(frame.channels[-context:]).float()
+            scores = self._distribution.sample(self._net.encoder(features, sequence[None]))  # (1, S, H)
+            q = self._distribution.quantiles(scores, self._levels)
+            z = piecewise(scores.transpose(1, 2), u, knots)
+            fall = self._distribution.below(scores, zero)
 
         scale = frame.scale[0]
         return Forecast(

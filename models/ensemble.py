@@ -15,6 +15,7 @@ from barcast.models.catalog import BASELINES
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.evaluation import collect
 from barcast.models.forecast import Card, Forecast, Forecaster
+from barcast.models.gbm import VALIDATION
 from barcast.models.origins import LEAST, split
 from barcast.models.quantiles import forecast_of
 from barcast.models.trained import Model, Past, check_outputs
@@ -145,6 +146,7 @@ def train(
     horizons: Sequence[int],
     levels: Sequence[float],
     until: int | None = None,
+    hold_out: float = 0.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Ensemble:
     """Fit the weights on the validation part of whole histories, one window for each symbol.
@@ -152,7 +154,8 @@ def train(
     The part begins where every member has ended to learn. A trained member has been stopped early, or
     chosen, by a validation part of its own, mostly the same one, so that its score there flatters it a
     little; the shrinkage to equal weights is the answer to that. What the record calls held out has been
-    validation for no member. `until` (nanoseconds) is the last close that may be used, the newest if None.
+    validation for no member. `until` (nanoseconds) is the last close that may be used, the newest if None;
+    `hold_out` the share of the newest bars that are left alone.
     Raises `DataError` for bars that cannot be learnt from, `ConfigError` for members that cannot be combined.
     """
     check_outputs(horizons, levels)
@@ -164,7 +167,7 @@ def train(
         raise ConfigError(f"member {nested[0]} is an ensemble: give its members instead")
     outputs = timeframe, tuple(horizons), tuple(levels)
     forecasters = [member.open(*outputs, None, None) for member in members]
-    data = split(histories, timeframe, tuple(horizons), until)
+    data = split(histories, timeframe, tuple(horizons), until, validation=VALIDATION, hold_out=hold_out)
     pasts = [member.trained.record for member in members if member.trained is not None]
     since = max([data.train_end, *(past.train_end for past in pasts)])
     bars = sum(

@@ -26,6 +26,7 @@ from barcast.models.window import Window
 Array = NDArray[np.float64]
 Ints = NDArray[np.int32]
 
+VALIDATION = 1 / 6  # of the bars
 ROWS = 60_000  # origins to learn from, and to stop early on, thinned evenly
 ROUNDS, PATIENCE = 400, 20  # trees of a quantile at most, and those grown in vain before it ends
 WEIGHTS = (0.05, 10.0)  # of an origin: its scale over the mean one, within these
@@ -170,12 +171,14 @@ def train(
     horizons: Sequence[int],
     levels: Sequence[float],
     until: int | None = None,
+    hold_out: float = 0.0,
     seed: int = 0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Boosted:
     """Train on whole histories, one window for each symbol; a function of (bars, configuration, seed).
 
-    `until` (nanoseconds) is the last close that may be used, the newest if None. The validation part decides
+    `until` (nanoseconds) is the last close that may be used, the newest if None; `hold_out` the share of the
+    newest bars that are left alone. The validation part decides
     how many trees each quantile has. `progress` is told what is at hand. Raises `DataError` for bars that
     cannot be learnt from, `ConfigError` for horizons or levels that cannot be used, or without LightGBM.
     """
@@ -184,7 +187,8 @@ def train(
         raise ConfigError(f"levels {tuple(levels)} cannot be used: give two or more")
     lightgbm = _lightgbm()
     use_one_thread()
-    data = split(histories, timeframe, tuple(horizons), until)
+    data = split(histories, timeframe, tuple(horizons), until, validation=VALIDATION, hold_out=hold_out)
+    assert data.validation is not None
     learn, look = data.learn.thin(ROWS), data.validation.thin(ROWS)
     least = 400 if len(learn) > 50_000 else 150
     parameters = PARAMETERS | {"min_data_in_leaf": min(least, len(learn) // 20), "seed": seed}

@@ -53,16 +53,18 @@ class Phase:
     """One part of a training.
 
     `modules` are what learns; `loss` is the mean over the rows of a share; `look` is the CRPS of forecasts on
-    the validation part. `prepare` runs before the first step, and again when the training goes on later: it
-    draws nothing and depends on no weight of `modules`.
+    what was not learnt from, of each of `members`: with more than one, parameters have the members first, and
+    each keeps the weights that were its own best. `prepare` runs before the first step, and again when the
+    training goes on later: it draws nothing and depends on no weight of `modules`.
     """
 
     name: str
     modules: Sequence[nn.Module]
     rate: float
     loss: Callable[[Share], Tensor]
-    look: Callable[[], float]
+    look: Callable[[], list[float]]
     prepare: Callable[[], None]
+    members: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +97,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What came of the phases: all candidates, the step chosen of each phase, and why phases ended early."""
+    """What came of the phases: all candidates, the steps chosen by the members, and what ended early."""
 
     candidates: tuple[Candidate, ...]
-    chosen: dict[str, int]
+    chosen: dict[str, tuple[int, ...]]
     capped: bool
     stopped: tuple[str, ...]
 
@@ -217,9 +219,9 @@ class _Position:
     chosen: list[Tensor]  # the averaged weights of the best look
     step: int = 0
     looked: int = -1  # the step of the last look
-    best: float = inf
-    best_step: int = 0
-    stale: int = 0  # looks since the best
+    best: list[float] = field(default_factory=list)  # of each member
+    best_step: list[int] = field(default_factory=list)
+    stale: int = 0  # looks since the best of any
     losses: list[float] = field(default_factory=list)  # of the epoch
 
 
@@ -241,7 +243,7 @@ class _Loop:
         self.every = max(1, budget.steps // EPOCHS)
         self.warm = max(1, budget.steps // 20)
         self.candidates: list[Candidate] = []
-        self.chosen: dict[str, int] = {}
+        self.chosen: dict[str, tuple[int, ...]] = {}
         self.capped = False
         self.stopped: list[str] = []
 
@@ -303,7 +305,7 @@ class _Loop:
         if at.step < steps and not late:
             self.stopped.append(phase.name)
         _assign(parameters, at.chosen)
-        self.chosen[phase.name] = at.best_step
+        self.chosen[phase.name] = tuple(at.best_step)
 
     def _step(
         self, model: nn.Module, optimiser: Any, parameters: list[nn.Parameter], rate: float, at: _Position
@@ -331,18 +333,19 @@ class _Loop:
 
     def _look(self, phase: Phase, parameters: list[nn.Parameter], at: _Position) -> float:
         """The end of an epoch: the score of the averaged weights, which the main process finds out."""
-        crps = 0.0
+        found = [0.0] * phase.members
         if self.accelerator.is_main_process:
-            own = [p.detach().clone() for p in parameters]
+            learning = [p.detach().clone() for p in parameters]
             _assign(parameters, at.averaged)
             for m in phase.modules:
                 m.eval()
             with torch.no_grad():
-                crps = phase.look()
-            _assign(parameters, own)
+                found = phase.look()
+            _assign(parameters, learning)
             for m in phase.modules:
                 m.train()
-        crps = self._agreed(crps)
+        found = [self._agreed(crps) for crps in found]
+        crps = _mean(found) or 0.0
         if at.losses:
             mean = torch.tensor(_mean(at.losses), dtype=torch.float64)
             at.losses = [float(self.accelerator.reduce(mean, "mean"))]
@@ -353,9 +356,16 @@ class _Loop:
             )
         self.candidates.append(Candidate(phase.name, at.step, crps, _mean(at.losses)))
         at.looked, at.stale = at.step, at.stale + 1
-        if crps < at.best:
-            at.best, at.best_step, at.stale = crps, at.step, 0
-            at.chosen = [p.clone() for p in at.averaged]
+        at.best = at.best or [inf] * phase.members
+        at.best_step = at.best_step or [0] * phase.members
+        for i, own in enumerate(found):
+            if own < at.best[i]:
+                at.best[i], at.best_step[i], at.stale = own, at.step, 0
+                for kept, average in zip(at.chosen, at.averaged, strict=True):
+                    if phase.members == 1:
+                        kept.copy_(average)
+                    else:
+                        kept[i].copy_(average[i])
         return crps
 
     def _save(self, phase: Phase, at: _Position, optimiser: Any, seconds: Callable[[], float]) -> None:

@@ -17,7 +17,7 @@ from barcast.models.errors import ConfigError, DataError
 from barcast.models.scaling import CHANNELS, Scaling, check, check_to_learn, fit
 from barcast.models.window import Window
 
-TRAIN, VALIDATION = 0.75, 0.15  # of the bars, by calendar; the rest is held out for the promotion gate
+BLOCKS = 4  # equal parts of the origins, by calendar, for cross-validation
 LEAST = 100  # origins to learn from, and to validate on
 OUTLIER = 50.0  # outcomes count as at most this many scales
 
@@ -31,6 +31,7 @@ class Origins:
     row: Tensor  # (n,): the channel row of the origin's bar
     z: Tensor  # (n, H) outcome over scale, float64
     scale: Tensor  # (n, H)
+    block: Tensor  # (n, 2): the block of the origin's bar, and that of its last outcome
 
     def __len__(self) -> int:
         return len(self.row)
@@ -38,7 +39,18 @@ class Origins:
     def thin(self, n: int) -> "Origins":
         """About n of the origins, evenly spread."""
         keep = torch.arange(0, len(self), max(1, -(-len(self) // n)))
-        return Origins(self.features[keep], self.channels, self.row[keep], self.z[keep], self.scale[keep])
+        return self.only(keep)
+
+    def only(self, keep: Tensor) -> "Origins":
+        """Some of the origins, by index."""
+        return Origins(
+            self.features[keep],
+            self.channels,
+            self.row[keep],
+            self.z[keep],
+            self.scale[keep],
+            self.block[keep],
+        )
 
     def sequence(self, at: Tensor, context: int) -> Tensor:
         """The sequences (b, L, C) of some origins (b,), L = context."""
@@ -50,7 +62,8 @@ class Split:
     """Histories cut into calendar parts, the same for every symbol.
 
     Learning ends at `train_end`, validation at `validation_end`; what follows up to `until` is held out.
-    The outcomes of a part are realised before it ends. `left_out` are the symbols that are too short to learn
+    The outcomes of a part are realised before it ends. Without a validation part the two ends are one, and
+    `validation` is None. `left_out` are the symbols that are too short to learn
     from, or stand still.
     """
 
@@ -61,7 +74,7 @@ class Split:
     validation_end: int
     scaling: Scaling
     learn: Origins
-    validation: Origins
+    validation: Origins | None
 
     @property
     def digest(self) -> str:
@@ -119,8 +132,13 @@ def split(
     horizons: tuple[int, ...],
     until: int | None,
     folder: Path | None = None,
+    *,
+    validation: float,
+    hold_out: float,
 ) -> Split:
     """Cut whole histories, learn the scaling and collect the origins; no bar after `until` is looked at.
+
+    `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest.
 
     What the network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for
     histories that cannot be learnt from.
@@ -133,7 +151,8 @@ def split(
     for w in cut:
         check(w)
     times = np.sort(np.concatenate([w.close_times for w in cut]))
-    train_end, validation_end = (int(times[int(x * (len(times) - 1))]) for x in (TRAIN, TRAIN + VALIDATION))
+    shares = (1 - hold_out) * (1 - validation), 1 - hold_out
+    train_end, validation_end = (int(times[int(x * (len(times) - 1))]) for x in shares)
     used, faults = [], []
     for w in cut:
         try:
@@ -146,9 +165,9 @@ def split(
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise DataError(f"no symbol is left to learn from; {'; '.join(faults[:3])}{more}")
     scaling = fit([_cut(w, train_end) for w in used], timeframe, horizons)
-    learn, validation = _collect(used, scaling, train_end, validation_end, folder)
+    learn, validated = _collect(used, scaling, train_end, validation_end, folder)
     left_out = tuple(w.symbol for w in histories if all(w.symbol != u.symbol for u in used))
-    return Split(tuple(used), left_out, until, train_end, validation_end, scaling, learn, validation)
+    return Split(tuple(used), left_out, until, train_end, validation_end, scaling, learn, validated)
 
 
 class _Part:
@@ -159,10 +178,12 @@ class _Part:
         self.row = Table(1, np.int64, folder)
         self.z = Table(horizons, np.float64, folder)
         self.scale = Table(horizons, np.float64, folder)
+        self.block = Table(2, np.int64, folder)
 
     def origins(self, channels: Tensor) -> Origins:
-        features, row, z, scale = (t.tensor() for t in (self.features, self.row, self.z, self.scale))
-        return Origins(features, channels, row[:, 0], z, scale)
+        tables = (self.features, self.row, self.z, self.scale, self.block)
+        features, row, z, scale, block = (t.tensor() for t in tables)
+        return Origins(features, channels, row[:, 0], z, scale, block)
 
 
 def _collect(
@@ -171,15 +192,16 @@ def _collect(
     train_end: int,
     validation_end: int,
     folder: Path | None,
-) -> tuple[Origins, Origins]:
+) -> tuple[Origins, Origins | None]:
     """Symbol by symbol, so that memory holds one symbol's numbers at a time."""
     reach = max(scaling.horizons)
     first = scaling.layout.har[-1] + 1
+    edges = _edges(histories, first, reach, train_end)
     channels = Table(CHANNELS, np.float32, folder)
     F, H = len(scaling.mean), len(scaling.horizons)
     learnt, validated = (_Part(F, H, folder) for _ in range(2))
     for w in histories:
-        frame = scaling.frame(w.close_times, w.values, first)
+        frame = scaling.frame(w.symbol, w.close_times, w.values, first)
         price = np.log(w.values[:, 3])
         k = np.arange(first, len(w) - reach)
         y = np.stack([price[k + h] - price[k] for h in scaling.horizons], 1)
@@ -193,12 +215,25 @@ def _collect(
             part.row.add(len(channels) + k[chosen] - 1)
             part.z.add(np.clip(y[chosen] / scale, -OUTLIER, OUTLIER))
             part.scale.add(scale)
+            part.block.add(np.searchsorted(edges, np.stack([opened, closed], 1)[chosen]))
         channels.add(frame.channels)
-    for part, what in ((learnt, "learn from"), (validated, "validate on")):
+    apart = validation_end > train_end
+    for part, what in ((learnt, "learn from"), (validated, "validate on"))[: 1 + apart]:
         if len(part.row) < LEAST:
             raise DataError(f"only {len(part.row)} forecast origins to {what}, not {LEAST}: give more bars")
     table = channels.tensor()
-    return learnt.origins(table), validated.origins(table)
+    return learnt.origins(table), validated.origins(table) if apart else None
+
+
+def _edges(histories: Sequence[Window], first: int, reach: int, train_end: int) -> NDArray[np.int64]:
+    """The last origin (nanoseconds) of each block but the newest, (BLOCKS - 1,); blocks have equal counts."""
+    opened = []
+    for w in histories:
+        last = int(np.searchsorted(w.close_times, train_end, "right")) - reach
+        opened.append(w.close_times[first : max(first, last)])
+    times = np.sort(np.concatenate(opened))
+    at = [len(times) * (b + 1) // BLOCKS - 1 for b in range(BLOCKS - 1)]
+    return times[at] if len(times) >= BLOCKS else np.zeros(BLOCKS - 1, np.int64)
 
 
 def _cut(w: Window, until: int) -> Window:

@@ -7,8 +7,8 @@ there. All is float64 and free of BLAS, whose sums may change with the shape.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import log, pi
 
 import numpy as np
@@ -16,22 +16,22 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
+from barcast.models.season import HOUR, OUTLIER, ZONES, choose_zone, clipped, slots
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-HOUR = 3_600_000_000_000  # nanoseconds
 THURSDAY = 3  # the weekday of 1970-01-01, Monday being 0
 FLOOR = 1e-3  # of the reference variance: keeps the logarithm of a quiet bar finite
 TINY = 1e-12  # variance per bar below which a symbol counts as standing still: (0.01 bp)²
-SLOT_PRIOR = 30.0  # bars of evidence for "no seasonality" in every slot
-OUTLIER = 20.0  # a realised residual counts as at most this: one broken bar must not blow up the scale
+SLOT_PRIOR = 30.0  # bars of evidence for "no seasonality" in every slot; as many bars ahead, as often
+OWN_PRIOR = 60.0  # the same, for "as the other symbols" in every slot of a symbol
 LEVEL_PRIOR = 50.0  # realised residuals of evidence for "the scale is right"
 SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
+TAIL = 6.0  # a residual counts as at most this in the features of the tails
 CLIP = 5.0  # standardised features end here
 CHANNELS = 4  # of the sequence: return, log range, close location, log volume
-SIGNED_CHANNELS = (True, False, True, False)  # what changes sign when prices are mirrored
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +43,28 @@ class Layout:
     residuals: int  # realised residuals that set the level of the scale
     context: int  # length of the sequence
     slots: int  # seasonal slots: hours of the week, or weekdays
+    tails: tuple[int, ...]  # realised residuals behind the features of the tails' weight and side
+    regime: int  # bars of the longest mean of the range, none if 0
 
 
-INTRADAY = Layout((1, 4, 16, 96, 480), (1, 2, 4, 8, 16, 32, 64, 128), residuals=1000, context=64, slots=168)
-DAILY = Layout((1, 5, 22, 66), (1, 2, 5, 10, 22, 44, 66), residuals=500, context=64, slots=7)
+INTRADAY = Layout(
+    har=(1, 4, 16, 96, 480),
+    fast=(1, 2, 4, 8, 16, 32, 64, 128),
+    residuals=1000,
+    context=64,
+    slots=168,
+    tails=(100, 500),
+    regime=1920,
+)
+DAILY = Layout(
+    har=(1, 5, 22, 66),
+    fast=(1, 2, 5, 10, 22, 44, 66),
+    residuals=250,
+    context=64,
+    slots=7,
+    tails=(),
+    regime=0,
+)
 
 
 def layout_of(timeframe: str) -> Layout:
@@ -74,16 +92,30 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Season:
+    """What is typical of each slot for one symbol: see `Scaling`, without the first axis."""
+
+    factor: Array
+    volume: Array
+    gain: Array
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Scaling:
     """Statistics of the training bars, and the functions that apply them to any bars.
 
-    `factor` (slots,) is the seasonal factor of absolute returns, `volume` (slots,) that of log volume; `har`
-    (H, J) are the coefficients of the HAR regression; `gain` (H, slots) turns its forecast into an expected
-    absolute return; `mean` and `std` (F,) standardise the features.
+    Slots are the hours of the week by the clock of `zone`, or weekdays. `factor` (1 + S, slots) is the
+    seasonal factor of absolute returns, `volume` (1 + S, slots) that of log volume, `gain` (1 + S, H, slots)
+    turns the forecast of the HAR regression into an expected absolute return. Their first row is that of all
+    symbols together, which serves symbols that were not there; those of the S `symbols` follow (none for
+    daily bars, which are too few). `har` (H, J) are the regression's coefficients; `mean` and `std` (F,)
+    standardise the features.
     """
 
     timeframe: str
     horizons: tuple[int, ...]
+    zone: str
+    symbols: tuple[str, ...]
     factor: Array
     volume: Array
     har: Array
@@ -99,38 +131,44 @@ class Scaling:
     @property
     def window(self) -> int:
         """Bars from which on more history changes nothing."""
-        return self.layout.har[-1] + self.layout.residuals + max(self.horizons)
+        layout = self.layout
+        return max(layout.har[-1] + layout.residuals + max(self.horizons), layout.regime + 1)
 
     @property
     def min_window(self) -> int:
         """Bars below which nothing is forecast: a full sequence and a realised residual of each horizon."""
         return self.layout.context + max(self.horizons) + 1
 
-    def frame(self, close_times: Ints, values: Array, first: int) -> Frame:
+    def season(self, symbol: str) -> Season:
+        """The season of a symbol, or that of all together."""
+        row = self.symbols.index(symbol) + 1 if symbol in self.symbols else 0
+        return Season(self.factor[row], self.volume[row], self.gain[row])
+
+    def frame(self, symbol: str, close_times: Ints, values: Array, first: int) -> Frame:
         """Scale, features and channels of bars `first` to N - 1; each depends on no later bar.
 
         `close_times` is (N,) nanoseconds, `values` (N, 5); `first` is at least 1.
         """
-        s = _Series.of(close_times, values, self.layout)
-        raw = _raw_scales(s, self)  # (N-1, H)
+        s, season = _Series.of(close_times, values, self.layout, self.zone), self.season(symbol)
+        raw = _raw_scales(s, self, season)  # (N-1, H)
         residuals = _residuals(s, raw, self.horizons)
         w, pairs = self.layout.residuals, zip(residuals, self.horizons, strict=True)
         level = np.stack([_level(e, w, h, first) for e, h in pairs], 1)
-        x = np.stack(list(_columns(s, self, residuals, level, first).values()), 1)
+        x = np.stack(list(_columns(s, self, season, residuals, level, first).values()), 1)
         features = np.clip((x - self.mean) / self.std, -CLIP, CLIP)
-        return Frame(first, raw[first - 1 :] * level, features, _channels(s, self))
+        return Frame(first, raw[first - 1 :] * level, features, _channels(s, self.layout, season))
 
     def of_window(self, window: Window) -> Frame:
         """The frame of a window's newest bar, n = 1, from its last `self.window` bars."""
         if len(window) < self.min_window:
             raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {self.min_window}")
         times, values = window.close_times[-self.window :], window.values[-self.window :]
-        return self.frame(times, values, len(times) - 1)
+        return self.frame(window.symbol, times, values, len(times) - 1)
 
 
 def signed_features(timeframe: str, horizons: Sequence[int]) -> NDArray[np.bool_]:
     """(F,) which features change sign when prices are mirrored."""
-    signed = ("return", "semivariance", "location", "trend", "bias")
+    signed = ("return", "semivariance", "location", "trend", "bias", "skew", "gap")
     return np.array([name.startswith(signed) for name in feature_names(timeframe, horizons)])
 
 
@@ -140,8 +178,8 @@ def feature_names(timeframe: str, horizons: Sequence[int]) -> list[str]:
     blank = _blank(timeframe, h)
     n = blank.min_window
     ones = np.ones((n, 5))
-    s = _Series.of(np.arange(n, dtype=np.int64) * HOUR, ones, layout)
-    return list(_columns(s, blank, [np.zeros(1)] * len(h), np.ones((1, len(h))), n - 1))
+    s = _Series.of(np.arange(n, dtype=np.int64) * HOUR, ones, layout, blank.zone)
+    return list(_columns(s, blank, blank.season(""), [np.zeros(1)] * len(h), np.ones((1, len(h))), n - 1))
 
 
 def check(w: Window) -> None:
@@ -172,51 +210,63 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
     symbols that were not there. Raises `DataError` for a symbol that is too short or stands still.
     """
     layout, blank = layout_of(timeframe), _blank(timeframe, tuple(horizons))
-    series = [_checked(w, blank) for w in histories]
-    slots = np.concatenate([s.slot for s in series])
+    first = [_checked(w, blank) for w in histories]
+    if layout is INTRADAY:
+        moves = [np.abs(s.r) / np.abs(s.r).mean() for s in first]
+        times = np.concatenate([w.close_times[1:] for w in histories])
+        blank = replace(
+            blank,
+            zone=choose_zone(times, np.concatenate(moves)),
+            symbols=tuple(w.symbol for w in histories),
+        )
+    series = [_Series.of(w.close_times, w.values, layout, blank.zone) for w in histories]
+    own = len(blank.symbols) > 0
+    slot = [s.slot for s in series]
 
-    a = np.concatenate([_typical(np.abs(s.r)) for s in series])
-    factor = _slot_means(slots, a, layout.slots)
-    factor /= factor.mean()
-    v = np.concatenate([s.volume for s in series])
-    volume = _slot_means(slots, v - v.mean(), layout.slots, 0.0)
-    part = _replace(blank, factor=factor, volume=volume)
+    factor = _seasons(slot, [_typical(np.abs(s.r)) for s in series], layout.slots, 1.0, own, 1)
+    factor /= factor.mean(-1, keepdims=True)
+    level = float(np.concatenate([s.volume for s in series]).mean())
+    busy = [s.volume - (s.volume.mean() if own else level) for s in series]
+    volume = _seasons(slot, busy, layout.slots, 0.0, own, 1)
+    gain_of_one = np.ones((len(factor), len(blank.horizons), layout.slots))
+    part = replace(blank, factor=factor, volume=volume, gain=gain_of_one)
 
     warm = layout.har[-1]
     coefficients, gain = [], []
     for h in part.horizons:
         X, y = [], []
-        for s in series:
-            p = s.parkinson / factor[s.slot] ** 2
+        for w, s in zip(histories, series, strict=True):
+            p = s.parkinson / part.season(w.symbol).factor[s.slot] ** 2
             ratios, reference = _har_ratios(p, layout)
             ahead = sliding_window_view(p[1:], h).mean(-1)  # row k: bars k+1 .. k+h
             n = len(ahead)
             X.append(np.column_stack([np.ones(n), ratios[:n]])[warm:])
             y.append(np.log(ahead / reference[:n] + FLOOR)[warm:])
         coefficients.append(_least_squares(np.concatenate(X), np.concatenate(y)))
-    part = _replace(part, har=np.array(coefficients))
+    part = replace(part, har=np.array(coefficients))
     for j, h in enumerate(part.horizons):
-        z, k = [], []
-        for s in series:
-            raw = _raw_scales(s, part)[:-h, j]
+        z = []
+        for w, s in zip(histories, series, strict=True):
+            raw = _raw_scales(s, part, part.season(w.symbol))[:-h, j]
             z.append(np.minimum(np.abs(s.price[h:] - s.price[:-h]) / raw, OUTLIER)[warm:])
-            k.append(s.slot[:-h][warm:])
-        ratio, slot = np.concatenate(z), np.concatenate(k)
-        gain.append(_slot_means(slot, ratio / ratio.mean(), layout.slots) * ratio.mean())
-    part = _replace(part, gain=np.array(gain))
+        typical = float(np.concatenate(z).mean())
+        relative = [x / (x.mean() if own else typical) for x in z]
+        at = [k[:-h][warm:] for k in slot]
+        gain.append(_seasons(at, relative, layout.slots, 1.0, own, h) * typical)
+    part = replace(part, gain=np.stack(gain, 1))
 
-    def mean_of(f: Callable[[Array], Array]) -> Array:
-        """Mean over the bars of all symbols, one symbol at a time; the bits are those of one long table."""
-        total, n = np.zeros((1, len(signed))), 0
-        for w in histories:
-            x = f(part.frame(w.close_times, w.values, warm + 1).features)
-            total, n = np.concatenate([total, x]).sum(0, keepdims=True), n + len(x)
-        return np.asarray(total[0] / n)
-
-    signed = signed_features(timeframe, horizons)
-    mean = np.where(signed, 0.0, mean_of(lambda x: x))
-    std = np.sqrt(mean_of(lambda x: (x - mean) ** 2))
-    return _replace(part, mean=mean, std=np.where(std > 1e-9, std, 1.0))
+    unsigned = ~signed_features(timeframe, horizons)
+    count, total = 0, np.zeros(len(unsigned))
+    for w in histories:
+        x = part.frame(w.symbol, w.close_times, w.values, warm + 1).features
+        count, total = count + len(x), total + x.sum(0)
+    mean = np.where(unsigned, total / count, 0.0)
+    square = np.zeros(len(unsigned))
+    for w in histories:
+        x = part.frame(w.symbol, w.close_times, w.values, warm + 1).features
+        square += ((x - mean) ** 2).sum(0)
+    std = np.sqrt(square / count)
+    return replace(part, mean=mean, std=np.where(std > 1e-9, std, 1.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,18 +276,21 @@ class _Series:
     slot: Ints
     price: Array  # log close
     r: Array  # log return
+    gap: Array  # log of the open over the close before
     parkinson: Array  # variance by Parkinson (1980), plus the squared opening gap
     garman: Array  # variance by Garman and Klass (1980), plus the squared opening gap
     location: Array  # the close within the bar's range, -1 .. 1
     volume: Array  # log of volume over its rolling mean
 
     @classmethod
-    def of(cls, close_times: Ints, values: Array, layout: Layout) -> "_Series":
+    def of(cls, close_times: Ints, values: Array, layout: Layout, zone: str) -> "_Series":
         o, h, low, c, v = values.T
         price = np.log(c)
-        hour = (close_times[1:] - 1) // HOUR  # the hour or day in which the bar ends
-        slot = (hour + 24 * THURSDAY) % 168 if layout.slots == 168 else (hour // 24 + THURSDAY) % 7
-        gap2 = np.log(o[1:] / c[:-1]) ** 2
+        if layout.slots == 168:
+            slot = slots(close_times[1:], zone)
+        else:
+            slot = ((close_times[1:] - 1) // (24 * HOUR) + THURSDAY) % 7  # the day in which the bar ends
+        gap = np.log(o[1:] / c[:-1])
         rng = np.log(h / low)[1:]
         body2 = np.log(c / o)[1:] ** 2
         width = (h - low)[1:]
@@ -249,8 +302,9 @@ class _Series:
             slot=slot,
             price=price[1:],
             r=np.diff(price),
-            parkinson=rng**2 / (4 * log(2)) + gap2,
-            garman=np.maximum(0.5 * rng**2 - (2 * log(2) - 1) * body2, 0) + gap2,
+            gap=gap,
+            parkinson=rng**2 / (4 * log(2)) + gap**2,
+            garman=np.maximum(0.5 * rng**2 - (2 * log(2) - 1) * body2, 0) + gap**2,
             location=location,
             volume=volume,
         )
@@ -278,16 +332,26 @@ def _least_squares(X: Array, y: Array) -> Array:
 
 def _typical(a: Array) -> Array:
     """Absolute returns over their mean, none counting more than 20 times their ninth decile."""
-    a = np.minimum(a, OUTLIER * np.quantile(a, 0.9))
+    a = clipped(a)
     return a / float(a.mean())
 
 
-def _slot_means(slot: Ints, x: Array, slots: int, prior: float = 1.0) -> Array:
-    """Mean of x by slot, shrunk to `prior`."""
-    total = np.bincount(slot, x, minlength=slots)
-    count = np.bincount(slot, minlength=slots)
-    mean: Array = (total + SLOT_PRIOR * prior) / (count + SLOT_PRIOR)
-    return mean
+def _seasons(
+    slot: Sequence[Ints], x: Sequence[Array], count: int, prior: float, own: bool, overlap: int
+) -> Array:
+    """Means by slot of all symbols together, then of each if they are to have their `own`, (1 + S, slots).
+
+    The former are shrunk to `prior`, the latter to the former. `overlap` values tell as much as one.
+    """
+
+    def means(slot: Ints, x: Array, prior: Array | float, evidence: float) -> Array:
+        total, n = np.bincount(slot, x, minlength=count), np.bincount(slot, minlength=count)
+        shrunk: Array = (total + evidence * prior) / (n + evidence)
+        return shrunk
+
+    together = means(np.concatenate(slot), np.concatenate(x), prior, SLOT_PRIOR * overlap)
+    each = [means(k, v, together, OWN_PRIOR * overlap) for k, v in zip(slot, x, strict=True)] if own else []
+    return np.stack([together, *each])
 
 
 def _har_ratios(p: Array, layout: Layout) -> tuple[Array, Array]:
@@ -297,11 +361,11 @@ def _har_ratios(p: Array, layout: Layout) -> tuple[Array, Array]:
     return np.stack(ratios, 1), reference
 
 
-def _raw_scales(s: _Series, scaling: Scaling) -> Array:
+def _raw_scales(s: _Series, scaling: Scaling, season: Season) -> Array:
     """The scale before its level is set: log-HAR on deseasonalised ranges, times the slot's gain, (N, H)."""
-    ratios, reference = _har_ratios(s.parkinson / scaling.factor[s.slot] ** 2, scaling.layout)
+    ratios, reference = _har_ratios(s.parkinson / season.factor[s.slot] ** 2, scaling.layout)
     columns = []
-    for h, b, g in zip(scaling.horizons, scaling.har, scaling.gain, strict=True):
+    for h, b, g in zip(scaling.horizons, scaling.har, season.gain, strict=True):
         logv = b[0] + sum(b[j + 1] * ratios[:, j] for j in range(ratios.shape[1]))
         columns.append(np.sqrt(reference * np.exp(logv) * h) * g[s.slot])
     return np.stack(columns, 1)
@@ -330,10 +394,10 @@ def _level(e: Array, w: int, h: int, first: int) -> Array:
 
 
 def _columns(
-    s: _Series, scaling: Scaling, residuals: list[Array], level: Array, first: int
+    s: _Series, scaling: Scaling, season: Season, residuals: list[Array], level: Array, first: int
 ) -> dict[str, Array]:
     """The features by name, each (n,), before they are standardised; none has a unit."""
-    layout, f = scaling.layout, scaling.factor[s.slot]
+    layout, f = scaling.layout, season.factor[s.slot]
     at = first - 1  # the first row of the series
 
     def mean(x: Array, w: int) -> Array:
@@ -359,16 +423,30 @@ def _columns(
         out[f"trend {w}"] = (s.price[at:] - mean(s.price, w)) / (sigma * np.sqrt(w))
     for w in (1, middle):
         out[f"location {w}"] = mean(s.location, w)
-    volume = s.volume - scaling.volume[s.slot]
+    volume = s.volume - season.volume[s.slot]
     for w in (1, *fast[2::2]):
         out[f"volume {w}"] = mean(volume, w)
     slot = s.slot[at:]
     for j, h in enumerate(scaling.horizons):
         out[f"level {h}"] = np.log(level[:, j])
         out[f"recent level {h}"] = np.log(_level(residuals[j], SHORT_LEVEL, h, first))
-        out[f"gain {h}"] = np.log(scaling.gain[j][slot])
-    out["bias"] = _realised(residuals[0], BIAS, scaling.horizons[0], first)[0]
-    out["season"] = np.log(scaling.factor[slot])
+        out[f"gain {h}"] = np.log(season.gain[j][slot])
+    h, e = scaling.horizons[0], residuals[0]
+    out["bias"] = _realised(e, BIAS, h, first)[0]
+    out["season"] = np.log(season.factor[slot])
+    short = np.clip(e, -TAIL, TAIL)
+    for w in layout.tails:
+        square, size = _realised(short**2, w, h, first)[0], _realised(np.abs(e), w, h, first)[0]
+        out[f"tails {w}"] = np.log((square + 1) / (size**2 + 0.7))
+        out[f"skew {w}"] = _realised(short * np.abs(short), w, h, first)[0]
+    if layout.regime:
+        far = np.maximum(mean(p, layout.regime), TINY)
+        out["regime"] = 0.5 * np.log(v / far)
+        out[f"range {layout.har[-2]}"] = 0.5 * np.log(mean(p, layout.har[-2]) / v + FLOOR)
+        out["gap"] = (s.gap / f)[at:] / sigma
+        out["still"] = mean((s.r == 0).astype(float), layout.har[-2])
+        product = np.concatenate([np.zeros(1), x[1:] * x[:-1]])
+        out[f"autocovariance {slow}"] = mean(product, slow) / v
     if layout.slots == 168:
         for hour in range(24):
             out[f"hour {hour}"] = (slot % 24 == hour).astype(float)
@@ -379,30 +457,34 @@ def _columns(
     return out
 
 
-def _channels(s: _Series, scaling: Scaling) -> Array:
+def _channels(s: _Series, layout: Layout, season: Season) -> Array:
     """The normalised series, (N - 1, 4): each bar against the reference level of its own time."""
-    f = scaling.factor[s.slot]
+    f = season.factor[s.slot]
     p = s.parkinson / f**2
-    v = np.maximum(trailing_mean(p, scaling.layout.har[-1]), TINY)
+    v = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
     columns = (
         s.r / (f * np.sqrt(v)),
         0.5 * np.log(p / v + FLOOR) + 0.5,
         s.location,
-        s.volume - scaling.volume[s.slot],
+        s.volume - season.volume[s.slot],
     )
     return np.clip(np.stack(columns, 1), -CLIP, CLIP)
 
 
 def _blank(timeframe: str, horizons: tuple[int, ...]) -> Scaling:
     layout, H = layout_of(timeframe), len(horizons)
-    one = np.ones(layout.slots)
-    har, gain = np.zeros((H, len(layout.har))), np.ones((H, layout.slots))
-    return Scaling(timeframe, horizons, one, np.zeros(layout.slots), har, gain, np.zeros(()), np.ones(()))
-
-
-def _replace(scaling: Scaling, **arrays: Array) -> Scaling:
-    kept = {name: getattr(scaling, name) for name in Scaling.__slots__}
-    return Scaling(**(kept | arrays))
+    return Scaling(
+        timeframe=timeframe,
+        horizons=horizons,
+        zone=ZONES[0],
+        symbols=(),
+        factor=np.ones((1, layout.slots)),
+        volume=np.zeros((1, layout.slots)),
+        har=np.zeros((H, len(layout.har))),
+        gain=np.ones((1, H, layout.slots)),
+        mean=np.zeros(()),
+        std=np.ones(()),
+    )
 
 
 def _checked(w: Window, scaling: Scaling) -> _Series:
@@ -410,7 +492,7 @@ def _checked(w: Window, scaling: Scaling) -> _Series:
     if len(w) < need:
         raise DataError(f"{w.symbol} has {len(w)} bars to learn from: give at least {need}, or leave it out")
     check(w)
-    s = _Series.of(w.close_times, w.values, scaling.layout)
+    s = _Series.of(w.close_times, w.values, scaling.layout, scaling.zone)
     if np.quantile(np.abs(s.r), 0.9) == 0:
         still = float((s.r == 0).mean())
         raise DataError(

@@ -1,11 +1,12 @@
-"""The network: a structured state-space encoder, a conditional quantile map and a diffusion denoiser.
+"""The network: a conditional quantile map, and a diffusion denoiser behind a structured state-space encoder.
 
-An outcome z (log return over its scale, one number per horizon) is M_c(u): a monotone map of a normal score
-u, shaped by the context c of the bars. The scores of the horizons are u = W w with W W' their correlation,
-and the diffusion model is one of w given c. It starts at w ~ N(0, I), where the velocity that is to be
-predicted averages to zero for every x_t: a denoiser that says zero IS the map alone, and both begin at zero.
+An outcome z (log return over its scale, one number per horizon) is M(u): a monotone map of a normal score u,
+shaped by the features of the bars; it is the average of the maps of several members. The scores of the
+horizons are u = W w with W W' their correlation, and the diffusion model is one of w given the context c of
+features and sequence. It starts at w ~ N(0, I), where the velocity that is to be predicted averages to zero
+for every x_t: a denoiser that says zero IS the map alone, and it begins there.
 
-Shapes: B origins, S samples, H horizons, K knots, F features, L steps of a sequence of C channels.
+Shapes: B origins, S samples, H horizons, M members, K knots, F features, L steps of a sequence of C channels.
 """
 
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ class Architecture:
     context: int  # L
     horizons: int  # H
     samples: int  # S: rows of the fixed noise
-    width: int = 96  # of the feature encoder
+    members: int = 8  # M
+    width: int = 96  # of the map's layers, and the encoder's
     state: int = 16  # channels of the S4D layers
     poles: int = 8  # complex conjugate pairs of each S4D channel
     code: int = 48  # of the context c
@@ -50,6 +52,11 @@ class Dropout(NamedTuple):
     def __call__(self, x: Tensor, p: float) -> Tensor:
         keep = torch.rand(x.shape, generator=self.generator) >= p
         return x * keep / (1 - p)
+
+
+def _uniform(shape: tuple[int, int, int], generator: Generator) -> Tensor:
+    """Weights of M layers (M, in, out), uniform within 1 / sqrt(in)."""
+    return (2 * torch.rand(shape, generator=generator) - 1) / sqrt(shape[1])
 
 
 def linear(n_in: int, n_out: int, generator: Generator | None) -> nn.Linear:
@@ -140,30 +147,53 @@ class Encoder(nn.Module):
 
 
 class QuantileMap(nn.Module):
-    """Knots of the monotone map M_c: u -> z, linear between them and beyond the outermost.
+    """Knots of the monotone map M: u -> z, linear between them and beyond the outermost.
 
-    The knots sit at the normal scores of `PROBABILITIES`. The head moves the median knot and scales the
-    spacings of the static map, which was learnt from all outcomes; it starts at zero.
+    The knots sit at the normal scores of `PROBABILITIES`. Each member is a perceptron of its own that moves
+    the median knot and scales the spacings of its static map, which was learnt from all of its outcomes; it
+    starts at zero. Parameters have the members first.
     """
 
     static: Tensor
 
-    def __init__(self, a: Architecture) -> None:
+    def __init__(self, a: Architecture, generator: Generator) -> None:
         super().__init__()
-        self.K, self.H = len(PROBABILITIES), a.horizons
-        self.head = linear(a.code, self.H * (self.K + 1), None)
-        self.register_buffer("static", torch.arange(self.K).float().repeat(self.H, 1))  # (H, K)
+        self.K, self.H, self.M = len(PROBABILITIES), a.horizons, a.members
+        M, F, D, out = a.members, a.features, a.width, a.horizons * (self.K + 1)
+        self.enter = nn.Parameter(_uniform((M, F, D), generator))
+        self.enter_bias = nn.Parameter(torch.zeros(M, 1, D))
+        self.hidden = nn.Parameter(_uniform((M, D, D), generator))
+        self.hidden_bias = nn.Parameter(torch.zeros(M, 1, D))
+        self.head = nn.Parameter(torch.zeros(M, D, out))
+        self.head_bias = nn.Parameter(torch.zeros(M, 1, out))
+        rising = torch.arange(self.K).float().repeat(M, self.H, 1)
+        self.register_buffer("static", rising)  # (M, H, K)
 
-    def forward(self, c: Tensor) -> Tensor:
-        """c (B, code) -> knots z_k, rising in k, (B, H, K)."""
-        out = self.head(c).reshape(-1, self.H, self.K + 1)
+    def forward(self, features: Tensor, drop: Dropout | None = None) -> Tensor:
+        """features of each member (B, M, F) -> its knots z_k, rising in k, (B, M, H, K)."""
+        x = features if drop is None else drop(features, drop.inputs)
+        for weight, bias in ((self.enter, self.enter_bias), (self.hidden, self.hidden_bias)):
+            y = torch.baddbmm(bias, x.transpose(0, 1), weight)  # (M, B, width)
+            x = functional.silu(y).transpose(0, 1)
+            x = x if drop is None else drop(x, drop.hidden)
+        out = torch.baddbmm(self.head_bias, x.transpose(0, 1), self.head).transpose(0, 1)
+        out = out.reshape(-1, self.M, self.H, self.K + 1)
         shift, spread, shape = out[..., :1], out[..., 1:2], out[..., 2:]
         bend = BEND * torch.tanh((spread + shape) / BEND)
-        step = torch.diff(self.static, dim=-1) * torch.exp(bend)  # (B, H, K - 1)
-        rise = functional.pad(torch.cumsum(step, -1), (1, 0))  # (B, H, K), from the lowest knot
+        step = torch.diff(self.static, dim=-1) * torch.exp(bend)  # (B, M, H, K - 1)
+        rise = functional.pad(torch.cumsum(step, -1), (1, 0))  # from the lowest knot
         m = self.K // 2
-        knots: Tensor = self.static[:, m : m + 1] + shift + rise - rise[..., m : m + 1]
+        knots: Tensor = self.static[..., m : m + 1] + shift + rise - rise[..., m : m + 1]
         return knots
+
+    def of_members(self, features: Tensor) -> Tensor:
+        """features (B, F) -> the knots that every member gives to them, (B, M, H, K)."""
+        knots: Tensor = self(features[:, None].expand(-1, self.M, -1))
+        return knots
+
+    def average(self, features: Tensor) -> Tensor:
+        """features (B, F) -> the map's knots, the mean of its members', (B, H, K) float64."""
+        return self.of_members(features).double().mean(1)
 
 
 class Denoiser(nn.Module):
@@ -211,8 +241,8 @@ class SSSD(nn.Module):
     def __init__(self, a: Architecture, generator: Generator) -> None:
         super().__init__()
         self.architecture = a
+        self.map = QuantileMap(a, generator)
         self.encoder = Encoder(a, generator)
-        self.map = QuantileMap(a)
         self.denoiser = Denoiser(a, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         self.register_buffer("whiten", torch.eye(a.horizons))

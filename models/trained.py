@@ -17,7 +17,7 @@ class Candidate:
 
     phase: str  # "map" or "denoiser"
     step: int
-    crps: float  # normalised, of forecasts sampled in full on the validation part
+    crps: float  # normalised, of forecasts in full on what was not learnt from; the mean of all members
     loss: float | None = None  # the fast loss, averaged over the steps since the look before
 
 
@@ -46,8 +46,8 @@ class Record(Past):
     capped: bool  # the cap on seconds ended a phase early: not reproducible
     init_from: str | None  # id of the model from which training started
     candidates: tuple[Candidate, ...]
-    map_step: int  # chosen by validation
-    denoiser_step: int
+    map_step: tuple[int, ...]  # of each member, chosen on the block that it has not learnt from
+    denoiser_step: int  # chosen by validation; with 0 the map alone forecasts
     precision: str = "fp32"  # of the losses' arithmetic
     processes: int = 1  # that shared each batch
     accumulate: int = 1  # parts of a batch in each process
@@ -79,9 +79,11 @@ class Trained:
     def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> SSSDForecaster:
         """A forecaster with the default sampler and steps where None is given; see `Model.forecaster`.
 
-        Raise `ConfigError` for an unknown sampler or number of steps.
+        By default nothing is sampled where validation found that the diffusion model adds nothing. Raise
+        `ConfigError` for an unknown sampler or number of steps.
         """
-        steps = STEPS if steps is None else steps
+        if steps is None:
+            steps = STEPS if self.record.denoiser_step or sampler else 0
         return SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
 
 

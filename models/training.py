@@ -1,15 +1,19 @@
 """Training: bars -> scaling -> quantile map -> denoiser. A function of (bars, configuration, seed).
 
-Phase A fits encoder and map by the pinball loss of the knots. Phase B keeps both, turns outcomes into
-whitened normal scores and trains the denoiser on them. Both keep the state that validation likes best, the
-first one included. Randomness comes from one generator; the number of steps is fixed before the first.
+Phase A fits the members of the map by the pinball loss of their knots. Each leaves out one of the blocks of
+the bars, by calendar, and is stopped where it forecasts that block best: every bar is learnt from, and every
+choice is made on bars that were not. Half of the members see up and down as exchangeable: bars are mirrored
+at random. Phase B turns outcomes into whitened normal scores, by the members that have not learnt from them,
+and trains encoder and denoiser on all blocks but the newest. Both phases keep the state that unseen bars like
+best, the first one included. Randomness comes from one generator; the number of steps is fixed before the
+first.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
-from math import inf
+from math import gcd, inf
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +25,18 @@ from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
-from barcast.models.origins import Origins, Split, Table, split
-from barcast.models.scaling import CHANNELS, INTRADAY, SIGNED_CHANNELS, Scaling, signed_features
+from barcast.models.origins import BLOCKS, Origins, Split, split
+from barcast.models.scaling import CHANNELS, Scaling, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
 from barcast.models.trained import Record, Trained, check_outputs
 from barcast.models.window import Window
 
 SAMPLES = 256
-MAP_RATE, DENOISER_RATE = 1e-3, 5e-4  # of learning
+MAP_RATE, DENOISER_RATE = 2e-3, 5e-4  # of learning
+MAP_BATCH = 384  # origins of a batch of each member, of which it may learn three quarters
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
-LOOK_ORIGINS = 1500  # of validation, thinned evenly
+LEAST_STEPS, MOST_STEPS = 400, 1200  # of each phase
+LOOK_ORIGINS = 1500  # of what was not learnt from, thinned evenly, for each member
 LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
@@ -45,6 +51,7 @@ def train(
     horizons: Sequence[int],
     levels: Sequence[float],
     until: int | None = None,
+    hold_out: float = 0.0,
     seed: int = 0,
     steps: int | None = None,
     seconds: float | None = None,
@@ -57,8 +64,9 @@ def train(
 ) -> Trained:
     """Train a model on whole histories, one window for each symbol.
 
-    `until` (nanoseconds) is the last close that may be used, the newest if None. `steps` is the number of
-    optimiser steps in each phase; by default it follows from the number of origins. `seconds` on the
+    `until` (nanoseconds) is the last close that may be used, the newest if None; `hold_out` the share of the
+    newest bars that are left alone, for the gate. `steps` is the number of optimiser steps in each phase; by
+    default it follows from the number of origins. `seconds` on the
     monotonic `clock` caps the training, half for each phase, and the record says if it did. `init_from`, a
     model's id and the model, gives the starting weights. `precision` is fp32 or bf16, of the losses only;
     `accumulate` is the number of parts in which a process computes a batch.
@@ -73,9 +81,10 @@ def train(
     if seconds is not None and clock is None:
         raise ValueError("a cap on seconds needs a clock")
     check_outputs(horizons, levels)
-    accelerator = processes(precision, accumulate, BATCH)
+    accelerator = processes(precision, accumulate, gcd(BATCH, MAP_BATCH))
     use_one_thread()
-    data = split(histories, timeframe, tuple(horizons), until, None if state is None else state.parent)
+    folder = None if state is None else state.parent
+    data = split(histories, timeframe, tuple(horizons), until, folder, validation=0.0, hold_out=hold_out)
     training = _Training(data, tuple(levels), seed, steps, state)
     cap = inf if seconds is None else seconds / 2
     trained = training.run(accelerator, cap, None if seconds is None else clock, init_from, progress)
@@ -91,9 +100,8 @@ class _Training:
     ) -> None:
         self.data, self.seed, self.state = data, seed, state
         self.levels = torch.tensor(levels, dtype=torch.float64)
-        self.learn, self.look = data.learn, data.validation.thin(LOOK_ORIGINS)
-        self.steps = steps or min(max(len(self.learn) // 60, 200), 1500)
-        self.mirror = data.scaling.layout is INTRADAY
+        self.learn = data.learn
+        self.steps = steps or min(max(len(self.learn) // 60, LEAST_STEPS), MOST_STEPS)
         self.signed = torch.from_numpy(signed_features(data.scaling.timeframe, data.scaling.horizons))
         self.generator = Generator().manual_seed(seed)
         architecture = Architecture(
@@ -104,6 +112,11 @@ class _Training:
             samples=SAMPLES,
         )
         self.net = SSSD(architecture, self.generator)
+        members = torch.arange(architecture.members)
+        self.unseen = members % BLOCKS  # (M,): the block that a member does not learn from
+        self.mirrored = members >= len(members) // 2  # (M,)
+        blocks = self.learn.block
+        self.apart = [_thinned((blocks[:, 0] == b).nonzero()[:, 0], LOOK_ORIGINS) for b in range(BLOCKS)]
 
     def run(
         self,
@@ -128,15 +141,16 @@ class _Training:
         phases = [
             Phase(
                 name="map",
-                modules=[net.encoder, net.map],
+                modules=[net.map],
                 rate=MAP_RATE,
                 loss=self._map_loss,
                 look=self._map_crps,
                 prepare=self._prepare_map,
+                members=net.architecture.members,
             ),
             Phase(
                 name="denoiser",
-                modules=[net.denoiser],
+                modules=[net.encoder, net.denoiser],
                 rate=DENOISER_RATE,
                 loss=self._denoiser_loss,
                 look=self._denoiser_crps,
@@ -159,7 +173,7 @@ class _Training:
             capped=fitted.capped,
             candidates=fitted.candidates,
             map_step=fitted.chosen["map"],
-            denoiser_step=fitted.chosen["denoiser"],
+            denoiser_step=fitted.chosen["denoiser"][0],
             stopped=fitted.stopped,
             **options,
         )
@@ -172,47 +186,64 @@ class _Training:
         program = (asdict(self.net.architecture), self.steps, seconds)
         return sha256(json.dumps([scope, program, options], sort_keys=True).encode()).hexdigest()
 
-    def _prepare_map(self) -> None:
-        self.net.map.static.copy_(_static_knots(self.learn.z, self.mirror))
+    def _learns(self, at: Tensor) -> Tensor:
+        """Which members (M,) may learn from origins (...): (..., M); no outcome reaches into their block."""
+        first, last = self.learn.block[at].unbind(-1)
+        return (self.unseen < first[..., None]) | (self.unseen > last[..., None])
 
-    def _prepare_denoiser(self) -> None:
-        """Contexts of all origins, and their scores, whitened."""
-        net = self.net.eval()
-        with torch.no_grad():
-            self.context, scores = self._encoded_scores(self.learn)
-            H = scores.shape[1]
-            W = torch.linalg.cholesky(torch.corrcoef(scores.T).reshape(H, H))
-            net.whiten.copy_(W)
-            self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
-            self.look_context, self.look_knots = self._encoded(self.look)
-        a = samplers.alphas_cumprod()
-        self.alpha, self.sigma, self.lam = a**0.5, (1 - a) ** 0.5, samplers.lambdas().float()
+    def _prepare_map(self) -> None:
+        """The static knots of each member, from the outcomes that it may learn from."""
+        every = self._learns(torch.arange(len(self.learn)))
+        for m, mirrored in enumerate(self.mirrored.tolist()):
+            self.net.map.static[m] = _static_knots(self.learn.z[every[:, m]], mirrored)
 
     def _map_loss(self, share: Share) -> Tensor:
-        """Pinball loss of the knots on a random batch; intraday bars are mirrored half the time."""
-        part, g = self.learn, share.generator
-        at = share.rows(torch.randint(len(part), (BATCH,), generator=g))
-        x, s, z = part.features[at], part.sequence(at, self.data.scaling.layout.context), part.z[at].float()
-        if self.mirror:
-            sign = share.rows(1 - 2 * torch.randint(2, (BATCH, 1), generator=g).float())
-            x = torch.where(self.signed, sign * x, x)
-            s = torch.where(torch.tensor(SIGNED_CHANNELS), sign[..., None] * s, s)
-            z = sign * z
-        knots = self.net.map(self.net.encoder(x, s, _dropout(share)))  # (B, H, K)
+        """Pinball loss of the members' knots, on random origins of each; some see them mirrored."""
+        part, g, M = self.learn, share.generator, len(self.unseen)
+        at = share.rows(torch.randint(len(part), (MAP_BATCH, M), generator=g))  # (B, M)
+        sign = share.rows(1 - 2 * torch.randint(2, (MAP_BATCH, M, 1), generator=g).float())
+        sign = torch.where(self.mirrored[:, None], sign, 1.0)
+        x, z = part.features[at], sign * part.z[at].float()
+        x = torch.where(self.signed, sign * x, x)
+        knots = self.net.map(x, _dropout(share))  # (B, M, H, K)
         miss = z[..., None] - knots
         p = torch.tensor(PROBABILITIES)
-        return torch.maximum(p * miss, (p - 1) * miss).mean()
+        loss = torch.maximum(p * miss, (p - 1) * miss).mean((-1, -2))  # (B, M)
+        learns = self._learns(at)[torch.arange(len(at))[:, None], torch.arange(M), torch.arange(M)]
+        mean: Tensor = (loss * learns).sum() / learns.sum()
+        return mean
 
-    def _map_crps(self) -> float:
-        """CRPS of the map alone, with exact normal scores."""
-        _, knots = self._encoded(self.look)
-        u = torch.special.ndtri(self.levels).expand(*knots.shape[:2], -1).contiguous()
-        return self._crps(self.look, piecewise(u, knot_scores().expand(knots.shape), knots))
+    def _map_crps(self) -> list[float]:
+        """CRPS of each member alone, with exact normal scores, on the block that it has not learnt from."""
+        found = []
+        for m, b in enumerate(self.unseen.tolist()):
+            part = self.learn.only(self.apart[b])
+            knots = self.net.map.of_members(part.features)[:, m].double()
+            u = torch.special.ndtri(self.levels).expand(*knots.shape[:2], -1).contiguous()
+            found.append(self._crps(part, piecewise(u, knot_scores().expand(knots.shape), knots)))
+        return found
+
+    def _prepare_denoiser(self) -> None:
+        """The scores of all outcomes, whitened; the newest block is left to judge by."""
+        net, part = self.net.eval(), self.learn
+        with torch.no_grad():
+            blocks = [part.only(torch.arange(b.start, b.stop)) for b in _blocks(len(part), BLOCK)]
+            scores = torch.cat([self._scores(block, self._unseen_knots(block)) for block in blocks])
+        self.older = (part.block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
+        self.newest = part.only(self.apart[-1])
+        H = scores.shape[1]
+        W = torch.linalg.cholesky(torch.corrcoef(scores[self.older].T).reshape(H, H))
+        net.whiten.copy_(W)
+        self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
+        with torch.no_grad():
+            self.look_knots = self._unseen_knots(self.newest)
+        a = samplers.alphas_cumprod()
+        self.alpha, self.sigma, self.lam = a**0.5, (1 - a) ** 0.5, samplers.lambdas().float()
 
     def _denoiser_loss(self, share: Share) -> Tensor:
         """v-prediction loss at stratified noise levels, weighted so that the error of eps counts evenly."""
         g, n = share.generator, BATCH * DRAWS
-        at = share.rows(torch.randint(len(self.w), (BATCH,), generator=g))
+        at = self.older[share.rows(torch.randint(len(self.older), (BATCH,), generator=g))]
         w = self.w[at][:, None]  # (B, 1, H)
         low, high = LOG_SNR
         position = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n
@@ -221,23 +252,25 @@ class _Training:
         half = share.rows(torch.randn(BATCH, DRAWS // 2, w.shape[-1], generator=g))
         eps = torch.cat([half, -half], 1)  # antithetic
         alpha, sigma, lam = self.alpha[t][..., None], self.sigma[t][..., None], self.lam[t]
-        c = self.context[at][:, None].expand(-1, DRAWS, -1)
-        denoiser = self.net.denoiser
-        v: Tensor = denoiser(alpha * w + sigma * eps, denoiser.modulation(c, lam, _dropout(share)))
+        drop, part, denoiser = _dropout(share), self.learn, self.net.denoiser
+        sequence = part.sequence(at, self.net.architecture.context)
+        c = self.net.encoder(part.features[at], sequence, drop)[:, None].expand(-1, DRAWS, -1)
+        v: Tensor = denoiser(alpha * w + sigma * eps, denoiser.modulation(c, lam, drop))
         error = ((v - (alpha * eps - sigma * w)) ** 2).mean(-1)
         loss: Tensor = (torch.sigmoid(2 * lam) * error).mean()
         return loss
 
-    def _denoiser_crps(self) -> float:
-        """CRPS of forecasts sampled in full, on the first rows of the fixed noise."""
-        distribution = Distribution(self.net, SAMPLER, STEPS, LOOK_SAMPLES)
-        batches = _blocks(len(self.look_context), BATCH)
-        parts = [
-            distribution.quantiles(distribution.sample(self.look_context[b]), self.levels) for b in batches
-        ]
-        knots = self.look_knots
+    def _denoiser_crps(self) -> list[float]:
+        """CRPS of forecasts sampled in full on the newest block, from the first rows of the fixed noise."""
+        net, part, knots = self.net, self.newest, self.look_knots
+        distribution = Distribution(net, SAMPLER, STEPS, LOOK_SAMPLES)
+        parts = []
+        for b in _blocks(len(part), BATCH):
+            at = torch.arange(b.start, b.stop)
+            c = net.encoder(part.features[at], part.sequence(at, net.architecture.context))
+            parts.append(distribution.quantiles(distribution.sample(c), self.levels))
         z = piecewise(torch.cat(parts).contiguous(), knot_scores().expand(knots.shape), knots)
-        return self._crps(self.look, z)
+        return [self._crps(part, z)]
 
     def _crps(self, part: Origins, z: Tensor) -> float:
         """CRPS over the mean absolute outcome, averaged over the horizons, of quantiles z (n, H, Q)."""
@@ -246,27 +279,17 @@ class _Training:
         loss = 2 * torch.maximum(levels * miss, (levels - 1) * miss).mean(-1) * part.scale  # (n, H)
         return float((loss.mean(0) / (part.z.abs() * part.scale).mean(0)).mean())
 
-    def _encoded(self, part: Origins) -> tuple[Tensor, Tensor]:
-        """Contexts (n, code) and knots (n, H, K) float64 of every origin of a part."""
-        c = torch.cat([self._contexts(part, b) for b in _blocks(len(part), BLOCK)])
-        return c, self.net.map(c).double()
+    def _unseen_knots(self, part: Origins) -> Tensor:
+        """Knots (n, H, K) float64 of origins by the members that have not learnt from their block."""
+        knots = self.net.map.of_members(part.features).double()  # (n, M, H, K)
+        apart = (self.unseen == part.block[:, :1]).double()  # (n, M)
+        mean: Tensor = (knots * apart[..., None, None]).sum(1) / apart.sum(1)[:, None, None]
+        return mean
 
-    def _encoded_scores(self, part: Origins) -> tuple[Tensor, Tensor]:
-        """Contexts (n, code) of all origins of a part, and the normal scores (n, H) of their outcomes."""
-        folder = None if self.state is None else self.state.parent
-        contexts, scores = Table(self.net.architecture.code, np.float32, folder), []
-        for b in _blocks(len(part), BLOCK):
-            c = self._contexts(part, b)
-            knots = self.net.map(c).double()
-            u = piecewise(part.z[b][..., None], knots, knot_scores().expand(knots.shape))[..., 0]
-            scores.append(u.clamp(-SCORE_LIMIT, SCORE_LIMIT))
-            contexts.add(c.numpy())
-        return contexts.tensor(), torch.cat(scores)
-
-    def _contexts(self, part: Origins, block: slice) -> Tensor:
-        at = torch.arange(block.start, block.stop)
-        c: Tensor = self.net.encoder(part.features[at], part.sequence(at, self.data.scaling.layout.context))
-        return c
+    def _scores(self, part: Origins, knots: Tensor) -> Tensor:
+        """Normal scores (n, H) float64 of the outcomes under the map."""
+        u = piecewise(part.z[..., None], knots, knot_scores().expand(knots.shape))[..., 0]
+        return u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
 
 
 class _Dropout(Dropout):
@@ -283,6 +306,11 @@ def _dropout(share: Share) -> Dropout:
     drop = _Dropout(INPUT_DROP, HIDDEN_DROP, share.generator)
     drop.share = share
     return drop
+
+
+def _thinned(at: Tensor, n: int) -> Tensor:
+    """About n of these, evenly spread."""
+    return at[:: max(1, -(-len(at) // n))]
 
 
 def _blocks(n: int, size: int) -> list[slice]:
