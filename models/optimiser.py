@@ -54,9 +54,9 @@ class Phase:
 
     `modules` are what learns; `loss` is the mean over the rows of a share; `look` is the CRPS of forecasts on
     what was not learnt from, of each of `members`: with more than one, parameters have the members first, and
-    each keeps the weights that were its own best. Those of step 0 give way only to a CRPS that is lower by the
-    share `margin`. `prepare` runs before the first step, and again when the
-    training goes on later: it draws nothing and depends on no weight of `modules`.
+    each keeps the weights that were its own best. Those of step 0 give way only to a CRPS that is lower by
+    the share `margin`. `prepare` runs before the first step, and again when the training goes on later: it
+    draws nothing and depends on no weight of `modules`.
     """
 
     name: str
