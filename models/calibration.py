@@ -212,21 +212,19 @@ class Calibrated:
         # logarithms one by one: those of an array may depend on its length in the last bit
         price = np.array([log(x) if 0 < x < inf else nan for x in past.values[early:, 3].tolist()])
         dice = (past.times[since:].view(np.uint64) * GOLDEN >> np.uint64(11)) / 2.0**53
-        outcomes: dict[int, Array] = {}
+        outcomes: list[tuple[int, int, Array]] = []
         for row, h in enumerate(H):
             start = max(since, first + h)  # the first new bar that ends an outcome
             if start < L:
                 y = price[start - early :] - price[start - h - early : L - h - early]
                 q = past.said[start - h - head : L - h - head, row]
                 past.scores[row, start - first :] = normal_scores(y, q, levels, dice[start - since :])
-                outcomes[row] = y
+                outcomes.append((row, h, y))
         for k in [*range(max(past.start, self._full), L - 1), L - 1]:
             past.published[k - head] = self._recalibrated(past, k, past.said[k - head])
-        for row, h in enumerate(H):
-            start = max(since, self._full + h)
-            if start < L:
-                q = past.published[start - h - head : L - h - head, row]
-                past.depths[row, start - first :] = self._depth(outcomes[row][start - L :], q)
+        for row, h, y in outcomes:
+            q = past.published[L - h - head - len(y) : L - h - head, row]
+            past.depths[row, -len(y) :] = self._depth(y, q)
         past.said, past.published = past.said[-self._reach :], past.published[-self._reach :]
 
     def _recalibrated(self, past: "_Past", k: int, quantiles: Array) -> Array:
@@ -295,11 +293,11 @@ class _Past:
         self.values: Array = np.ascontiguousarray(window.values)
         self._before = before
         self.gone = self.same = 0
-        self.goes_on = False  # all bars that were known are still there, and enough of them
+        self.goes_on = False  # all bars that were known are still there
         if before is not None:
             self.gone = int(np.searchsorted(before.times, self.times[0]))
             self.same = self._shared(before)
-            self.goes_on = self.same >= max(first, 1) and self.gone + self.same == len(before.times)
+            self.goes_on = self.gone + self.same == len(before.times)
         # the first bar to ask the inner forecaster of
         self.start = max(first, self.same if self.goes_on else self.same - reach)
 
