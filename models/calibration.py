@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from math import inf, log, nan, pi, sqrt
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,19 +213,21 @@ class Calibrated:
         # logarithms one by one: those of an array may depend on its length in the last bit
         price = np.array([log(x) if 0 < x < inf else nan for x in past.values[early:, 3].tolist()])
         dice = (past.times[since:].view(np.uint64) * GOLDEN >> np.uint64(11)) / 2.0**53
-        outcomes: list[tuple[int, int, Array]] = []
-        for row, h in enumerate(H):
-            start = max(since, first + h)  # the first new bar that ends an outcome
-            if start < L:
-                y = price[start - early :] - price[start - h - early : L - h - early]
-                q = past.said[start - h - head : L - h - head, row]
-                past.scores[row, start - first :] = normal_scores(y, q, levels, dice[start - since :])
-                outcomes.append((row, h, y))
+        ends = [(row, h, L - max(since, first + h)) for row, h in enumerate(H)]  # new bars that end outcomes
+        ends = [(row, h, n) for row, h, n in ends if n > 0]
+
+        def at_begin(forecasts: Array) -> Array:
+            """Of each outcome, horizon by horizon, its row (Q,) of the forecasts at hand."""
+            return np.concatenate([forecasts[L - h - head - n : L - h - head, row] for row, h, n in ends])
+
+        if ends:
+            y = np.concatenate([price[-n:] - price[-n - h : len(price) - h] for _, h, n in ends])
+            dice = np.concatenate([dice[-n:] for _, _, n in ends])
+            _put(past.scores, ends, normal_scores(y, at_begin(past.said), levels, dice))
         for k in [*range(max(past.start, self._full), L - 1), L - 1]:
             past.published[k - head] = self._recalibrated(past, k, past.said[k - head])
-        for row, h, y in outcomes:
-            q = past.published[L - h - head - len(y) : L - h - head, row]
-            past.depths[row, -len(y) :] = self._depth(y, q)
+        if ends:
+            _put(past.depths, ends, self._depth(y, at_begin(past.published)))
         past.said, past.published = past.said[-self._reach :], past.published[-self._reach :]
 
     def _recalibrated(self, past: "_Past", k: int, quantiles: Array) -> Array:
@@ -252,10 +255,11 @@ class Calibrated:
             known.append(last[last >= 0])
         if not self._central or not all(map(len, known)):
             return None
-        levels = self.card.levels
+        levels, deepest = self.card.levels, len(self._central)
+        counts = [np.bincount(d, minlength=deepest + 1)[::-1].cumsum()[::-1] for d in known]
         return Coverage(
             intervals=tuple(round(levels[j] - levels[i], 12) for i, j in self._central),
-            share=np.array([[(d > i).mean() for d in known] for i in range(len(self._central))]),
+            share=np.array([deeper[1:] / deeper[0] for deeper in counts]).T,
             outcomes=tuple(map(len, known)),
         )
 
@@ -320,6 +324,14 @@ class _Past:
         """Copy the bars: those of a window are valid until the next one of its symbol."""
         self.times, self.values = self.times.copy(), self.values.copy()
         self.said, self.published = self.said.copy(), self.published.copy()
+
+
+def _put(rows: NDArray[Any], ends: Sequence[tuple[int, int, int]], values: NDArray[Any]) -> None:
+    """Set the last n entries of each row, as `ends` counts them, to the values in turn."""
+    at = 0
+    for row, _, n in ends:
+        rows[row, -n:] = values[at : at + n]
+        at += n
 
 
 def _cut(window: Window, stop: int, length: int) -> Window:

@@ -1,6 +1,7 @@
 """Models of every kind serve on the one path: what a replay, a crash or a backtest says is what was sent."""
 
 from contextlib import closing
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -58,7 +59,7 @@ def test_live_signals_are_those_of_replay_and_backtest(bars, models, tmp_path, k
         close = bars["A"][k].close_time
         for i, symbol in enumerate(SYMBOLS):
             world.script.append((close + (1 + 3 * i) * SECOND, [Message.of(bars[symbol][k])]))
-    with closing(Instance(tmp_path / "journal.db", world, lambda *_: forecaster)) as instance:
+    with closing(Instance(tmp_path / "journal.db", world, lambda *_: deepcopy(forecaster))) as instance:
         play(instance.run())
         sent, replayed = path_of(outbox(instance.journal)), instance.replayed()
     assert replayed == sent

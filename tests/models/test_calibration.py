@@ -48,7 +48,7 @@ class Moody:
 
     def _one(self, w: Window) -> Forecast:
         weight = np.arange(1, len(w) + 1)
-        mood = int(w.close_times @ weight + np.abs(w.values).sum(1) @ weight) % 11
+        mood = int(w.close_times @ weight % 11 + w.values.sum(1) @ weight) % 11
         r = np.diff(np.log(w.values[:, 3]))
         width = {3: 0.0, 5: 100.0, 6: np.nan}.get(mood, 0.002 + (r**2 @ weight[1:]) ** 0.5)
         q = np.outer(np.sqrt(self.card.horizons), 1.2 * r[-1] * (mood == 4) + width * norm.ppf(LEVELS))
