@@ -497,6 +497,9 @@ def test_what_is_known_is_not_asked_again() -> None:
     values[106 - 2] *= 1.001
     assert asked(values, 107) == 3 + max(HORIZONS)
     assert asked(values, 108) == 1
+    inner.asked.clear()
+    lived.forecast([Window("WALK", window.close_times[:n], values[:n]) for n in range(108, 120)])
+    assert len(inner.asked) == 11
 
 
 def test_a_call_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
