@@ -2,13 +2,13 @@
 
 Each forecast of the past and its outcome give a normal score: where in the forecast the outcome fell, on the
 scale of the standard normal distribution. Scores of a calibrated forecaster are N(0, 1). What they were
-instead corrects the newest forecast (the recalibration of Kuleshov, Fenner and Ermon 2018, with one degree of
-freedom instead of isotonic regression).
+instead corrects the newest forecast (the recalibration of Kuleshov, Fenner and Ermon 2018; up and down are
+corrected alike, and shrunk).
 """
 
 from collections.abc import Sequence
 from functools import lru_cache
-from math import inf, log, nan, pi, sqrt
+from math import inf, log, nan
 from statistics import NormalDist
 from typing import Any
 
@@ -22,7 +22,7 @@ from barcast.models.window import Window
 
 Array = NDArray[np.float64]
 
-OUTCOMES = 500  # of each horizon that a forecast is corrected by
+OUTCOMES = 2000  # of each horizon that a forecast is corrected by
 JUDGED = 250  # outcomes of each horizon that the coverage is counted over
 PRIOR = 50  # independent outcomes that a scale of 1 counts as
 LIMIT = 4.0  # no score is farther out
@@ -43,13 +43,17 @@ def normal(levels: tuple[float, ...]) -> Array:
 def recalibrated(scores: Array, h: int, levels: tuple[float, ...]) -> Array:
     """The normal scores (Q,), rising, at which to read a forecast over h bars, to get its levels right.
 
-    `scores` (n,) are those of past outcomes, oldest first. The levels' own are multiplied by the mean
-    absolute score over that of N(0, 1). Outcomes over h bars overlap, n of them are worth n / h; `PRIOR`
-    independent ones say that the scale is 1.
+    `scores` (n,) are those of past outcomes, oldest first. The levels' own give way to the quantiles of the
+    scores and of their mirror images. Outcomes over h bars overlap, n of them are worth n / h; `PRIOR`
+    independent ones say that the levels' own are right.
     """
-    prior = PRIOR * h
-    size = float(np.add.reduce(np.abs(scores))) / sqrt(2 / pi)
-    return (size + prior) / (len(scores) + prior) * normal(levels)
+    z = normal(levels)
+    if not len(scores):
+        return z
+    share = len(scores) / (len(scores) + PRIOR * h)
+    found = np.quantile(np.concatenate((scores, -scores)), levels)
+    rising: Array = np.maximum.accumulate(z + share * (found - z))
+    return rising
 
 
 def normal_scores(outcomes: Array, quantiles: Array, levels: tuple[float, ...], dice: Array) -> Array:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from barcast.models import samplers
 from barcast.models.forecast import Card, Forecast
-from barcast.models.scaling import Scaling
+from barcast.models.scaling import Frame, Scaling
 from barcast.models.sssd import SSSD, knot_scores, piecewise
 from barcast.models.window import Window
 
@@ -135,10 +135,10 @@ class SSSDForecaster:
         """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
         use_one_thread()
         with torch.inference_mode():
-            return [self._forecast(window) for window in windows]
+            frames = self._scaling.of_windows(windows)
+            return [self._forecast(*pair) for pair in zip(windows, frames, strict=True)]
 
-    def _forecast(self, window: Window) -> Forecast:
-        frame = self._scaling.of_window(window)
+    def _forecast(self, window: Window, frame: Frame) -> Forecast:
         features = torch.from_numpy(frame.features).float()  # (1, F)
         knots = self._net.map.average(features)  # (1, H, K)
         u = knot_scores().expand(knots.shape)

@@ -9,6 +9,7 @@ there. All is float64 and free of BLAS, whose sums may change with the shape.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import log, pi
 
 import numpy as np
@@ -27,8 +28,9 @@ FLOOR = 1e-3  # of the reference variance: keeps the logarithm of a quiet bar fi
 TINY = 1e-12  # variance per bar below which a symbol counts as standing still: (0.01 bp)²
 SLOT_PRIOR = 30.0  # bars of evidence for "no seasonality" in every slot; as many bars ahead, as often
 OWN_PRIOR = 60.0  # the same, for "as the other symbols" in every slot of a symbol
-LEVEL_PRIOR = 50.0  # realised residuals of evidence for "the scale is right"
+LEVEL_PRIOR = 25.0  # realised residuals of evidence for "the scale is right", for each bar of the horizon
 SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
+APART = 8  # bars between windows that share the work of their history, at most
 CHUNK = 32  # entries that are summed at once
 TAIL = 6.0  # a residual counts as at most this in the features of the tails
 CLIP = 5.0  # standardised features end here
@@ -46,6 +48,7 @@ class Layout:
     slots: int  # seasonal slots: hours of the week, or weekdays
     tails: tuple[int, ...]  # realised residuals behind the features of the tails' weight and side
     regime: int  # bars of the longest mean of the range, none if 0
+    calibration: int  # outcomes of its own that a forecast is corrected by
 
 
 INTRADAY = Layout(
@@ -56,6 +59,7 @@ INTRADAY = Layout(
     slots=168,
     tails=(100, 500),
     regime=1920,
+    calibration=2000,
 )
 DAILY = Layout(
     har=(1, 5, 22, 66),
@@ -65,6 +69,7 @@ DAILY = Layout(
     slots=7,
     tails=(),
     regime=0,
+    calibration=1000,
 )
 
 
@@ -159,12 +164,68 @@ class Scaling:
         features = np.clip((x - self.mean) / self.std, -CLIP, CLIP)
         return Frame(first, raw[first - 1 :] * level, features, _channels(s, self.layout, season))
 
+    def of_windows(self, windows: Sequence[Window]) -> list[Frame]:
+        """The frame of each window's newest bar: as `of_window` gives it, to the bit.
+
+        Windows that are cut one behind the other from one full history share the work of its bars.
+        """
+        frames: list[Frame] = []
+        for run in _runs(windows, self.window):
+            if len(run) == 1:
+                frames.append(self.of_window(run[0]))
+                continue
+            times, values = _joined(run)
+            last = len(times) - 1
+            ends = np.searchsorted(times, [window.close_time for window in run])
+            whole = self.frame(run[0].symbol, times, values, int(ends[0]))
+            for k in ends.tolist():
+                at = slice(k - int(ends[0]), k - int(ends[0]) + 1)
+                channels = whole.channels[: len(whole.channels) - (last - k)]
+                frames.append(Frame(k, whole.scale[at], whole.features[at], channels))
+        return frames
+
     def of_window(self, window: Window) -> Frame:
         """The frame of a window's newest bar, n = 1, from its last `self.window` bars."""
         if len(window) < self.min_window:
             raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {self.min_window}")
         times, values = window.close_times[-self.window :], window.values[-self.window :]
         return self.frame(window.symbol, times, values, len(times) - 1)
+
+
+def _runs(windows: Sequence[Window], length: int) -> list[list[Window]]:
+    """Windows in order, those together that were cut from one array, each at most `APART` bars on.
+
+    The first of a run has at least `length` bars, so that none is warming.
+    """
+    runs: list[list[Window]] = []
+    for window in windows:
+        before = runs[-1][-1] if runs else None
+        if before is not None and len(runs[-1][0]) >= length and 0 < _steps(before, window) <= APART:
+            runs[-1].append(window)
+        else:
+            runs.append([window])
+    return runs
+
+
+def _steps(before: Window, window: Window) -> int:
+    """How many rows a window ends behind another one in the same memory; 0 if it is not so."""
+    a, b = before.values, window.values
+    same = a.base is b.base and a.base is not None and a.strides == b.strides == (40, 8)
+    if not same or before.symbol != window.symbol or len(window) < len(before):
+        return 0
+    start = (b.__array_interface__["data"][0] - a.__array_interface__["data"][0]) // 40
+    behind: int = start + len(b) - len(a)
+    return behind
+
+
+def _joined(run: Sequence[Window]) -> tuple[Ints, Array]:
+    """Closes (N,) and values (N, 5) from the first bar of the first window to the last of the last."""
+    times, values = [run[0].close_times], [run[0].values]
+    for before, window in pairwise(run):
+        new = _steps(before, window)
+        times.append(window.close_times[-new:])
+        values.append(window.values[-new:])
+    return np.concatenate(times), np.concatenate(values)
 
 
 def signed_features(timeframe: str, horizons: Sequence[int]) -> NDArray[np.bool_]:
@@ -333,7 +394,7 @@ def _sums(x: Array, w: int) -> Array:
     m, rest = divmod(w, CHUNK)
     n = len(x) - w + 1
     chunks = np.add.reduce(sliding_window_view(x, CHUNK), -1)  # entry i: x[i] to x[i + 31]
-    total = chunks[w - CHUNK :].copy()
+    total: Array = chunks[w - CHUNK :].copy()
     for j in range(2, m + 1):
         total += chunks[w - j * CHUNK :][:n]
     if rest:
@@ -420,7 +481,8 @@ def _realised(x: Array, w: int, h: int, first: int) -> tuple[Array, Ints]:
 def _level(e: Array, w: int, h: int, first: int) -> Array:
     """How large the last `w` realised residuals were against their scale, shrunk to 1, (n,)."""
     mean, n = _realised(np.abs(e), w, h, first)
-    level: Array = (n * mean + LEVEL_PRIOR) / (n + LEVEL_PRIOR)
+    prior = LEVEL_PRIOR * h
+    level: Array = (n * mean + prior) / (n + prior)
     return level
 
 

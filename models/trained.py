@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from barcast.models.calibration import Calibrated
 from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Forecaster
@@ -76,15 +77,16 @@ class Trained:
     levels: tuple[float, ...]
     record: Record
 
-    def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> SSSDForecaster:
-        """A forecaster with the default sampler and steps where None is given; see `Model.forecaster`.
+    def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> Calibrated:
+        """A calibrated forecaster, default sampler and steps where None is given; see `Model.forecaster`.
 
         By default nothing is sampled where validation found that the diffusion model adds nothing. Raise
         `ConfigError` for an unknown sampler or number of steps.
         """
         if steps is None:
             steps = STEPS if self.record.denoiser_step or sampler else 0
-        return SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
+        raw = SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
+        return Calibrated(raw, self.scaling.layout.calibration)
 
 
 def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:
