@@ -60,12 +60,13 @@ class Garch(Fitted[Process]):
     """
 
     def __init__(self, name: str, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
-        _, self._seasonal, reach = parse(name, timeframe)
+        _, self._seasonal, reach = parse(name, timeframe, horizons)
         try:
             import arch
         except ImportError as error:
             raise ConfigError(
-                f"model {name!r} needs the package arch: pip install 'barcast[baselines]', or name another"
+                f"model {name!r} needs the package arch; install barcast with its extra baselines: "
+                "pip install '.[baselines]', or name another"
             ) from error
         parameters = {"version": VERSION, "paths": PATHS, "seed": SEED, **asdict(reach)}
         card = card_of(name, timeframe, horizons, levels, reach.fit + reach.refit, reach.least, parameters)
