@@ -13,7 +13,7 @@ from tests.garch import simulate
 from tests.integration.instance import Feed, Instance, Subscriber, rough, write_history
 
 MINUTE = 60 * 10**9
-HISTORY, LIVE = 1450, 30
+HISTORY, LIVE = 1450, 16
 
 
 def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp_path):
