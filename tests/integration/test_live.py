@@ -43,7 +43,7 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path)
     instance.sampler = "ddim"
     shutil.copytree(checkpoints / "good", instance.state / "challengers" / "better")
     soon = datetime.now(UTC) + timedelta(seconds=7)
-    instance.cron = f"{soon.second} {soon.minute} {soon.hour} * * *"
+    instance.cron = f"{soon.second} * * * * *"
     instance.launch()
     instance.wait_for("ready", count=2)
     sleep_until(60)
