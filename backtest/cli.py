@@ -110,7 +110,9 @@ Since = Annotated[
 Until = Annotated[
     datetime | None,
     typer.Option(
-        help="Take closes before this moment only, in the same form, UTC.", metavar="TIME", formats=FORMATS
+        help="Take closes before this moment only: 2025-01-31 or 2025-01-31T16:00:00Z.",
+        metavar="TIME",
+        formats=FORMATS,
     ),
 ]
 ModelName = Annotated[
@@ -120,9 +122,12 @@ ModelName = Annotated[
         "of bars shorter than a day also with a time-of-week factor: hs-s, fhs-s, ewma-s, har-s or garch-s."
     ),
 ]
-Sampler = Annotated[str | None, typer.Option(help="dpmpp (fast) or ddim; default: the model's own.")]
+Sampler = Annotated[
+    str | None, typer.Option(help="Of a diffusion model: dpmpp (fast) or ddim; default: the model's own.")
+]
 Steps = Annotated[
-    int | None, typer.Option(help="Network evaluations per sample; default: the model's own.", min=2)
+    int | None,
+    typer.Option(help="Of a diffusion model: its evaluations per sample; default: the model's own.", min=2),
 ]
 
 
@@ -295,11 +300,11 @@ def train(
         float,
         typer.Option(help="Share of the newest bars that are not learnt from, to judge on.", min=0, max=0.5),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of initial weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers of sssd and lgbm.")] = 0,
     kind: Annotated[
         Kind,
         typer.Option(
-            help="sssd, the diffusion model; lgbm, boosted trees (needs barcast\\[baselines]); or ensemble."
+            help="sssd, the diffusion model; lgbm, boosted trees (needs the extra baselines); or ensemble."
         ),
     ] = Kind.sssd,
     member: Annotated[
@@ -319,7 +324,8 @@ def train(
     """Train a model on bars closed before --until and write a checkpoint.
 
     An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
-    of the bars chose; it holds copies of members that are checkpoints.
+    of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --init-from,
+    --precision and --accumulate go with sssd alone.
 
     The same command again goes on with a training that was interrupted. Several processes share a training
     under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
@@ -445,14 +451,14 @@ def forecast(
     import numpy as np
 
     from barcast.daemon.wire import to_text
-    from barcast.models import Window, open_model
+    from barcast.models import Window, check_sampled, open_model
 
     timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
-    histories = _histories(files, stamp, closes, symbol, until, adjustments)
-    _sampled(model, sampler, steps)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
+    check_sampled(model, card, sampler, steps)
+    histories = _histories(files, stamp, closes, symbol, until, adjustments)
     windows = []
     for name, h in histories.items():
         if len(h) < card.min_window:
@@ -517,17 +523,17 @@ def predict(
     Writes a row for each origin and horizon (bars): symbol, ts, horizon, and the quantiles as log returns
     from the origin's close: q05, q10 and so on.
     """
-    _sampled(model, sampler, steps)
     if out_file.is_dir():
         raise typer.BadParameter(f"{out_file} is a directory: name a file", param_hint="--out")
     from barcast.backtest.predict import predict as quantiles
     from barcast.daemon.adjustments import read_adjustments
     from barcast.daemon.history import read_origins, read_windows, scan
-    from barcast.models import open_model
+    from barcast.models import check_sampled, open_model
 
     timeframe = timeframe or _found(files, stamp, calendar, None)
     closes = _calendars(calendar, symbol_calendar, timeframe)
     forecaster = open_model(model, timeframe, sampler, steps)
+    check_sampled(model, forecaster.card, sampler, steps)
     wanted = read_origins(origins, stamp.value, closes)
     histories = read_windows(scan(files, stamp.value, closes))
     declared = read_adjustments(adjustments) if adjustments else []
@@ -564,7 +570,6 @@ def backtest(
 
     Bars before --since only warm the windows up. A target is filled at the next bar's open.
     """
-    _sampled(model, sampler, steps)
     if report.is_dir():
         raise typer.BadParameter(f"{report} is a directory: name a file", param_hint="--report")
     from barcast.backtest.replay import run_backtest
@@ -692,7 +697,7 @@ def replay(
         ),
     ] = None,
 ) -> None:
-    """Compute every message of a recorded live run again, from its journal alone."""
+    """Compute every message of a recorded live run again, from its journal and the models beside it."""
     from barcast.backtest.replay import compare, read_capture, replay_journal
 
     captured = read_capture(capture) if capture else None
@@ -912,13 +917,6 @@ def _histories(
 
     windows = read_windows(scan(files, stamp.value, calendars, symbols, None, _ns(until)))
     return adjusted(windows, read_adjustments(adjustments)) if adjustments else windows
-
-
-def _sampled(model: str, sampler: str | None, steps: int | None) -> None:
-    from barcast.models import BASELINES
-
-    if model in BASELINES and (sampler or steps):
-        raise typer.BadParameter(f"{model} is not sampled: --sampler and --steps go with a checkpoint")
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

@@ -18,7 +18,7 @@ from barcast.daemon.timeframe import DAY, Timeframe
 from barcast.models import (
     BASELINES,
     LEVELS,
-    BarcastError,
+    ConfigError,
     DataError,
     Forecaster,
     Window,
@@ -127,7 +127,7 @@ def open_field(names: Sequence[str], timeframe: str) -> Field:
         try:
             field.forecasters[name] = BASELINES[name](timeframe, horizons, levels)
             field.names[name] = name
-        except (BarcastError, ImportError) as error:
+        except ConfigError as error:
             if name in named:
                 raise
             field.left_out[name] = str(error)

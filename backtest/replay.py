@@ -36,7 +36,7 @@ from barcast.daemon.ports import (
 from barcast.daemon.store import ModelStore
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
-from barcast.models import BASELINES, Adjustment, Bar, ConfigError, DataError, open_model
+from barcast.models import BASELINES, Adjustment, Bar, ConfigError, DataError, check_sampled, open_model
 
 Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
@@ -159,9 +159,10 @@ def run_backtest(
 
     `stamp` says which end of a bar the files' times name. `since` and `until` are datetimes, ISO 8601 texts
     or nanoseconds since 1970, UTC where they name no zone: bars before `since` only warm the windows up.
-    `model` is a checkpoint directory, `hs` or `fhs`. Bars of one close count as received together at that
-    moment; a target is filled at the next bar's open. `calendars` (symbol -> name) are those of symbols that
-    keep other hours than `calendar`; an adjustment takes effect with the first bar after its time.
+    `model` is a checkpoint directory or the name of a baseline. Bars of one close count as received together
+    at that moment; a target is filled at the next bar's open. `calendars` (symbol -> name) are those of
+    symbols that keep other hours than `calendar`; an adjustment takes effect with the first bar after its
+    time.
     Raise DataError for bars that cannot be used, ConfigError for settings, CheckpointError for the model.
     """
     if stamp not in ("open", "close"):
@@ -171,6 +172,7 @@ def run_backtest(
     closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
+    check_sampled(model, card, sampler, steps)
     frame = scan(paths, stamp, closes, symbols, None, until)
     settings = Settings(
         root="backtest",

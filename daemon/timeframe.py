@@ -21,7 +21,8 @@ class Timeframe:
     def parse(cls, text: str) -> "Timeframe":
         """Read `1m`, `4h`, `1d` or `session`. Raise `ConfigError` for anything else.
 
-        A duration below a day must divide a day; from a day on it must be whole days.
+        A duration below a day must divide a day; from a day on it must be whole days. It has one name, in the
+        largest unit, since topics, models and baselines go by it.
         """
         if text == "session":
             return cls(text, None)
@@ -37,15 +38,22 @@ class Timeframe:
                 f"timeframe {text!r} neither divides a day nor is whole days: "
                 "take one such as 15m, 4h, 1d or 7d."
             )
+        if text != (name := _name(duration)):
+            raise ConfigError(f"timeframe {text!r} is {name!r}: write that.")
         return cls(text, duration)
 
     @classmethod
     def of(cls, duration: int) -> "Timeframe":
         """The timeframe of this many nanoseconds. Raise `ConfigError` when there is none."""
-        unit = next((unit for unit in reversed(_UNITS) if duration % _UNITS[unit] == 0), None)
-        if unit is None:
+        if duration % TIME_UNIT:
             raise ConfigError(f"{duration / TIME_UNIT} s is no timeframe: take whole seconds.")
-        return cls.parse(f"{duration // _UNITS[unit]}{unit}")
+        return cls.parse(_name(duration))
 
     def __str__(self) -> str:
         return self.text
+
+
+def _name(duration: int) -> str:
+    """Whole seconds, in nanoseconds, by the largest unit that divides them."""
+    unit = next(unit for unit in reversed(_UNITS) if duration % _UNITS[unit] == 0)
+    return f"{duration // _UNITS[unit]}{unit}"

@@ -7,7 +7,7 @@ What needs torch is imported by its module: `diffusion` (the forecaster), `train
 from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.calibration import Calibrated
-from barcast.models.catalog import BASELINES, open_model
+from barcast.models.catalog import BASELINES, check_sampled, open_model
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
 from barcast.models.evaluation import Scores, compare, score
 from barcast.models.fitted import Scaled
@@ -37,6 +37,7 @@ __all__ = [
     "Verdict",
     "Window",
     "Windows",
+    "check_sampled",
     "compare",
     "default_horizons",
     "open_model",

@@ -7,7 +7,7 @@ from pathlib import Path
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.errors import ConfigError
 from barcast.models.fitted import Scaled
-from barcast.models.forecast import LEVELS, Forecaster, default_horizons
+from barcast.models.forecast import LEVELS, Card, Forecaster, default_horizons
 from barcast.models.garch import Garch
 
 BASELINES: dict[str, Callable[[str, Sequence[int], Sequence[float]], Forecaster]] = {
@@ -25,7 +25,7 @@ All raise `ConfigError` where they cannot serve: -s on daily bars, GARCH without
 def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None) -> Forecaster:
     """Open a checkpoint directory, or a baseline by its name. Imports torch for a checkpoint only.
 
-    Sampler and steps are for models that are sampled; the others have none.
+    Sampler and steps are for models that are sampled; the others have none, see `check_sampled`.
     """
     if name in BASELINES:
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
@@ -38,3 +38,12 @@ def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None
             "name another model or train one"
         )
     return forecaster
+
+
+def check_sampled(name: str, card: Card, sampler: str | None, steps: int | None) -> None:
+    """Raise `ConfigError` where a sampler or steps are asked of a model that is not sampled."""
+    if card.sampler == "none" and (sampler is not None or steps is not None):
+        raise ConfigError(
+            f"{name} is not sampled: leave sampler and steps out, or name a diffusion model, or an ensemble "
+            "with one"
+        )

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from barcast.models.catalog import BASELINES
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.evaluation import collect
-from barcast.models.forecast import Card, Forecast, Forecaster
+from barcast.models.forecast import FAR, Card, Forecast, Forecaster
 from barcast.models.gbm import VALIDATION
 from barcast.models.origins import LEAST, split
 from barcast.models.quantiles import forecast_of
@@ -184,7 +184,7 @@ def train(
         stride=_stride(bars),
     )
     quantiles = np.stack(found.quantiles)  # (M, n, H, Q)
-    whole = np.isfinite(quantiles).all((0, 2, 3))
+    whole = (np.abs(quantiles) < FAR).all((0, 2, 3))  # not of nan
     if whole.sum() < LEAST:
         raise _too_few(int(whole.sum()), since, data.validation_end)
     H = range(len(horizons))

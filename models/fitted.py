@@ -7,7 +7,7 @@ symbol, and so changes rarely. It is kept until the bars it was fitted to are ot
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from math import log
 from statistics import NormalDist
@@ -246,7 +246,7 @@ class Scaled(Fitted[tuple[Season | None, Har | None]]):
     """
 
     def __init__(self, name: str, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
-        self._kind, self._seasonal, reach = parse(name, timeframe)
+        self._kind, self._seasonal, reach = parse(name, timeframe, horizons)
         fits = self._seasonal or self._kind == "har"
         past = {"hs": 0, "ewma": MEMORY, "fhs": MEMORY, "har": reach.har[-1]}[self._kind]
         self._burn = min(past, reach.har[-2]) if self._kind == "har" else past  # bars without an outcome
@@ -317,9 +317,10 @@ class Scaled(Fitted[tuple[Season | None, Har | None]]):
         return known
 
 
-def parse(name: str, timeframe: str) -> tuple[str, bool, Reach]:
+def parse(name: str, timeframe: str, horizons: Sequence[int]) -> tuple[str, bool, Reach]:
     """The kind of a baseline, whether it has a season, and its reach.
 
+    Four times the longest horizon is the least that is fitted to: an outcome is to leave bars to learn from.
     Raise `ConfigError` for a season on daily bars, and for a timeframe that is unknown.
     """
     kind, seasonal = name.removesuffix("-s"), name.endswith("-s")
@@ -328,7 +329,9 @@ def parse(name: str, timeframe: str) -> tuple[str, bool, Reach]:
         raise ConfigError(
             f"model {name!r} needs hours of the week, which {timeframe!r} bars do not have; take {kind!r}"
         )
-    return kind, seasonal, DAILY if daily else INTRADAY
+    reach = DAILY if daily else INTRADAY
+    least = max(reach.least, 4 * max(horizons))
+    return kind, seasonal, replace(reach, least=least, fit=max(reach.fit, least))
 
 
 def _nanoseconds(timeframe: str) -> int:

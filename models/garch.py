@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from math import sqrt
 from typing import Any
 
@@ -60,16 +61,18 @@ class Garch(Fitted[Process]):
     """
 
     def __init__(self, name: str, timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> None:
-        _, self._seasonal, reach = parse(name, timeframe)
+        _, self._seasonal, reach = parse(name, timeframe, horizons)
         try:
             import arch
         except ImportError as error:
             raise ConfigError(
-                f"model {name!r} needs the package arch: pip install 'barcast[baselines]', or name another"
+                f"model {name!r} needs the package arch; install barcast with its extra baselines: "
+                "pip install '.[baselines]', or name another"
             ) from error
         parameters = {"version": VERSION, "paths": PATHS, "seed": SEED, **asdict(reach)}
         card = card_of(name, timeframe, horizons, levels, reach.fit + reach.refit, reach.least, parameters)
-        super().__init__(replace(card, fingerprint=f"{card.fingerprint} arch={arch.__version__}"), reach)
+        fitter = f"arch={arch.__version__} scipy={version('scipy')}"  # whose optimiser arch calls
+        super().__init__(replace(card, fingerprint=f"{card.fingerprint} {fitter}"), reach)
         rng = np.random.default_rng(SEED)
         orders = [rng.permutation(PATHS) for _ in range(max(horizons))]
         self._levels = (np.array(orders) + 0.5) / PATHS

@@ -230,7 +230,8 @@ def _lightgbm() -> ModuleType:
         import lightgbm
     except (ImportError, OSError) as error:  # without the package, or without its OpenMP
         raise ConfigError(
-            f"lightgbm cannot be imported ({error}); install it with `pip install barcast[baselines]`"
+            f"lightgbm cannot be imported ({error}); install barcast with its extra baselines: "
+            "pip install '.[baselines]'"
         ) from error
     module: ModuleType = lightgbm
     return module

@@ -12,7 +12,7 @@ from barcast.backtest import cli
 from barcast.backtest.replay import read_capture, run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon.adjustments import read_adjustments
-from barcast.models import DataError, ensemble, gbm
+from barcast.models import ConfigError, DataError, ensemble, gbm
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS"]
 SAMPLE, MODEL = str(sample_bars()), str(sample_checkpoint())
@@ -163,6 +163,10 @@ def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path, monkeypatch
         assert "in sample" in str(seen.meta["warning"])
         assert later.meta["warning"] == ""
         assert run("forecast", *history, "--model", model)[0] == 0
+        status, _, err = run("forecast", *history, "--model", model, "--sampler", "ddim")
+        assert (status, "is not sampled: leave sampler and steps out" in err) == (78, True)
+        with pytest.raises(ConfigError, match="is not sampled"):
+            run_backtest([SAMPLE], model=model, steps=4, **options)
 
 
 def test_training_never_replaces_what_is_no_model(run, tmp_path):

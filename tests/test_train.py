@@ -15,6 +15,7 @@ from barcast.backtest.sample import sample_bars
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
 QUICK = [*DAILY, "--until", "2008-01-01", "--steps", "13"]
+QUICKER = [*QUICK[:-1], "5"]
 
 KILLED = """
 import os, random, signal, sys
@@ -92,10 +93,10 @@ def test_each_epoch_is_a_log_line_with_both_losses(run, bars, tmp_path):
 
 def test_two_processes_train_one_model(bars, run, tmp_path):
     """Under torchrun two processes share each batch, and one of them writes and speaks."""
-    status, _, err = run("train", bars, *QUICK, "--out", str(tmp_path / "one"))
+    status, _, err = run("train", bars, *QUICKER, "--out", str(tmp_path / "one"))
     assert status == 0, err
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    me = ["-m", "barcast.backtest.cli", "train", bars, *QUICK, "--out", str(tmp_path / "two")]
+    me = ["-m", "barcast.backtest.cli", "train", bars, *QUICKER, "--out", str(tmp_path / "two")]
     two = python(*launch, *me)
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("written to") == 1

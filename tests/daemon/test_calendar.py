@@ -33,12 +33,22 @@ def new_york(*parts: int) -> int:
 
 @pytest.mark.parametrize(
     ("text", "duration"),
-    [("1m", 60 * 10**9), ("4h", 4 * HOUR), ("90s", 90 * 10**9), ("7d", 7 * DAY), ("48h", 2 * DAY)],
+    [("1m", 60 * 10**9), ("4h", 4 * HOUR), ("90s", 90 * 10**9), ("7d", 7 * DAY)],
 )
 def test_timeframes(text: str, duration: int) -> None:
     """A timeframe divides a day or is whole days."""
     assert Timeframe.parse(text).duration == duration
     assert str(Timeframe.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("60s", "1m"), ("120m", "2h"), ("24h", "1d"), ("48h", "2d"), ("86400s", "1d")]
+)
+def test_a_length_has_one_name(text: str, name: str) -> None:
+    """A timeframe in a smaller unit than need be is refused with its name."""
+    with pytest.raises(ConfigError, match=f"timeframe {text!r} is {name!r}: write that"):
+        Timeframe.parse(text)
+    assert Timeframe.of(Timeframe.parse(name).duration or 0).text == name
 
 
 @pytest.mark.parametrize(

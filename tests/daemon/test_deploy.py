@@ -21,6 +21,9 @@ def test_example_configuration_is_in_order(tmp_path):
         shown = shown.replace(f"# {key} = ", f"{key} = ")
     path.write_text(shown)
     explicit = load(path)
-    changed = {"model": explicit.model.model_copy(update={"sampler": None, "steps": None})}
+    changed = {
+        "model": explicit.model.model_copy(update={"sampler": None, "steps": None}),
+        "retrain": explicit.retrain.model_copy(update={"steps": None}),
+    }
     assert explicit.model_copy(update=changed) == plain
-    assert (explicit.model.sampler, explicit.model.steps) == ("dpmpp", 8)
+    assert (explicit.model.sampler, explicit.model.steps, explicit.retrain.steps) == ("dpmpp", 8, 300)

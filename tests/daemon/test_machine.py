@@ -549,4 +549,4 @@ def plain(b: Bar) -> Bar:
 
 def test_whatever_happens_every_promise_holds():
     """Bars, bad messages, adjustments, decisions, late timers, lost connections and crashes in any order."""
-    run_state_machine_as_test(DaemonMachine, settings=settings(max_examples=250, stateful_step_count=40))
+    run_state_machine_as_test(DaemonMachine, settings=settings(max_examples=200, stateful_step_count=40))

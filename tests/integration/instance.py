@@ -188,14 +188,15 @@ class Feed(threading.Thread):
         self.client.loop_stop()
 
 
-def write_history(windows: list[Window], bars: int, folder: Path) -> None:
-    """The first bars of each symbol as the instance's history."""
-    folder.mkdir(parents=True)
+def write_history(windows: list[Window], bars: int, folder: Path, first: int = 0) -> None:
+    """The bars of each symbol up to a number of them, from the `first` on, as the instance's history."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("open", "high", "low", "close", "volume")
     frames = [
         pl.DataFrame(
-            {"symbol": [w.symbol] * bars, "close_time": w.close_times[:bars]}
-            | {n: w.values[:bars, i] for i, n in enumerate(("open", "high", "low", "close", "volume"))}
+            {"symbol": [w.symbol] * (bars - first), "close_time": w.close_times[first:bars]}
+            | {n: w.values[first:bars, i] for i, n in enumerate(names)}
         ).with_columns(pl.col("close_time").cast(pl.Datetime("ns", "UTC")))
         for w in windows
     ]
-    pl.concat(frames).write_parquet(folder / "history.parquet")
+    pl.concat(frames).write_parquet(folder / f"from{first}.parquet")

@@ -13,10 +13,10 @@ from tests.garch import simulate
 from tests.integration.instance import Feed, Instance, Subscriber, rough, write_history
 
 MINUTE = 60 * 10**9
-HISTORY, LIVE = 1450, 30
+HISTORY, LIVE = 1450, 16
 
 
-def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp_path):
+def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp_path, request):
     """A trainer that is killed is named in the log; bad messages become dead letters; signals go on."""
     names = ["AA", "BB", "CC"]
     windows = [simulate(name, HISTORY + LIVE, seed=2, step=MINUTE).window for name in names]
@@ -34,6 +34,7 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     write_history(windows, HISTORY, instance.state / "history")
     subscriber = Subscriber(broker.port)
     instance.launch()
+    request.addfinalizer(instance.kill)
     instance.wait_for("broker_connected")
     feed = Feed(instance, rough(windows, HISTORY, seed=1))
     feed.start()

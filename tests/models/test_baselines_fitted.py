@@ -192,6 +192,19 @@ def test_they_look_at_their_window_only(name: str, window: Window) -> None:
         forecaster.forecast([until(window, forecaster.card.min_window - 1)])
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("horizon", [100, 300, 1500])
+@pytest.mark.parametrize("name", ["har", "har-s", "fhs-s"])
+def test_a_long_horizon_leaves_bars_to_fit_to(name: str, horizon: int) -> None:
+    """However far ahead, the first forecasts are fitted to some outcomes."""
+    forecaster = Scaled(name, "1h", (1, horizon), LEVELS)
+    n = forecaster.card.min_window
+    assert n <= forecaster.card.window
+    bars = simulate("SIM", n + 240, seed=4).window
+    for f in forecaster.forecast([until(bars, n + more) for more in (0, 1, 120, 240)]):
+        assert 0.1 < width(f)[1] / width(f)[0] / np.sqrt(horizon) < 10
+
+
 def test_later_bars_do_not_touch_earlier_forecasts(window: Window) -> None:
     """With all bars after one replaced, and looked at first, the forecasts up to it keep their bits."""
     poisoned = window.values.copy()
