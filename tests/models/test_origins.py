@@ -27,9 +27,7 @@ def split(
     hold_out: float = 0.1,
 ) -> Split:
     """Hourly bars with a validation and a held-out part."""
-    return cut_and_collect(
-        histories, "1h", HORIZONS, until, folder, validation=validation, hold_out=hold_out
-    )
+    return cut_and_collect(histories, "1h", HORIZONS, until, folder, validation=validation, hold_out=hold_out)
 
 
 def test_outcomes_are_realised_before_their_part_ends(histories: list[Window]) -> None:
