@@ -148,7 +148,7 @@ def test_quantiles_rise_on_any_window(opened: Open, seed: int, n: int, crash: fl
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_zero_denoiser_is_the_map_alone(trained: Trained, windows: list[Window], sampler: str) -> None:
-    """Without a velocity the quantiles are those of the map at exact normal scores, by any sampler or none."""
+    """Without a velocity the quantiles are those of the map at exact normal scores, by a sampler or none."""
     net, window = trained.net, windows[-1]
     weight = net.denoiser.leave.weight.detach().clone()
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_a_zero_denoiser_is_the_map_alone(trained: Trained, windows: list[Window
 def test_a_model_whose_denoiser_adds_nothing_is_served_as_the_map_alone(
     trained: Trained, opened: Open, windows: list[Window]
 ) -> None:
-    """By default nothing is sampled, as the card says, and no weight of the denoiser matters; asked, it is."""
+    """By default nothing is sampled, and the card says so; a sampler or steps that are asked for are taken."""
     plain = replace(trained, record=replace(trained.record, denoiser_step=0))
     card = plain.forecaster("x").card
     assert (card.sampler, card.steps, card.samples) == ("none", 0, 0)

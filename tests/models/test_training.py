@@ -275,7 +275,7 @@ def test_shares_of_a_batch_add_up_to_it(data: Split, of: int) -> None:
 def test_outcomes_that_reach_over_a_block_are_refused(small: list[Window]) -> None:
     """Where a horizon leaves a member nothing to learn from, the training ends in a sentence."""
     bars = [Window("A", small[0].close_times[:1900], small[0].values[:1900])]
-    with pytest.raises(DataError, match="over 700 bars reach too far .* give more bars, or shorter"):
+    with pytest.raises(DataError, match=r"over 700 bars reach too far .* give more bars, or shorter"):
         train(bars, timeframe="1h", horizons=(1, 700), levels=LEVELS, steps=2)
 
 
