@@ -176,7 +176,7 @@ def test_a_zero_denoiser_is_the_map_alone(trained: Trained, windows: list[Window
 def test_a_model_whose_denoiser_adds_nothing_is_served_as_the_map_alone(
     trained: Trained, opened: Open, windows: list[Window]
 ) -> None:
-    """By default nothing is sampled, and the card says so; a sampler or steps that are asked for are taken."""
+    """By default nothing is sampled, and the card says so; sampler or steps that are asked for are taken."""
     plain = replace(trained, record=replace(trained.record, denoiser_step=0))
     card = plain.forecaster("x").card
     assert (card.sampler, card.steps, card.samples) == ("none", 0, 0)
