@@ -178,9 +178,9 @@ def train(
     """Train on whole histories, one window for each symbol; a function of (bars, configuration, seed).
 
     `until` (nanoseconds) is the last close that may be used, the newest if None; `hold_out` the share of the
-    newest bars that are left alone. The validation part decides
-    how many trees each quantile has. `progress` is told what is at hand. Raises `DataError` for bars that
-    cannot be learnt from, `ConfigError` for horizons or levels that cannot be used, or without LightGBM.
+    newest bars that are left alone. The validation part decides how many trees each quantile has. `progress`
+    is told what is at hand. Raises `DataError` for bars that cannot be learnt from, `ConfigError` for
+    horizons or levels that cannot be used, or without LightGBM.
     """
     check_outputs(horizons, levels)
     if len(levels) < 2:

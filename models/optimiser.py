@@ -1,9 +1,10 @@
-"""The optimiser's loop: phases of AdamW, each ending with the weights that validation likes best.
+"""The optimiser's loop: phases of AdamW, each ending with the weights that unseen bars like best.
 
-The rate warms up linearly and decays by a cosine (Loshchilov and Hutter 2017). Validation sees an exponential
-average of the weights (Polyak and Juditsky 1992), that of step 0 included. An epoch ends with a look at
-validation. Everything that the loop holds then can be written to a file, from which an interrupted training
-goes on to the same bits. accelerate spreads a batch over processes and over parts of one process.
+The rate warms up linearly and decays by a cosine (Loshchilov and Hutter 2017). What is judged is an
+exponential average of the weights (Polyak and Juditsky 1992), that of step 0 included. An epoch ends with a
+look at it on what was not learnt from. Everything that the loop holds then can be written to a file, from
+which an interrupted training goes on to the same bits. accelerate spreads a batch over processes and over
+parts of one process.
 """
 
 import io
@@ -24,7 +25,7 @@ from torch import Generator, Tensor, nn
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.trained import Candidate
 
-EPOCHS = 12  # looks at the validation part in each phase, after that at step 0
+EPOCHS = 12  # looks at unseen bars in each phase, after that at step 0
 PATIENCE = 6  # looks without a better one after which a phase ends
 DECAY, NORM = 0.05, 1.0  # of weights, and at which gradients are clipped
 MEMORY = 0.998  # of the average of the weights
@@ -74,7 +75,7 @@ class Progress:
     """Where the training stands.
 
     `loss` is the fast loss, averaged over the epoch so far, None before its first step; `crps` is the score
-    of forecasts sampled in full on the validation part, None where there was no look at it. `done` of `total`
+    of forecasts in full on what was not learnt from, None where there was no look at it. `done` of `total`
     steps count all phases. `note` is a sentence for people, empty as a rule.
     """
 
@@ -184,7 +185,7 @@ def fit(
     file: StateFile | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Fitted:
-    """Train parts of `net`, phase after phase; each leaves the weights that validation liked best.
+    """Train parts of `net`, phase after phase; each leaves the weights that its looks liked best.
 
     `file` is where the state is kept, and gone on from. All processes of a group come to the same weights;
     `progress` is called in the main one. Raises `ConfigError` for a cap that leaves no time for a step and
@@ -347,7 +348,7 @@ class _Loop:
             for m in phase.modules:
                 m.train()
         found = [self._agreed(crps) for crps in found]
-        crps = _mean(found) or 0.0
+        crps = sum(found) / len(found)
         if at.losses:
             mean = torch.tensor(_mean(at.losses), dtype=torch.float64)
             at.losses = [float(self.accelerator.reduce(mean, "mean"))]

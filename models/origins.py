@@ -63,8 +63,7 @@ class Split:
 
     Learning ends at `train_end`, validation at `validation_end`; what follows up to `until` is held out.
     The outcomes of a part are realised before it ends. Without a validation part the two ends are one, and
-    `validation` is None. `left_out` are the symbols that are too short to learn
-    from, or stand still.
+    `validation` is None. `left_out` are the symbols that are too short to learn from, or stand still.
     """
 
     histories: tuple[Window, ...]
@@ -138,10 +137,9 @@ def split(
 ) -> Split:
     """Cut whole histories, learn the scaling and collect the origins; no bar after `until` is looked at.
 
-    `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest.
-
-    What the network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for
-    histories that cannot be learnt from.
+    `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest. What the
+    network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for histories that
+    cannot be learnt from.
     """
     if until is None:
         until = max((w.close_time for w in histories if len(w)), default=0)

@@ -14,7 +14,7 @@ from barcast.models.sssd import SSSD
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A state of the network that validation looked at: the end of an epoch, and both losses there."""
+    """A state of the network that was judged: the end of an epoch, and both losses there."""
 
     phase: str  # "map" or "denoiser"
     step: int
@@ -33,7 +33,7 @@ class Past:
     origins: int  # of the training part
     until: int  # no later bar was seen
     train_end: int  # learning ends, validation begins
-    validation_end: int  # validation ends; what follows up to `until` was held out for the gate
+    validation_end: int  # validation, if any, ends; what follows up to `until` was held out for the gate
     fingerprint: str
 
 
@@ -48,11 +48,11 @@ class Record(Past):
     init_from: str | None  # id of the model from which training started
     candidates: tuple[Candidate, ...]
     map_step: tuple[int, ...]  # of each member, chosen on the block that it has not learnt from
-    denoiser_step: int  # chosen by validation; with 0 the map alone forecasts
+    denoiser_step: int  # chosen on the newest block; with 0 the map alone forecasts
     precision: str = "fp32"  # of the losses' arithmetic
     processes: int = 1  # that shared each batch
     accumulate: int = 1  # parts of a batch in each process
-    stopped: tuple[str, ...] = ()  # phases that ended early, as validation no longer improved
+    stopped: tuple[str, ...] = ()  # phases that ended early, as no look was better any more
 
 
 class Model(Protocol):
@@ -70,7 +70,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """A network, the scaling of its inputs and outputs, the levels it was validated on, and its history."""
+    """A network, the scaling of its inputs and outputs, the levels it was judged by, and its history."""
 
     net: SSSD
     scaling: Scaling
@@ -80,7 +80,7 @@ class Trained:
     def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> Calibrated:
         """A calibrated forecaster, default sampler and steps where None is given; see `Model.forecaster`.
 
-        By default nothing is sampled where validation found that the diffusion model adds nothing. Raise
+        By default nothing is sampled where training found that the diffusion model adds nothing. Raise
         `ConfigError` for an unknown sampler or number of steps.
         """
         if steps is None:

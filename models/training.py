@@ -23,9 +23,9 @@ from torch import Generator, Tensor
 
 from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
-from barcast.models.errors import ConfigError
+from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
-from barcast.models.origins import BLOCKS, Origins, Split, split
+from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split
 from barcast.models.scaling import CHANNELS, Scaling, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
 from barcast.models.trained import Record, Trained, check_outputs
@@ -42,7 +42,7 @@ LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
 INPUT_DROP, HIDDEN_DROP = 0.3, 0.4
-BLOCK = 4096  # origins that are encoded at once
+PIECE = 4096  # origins that are mapped at once
 
 
 def train(
@@ -67,10 +67,10 @@ def train(
 
     `until` (nanoseconds) is the last close that may be used, the newest if None; `hold_out` the share of the
     newest bars that are left alone, for the gate. `steps` is the number of optimiser steps in each phase; by
-    default it follows from the number of origins. `seconds` on the
-    monotonic `clock` caps the training, half for each phase, and the record says if it did. `init_from`, a
-    model's id and the model, gives the starting weights. `precision` is fp32 or bf16, of the losses only;
-    `accumulate` is the number of parts in which a process computes a batch.
+    default it follows from the number of origins. `seconds` on the monotonic `clock` caps the training, half
+    for each phase, and the record says if it did. `init_from`, a model's id and the model, gives the starting
+    weights. `precision` is fp32 or bf16, of the losses only; `accumulate` is the number of parts in which a
+    process computes a batch.
 
     `state` is a file that is written at the end of each epoch. Where it is already there, of the same bars
     and options, the training goes on from it, to the bits of one that was not interrupted; whoever keeps the
@@ -118,6 +118,11 @@ class _Training:
         self.mirrored = members >= len(members) // 2  # (M,)
         blocks = self.learn.block
         self.apart = [_thinned((blocks[:, 0] == b).nonzero()[:, 0], LOOK_ORIGINS) for b in range(BLOCKS)]
+        if int(self._learns(torch.arange(len(blocks))[:, None]).sum(0).min()) < LEAST // BLOCKS:
+            raise DataError(
+                f"outcomes over {max(data.scaling.horizons)} bars reach too far for {len(blocks)} forecast "
+                "origins: give more bars, or shorter horizons"
+            )
 
     def run(
         self,
@@ -184,25 +189,28 @@ class _Training:
     def _key(self, options: dict[str, object], seconds: float) -> str:
         """All that the bits of the result depend on, as a hash."""
         data = self.data
-        scope = (data.digest, data.until, data.scaling.timeframe, data.scaling.horizons, self.levels.tolist())
+        s, times = data.scaling, (data.train_end, data.validation_end, data.until)
+        scope = (data.digest, times, s.timeframe, s.horizons, self.levels.tolist())
         program = (asdict(self.net.architecture), self.steps, seconds)
         return sha256(json.dumps([scope, program, options], sort_keys=True).encode()).hexdigest()
 
     def _learns(self, at: Tensor) -> Tensor:
-        """Which members (M,) may learn from origins (...): (..., M); no outcome reaches into their block."""
+        """Which origins (n, M), or (n, 1), each member may learn from, (n, M): no outcome is in its block."""
         first, last = self.learn.block[at].unbind(-1)
-        return (self.unseen < first[..., None]) | (self.unseen > last[..., None])
+        return (self.unseen < first) | (self.unseen > last)
 
     def _prepare_map(self) -> None:
         """The static knots of each member, from the outcomes that it may learn from."""
-        every = self._learns(torch.arange(len(self.learn)))
+        learns = self._learns(torch.arange(len(self.learn))[:, None])  # (n, M)
         for m, mirrored in enumerate(self.mirrored.tolist()):
-            self.net.map.static[m] = _static_knots(self.learn.z[every[:, m]], mirrored)
+            self.net.map.static[m] = _static_knots(self.learn.z[learns[:, m]], mirrored)
 
     def _map_loss(self, share: Share) -> Tensor:
         """Pinball loss of the members' knots, on random origins of each; some see them mirrored."""
         part, g, M = self.learn, share.generator, len(self.unseen)
-        at = share.rows(torch.randint(len(part), (MAP_BATCH, M), generator=g))  # (B, M)
+        drawn = torch.randint(len(part), (MAP_BATCH, M), generator=g)
+        learns = self._learns(drawn)  # of the whole batch, (MAP_BATCH, M)
+        at = share.rows(drawn)  # (B, M)
         sign = share.rows(1 - 2 * torch.randint(2, (MAP_BATCH, M, 1), generator=g).float())
         sign = torch.where(self.mirrored[:, None], sign, 1.0)
         x, z = part.features[at], sign * part.z[at].float()
@@ -211,34 +219,33 @@ class _Training:
         miss = z[..., None] - knots
         p = torch.tensor(PROBABILITIES)
         loss = torch.maximum(p * miss, (p - 1) * miss).mean((-1, -2))  # (B, M)
-        learns = self._learns(at)[torch.arange(len(at))[:, None], torch.arange(M), torch.arange(M)]
-        mean: Tensor = (loss * learns).sum() / learns.sum()
+        mean: Tensor = (loss * share.rows(learns)).sum() * share.of / learns.sum()
         return mean
 
     def _map_crps(self) -> list[float]:
         """CRPS of each member alone, with exact normal scores, on the block that it has not learnt from."""
-        found = []
-        for m, b in enumerate(self.unseen.tolist()):
-            part = self.learn.only(self.apart[b])
-            knots = self.net.map.of_members(part.features)[:, m].double()
-            u = torch.special.ndtri(self.levels).expand(*knots.shape[:2], -1).contiguous()
-            found.append(self._crps(part, piecewise(u, knot_scores().expand(knots.shape), knots)))
+        found = [0.0] * len(self.unseen)
+        for b, at in enumerate(self.apart):
+            part = self.learn.only(at)
+            every = self.net.map.of_members(part.features).double()  # (n, M, H, K)
+            for m in (self.unseen == b).nonzero()[:, 0].tolist():
+                knots = every[:, m]
+                u = torch.special.ndtri(self.levels).expand(*knots.shape[:2], -1).contiguous()
+                found[m] = self._crps(part, piecewise(u, knot_scores().expand(knots.shape), knots))
         return found
 
     def _prepare_denoiser(self) -> None:
         """The scores of all outcomes, whitened; the newest block is left to judge by."""
         net, part = self.net.eval(), self.learn
-        with torch.no_grad():
-            blocks = [part.only(torch.arange(b.start, b.stop)) for b in _blocks(len(part), BLOCK)]
-            scores = torch.cat([self._scores(block, self._unseen_knots(block)) for block in blocks])
         self.older = (part.block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
         self.newest = part.only(self.apart[-1])
+        with torch.no_grad():
+            scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
+            self.look_knots = self._unseen_knots(self.newest)
         H = scores.shape[1]
         W = torch.linalg.cholesky(torch.corrcoef(scores[self.older].T).reshape(H, H))
         net.whiten.copy_(W)
         self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
-        with torch.no_grad():
-            self.look_knots = self._unseen_knots(self.newest)
         a = samplers.alphas_cumprod()
         self.alpha, self.sigma, self.lam = a**0.5, (1 - a) ** 0.5, samplers.lambdas().float()
 
@@ -267,8 +274,7 @@ class _Training:
         net, part, knots = self.net, self.newest, self.look_knots
         distribution = Distribution(net, SAMPLER, STEPS, LOOK_SAMPLES)
         parts = []
-        for b in _blocks(len(part), BATCH):
-            at = torch.arange(b.start, b.stop)
+        for at in _pieces(len(part), BATCH):
             c = net.encoder(part.features[at], part.sequence(at, net.architecture.context))
             parts.append(distribution.quantiles(distribution.sample(c), self.levels))
         z = piecewise(torch.cat(parts).contiguous(), knot_scores().expand(knots.shape), knots)
@@ -288,8 +294,9 @@ class _Training:
         mean: Tensor = (knots * apart[..., None, None]).sum(1) / apart.sum(1)[:, None, None]
         return mean
 
-    def _scores(self, part: Origins, knots: Tensor) -> Tensor:
-        """Normal scores (n, H) float64 of the outcomes under the map."""
+    def _scores(self, part: Origins) -> Tensor:
+        """Normal scores (n, H) float64 of the outcomes by the map of those that have not learnt from them."""
+        knots = self._unseen_knots(part)
         u = piecewise(part.z[..., None], knots, knot_scores().expand(knots.shape))[..., 0]
         return u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
 
@@ -315,12 +322,13 @@ def _thinned(at: Tensor, n: int) -> Tensor:
     return at[:: max(1, -(-len(at) // n))]
 
 
-def _blocks(n: int, size: int) -> list[slice]:
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def _pieces(n: int, size: int) -> tuple[Tensor, ...]:
+    pieces: tuple[Tensor, ...] = torch.split(torch.arange(n), size)
+    return pieces
 
 
 def _static_knots(z: Tensor, mirror: bool) -> Tensor:
-    """Quantiles of all outcomes at the map's knots, (H, K); symmetric if up and down are exchangeable."""
+    """Quantiles of outcomes at the map's knots, (H, K); symmetric if up and down are exchangeable."""
     q = torch.from_numpy(np.quantile(z.numpy(), PROBABILITIES, axis=0).T.copy())
     if mirror:
         q = (q - q.flip(-1)) / 2

@@ -193,7 +193,7 @@ CASES |= {
 # --- models
 
 SAMPLE = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
-ID, WEIGHTS, JSON = "7ee5d72fb3ca64c4", "weights.safetensors", "model.json"
+ID, WEIGHTS, JSON = "28df61a7974e644a", "weights.safetensors", "model.json"
 
 
 def model(damage: Damage, *command: str) -> Build:
@@ -300,8 +300,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "model.json that is a list": (content(JSON, lambda _: b"[1]"), f"{JSON} | holds a list | copy the dir"),
     "another format": (
-        field("format", 2),
-        f"{JSON} | format | is 2 | use the version of barcast that wrote it",
+        field("format", 3),
+        f"{JSON} | format | is 3 | use the version of barcast that wrote it",
+    ),
+    "a format of the past": (
+        field("format", 1),
+        f"{JSON} | format | is 1 | use the version of barcast that wrote it, or train again",
     ),
     "another kind": (field("kind", "ldm"), f"{JSON} | kind | 'ldm' | that `barcast train` wrote"),
     "another noise schedule": (
@@ -324,16 +328,28 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         field("levels", [5, 50]),
         f"{JSON} | levels | (5.0, 50.0) | between 0 and",
     ),
-    "more horizons than the network": (field("horizons", [1, 5, 40]), f"{JSON} | window | 606 | train again"),
+    "more horizons than the network": (field("horizons", [1, 5, 40]), f"{JSON} | window | 356 | train again"),
     "a text for a time": (
         field("record.validation_end", "x"),
         f"{JSON} | validation_end | got `str` | train again",
     ),
     "an unknown size": (field("architecture.heads", 4), f"{JSON} | Architecture | 'heads' | train again"),
     "a negative size": (field("architecture.width", -1), f"{JSON} | architecture.width | -1 | train again"),
-    "weights of another size": (field("architecture.width", 48), f"{WEIGHTS} | encoder. | 96 | train again"),
+    "weights of another size": (field("architecture.width", 48), f"{WEIGHTS} | map. | 96 | train again"),
+    "members of another number": (
+        field("architecture.members", 4),
+        f"{WEIGHTS} | map. | (8, | not (4, | train again",
+    ),
+    "a time zone that there is not": (
+        field("scaling.zone", "Mars"),
+        f"{JSON} | scaling.zone | 'Mars' | UTC, America/New_York | train again",
+    ),
+    "a symbol without a season": (
+        field("scaling.symbols", ["IBM"]),
+        f"{JSON} | scaling.factor | (1, 7), not (2, 7) | train again",
+    ),
     "statistics not finite": (
-        field("scaling.factor", [float("nan")] * 7),
+        field("scaling.factor", [[float("nan")] * 7]),
         f"{JSON} | scaling.factor | a number that is not finite | train again",
     ),
     "statistics of zero": (
@@ -373,6 +389,8 @@ for name in (
     "architecture",
     "scaling",
     "scaling.gain",
+    "scaling.zone",
+    "scaling.symbols",
     "record",
     "record.seed",
 ):
@@ -427,8 +445,8 @@ def unsigned(name: str) -> Damage:
 
 CASES |= {
     "trees: of another format": (
-        other("lgbm", field("format", 2)),
-        f"{JSON} | format | is 2 | use the version",
+        other("lgbm", field("format", 3)),
+        f"{JSON} | format | is 3 | use the version",
     ),
     "trees: cut off": (
         other("lgbm", content(WEIGHTS, lambda b: b[:1000])),
@@ -471,8 +489,8 @@ CASES |= {
         f"model/{JSON} | weights of horizon 1 | sum of 1 | train again",
     ),
     "ensemble: of another format": (
-        other("ensemble", field("format", 2)),
-        f"{JSON} | format | is 2 | use the version of barcast that wrote it",
+        other("ensemble", field("format", 3)),
+        f"{JSON} | format | is 3 | use the version of barcast that wrote it",
     ),
 }
 HOURLY = ["--stamp", "close", "--timeframe", "1h"]
@@ -745,7 +763,7 @@ CASES |= {
         lambda _: ["backtest", ".", *HOURLY],
         ". | holds no .parquet or .csv | put one",
     ),
-    "bars: too few to learn from": (bars(by="train"), "BTC has 9 bars to learn from | give at least"),
+    "bars: too few to learn from": (bars(by="train"), "BTC has 12 bars to learn from | give at least"),
     "bars: all stand still": (bars(by="train", frame=STILL), "BTC | unchanged in 100% | leave it out"),
 }
 

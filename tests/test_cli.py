@@ -149,9 +149,12 @@ def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path, monkeypatch
     history = [SAMPLE, *DAILY, "--symbol", "IBM", "--until", "2005-01-01"]
     trees, mix = str(tmp_path / "trees"), str(tmp_path / "mix")
     status, _, err = run("train", *history, "--out", trees, "--kind", "lgbm")
+    assert (status, "held-out forecasts" in err) == (0, False), err
+    status, _, err = run("train", *history, "--out", trees, "--kind", "lgbm", "--hold-out", "0.1")
     assert (status, "held-out forecasts" in err) == (0, True), err
     members = ["--member", "fhs", "--member", "hs", "--member", trees]
-    status, _, err = run("train", *history, "--out", mix, "--kind", "ensemble", *members)
+    share = ["--hold-out", "0.1"]
+    status, _, err = run("train", *history, "--out", mix, "--kind", "ensemble", *members, *share)
     assert (status, "weights +20: fhs 0." in err) == (0, True), err
     status, _, err = run("train", *history, "--out", str(tmp_path / "new"), "--init-from", trees)
     assert (status, "is no sssd" in err) == (78, True)

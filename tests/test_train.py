@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from barcast.backtest.sample import sample_bars
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
-QUICK = [*DAILY, "--until", "2008-01-01", "--steps", "13"]
+QUICK = [*DAILY, "--until", "2003-01-01", "--steps", "13"]
 QUICKER = [*QUICK[:-1], "5"]
 
 KILLED = """
@@ -38,7 +38,7 @@ for _ in range(3):
 
 @pytest.fixture(scope="module")
 def bars(tmp_path_factory) -> str:
-    """Eight years of one symbol."""
+    """All years of one symbol."""
     path = tmp_path_factory.mktemp("bars") / "bars.parquet"
     pl.read_parquet(sample_bars()).filter(symbol="IBM").write_parquet(path)
     return str(path)
@@ -133,7 +133,7 @@ def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
     )
     challenger = tmp_path / "state" / "challengers" / "trained"
     arguments = ("retrain", str(config), "--out", str(challenger), "--champion", "fhs")
-    known.head(2000).write_parquet(history / "bars.parquet")
+    known.head(700).write_parquet(history / "bars.parquet")
     assert run(*arguments)[0] == 0
     state = challenger.with_name(".trained.training")
     assert not state.exists()
@@ -148,7 +148,7 @@ def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
     assert challenger.joinpath("model.json").read_bytes() == first
 
     state.write_bytes(left)
-    known.head(2100).write_parquet(history / "bars.parquet")
+    known.head(800).write_parquet(history / "bars.parquet")
     status, _, err = run(*arguments)
     assert (status, "of other bars or options: the training begins anew" in err) == (0, True), err
     assert challenger.joinpath("model.json").read_bytes() != first

@@ -14,7 +14,7 @@ HORIZONS, LEVELS = (1, 4, 16), (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 
 @pytest.fixture(scope="module")
 def histories():
-    """Two symbols of 1,450 hourly bars; the last tenth is held out by training."""
+    """Two symbols of 1,450 hourly bars; the last tenth is held out of the training."""
     return {name: simulate(name, 1450, seed=3).window for name in ("S0", "S1")}
 
 
@@ -29,12 +29,13 @@ def models(tmp_path_factory, histories):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("gate")
     own = list(histories.values())
-    good = train(own, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=24)
+    outputs = {"timeframe": "1h", "levels": LEVELS, "hold_out": 0.1}
+    good = train(own, **outputs, horizons=HORIZONS, steps=24)
     save(good, folder / "good")
     with torch.no_grad():
         good.net.map.static.mul_(3.0)
     save(good, folder / "spoiled")
-    save(train(own, timeframe="1h", horizons=(1, 2), levels=LEVELS, steps=1), folder / "other")
+    save(train(own, **outputs, horizons=(1, 2), steps=1), folder / "other")
     return folder
 
 

@@ -1,5 +1,7 @@
 """A real broker and a trained intraday model for the tests that run the daemon as a process."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.garch import simulate
@@ -51,10 +53,11 @@ def checkpoints(tmp_path_factory):
 
     torch.set_num_threads(1)
     histories = [simulate(f"SYM{i}", 1450, seed=3, step=MINUTE).window for i in range(2)]
-    good = train(histories, timeframe="1m", horizons=(1, 4, 16), levels=LEVELS, steps=40)
+    good = train(histories, timeframe="1m", horizons=(1, 4, 16), levels=LEVELS, steps=40, hold_out=0.1)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         good.net.denoiser.leave.weight.normal_(0, 0.02, generator=generator)
+    good = replace(good, record=replace(good.record, denoiser_step=40))
     folder = tmp_path_factory.mktemp("models")
     save(good, folder / "good")
     with torch.no_grad():

@@ -16,9 +16,13 @@ from safetensors.torch import load_file, save_file
 from barcast.models import CheckpointError, ConfigError, Window, checkpoint
 from barcast.models.checkpoint import load, open_forecaster, save
 from barcast.models.diffusion import SSSDForecaster
+from barcast.models.scaling import feature_names
 from barcast.models.sssd import SSSD
 from barcast.models.trained import Trained
 from tests import kinds
+from tests.models.conftest import HORIZONS
+
+FEATURES = len(feature_names("1h", HORIZONS))
 
 
 @pytest.fixture
@@ -30,7 +34,10 @@ def directory(trained: Trained, tmp_path: Path) -> Path:
 def test_a_model_comes_back_to_the_bit(trained: Trained, directory: Path, histories: list[Window]) -> None:
     """A loaded model has the id, the record and the forecasts of the one that was saved."""
     checkpoint = load(directory)
-    assert checkpoint.trained.record == trained.record
+    found = checkpoint.trained
+    assert found.record == trained.record
+    assert (found.scaling.zone, found.scaling.symbols) == (trained.scaling.zone, trained.scaling.symbols)
+    assert found.scaling.symbols == ("SYM0", "SYM1")
     before = SSSDForecaster(trained.net, trained.scaling, trained.levels, "x").forecast(histories)
     after = open_forecaster(directory).forecast(histories)
     for a, b in zip(before, after, strict=True):
@@ -213,16 +220,31 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "model.json").write_text(json.dumps(_body(d) | {"timeframe": "4h"})),
         "does not fit the contents",
     ),
-    "newer format": (_field("format", 2), "format is 2, not 1"),
+    "newer format": (_field("format", 3), "format is 3, not 2"),
+    "older format": (_field("format", 1), "format is 1, not 2; .*train again"),
     "foreign kind": (_field("kind", "ldm"), "kind is 'ldm'"),
     "other schedule": (_field("schedule", ["linear", 1000]), "schedule is"),
     "other prediction": (_field("prediction", "epsilon"), "prediction is 'epsilon'"),
     "other window": (_field("window", 10), "window is 10, not"),
     "other features": (_field("features", ["a"]), "features is .'a'., not"),
     "unknown timeframe": (_field("timeframe", "1w"), "timeframe '1w' is unknown"),
-    "other statistics": (_statistic("gain", [[1.0]]), r"scaling.gain is \(1, 1\), not \(3, 168\)"),
-    "statistics not finite": (_statistic("factor", [float("nan")] * 168), "scaling.factor holds a number"),
-    "statistics of zero": (_statistic("std", [0.0] * 80), "scaling.std"),
+    "other statistics": (_statistic("gain", [[1.0]]), r"scaling.gain is \(1, 1\), not \(3, 3, 168\)"),
+    "statistics not finite": (
+        _statistic("factor", [[float("nan")] * 168] * 3),
+        "scaling.factor holds a number",
+    ),
+    "statistics of zero": (_statistic("std", [0.0] * FEATURES), "scaling.std"),
+    "unknown time zone": (_statistic("zone", "Mars/Base"), "scaling.zone is 'Mars/Base', not one of UTC, "),
+    "no time zone": (_statistic("zone", None), "got `null`"),
+    "a symbol more": (
+        _statistic("symbols", ["SYM0", "SYM1", "SYM2"]),
+        r"scaling.factor is \(3, 168\), not \(4, 168\)",
+    ),
+    "a text for symbols": (_statistic("symbols", "SYM0"), "got `str`"),
+    "a member less": (
+        lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"members": 7}}),
+        r"map\..* is \(8, .* not \(7, ",
+    ),
     "falling levels": (_field("levels", [0.9, 0.1]), r"levels \(0.9, 0.1\) cannot be used"),
     "text for a time": (
         lambda d: _signed(d, _body(d) | {"record": _body(d)["record"] | {"until": "now"}}),
@@ -277,7 +299,7 @@ def _nested(d: Path) -> None:
 
 
 TREES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "newer format": (_field("format", 2), "format is 2, not 1"),
+    "newer format": (_field("format", 3), "format is 3, not 2"),
     "no record": (lambda d: _signed(d, _without(_body(d), "record")), "record is missing; train"),
     "record of a network": (_field("record", {"seed": 0}), "missing required field"),
     "no weights": (lambda d: (d / "weights.safetensors").unlink(), "weights.safetensors: cannot be read"),
@@ -287,7 +309,8 @@ TREES: dict[str, tuple[Callable[[Path], object], str]] = {
         "does not fit the contents",
     ),
     "garbage weights": (_garbage, "not a safetensors file"),
-    "statistics of zero": (_statistic("std", [0.0] * 80), "scaling.std"),
+    "statistics of zero": (_statistic("std", [0.0] * FEATURES), "scaling.std"),
+    "unknown time zone": (_statistic("zone", "Mars/Base"), "scaling.zone is 'Mars/Base', not one of UTC, "),
     "missing tensor": (_tensors(lambda t: t.pop("roots")), "tensor roots is missing or unknown"),
     "leaf that is no number": (_tensors(lambda t: t["value"].fill_(float("nan"))), "value holds a number"),
     "truncated trees": (
@@ -302,8 +325,8 @@ TREES: dict[str, tuple[Callable[[Path], object], str]] = {
     "trees of nobody": (_tensors(lambda t: t["counts"].add_(1)), "counts are .* with a sum of 21"),
     "a quantile without trees": (_tensors(lambda t: t["counts"].mul_(0)), "counts are .* not above 0"),
     "unknown feature": (
-        _tensors(lambda t: t["feature"].add_(80)),
-        "feature reaches from 80 to .* not from 0 to",
+        _tensors(lambda t: t["feature"].add_(FEATURES)),
+        f"feature reaches from {FEATURES} to .* not from 0 to {FEATURES - 1}",
     ),
     "root beyond": (_tensors(lambda t: t["roots"].add_(60)), "roots reaches from 60"),
     "root before": (_tensors(lambda t: t["roots"].sub_(1)), "roots reaches from -1"),
@@ -314,7 +337,7 @@ TREES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 MIXED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "newer format": (_field("format", 2), "format is 2, not 1"),
+    "newer format": (_field("format", 3), "format is 3, not 2"),
     "edited weights": (
         lambda d: (d / "model.json").write_text(json.dumps(_body(d) | {"weights": [[1]]})),
         "does not fit the contents of model.json, which",

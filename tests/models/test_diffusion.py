@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from barcast.models import Forecast, Window
+from barcast.models import ConfigError, Forecast, Window
 from barcast.models.diffusion import SSSDForecaster, use_one_thread
 from barcast.models.samplers import SAMPLERS
 from barcast.models.sssd import knot_scores, piecewise
@@ -19,6 +20,7 @@ from tests.checks import forecast_does_not_depend_on_its_batch
 from tests.garch import simulate
 
 Open = Callable[..., SSSDForecaster]
+NAMES = ("SYM0", "SYM1", "NEW0", "NEW1")
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +31,17 @@ def opened(trained: Trained) -> Open:
     return open_
 
 
+@pytest.fixture
+def alone(trained: Trained) -> SSSDForecaster:
+    """The map alone, as a model is served whose training found that the denoiser adds nothing."""
+    return replace(trained, record=replace(trained.record, denoiser_step=0)).forecaster("test")
+
+
 @pytest.fixture(scope="module")
 def windows() -> list[Window]:
-    """64 windows of unseen symbols, from warming to full."""
-    series = [simulate(f"NEW{i}", 1700, seed=20 + i).window for i in range(4)]
-    ends = np.linspace(90, 1700, 16).astype(int)
+    """64 windows of two symbols of the training and two new ones, from warming to full."""
+    series = [simulate(name, 2000, seed=20 + i).window for i, name in enumerate(NAMES)]
+    ends = np.linspace(90, 2000, 16).astype(int)
     return [Window(w.symbol, w.close_times[:n], w.values[:n]) for w in series for n in ends]
 
 
@@ -47,39 +55,50 @@ def test_a_forecast_does_not_depend_on_its_batch(opened: Open, windows: list[Win
     forecast_does_not_depend_on_its_batch(opened(sampler), windows)
 
 
+def test_a_forecast_of_the_map_does_not_depend_on_its_batch(
+    alone: SSSDForecaster, windows: list[Window]
+) -> None:
+    """The same where nothing is sampled."""
+    forecast_does_not_depend_on_its_batch(alone, windows)
+
+
 def test_control_variable_batch_shapes_do_change_bits(trained: Trained, windows: list[Window]) -> None:
     """Called with the whole batch at once, the same network gives other bits: the test above could fail."""
     net, scaling = trained.net, trained.scaling
     frames = [scaling.of_window(w) for w in windows]
     features = torch.from_numpy(np.concatenate([f.features for f in frames])).float()
     sequences = torch.from_numpy(np.stack([f.channels[-scaling.layout.context :] for f in frames])).float()
+    n = range(len(frames))
     with torch.inference_mode():
-        together = net.encoder(features, sequences)
-        alone = torch.cat([net.encoder(features[i, None], sequences[i, None]) for i in range(len(frames))])
-    assert 0 < (together - alone).abs().max() < 1e-4
+        c = net.encoder(features, sequences)
+        each = torch.cat([net.encoder(features[i, None], sequences[i, None]) for i in n])
+        knots = net.map.average(features)
+        knots_of_each = torch.cat([net.map.average(features[i, None]) for i in n])
+    assert 0 < (c - each).abs().max() < 1e-4
+    assert 0 < (knots - knots_of_each).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("n", [90, 800, 1500])
-def test_later_bars_change_no_forecast(opened: Open, n: int) -> None:
+@pytest.mark.parametrize("n", [90, 800, 1950])
+def test_later_bars_change_no_forecast(opened: Open, alone: SSSDForecaster, n: int) -> None:
     """Whatever stands after t in the arrays a window was cut from, the forecast at t keeps its bits."""
-    w = simulate("NEW", 1700, seed=30).window
+    w = simulate("NEW", 2000, seed=30).window
     poisoned = w.values.copy()
     poisoned[n:] = np.nan
-    forecaster = opened()
-    clean, dirty = (
-        forecaster.forecast([Window("NEW", w.close_times[:n], values[:n])])[0]
-        for values in (w.values, poisoned)
-    )
-    assert _bytes(clean) == _bytes(dirty)
+    for forecaster in (opened(), alone):
+        clean, dirty = (
+            forecaster.forecast([Window("NEW", w.close_times[:n], values[:n])])[0]
+            for values in (w.values, poisoned)
+        )
+        assert _bytes(clean) == _bytes(dirty)
 
 
-def test_older_bars_than_the_window_change_no_forecast(opened: Open) -> None:
+def test_older_bars_than_the_window_change_no_forecast(opened: Open, alone: SSSDForecaster) -> None:
     """A window longer than the card asks for gives the bits of one cut to that length."""
-    w = simulate("NEW", 1700, seed=31).window
-    forecaster = opened()
-    n = forecaster.card.window
-    cut = Window("NEW", w.close_times[-n:], w.values[-n:])
-    assert _bytes(forecaster.forecast([w])[0]) == _bytes(forecaster.forecast([cut])[0])
+    w = simulate("NEW", 2000, seed=31).window
+    for forecaster in (opened(), alone):
+        n = forecaster.card.window
+        cut = Window("NEW", w.close_times[-n:], w.values[-n:])
+        assert _bytes(forecaster.forecast([w])[0]) == _bytes(forecaster.forecast([cut])[0])
 
 
 def test_the_number_of_threads_is_set_where_forecasts_run(opened: Open, windows: list[Window]) -> None:
@@ -118,35 +137,64 @@ def test_quantiles_rise_on_any_window(opened: Open, seed: int, n: int, crash: fl
     values[n // 2 :, :4] *= np.exp(crash)
     if quiet:
         values[:, :4] = values[:, 3:4]
-    f = opened().forecast([Window("ANY", w.close_times[:n], values)])[0]
-    assert np.isfinite(f.quantiles).all()
-    assert (np.diff(f.quantiles, axis=1) >= 0).all()
-    assert np.isfinite([f.mean, f.std]).all()
-    assert (f.std > 0).all()
-    assert ((f.rise >= 0) & (f.rise <= 1)).all()
+    for forecaster in (opened(), opened(steps=0)):
+        f = forecaster.forecast([Window("ANY", w.close_times[:n], values)])[0]
+        assert np.isfinite(f.quantiles).all()
+        assert (np.diff(f.quantiles, axis=1) >= 0).all()
+        assert np.isfinite([f.mean, f.std]).all()
+        assert (f.std > 0).all()
+        assert ((f.rise >= 0) & (f.rise <= 1)).all()
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_zero_denoiser_is_the_map_alone(trained: Trained, windows: list[Window], sampler: str) -> None:
-    """Without a velocity the quantiles are those of the map at exact normal scores, by any sampler."""
+    """Without a velocity the quantiles are those of the map at exact normal scores, by a sampler or none."""
     net, window = trained.net, windows[-1]
     weight = net.denoiser.leave.weight.detach().clone()
     with torch.no_grad():
         net.denoiser.leave.weight.zero_()
     try:
-        forecaster = SSSDForecaster(net, trained.scaling, trained.levels, "zero", sampler)
-        f = forecaster.forecast([window])[0]
+        sampled, alone = (
+            SSSDForecaster(net, trained.scaling, trained.levels, "zero", sampler, n).forecast([window])[0]
+            for n in (8, 0)
+        )
         frame = trained.scaling.of_window(window)
         use_one_thread()
         with torch.inference_mode():
-            sequence = torch.from_numpy(frame.channels[-64:]).float()[None]
-            knots = net.map(net.encoder(torch.from_numpy(frame.features).float(), sequence)).double()[0]
+            knots = net.map.average(torch.from_numpy(frame.features).float())[0]
     finally:
         with torch.no_grad():
             net.denoiser.leave.weight.copy_(weight)
     u = torch.from_numpy(norm.ppf(trained.levels)).expand(3, -1)
     expected = piecewise(u, knot_scores().expand(knots.shape), knots).numpy() * frame.scale[0][:, None]
-    np.testing.assert_allclose(f.quantiles, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(sampled.quantiles, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(alone.quantiles, expected, rtol=1e-12, atol=1e-15)
+    for name in ("mean", "std", "rise"):
+        np.testing.assert_allclose(getattr(sampled, name), getattr(alone, name), rtol=1e-5, atol=1e-9)
+
+
+def test_a_model_whose_denoiser_adds_nothing_is_served_as_the_map_alone(
+    trained: Trained, opened: Open, windows: list[Window]
+) -> None:
+    """By default nothing is sampled, and the card says so; sampler or steps that are asked for are taken."""
+    plain = replace(trained, record=replace(trained.record, denoiser_step=0))
+    card = plain.forecaster("x").card
+    assert (card.sampler, card.steps, card.samples) == ("none", 0, 0)
+    said = plain.forecaster("x").forecast(windows[-1:])[0]
+    assert _bytes(said) == _bytes(opened("dpmpp", 0).forecast(windows[-1:])[0])
+    for options, wanted in (
+        (("ddim", None), ("ddim", 8)),
+        ((None, 12), ("dpmpp", 12)),
+        (("dpmpp", 8), ("dpmpp", 8)),
+    ):
+        asked = plain.forecaster("x", *options)
+        assert (asked.card.sampler, asked.card.steps, asked.card.samples) == (*wanted, 256)
+        sampled = asked.forecast(windows[-1:])[0]
+        assert _bytes(sampled) == _bytes(opened(*wanted).forecast(windows[-1:])[0])
+        assert np.abs(sampled.quantiles / said.quantiles - 1).max() > 1e-3
+    with pytest.raises(ConfigError, match="euler"):
+        plain.forecaster("x", "euler")
+    assert trained.forecaster("x").card.sampler == "dpmpp"
 
 
 def test_the_denoiser_matters(trained: Trained, opened: Open, windows: list[Window]) -> None:
@@ -162,9 +210,11 @@ def test_the_denoiser_matters(trained: Trained, opened: Open, windows: list[Wind
     assert np.abs(before.quantiles / after.quantiles - 1).max() > 1e-3
 
 
-def test_mean_std_and_rise_fit_the_quantiles(opened: Open, windows: list[Window]) -> None:
+def test_mean_std_and_rise_fit_the_quantiles(
+    opened: Open, alone: SSSDForecaster, windows: list[Window]
+) -> None:
     """Mean, spread and probability of a rise describe the same distribution as the quantiles."""
-    for f in opened().forecast(windows[15::16]):
+    for f in (*opened().forecast(windows[15::16]), *alone.forecast(windows[15::16])):
         width = f.quantiles[:, 5] - f.quantiles[:, 1]
         assert (np.abs(f.mean - f.quantiles[:, 3]) < 0.3 * width).all()
         assert ((f.std / width > 0.25) & (f.std / width < 0.7)).all()

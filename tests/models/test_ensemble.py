@@ -16,7 +16,8 @@ from barcast.models.scores import pinball
 from barcast.models.trained import Trained
 from tests import kinds
 from tests.checks import forecast_does_not_depend_on_its_batch
-from tests.models.conftest import HORIZONS, LEVELS
+from tests.garch import HOUR, START
+from tests.models.conftest import HOLD_OUT, HORIZONS, LEVELS
 
 
 @pytest.fixture(autouse=True)
@@ -26,11 +27,13 @@ def _few_origins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trees(trained: Trained) -> Boosted:
-    return kinds.boosted(trained.scaling, trained.levels, trained.record)
+    record = replace(trained.record, train_end=START + 2000 * HOUR)
+    return kinds.boosted(trained.scaling, trained.levels, record)
 
 
 def _train(histories: list[Window], *members: Member, **options: object) -> Ensemble:
-    return train(histories, members, timeframe="1h", horizons=HORIZONS, levels=LEVELS, **options)
+    outputs = {"timeframe": "1h", "horizons": HORIZONS, "levels": LEVELS, "hold_out": HOLD_OUT}
+    return train(histories, members, **outputs | options)
 
 
 def _loss(w: np.ndarray, y: np.ndarray, q: np.ndarray) -> float:

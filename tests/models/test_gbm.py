@@ -13,14 +13,14 @@ from barcast.models.gbm import Boosted, Trees, train
 from barcast.models.origins import Origins, split
 from tests.checks import forecast_does_not_depend_on_its_batch
 from tests.garch import HOUR, START, simulate
-from tests.models.conftest import HORIZONS, LEVELS
+from tests.models.conftest import HOLD_OUT, HORIZONS, LEVELS
 
 FEW = (0.1, 0.5, 0.9)
 
 
 @pytest.fixture(scope="module")
 def boosted(histories: list[Window]) -> Boosted:
-    return train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS)
+    return train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, hold_out=HOLD_OUT)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,8 @@ def test_the_arrays_sum_to_what_lightgbm_predicts() -> None:
     rng = np.random.default_rng(3)
     x = rng.normal(size=(3000, 6)).astype(np.float32)
     z = torch.from_numpy(x[:, :1] * (1 + (x[:, 1:2] > 0)) + rng.standard_t(4, (3000, 1)))
-    part = Origins(torch.from_numpy(x), torch.zeros(1), torch.arange(3000), z, torch.rand(3000, 1) + 0.5)
+    at, scale = torch.arange(3000), torch.rand(3000, 1) + 0.5
+    part = Origins(torch.from_numpy(x), torch.zeros(1), at, z, scale, torch.zeros(3000, 2, dtype=torch.int64))
     boosters = []
     for level, rounds in ((0.05, 40), (0.5, 1), (0.95, 25)):
         options = gbm.PARAMETERS | {"alpha": level, "min_data_in_leaf": 5}
@@ -80,12 +81,13 @@ def test_bars_after_until_do_not_exist(small: list[Window]) -> None:
 
 def test_the_gate_part_is_not_seen(small: list[Window]) -> None:
     """Bars after the validation part change nothing but the hash of the data."""
-    clean, poisoned = _train(small), []
+    clean, poisoned = _train(small, hold_out=HOLD_OUT), []
+    assert clean.record.train_end < clean.record.validation_end < clean.record.until
     for w in small:
         values = w.values.copy()
         values[w.close_times > clean.record.validation_end] *= 2
         poisoned.append(Window(w.symbol, w.close_times, values))
-    dirty = _train(poisoned)
+    dirty = _train(poisoned, hold_out=HOLD_OUT)
     assert _bits(clean.trees) == _bits(dirty.trees)
     assert replace(clean.record, data=dirty.record.data) == dirty.record
 
@@ -110,7 +112,8 @@ def test_a_forecast_is_a_function_of_its_window(boosted: Boosted, histories: lis
 
 def test_live_features_are_those_of_the_training(boosted: Boosted, histories: list[Window]) -> None:
     """The forecast at a window is what the trees say of the origin that training collected there."""
-    data = split(histories, "1h", HORIZONS, None)
+    shares = {"validation": gbm.VALIDATION, "hold_out": HOLD_OUT}
+    data = split(histories, "1h", HORIZONS, None, **shares)
     forecaster, w = boosted.forecaster("trees"), histories[0]
     first = boosted.scaling.layout.har[-1] + 1
     for i in range(1000, 1040):

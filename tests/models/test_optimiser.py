@@ -46,8 +46,10 @@ def _phases(net: Lines, look: Callable[[nn.Module], float] | None = None) -> lis
             mean: Tensor = ((part(x)[:, 0] - x.sum(1) * (n + 1)) ** 2).mean()
             return mean
 
-        def score() -> float:
-            return float(((part(x)[:, 0] - x.sum(1) * (n + 1)) ** 2).mean()) if look is None else look(part)
+        def score() -> list[float]:
+            if look is not None:
+                return [look(part)]
+            return [float(((part(x)[:, 0] - x.sum(1) * (n + 1)) ** 2).mean())]
 
         return Phase(f"line {n}", [part], 0.05, loss, score, lambda: None)
 
@@ -85,7 +87,8 @@ def test_every_phase_learns_and_keeps_what_validation_likes_best(whole: tuple[Li
     for name, chosen in fitted.chosen.items():
         scores = {c.step: c.crps for c in fitted.candidates if c.phase == name}
         assert list(scores)[::12] == [0, STEPS]
-        assert scores[chosen] == min(scores.values()) < 0.7 * scores[0]
+        [best] = chosen
+        assert scores[best] == min(scores.values()) < 0.7 * scores[0]
     assert list(fitted.chosen) == ["line 0", "line 1", "line 2"]
     assert not fitted.capped
     assert fitted.stopped == ()
@@ -107,10 +110,69 @@ def test_a_phase_ends_when_validation_no_longer_improves() -> None:
     """After some looks without a better one a phase ends with the weights of the best, and says so."""
     net = Lines()
     fitted = _fit(net, look=lambda part: 1.0)
-    assert fitted.chosen == {"line 0": 0, "line 1": 0, "line 2": 0}
+    assert fitted.chosen == {"line 0": (0,), "line 1": (0,), "line 2": (0,)}
     assert fitted.stopped == ("line 0", "line 1", "line 2")
     assert len(fitted.candidates) == 3 * (1 + PATIENCE)
     assert _bits(net) == _bits(Lines())
+
+
+class Members(nn.Module):
+    """Two numbers, of which each rises with every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.zeros(2, 1))
+        self.rate = nn.Parameter(torch.ones(2))
+
+
+def _fit_members(
+    look: Callable[[Tensor], list[float]], file: StateFile | None = None
+) -> tuple[Members, Fitted]:
+    net = Members()
+
+    def loss(share: Share) -> Tensor:
+        total: Tensor = -(net.value[:, 0] * net.rate).mean()
+        return total
+
+    phase = Phase("both", [net], 0.05, loss, lambda: look(net.value[:, 0]), lambda: None, members=2)
+    accelerator = processes("fp32", 1, BATCH)
+    return net, fit(net, [phase], Budget(STEPS), Generator().manual_seed(3), accelerator, file)
+
+
+def test_each_member_keeps_the_weights_that_were_its_own_best() -> None:
+    """Members that are best at different looks end with the weights of different steps; scores are means."""
+    seen: list[list[float]] = []
+
+    def look(value: Tensor) -> list[float]:
+        seen.append(value.tolist())
+        return [abs(float(value[0]) - 0.1), abs(float(value[1]) - 0.3)]
+
+    net, fitted = _fit_members(look)
+    first, second = fitted.chosen["both"]
+    assert 0 < first < second < STEPS
+    steps = [c.step for c in fitted.candidates]
+    for m, (chosen, best) in enumerate(((first, 0.1), (second, 0.3))):
+        own = [abs(value[m] - best) for value in seen]
+        assert steps[own.index(min(own))] == chosen
+        assert float(net.value[m, 0].detach()) == seen[own.index(min(own))][m]
+    for value, c in zip(seen, fitted.candidates, strict=True):
+        assert c.crps == pytest.approx((abs(value[0] - 0.1) + abs(value[1] - 0.3)) / 2)
+
+
+def test_a_phase_goes_on_as_long_as_one_member_improves() -> None:
+    """One member that improves is enough; when none does any more, the phase ends."""
+    _, fitted = _fit_members(lambda value: [1.0, -float(value[1])])
+    assert fitted.stopped == ()
+    assert fitted.chosen == {"both": (0, STEPS)}
+    _, fitted = _fit_members(lambda value: [1.0, 1.0])
+    assert fitted.stopped == ("both",)
+    assert fitted.chosen == {"both": (0, 0)}
+
+
+def test_one_member_without_a_number_is_a_fault() -> None:
+    """A score that is not a number ends the training, whatever the others say."""
+    with pytest.raises(DataError, match="came apart in the phase both"):
+        _fit_members(lambda value: [1.0, nan])
 
 
 @pytest.mark.parametrize("accumulate", [2, 4, 8])

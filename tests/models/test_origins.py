@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from barcast.models import ConfigError, DataError, Window
-from barcast.models.origins import OUTLIER, Table, split
+from barcast.models.origins import BLOCKS, OUTLIER, Split, Table
+from barcast.models.origins import split as cut_and_collect
 from tests.garch import simulate
 
 HORIZONS = (1, 4, 16)
@@ -18,9 +19,20 @@ def histories() -> list[Window]:
     return [simulate("A", 2400, seed=1).window, simulate("B", 2000, seed=2).window]
 
 
+def split(
+    histories: list[Window],
+    until: int | None = None,
+    folder: Path | None = None,
+    validation: float = 0.2,
+    hold_out: float = 0.1,
+) -> Split:
+    """Hourly bars with a validation and a held-out part."""
+    return cut_and_collect(histories, "1h", HORIZONS, until, folder, validation=validation, hold_out=hold_out)
+
+
 def test_outcomes_are_realised_before_their_part_ends(histories: list[Window]) -> None:
     """No training origin has a target after the part ends, no validation origin starts before it begins."""
-    data = split(histories, "1h", HORIZONS, None)
+    data = split(histories)
     first = data.scaling.layout.har[-1] + 1
     learn = look = 0
     for w in histories:
@@ -28,13 +40,48 @@ def test_outcomes_are_realised_before_their_part_ends(histories: list[Window]) -
         opened, closed = w.close_times[k], w.close_times[k + max(HORIZONS)]
         learn += int((closed <= data.train_end).sum())
         look += int(((opened > data.train_end) & (closed <= data.validation_end)).sum())
+    assert data.validation is not None
     assert (len(data.learn), len(data.validation)) == (learn, look)
     assert data.train_end < data.validation_end < data.until
 
 
+@pytest.mark.parametrize(("validation", "hold_out"), [(0.0, 0.0), (0.0, 0.25), (0.2, 0.0), (0.2, 0.25)])
+def test_parts_have_the_share_of_the_bars_that_was_asked_for(
+    histories: list[Window], validation: float, hold_out: float
+) -> None:
+    """The newest share is held out, and of the rest the newest is validation; none of it if it is 0."""
+    data = split(histories, None, None, validation, hold_out)
+    times = np.concatenate([w.close_times for w in histories])
+    assert (times > data.validation_end).mean() == pytest.approx(hold_out, abs=1e-3)
+    left = times[times <= data.validation_end]
+    assert (left > data.train_end).mean() == pytest.approx(validation, abs=1e-3)
+    assert (data.validation is None) == (validation == 0)
+    assert data.until == times.max()
+
+
+def test_blocks_are_equal_parts_of_the_calendar(histories: list[Window]) -> None:
+    """Each block follows the one before for every symbol, with as many origins; it is named by both ends."""
+    data = split(histories, None, None, 0.0, 0.1)
+    block, first = data.learn.block, data.scaling.layout.har[-1] + 1
+    opened, closed = [], []
+    for w in histories:
+        k = np.arange(first, len(w) - max(HORIZONS))
+        k = k[w.close_times[k + max(HORIZONS)] <= data.train_end]
+        opened.append(w.close_times[k])
+        closed.append(w.close_times[k + max(HORIZONS)])
+    start, end = torch.from_numpy(np.concatenate(opened)), torch.from_numpy(np.concatenate(closed))
+    size = torch.bincount(block[:, 0])
+    assert len(size) == BLOCKS
+    assert size.max() - size.min() <= 2 * len(histories)
+    edges = [int(start[block[:, 0] == b].max()) for b in range(BLOCKS - 1)]
+    assert torch.equal(block[:, 0], sum((start > edge).long() for edge in edges))
+    assert torch.equal(block[:, 1], sum((end > edge).long() for edge in edges))
+    assert (block[:, 0] < block[:, 1]).sum() == 3 * max(HORIZONS) * len(histories)
+
+
 def test_an_origin_holds_what_a_window_shows_and_what_came_after(histories: list[Window]) -> None:
     """Features, sequence, scale and outcome of an origin are those of the window cut at its bar."""
-    data = split(histories, "1h", HORIZONS, None)
+    data = split(histories)
     w, k = histories[0], data.scaling.layout.har[-1] + 1 + 700
     frame = data.scaling.of_window(Window("A", w.close_times[: k + 1], w.values[: k + 1]))
     np.testing.assert_allclose(data.learn.features[700], frame.features[0], atol=1e-6)
@@ -51,11 +98,12 @@ def test_one_wild_bar_does_not_spoil_the_statistics(histories: list[Window]) -> 
     """A price that jumps a thousandfold for one bar leaves scale and outcomes within bounds."""
     values = histories[1].values.copy()
     values[900, :4] *= 1000
-    clean = split(histories, "1h", HORIZONS, None)
-    wild = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, None)
+    clean = split(histories)
+    wild = split([histories[0], Window("B", histories[1].close_times, values)])
     assert wild.learn.z.abs().max() <= OUTLIER
     ratio = wild.scaling.gain / clean.scaling.gain
-    assert ratio.max() < 1.6
+    assert ratio[0].max() < 1.6
+    assert ratio.max() < 2  # in its symbol's own row it counts twice, as its own and as one of all
     assert ratio.min() > 0.6
 
 
@@ -65,29 +113,31 @@ def test_a_broken_bar_is_refused_wherever_it_stands(histories: list[Window]) -> 
         values = histories[1].values.copy()
         values[k, 1] = np.inf
         with pytest.raises(DataError, match=f"B has an unusable bar at row {k}"):
-            split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, None)
+            split([histories[0], Window("B", histories[1].close_times, values)])
 
 
 def test_the_digest_follows_every_bar(histories: list[Window]) -> None:
     """The hash of the data changes with one volume in the held-out part, and not with bars after `until`."""
     until = int(histories[1].close_times[1800])
-    first = split(histories, "1h", HORIZONS, until)
+    first = split(histories, until)
     values = histories[1].values.copy()
     values[1801:] *= 2
-    same = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, until)
+    same = split([histories[0], Window("B", histories[1].close_times, values)], until)
     values = values.copy()
     values[1800, 4] += 1
-    other = split([histories[0], Window("B", histories[1].close_times, values)], "1h", HORIZONS, until)
+    other = split([histories[0], Window("B", histories[1].close_times, values)], until)
     assert first.digest == same.digest != other.digest
 
 
 def test_tables_on_disk_hold_the_same_numbers(histories: list[Window], tmp_path: Path) -> None:
     """Every tensor has the bits that it has in memory, is a mapped file, and leaves no name behind."""
-    here, there = (split(histories, "1h", HORIZONS, None, folder) for folder in (None, tmp_path))
+    here, there = (split(histories, None, folder) for folder in (None, tmp_path))
     assert list(tmp_path.iterdir()) == []
     mapped = Path("/proc/self/maps").read_text()
     for a, b in ((here.learn, there.learn), (here.validation, there.validation)):
-        for name in ("features", "channels", "row", "z", "scale"):
+        assert a is not None
+        assert b is not None
+        for name in ("features", "channels", "row", "z", "scale", "block"):
             mine, theirs = getattr(a, name), getattr(b, name)
             assert mine.dtype == theirs.dtype
             assert torch.equal(mine, theirs)

@@ -17,9 +17,13 @@ from barcast.models.scaling import (
     signed_features,
     trailing_mean,
 )
+from barcast.models.season import slots
 from barcast.models.trained import Trained
-from tests.garch import simulate
+from tests.garch import HOUR, simulate
 from tests.models.conftest import HORIZONS
+
+DAY = 24 * HOUR
+DAYS = (1, 5, 20)
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,11 @@ def window() -> Window:
 @pytest.fixture
 def scaling(trained: Trained) -> Scaling:
     return trained.scaling
+
+
+@pytest.fixture(scope="module")
+def daily() -> Scaling:
+    return fit([simulate(s, 900, seed=5, step=DAY).window for s in "AB"], "1d", DAYS)
 
 
 def _upto(window: Window, n: int, length: int) -> Window:
@@ -45,28 +54,43 @@ def _poisoned(window: Window, n: int) -> Window:
     return Window(window.symbol, window.close_times, values)
 
 
-def test_whole_history_and_single_windows_agree(scaling: Scaling, window: Window) -> None:
-    """The frame of a whole history equals the frames of the windows that end at each bar."""
-    first = scaling.min_window - 1
-    whole = scaling.frame(window.close_times, window.values, first)
-    context = scaling.layout.context
-    for n in (first + 1, 200, 481, 700, scaling.window - 1, scaling.window, scaling.window + 1, 2600):
+def _agree(scaling: Scaling, window: Window) -> None:
+    """The frame of a whole history equals those of windows: to rounding while warming, then to the bit."""
+    first, L = scaling.min_window - 1, scaling.layout.context
+    whole = scaling.frame(window.symbol, window.close_times, window.values, first)
+    full = range(scaling.window, len(window) + 1, max(1, (len(window) - scaling.window) // 40))
+    for n in (first + 1, 200, scaling.window - 1, *full):
         one = scaling.of_window(_upto(window, n, scaling.window))
         row = n - 1 - first
-        np.testing.assert_allclose(one.features[0], whole.features[row], rtol=0, atol=1e-9)
-        np.testing.assert_allclose(one.scale[0], whole.scale[row], rtol=1e-9)
-        np.testing.assert_allclose(
-            one.channels[-context:], whole.channels[n - 1 - context : n - 1], rtol=0, atol=1e-9
+        parts = (
+            (one.features[0], whole.features[row]),
+            (one.scale[0], whole.scale[row]),
+            (one.channels[-L:], whole.channels[n - 1 - L : n - 1]),
         )
+        for mine, theirs in parts:
+            np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+            assert n < scaling.window or mine.tobytes() == theirs.tobytes()
+
+
+def test_whole_history_and_single_windows_agree(scaling: Scaling, window: Window) -> None:
+    """What training sees of a whole history is what the windows show that end at each bar."""
+    assert scaling.window == 1921
+    _agree(scaling, window)
+    _agree(scaling, Window("SYM0", window.close_times, window.values))
+
+
+def test_whole_history_and_single_windows_agree_in_daily_bars(daily: Scaling) -> None:
+    """The same with the layout of daily bars, whose window is shorter."""
+    assert daily.window == 66 + 250 + 20
+    _agree(daily, simulate("NEW", 700, seed=12, step=DAY).window)
 
 
 @pytest.mark.parametrize("n", [90, 500, 1700, 2590])
 def test_bars_after_the_origin_change_nothing(scaling: Scaling, window: Window, n: int) -> None:
     """Replacing every bar after t leaves scale, features and channels up to t the same to the bit."""
     first = scaling.min_window - 1
-    clean = scaling.frame(window.close_times, window.values, first)
     bad = _poisoned(window, n)
-    dirty = scaling.frame(bad.close_times, bad.values, first)
+    clean, dirty = (scaling.frame(w.symbol, w.close_times, w.values, first) for w in (window, bad))
     rows = n - first
     assert clean.scale[:rows].tobytes() == dirty.scale[:rows].tobytes()
     assert clean.features[:rows].tobytes() == dirty.features[:rows].tobytes()
@@ -81,14 +105,14 @@ def test_bars_before_the_window_change_nothing(scaling: Scaling, window: Window)
     assert long.scale.tobytes() == exact.scale.tobytes()
 
 
-def test_the_window_is_as_long_as_it_must_be(scaling: Scaling, window: Window) -> None:
+def test_the_window_is_as_long_as_it_must_be(scaling: Scaling, daily: Scaling, window: Window) -> None:
     """The oldest bar of a full window still matters, so `window` does not promise too much."""
-    values = window.values[-scaling.window :].copy()
-    values[0, :4] *= 2
-    times = window.close_times[-scaling.window :]
-    moved = scaling.of_window(Window("NEW", times, values))
-    still = scaling.of_window(_upto(window, 2600, scaling.window))
-    assert moved.scale.tobytes() != still.scale.tobytes()
+    for s, w in ((scaling, window), (daily, simulate("NEW", 700, seed=12, step=DAY).window)):
+        values = w.values[-s.window :].copy()
+        values[0, :4] *= 2
+        moved = s.of_window(Window("NEW", w.close_times[-s.window :], values))
+        still = s.of_window(_upto(w, len(w), s.window))
+        assert moved.features.tobytes() != still.features.tobytes()
 
 
 def test_prices_and_volumes_have_no_unit(scaling: Scaling, window: Window) -> None:
@@ -115,7 +139,7 @@ def test_mirrored_prices_flip_exactly_the_signed_features(scaling: Scaling, wind
 def test_scale_is_the_expected_absolute_return(scaling: Scaling, histories: list[Window]) -> None:
     """Outcomes are about as large as their scale, at every horizon and hour of the day."""
     w = histories[0]
-    frame = scaling.frame(w.close_times, w.values, 600)
+    frame = scaling.frame(w.symbol, w.close_times, w.values, 600)
     price = np.log(w.values[:, 3])
     for j, h in enumerate(HORIZONS):
         z = np.abs(price[600 + h :] - price[600:-h]) / frame.scale[:-h, j]
@@ -175,3 +199,87 @@ def test_unusable_histories_are_refused(window: Window) -> None:
     for history, words in ((short, "NEW has"), (flat, "FLAT closes unchanged"), (broken, "BAD .* row 1234")):
         with pytest.raises(DataError, match=words):
             fit([history], "1h", HORIZONS)
+
+
+def _stressed(window: Window, zone: str, hour: int, times: float) -> Window:
+    """The same bars, in which the returns of one hour of the day by the clock of `zone` are larger."""
+    r = np.diff(np.log(window.values[:, 3]), prepend=np.log(100.0))
+    loud = np.where(slots(window.close_times, zone) % 24 == hour, times, 1.0)
+    close = 100 * np.exp(np.cumsum(r * loud))
+    shape = window.values[:, :4] / window.values[:, 3:4]
+    values = np.column_stack([shape * close[:, None], window.values[:, 4]])
+    return Window(window.symbol, window.close_times, values)
+
+
+def _trading(window: Window) -> Window:
+    """The bars that close between 10:00 and 16:00 in New York from Monday to Friday, with a loud open."""
+    slot = slots(window.close_times, "America/New_York")
+    keep = (slot % 24 >= 9) & (slot % 24 < 16) & (slot < 120)
+    return _stressed(
+        Window(window.symbol, window.close_times[keep], window.values[keep]), "America/New_York", 9, 4.0
+    )
+
+
+def test_the_week_is_that_of_the_clock_that_the_bars_keep() -> None:
+    """US hours go by New York, around both changes of its clock; a market around the clock goes by UTC."""
+    year = [simulate(s, 365 * 24, seed=3).window for s in "AB"]
+    around = fit([_stressed(w, "UTC", 13, 4.0) for w in year], "1h", HORIZONS)
+    us = fit([_trading(w) for w in year], "1h", HORIZONS)
+    assert (around.zone, us.zone) == ("UTC", "America/New_York")
+    assert fit(year, "1h", HORIZONS).zone == "UTC"
+    day = us.factor[0].reshape(7, 24)[:5]
+    assert (day.argmax(1) == 9).all()
+    assert day[:, 9].min() > 1.8 * day[:, 10:16].max()
+    assert around.factor[0].reshape(7, 24).argmax(1).tolist() == [13] * 7
+    assert fit([simulate("A", 900, seed=5, step=DAY).window], "1d", DAYS).zone == "UTC"
+
+
+def test_a_symbol_has_its_own_season_and_others_that_of_all() -> None:
+    """Each symbol of the training has its own row; one that was not there has the first."""
+    early, late = (
+        _stressed(simulate(s, 4000, seed=9).window, "UTC", hour, 5.0) for s, hour in (("A", 6), ("B", 18))
+    )
+    s = fit([early, late], "1h", HORIZONS)
+    assert s.symbols == ("A", "B")
+    assert s.factor.shape == s.volume.shape == (3, 168)
+    assert s.gain.shape == (3, len(HORIZONS), 168)
+    a, b, new = (s.season(symbol) for symbol in ("A", "B", "NEW"))
+    for season, row in ((new, 0), (a, 1), (b, 2)):
+        assert np.array_equal(season.factor, s.factor[row])
+        assert np.array_equal(season.volume, s.volume[row])
+        assert np.array_equal(season.gain, s.gain[row])
+    by_hour = [season.factor.reshape(7, 24).mean(0) for season in (a, b, new)]
+    assert (by_hour[0].argmax(), by_hour[1].argmax()) == (6, 18)
+    assert by_hour[0][6] > 1.3 * by_hour[2][6] > 1.3 * by_hour[1][6]
+    assert by_hour[1][18] > 1.3 * by_hour[2][18] > 1.3 * by_hour[0][18]
+    own, pooled = (s.of_window(Window(symbol, early.close_times, early.values)) for symbol in ("A", "C"))
+    assert own.scale.tobytes() != pooled.scale.tobytes()
+    assert own.features.tobytes() != pooled.features.tobytes()
+
+
+def test_daily_bars_have_one_season_for_all(daily: Scaling) -> None:
+    """A symbol of the training and a new one have the same weekdays."""
+    assert daily.symbols == ()
+    assert daily.factor.shape == (1, 7)
+    a, new = (daily.season(symbol).factor for symbol in ("A", "NEW"))
+    assert np.array_equal(a, new)
+
+
+def test_overlapping_outcomes_are_less_evidence() -> None:
+    """A slot's gain is drawn to that of all the more, the more bars ahead: outcomes overlap as often."""
+    w = _stressed(simulate("A", 1500, seed=2).window, "UTC", 12, 3.0)
+    s = fit([w], "1h", (1, 48))
+    spread = (s.gain[0] / s.gain[0].mean(1, keepdims=True)).std(1)
+    assert spread[1] < 0.5 * spread[0]
+
+
+def test_no_feature_of_a_calm_window_is_lost_in_another(scaling: Scaling, window: Window) -> None:
+    """Each rolling feature says something: over a history it takes many values, all of them finite."""
+    whole = scaling.frame(window.symbol, window.close_times, window.values, scaling.window - 1)
+    assert np.isfinite(whole.features).all()
+    names = feature_names("1h", HORIZONS)
+    for name, column in zip(names, whole.features.T, strict=True):
+        fixed = name.startswith(("hour", "week", "season", "gain", "still", "gap"))
+        assert fixed or len(np.unique(column)) > 100, name
+    assert {"regime", "range 96", "tails 100", "tails 500", "skew 500", "autocovariance 128"} <= set(names)
+    assert len(set(names)) == len(names)

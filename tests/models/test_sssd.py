@@ -11,6 +11,7 @@ from barcast.models.sssd import (
     PROBABILITIES,
     S4D,
     Architecture,
+    Encoder,
     QuantileMap,
     knot_scores,
     piecewise,
@@ -18,7 +19,8 @@ from barcast.models.sssd import (
 )
 from barcast.models.trained import Trained
 
-A = Architecture(features=5, channels=4, context=64, horizons=3, samples=256)
+A = Architecture(features=5, channels=4, context=64, horizons=3, samples=256, members=4)
+K = len(PROBABILITIES)
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -63,25 +65,100 @@ def test_s4d_keeps_its_kernel_in_eval_mode_only() -> None:
     torch.testing.assert_close(layer.kernel(64), 2 * before)
 
 
-def test_the_map_starts_as_the_static_map() -> None:
-    """Before training every context gets the static knots."""
-    quantiles = QuantileMap(A)
-    quantiles.static.copy_(torch.sort(torch.randn(3, len(PROBABILITIES), generator=_generator()), -1).values)
-    c = torch.randn(7, A.code, generator=_generator(1))
+def test_the_encoder_sees_features_and_the_whole_sequence() -> None:
+    """The context depends on every feature and on the oldest as on the newest step of the sequence."""
+    encoder = Encoder(A, _generator()).eval()
+    x, s = torch.randn(1, 5, generator=_generator(1)), torch.randn(1, 64, 4, generator=_generator(2))
     with torch.no_grad():
-        torch.testing.assert_close(quantiles(c), quantiles.static.expand(7, -1, -1))
+        c = encoder(x, s)
+        for k in (0, 63):
+            other = s.clone()
+            other[:, k] += 1
+            assert not torch.equal(encoder(x, other), c)
+        for f in range(5):
+            other = x.clone()
+            other[:, f] += 1
+            assert not torch.equal(encoder(other, s), c)
+
+
+def _map(seed: int, size: float = 0.3) -> QuantileMap:
+    """A map of four members, each with weights and static knots of its own."""
+    g = _generator(seed)
+    quantiles = QuantileMap(A, g).eval()
+    with torch.no_grad():
+        for p in (quantiles.head, quantiles.enter_bias, quantiles.hidden_bias, quantiles.head_bias):
+            p.normal_(0, size, generator=g)
+        quantiles.static.copy_(torch.sort(torch.randn(4, 3, K, generator=g), -1).values)
+    return quantiles
+
+
+def test_the_map_starts_as_the_static_map() -> None:
+    """Before training every member gives its static knots to any features, and the map their mean."""
+    quantiles = QuantileMap(A, _generator())
+    quantiles.static.copy_(torch.sort(torch.randn(4, 3, K, generator=_generator()), -1).values)
+    features = torch.randn(7, 5, generator=_generator(1))
+    with torch.no_grad():
+        torch.testing.assert_close(quantiles.of_members(features), quantiles.static.expand(7, -1, -1, -1))
+        mean = quantiles.static.double().mean(0)
+        torch.testing.assert_close(quantiles.average(features), mean.expand(7, -1, -1))
+
+
+def test_the_map_is_the_mean_of_its_members() -> None:
+    """The members differ, and the map's knots are their mean in double precision."""
+    quantiles, features = _map(1), torch.randn(7, 5, generator=_generator(2))
+    with torch.no_grad():
+        members = quantiles.of_members(features)
+        assert members.shape == (7, 4, 3, K)
+        assert (members - members.roll(1, 1)).abs().amin((0, 2, 3)).min() > 0
+        assert quantiles.average(features).dtype == torch.float64
+        assert torch.equal(quantiles.average(features), members.double().mean(1))
+
+
+def test_a_member_is_a_function_of_its_own_features_and_weights() -> None:
+    """Other features or other weights of one member change its knots and no bit of the others."""
+    quantiles, features = _map(1), torch.randn(7, 4, 5, generator=_generator(2))
+    other = features.clone()
+    other[:, 2] += 1
+    changed = _map(1)
+    with torch.no_grad():
+        for p in (*changed.parameters(), changed.static):
+            p[2] *= 1.5
+        before, fed, weighed = quantiles(features), quantiles(other), changed(features)
+    for after in (fed, weighed):
+        assert [torch.equal(after[:, m], before[:, m]) for m in range(4)] == [True, True, False, True]
+
+
+def test_a_member_is_a_perceptron_between_its_static_knots() -> None:
+    """Knots are the median moved, and spacings scaled by at most e to the 1.5, as written out for one."""
+    quantiles, features = _map(3), torch.randn(1, 5, generator=_generator(2))
+    with torch.no_grad():
+        found = quantiles.of_members(features)[0].double()
+        for m in range(4):
+            w = {name: p[m].double() for name, p in quantiles.named_parameters()}
+            x = features.double()
+            for layer in ("enter", "hidden"):
+                x = torch.nn.functional.silu(x @ w[layer] + w[f"{layer}_bias"])
+            out = (x @ w["head"] + w["head_bias"]).reshape(3, K + 1)
+            static = quantiles.static[m].double()
+            bend = 1.5 * torch.tanh((out[:, 1:2] + out[:, 2:]) / 1.5)
+            steps = torch.diff(static, dim=-1) * torch.exp(bend)
+            middle = static[:, K // 2] + out[:, 0]
+            expected = [
+                middle + (steps[:, K // 2 : k].sum(1) if k >= K // 2 else -steps[:, k : K // 2].sum(1))
+                for k in range(K)
+            ]
+            torch.testing.assert_close(found[m], torch.stack(expected, -1), rtol=1e-4, atol=1e-4)
 
 
 @given(st.integers(0, 10_000), st.floats(0.1, 100))
 @settings(max_examples=50, deadline=None)
 def test_the_map_rises_whatever_its_weights(seed: int, size: float) -> None:
-    """Knots rise for any weights and contexts, however extreme."""
-    g = _generator(seed)
-    quantiles = QuantileMap(A)
+    """Knots rise for any weights and features, however extreme, of each member and of the map."""
+    quantiles = _map(seed, size)
+    features = 10 * torch.randn(5, 5, generator=_generator(seed))
     with torch.no_grad():
-        quantiles.head.weight.normal_(0, size, generator=g)
-        knots = quantiles(10 * torch.randn(5, A.code, generator=g)).double()
-    assert (torch.diff(knots, dim=-1) >= 0).all()
+        for knots in (quantiles.of_members(features), quantiles.average(features)):
+            assert (torch.diff(knots.double(), dim=-1) >= 0).all()
 
 
 def test_piecewise_is_linear_between_and_beyond_its_knots() -> None:
@@ -124,8 +201,7 @@ def test_the_noise_is_normal_and_belongs_to_its_seed() -> None:
 
 
 def test_training_moves_the_map(trained: Trained) -> None:
-    """After training the knots depend on the context."""
-    generator = _generator()
+    """After training the knots depend on the features."""
     with torch.no_grad():
-        knots = trained.net.map(torch.randn(2, trained.net.architecture.code, generator=generator))
+        knots = trained.net.map.average(torch.randn(2, len(trained.scaling.mean), generator=_generator()))
     assert not torch.equal(knots[0], knots[1])
