@@ -333,7 +333,7 @@ def _sums(x: Array, w: int) -> Array:
     m, rest = divmod(w, CHUNK)
     n = len(x) - w + 1
     chunks = np.add.reduce(sliding_window_view(x, CHUNK), -1)  # entry i: x[i] to x[i + 31]
-    total = chunks[w - CHUNK :].copy()
+    total: Array = chunks[w - CHUNK :].copy()
     for j in range(2, m + 1):
         total += chunks[w - j * CHUNK :][:n]
     if rest:
