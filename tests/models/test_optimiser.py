@@ -169,6 +169,28 @@ def test_a_phase_goes_on_as_long_as_one_member_improves() -> None:
     assert fitted.chosen == {"both": (0, 0)}
 
 
+def test_weights_of_the_start_give_way_only_to_a_margin() -> None:
+    """A gain below the margin leaves step 0 chosen; once it is beaten, any better look counts."""
+
+    def chosen(scores: list[float]) -> tuple[int, ...]:
+        left = iter(scores)
+        net = Members()
+        phase = Phase(
+            "both",
+            [net],
+            0.05,
+            lambda share: -net.value.mean(),
+            lambda: [next(left)],
+            lambda: None,
+            margin=0.1,
+        )
+        generator, accelerator = Generator().manual_seed(3), processes("fp32", 1, BATCH)
+        return fit(net, [phase], Budget(5), generator, accelerator).chosen["both"]
+
+    assert chosen([1.0, 0.95, 0.91, 0.905, 0.93, 0.95]) == (0,)
+    assert chosen([1.0, 0.95, 0.89, 0.885, 0.93, 0.95]) == (3,)
+
+
 def test_one_member_without_a_number_is_a_fault() -> None:
     """A score that is not a number ends the training, whatever the others say."""
     with pytest.raises(DataError, match="came apart in the phase both"):

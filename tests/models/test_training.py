@@ -294,7 +294,9 @@ def test_progress_and_record_tell_both_losses_of_every_epoch(small: list[Window]
         assert candidates[0][1] is None
         assert np.isfinite([loss for _, loss in candidates.values() if loss is not None]).all()
         if phase == "denoiser":
-            assert candidates[record.denoiser_step][0] == min(crps for crps, _ in candidates.values())
+            best = min(candidates, key=lambda step: candidates[step][0])
+            enough = candidates[best][0] < (1 - training.MARGIN) * candidates[0][0]
+            assert record.denoiser_step == (best if enough else 0)
     assert [p.done for p in seen if p.step] == list(range(1, 13))
 
 
