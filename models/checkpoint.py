@@ -211,7 +211,7 @@ def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling
         found = msgspec.convert(body["record"], record)
         names = feature_names(scaling.timeframe, horizons)
     slots, H, F, rows = scaling.layout.slots, len(horizons), len(names), 1 + len(symbols)
-    shapes: dict[str, tuple[int, ...]] = {"mean": (F,), "std": (F,), "har": (H, len(scaling.layout.har))}
+    shapes: dict[str, tuple[int, ...]] = {"mean": (F,), "std": (F,), "har": (H, scaling.layout.terms)}
     shapes |= {"factor": (rows, slots), "volume": (rows, slots), "gain": (rows, H, slots)}
     for field, got, mine in (
         ("window", body.get("window"), scaling.window),

@@ -48,7 +48,13 @@ class Layout:
     slots: int  # seasonal slots: hours of the week, or weekdays
     tails: tuple[int, ...]  # realised residuals behind the features of the tails' weight and side
     regime: int  # bars of the longest mean of the range, none if 0
+    far: int  # bars of the mean that the regression's volatility reverts to, none if 0
     calibration: int  # outcomes of its own that a forecast is corrected by
+
+    @property
+    def terms(self) -> int:
+        """Coefficients of the regression."""
+        return len(self.har) + (self.far > 0)
 
 
 INTRADAY = Layout(
@@ -59,6 +65,7 @@ INTRADAY = Layout(
     slots=168,
     tails=(100, 500),
     regime=1920,
+    far=0,
     calibration=2000,
 )
 DAILY = Layout(
@@ -69,6 +76,7 @@ DAILY = Layout(
     slots=7,
     tails=(),
     regime=0,
+    far=264,
     calibration=1000,
 )
 
@@ -138,7 +146,8 @@ class Scaling:
     def window(self) -> int:
         """Bars from which on more history changes nothing."""
         layout = self.layout
-        return max(layout.har[-1] + layout.residuals + max(self.horizons), layout.regime + 1)
+        reach = max(layout.har[-1], layout.far) + layout.residuals + max(self.horizons)
+        return max(reach, layout.regime + 1)
 
     @property
     def min_window(self) -> int:
@@ -447,9 +456,11 @@ def _seasons(
 
 
 def _har_ratios(p: Array, layout: Layout) -> tuple[Array, Array]:
-    """Log of each shorter HAR mean over the reference, (N, J - 1), and the reference variance, (N,)."""
+    """Log of each other mean over the reference, (N, J - 1), and the reference variance, (N,)."""
     reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
     ratios = [np.log(trailing_mean(p, w) / reference + FLOOR) for w in layout.har[:-1]]
+    if layout.far:
+        ratios.append(np.log(np.maximum(trailing_mean(p, layout.far), TINY) / reference))
     return np.stack(ratios, 1), reference
 
 
@@ -532,9 +543,10 @@ def _columns(
         square, size = _realised(short**2, w, h, first)[0], _realised(np.abs(e), w, h, first)[0]
         out[f"tails {w}"] = np.log((square + 1) / (size**2 + 0.7))
         out[f"skew {w}"] = _realised(short * np.abs(short), w, h, first)[0]
+    if layout.far:
+        out["reversion"] = 0.5 * np.log(np.maximum(mean(p, layout.far), TINY) / v)
     if layout.regime:
-        far = np.maximum(mean(p, layout.regime), TINY)
-        out["regime"] = 0.5 * np.log(v / far)
+        out["regime"] = 0.5 * np.log(v / np.maximum(mean(p, layout.regime), TINY))
         out[f"range {layout.har[-2]}"] = 0.5 * np.log(mean(p, layout.har[-2]) / v + FLOOR)
         out["gap"] = (s.gap / f)[at:] / sigma
         out["still"] = mean((s.r == 0).astype(float), layout.har[-2])
@@ -573,7 +585,7 @@ def _blank(timeframe: str, horizons: tuple[int, ...]) -> Scaling:
         symbols=(),
         factor=np.ones((1, layout.slots)),
         volume=np.zeros((1, layout.slots)),
-        har=np.zeros((H, len(layout.har))),
+        har=np.zeros((H, layout.terms)),
         gain=np.ones((1, H, layout.slots)),
         mean=np.zeros(()),
         std=np.ones(()),

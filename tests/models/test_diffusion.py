@@ -181,7 +181,8 @@ def test_a_model_whose_denoiser_adds_nothing_is_served_as_the_map_alone(
     card = plain.forecaster("x").card
     assert (card.sampler, card.steps, card.samples) == ("none", 0, 0)
     said = plain.forecaster("x").forecast(windows[-1:])[0]
-    assert _bytes(said) == _bytes(opened("dpmpp", 0).forecast(windows[-1:])[0])
+    raw = opened("dpmpp", 0).forecast(windows[-1:])[0]
+    assert said.quantiles.tobytes() == raw.quantiles.tobytes()  # nothing to calibrate by yet
     for options, wanted in (
         (("ddim", None), ("ddim", 8)),
         ((None, 12), ("dpmpp", 12)),
