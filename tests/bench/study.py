@@ -89,10 +89,10 @@ class Cells:
 
     def path(self, fold: Fold, variant: Variant, seed: int) -> Path:
         """The file of a cell."""
-        own = "" if variant.training is None else self._path(fold, variant.training, seed).stem
-        return self._file(
-            "cell", fold.name, fold.digest, variant.name if not own else own, str(variant), seed
-        )
+        if variant.training is None:
+            return self._file("cell", fold.name, fold.digest, variant.name)
+        model = self._path(fold, variant.training, seed).stem
+        return self._file("cell", fold.name, fold.digest, model, variant, seed)
 
     def compute(self, fold: Fold, variant: Variant, seed: int) -> dict[str, Any]:
         """Train and score a cell, and write it down."""

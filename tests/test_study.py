@@ -1,0 +1,49 @@
+"""The study: every variant changes what is forecast, and what is computed is not computed again."""
+
+import json
+
+import pytest
+
+from barcast.models import training
+from tests.bench import study
+from tests.bench.study import Cells, Fold, markdown, summary
+from tests.bench.variants import VARIANTS
+from tests.garch import HOUR, windows
+
+
+@pytest.fixture(scope="module")
+def fold() -> Fold:
+    histories = windows(2, 2600, seed=7, season=True)
+    last = histories[0].close_time
+    return Fold("simulated", "0" * 64, "1h", histories, last - 250 * HOUR, last)
+
+
+def test_every_variant_is_another_forecaster_at_the_same_origins(fold, tmp_path, monkeypatch):
+    """Each patch still bites; the report has a row for each, and a second run finds all cells."""
+    monkeypatch.setattr(training, "LEAST_STEPS", 24)
+    monkeypatch.setattr(training, "MOST_STEPS", 24)
+    monkeypatch.setattr(training, "MAP_RATE", 2e-2)
+    cells = Cells(tmp_path / "study", minutes=2)
+    found = {v.name: cells.compute(fold, v, 0) for v in VARIANTS}
+    losses = {name: json.dumps(cell["losses"]) for name, cell in found.items()}
+    assert losses.pop("full") in (losses["map"], losses["diffusion"])
+    assert len(set(losses.values())) == len(losses), losses.keys()
+    assert all(cells.path(fold, v, 0).exists() for v in VARIANTS)
+    assert not any(cells.path(fold, v, 1).exists() for v in VARIANTS if v.seeded)
+    assert not list(tmp_path.rglob("*.training"))
+
+    result = summary(list(found.values()))
+    table = markdown(result)
+    assert all(f"| `{v.name}` {v.what} | " in table for v in VARIANTS)
+    assert result["variants"]["static"]["mean"]["static"] == {"gain": 0.0, "error": 0.0}
+
+
+def test_another_program_or_other_bars_have_cells_of_their_own(fold, tmp_path):
+    """A cell is named by all that it depends on."""
+    cells = Cells(tmp_path / "study", minutes=2)
+    paths = {cells.path(fold, v, seed) for v in VARIANTS if v.seeded for seed in range(3)}
+    other = study.replace(fold, digest="1" * 64)
+    paths |= {cells.path(other, v, 0) for v in VARIANTS}
+    cells.code = "another"
+    paths |= {cells.path(fold, v, 0) for v in VARIANTS}
+    assert len(paths) == 3 * sum(v.seeded for v in VARIANTS) + 2 * len(VARIANTS)
