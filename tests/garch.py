@@ -45,11 +45,12 @@ class Simulation:
     ) -> tuple[Array, Array]:
         """True quantiles (n, H, Q) and deviations (n, H) of log returns from the bars `at` (n,).
 
-        They are those of paths from the true state, each with its mirror image; the draws are the same for
-        every bar.
+        They are those of paths from the true state, each with its mirror image; every step's shocks are at
+        even levels in an order of its own, the same for every bar.
         """
         rng, reach = np.random.default_rng(0), max(horizons)
-        eps = rng.standard_t(DEGREES, (reach, paths)) / sqrt(DEGREES / (DEGREES - 2))
+        even = (np.array([rng.permutation(paths) for _ in range(reach)]) + 0.5) / paths
+        eps = student.ppf(even, DEGREES) / sqrt(DEGREES / (DEGREES - 2))
         switch = rng.random((reach, paths)) < SWITCH
         p, level2 = np.array(levels), np.square(LEVELS)
         factor = self.factor

@@ -4,25 +4,34 @@ import json
 
 import pytest
 
-from barcast.models import training
+from barcast.models import optimiser, training
 from tests.bench import study
 from tests.bench.study import Cells, Fold, markdown, summary
 from tests.bench.variants import VARIANTS
 from tests.garch import HOUR, windows
 
+QUICK = {
+    "LEAST_STEPS": 8,
+    "MOST_STEPS": 8,
+    "MAP_RATE": 5e-2,
+    "DENOISER_RATE": 1e-2,
+    "LOOK_ORIGINS": 60,
+}
+"""A training of a blink, at rates that change something."""
+
 
 @pytest.fixture(scope="module")
 def fold() -> Fold:
-    histories = windows(2, 2600, seed=7, season=True)
+    histories = windows(1, 1700, seed=7, season=True)
     last = histories[0].close_time
-    return Fold("simulated", "0" * 64, "1h", histories, last - 250 * HOUR, last)
+    return Fold("simulated", "0" * 64, "1h", histories, last - 100 * HOUR, last)
 
 
 def test_every_variant_is_another_forecaster_at_the_same_origins(fold, tmp_path, monkeypatch):
     """Each patch still bites; the report has a row for each, and a second run finds all cells."""
-    monkeypatch.setattr(training, "LEAST_STEPS", 24)
-    monkeypatch.setattr(training, "MOST_STEPS", 24)
-    monkeypatch.setattr(training, "MAP_RATE", 2e-2)
+    for name, value in QUICK.items():
+        monkeypatch.setattr(training, name, value)
+    monkeypatch.setattr(optimiser, "EPOCHS", 2)
     cells = Cells(tmp_path / "study", minutes=2)
     found = {v.name: cells.compute(fold, v, 0) for v in VARIANTS}
     losses = {name: json.dumps(cell["losses"]) for name, cell in found.items()}

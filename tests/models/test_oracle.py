@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from barcast.models import LEVELS, open_model
-from barcast.models.training import train
+from barcast.models import LEVELS, open_model, optimiser, training
 from tests.bench.oracle import HORIZONS, covered, forecasts, oracle, ratio
 from tests.garch import simulate
 
 STEPS = 60
-BOUND = 1.06  # of the oracle's CRPS; the benchmark trains in full and aims at 1.03
+BOUND = 1.04  # of the oracle's CRPS; the benchmark trains in full and aims at 1.03
 
 
 def test_the_paths_end_as_the_process_does():
@@ -17,23 +16,25 @@ def test_the_paths_end_as_the_process_does():
     s = simulate("A", 6000, seed=2, season=True)
     at = np.arange(50, 5900, 10)
     quantiles, deviations = s.outlook(at, HORIZONS, LEVELS)
-    assert quantiles[:, 0] == pytest.approx(s.quantiles(LEVELS)[at], rel=0.06, abs=1e-12)
-    assert deviations[:, 0] == pytest.approx(s.ahead[at], rel=0.06)
+    assert quantiles[:, 0] == pytest.approx(s.quantiles(LEVELS)[at], rel=1e-3, abs=1e-12)
+    assert deviations[:, 0] == pytest.approx(s.ahead[at], rel=0.01)
     price = np.log(s.window.values[:, 3])
     for j, h in enumerate(HORIZONS):
         found = covered(price[at + h] - price[at], quantiles[:, j], s.window.close_times[at], h)
         assert found["worst_coverage"] < 3, (h, found)
 
 
-def test_a_short_training_comes_near_the_oracle():
+def test_a_short_training_comes_near_the_oracle(monkeypatch):
     """The CRPS is within a few percent of what full knowledge of the process gives, at every horizon."""
-    simulations = [simulate(f"SYM{i}", 6000, seed=21, season=True) for i in range(2)]
+    monkeypatch.setattr(optimiser, "EPOCHS", 3)
+    monkeypatch.setattr(training, "LOOK_ORIGINS", 200)
+    simulations = [simulate(f"SYM{i}", 4000, seed=21, season=True) for i in range(2)]
     histories = [s.window for s in simulations]
-    since = int(histories[0].close_times[-1501])
-    model = train(
+    since = int(histories[0].close_times[-1001])
+    trained = training.train(
         histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, until=since, steps=STEPS
-    ).forecaster("model")
-    found = forecasts(None, model, histories, since)
+    )
+    found = forecasts(None, trained.forecaster("model"), histories, since)
     plain = forecasts(None, open_model("hs", "1h", None, None), histories, since)
     truth, _ = oracle(simulations, found)
     for j, h in enumerate(HORIZONS):
@@ -41,4 +42,4 @@ def test_a_short_training_comes_near_the_oracle():
         own = ratio(y, found.quantiles[0][:, j], truth[:, j], times, h).value
         assert own < BOUND, h
         assert ratio(y, plain.quantiles[0][:, j], truth[:, j], times, h).value > own + 0.02, h
-        assert covered(y, found.quantiles[0][:, j], times, h)["worst_coverage"] < 4, h
+        assert covered(y, found.quantiles[0][:, j], times, h)["worst_coverage"] < 3, h
