@@ -18,7 +18,7 @@ import numpy as np
 
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.ports import Outcome
-from barcast.models import Adjustment, Bar
+from barcast.models import Adjustment, Bar, Coverage
 from barcast.models.bar import LEAST, MOST
 
 SCHEMA = 1
@@ -108,12 +108,29 @@ class GroupOfSignal(msgspec.Struct, frozen=True):
     last: str
 
 
-class Signal(msgspec.Struct, frozen=True, kw_only=True):
+class CoverageOfSignal(msgspec.Struct, frozen=True):
+    """The share of the last outcomes over each horizon that lay inside the intervals forecast of them.
+
+    `share` names each central interval by its nominal coverage, as in `"0.9"`; `outcomes` are how many.
+    """
+
+    share: dict[str, list[float]]
+    outcomes: list[int]
+
+    @classmethod
+    def of(cls, coverage: Coverage) -> "CoverageOfSignal":
+        """What is published of a forecast's coverage."""
+        rows = zip(coverage.intervals, coverage.share, strict=True)
+        return cls({f"{nominal:g}": _rounded(row) for nominal, row in rows}, list(coverage.outcomes))
+
+
+class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The published forecast of one symbol. Prices are in the unit of the bars.
 
     `quantiles` is one list of prices for each horizon, along `levels`; `mean` and `std` are of the log
     return over the horizon; `rise` is the probability that the price is above `reference` by then. Flags are
     `warming` and `degraded`; `reasons` say what is wrong with the bars that a degraded one was made from.
+    `coverage` is there when the model is calibrated online and has been for long enough.
     """
 
     schema: int
@@ -136,6 +153,7 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True):
     flags: list[str]
     reasons: list[str]
     group: GroupOfSignal
+    coverage: CoverageOfSignal | None = None
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
@@ -508,6 +526,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                 flags=["warming"] * forecast.warming + ["degraded"] * bool(reasons),
                 reasons=reasons,
                 group=GroupOfSignal(close, len(names), names[-1]),
+                coverage=CoverageOfSignal.of(forecast.coverage) if forecast.coverage else None,
             ),
             f"{root}/signals/{timeframe}/{name}",
             retain=True,

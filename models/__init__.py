@@ -6,11 +6,12 @@ What needs torch is imported by its module: `diffusion` (the forecaster), `train
 
 from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
+from barcast.models.calibration import Calibrated
 from barcast.models.catalog import BASELINES, open_model
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
 from barcast.models.evaluation import Scores, compare, score
 from barcast.models.fitted import Scaled
-from barcast.models.forecast import LEVELS, Card, Forecast, Forecaster, default_horizons, usable
+from barcast.models.forecast import LEVELS, Card, Coverage, Forecast, Forecaster, default_horizons, usable
 from barcast.models.garch import Garch
 from barcast.models.window import Verdict, Window, Windows
 
@@ -20,9 +21,11 @@ __all__ = [
     "Adjustment",
     "Bar",
     "BarcastError",
+    "Calibrated",
     "Card",
     "CheckpointError",
     "ConfigError",
+    "Coverage",
     "DataError",
     "FilteredHistoricalSimulation",
     "Forecast",

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.forecast import Card, Forecaster, usable
+from barcast.models.quantiles import central
 from barcast.models.scores import crps as crps_of
 from barcast.models.window import Window
 
@@ -162,16 +163,15 @@ def _scores(card: Card, found: Forecasts, q: Array) -> Scores:
     mean = losses.mean(0)
     size = np.abs(y).mean(0)
     normalised = float((mean / np.where(size > 0, size, 1.0)).mean())
-    pairs = [(i, len(levels) - 1 - i) for i in range(len(levels) // 2)]
-    central = [(i, j) for i, j in pairs if abs(levels[i] + levels[j] - 1) < 1e-9]
-    covered = [((y >= q[..., i]) & (y <= q[..., j])).mean(0) for i, j in central]
+    pairs = central(levels)
+    covered = [((y >= q[..., i]) & (y <= q[..., j])).mean(0) for i, j in pairs]
     return Scores(
         model=card.model,
         horizons=card.horizons,
         n=len(y),
         crps=mean,
         normalised=normalised,
-        intervals=tuple(round(levels[j] - levels[i], 12) for i, j in central),
+        intervals=tuple(round(levels[j] - levels[i], 12) for i, j in pairs),
         coverage=np.stack(covered, 1) if covered else np.empty((len(card.horizons), 0)),
         losses=losses,
         symbols=found.symbols,

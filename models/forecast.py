@@ -19,12 +19,25 @@ def default_horizons(timeframe: str) -> tuple[int, ...]:
     return (1, 5, 20) if timeframe == "session" or timeframe.endswith("d") else (1, 4, 16)
 
 
+class Coverage(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """How many of a symbol's last outcomes lay inside the intervals that had been forecast of them.
+
+    `share` is (I, H), for the central intervals of nominal coverage `intervals` (I,), the widest first;
+    `outcomes` (H,), all above 0, is of how many.
+    """
+
+    intervals: tuple[float, ...]
+    share: NDArray[np.float64]
+    outcomes: tuple[int, ...]
+
+
 class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     """Quantiles of one symbol's log return over each horizon, seen from the close of one bar.
 
     `quantiles` is (H, Q) float64, rising along the levels; `mean`, `std` and `rise` (the probability
     that the price is above `reference`) are (H,). Returns are log(price at the horizon / reference). Bars
-    that no model can make sense of give quantiles that are not finite; they are withheld.
+    that no model can make sense of give quantiles that are not finite; they are withheld. `coverage` is that
+    of the forecasts before, where it is known.
     """
 
     symbol: str
@@ -37,6 +50,7 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     std: NDArray[np.float64]
     rise: NDArray[np.float64]
     warming: bool
+    coverage: Coverage | None = None
 
     def quantile(self, level: float, horizon: int) -> float:
         """The log return that the outcome stays below with probability `level` over `horizon` bars."""

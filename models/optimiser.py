@@ -54,8 +54,9 @@ class Phase:
 
     `modules` are what learns; `loss` is the mean over the rows of a share; `look` is the CRPS of forecasts on
     what was not learnt from, of each of `members`: with more than one, parameters have the members first, and
-    each keeps the weights that were its own best. `prepare` runs before the first step, and again when the
-    training goes on later: it draws nothing and depends on no weight of `modules`.
+    each keeps the weights that were its own best. Those of step 0 give way only to a CRPS that is lower by
+    the share `margin`. `prepare` runs before the first step, and again when the training goes on later: it
+    draws nothing and depends on no weight of `modules`.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Phase:
     look: Callable[[], list[float]]
     prepare: Callable[[], None]
     members: int = 1
+    margin: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,7 +361,7 @@ class _Loop:
         at.best = at.best or [inf] * phase.members
         at.best_step = at.best_step or [0] * phase.members
         for i, own in enumerate(found):
-            if own < at.best[i]:
+            if own < at.best[i] * (1 - (phase.margin if at.best_step[i] == 0 else 0.0)):
                 at.best[i], at.best_step[i], at.stale = own, at.step, 0
                 for kept, average in zip(at.chosen, at.averaged, strict=True):
                     if phase.members == 1:

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from barcast.models.forecast import Card, Forecast
+from barcast.models.forecast import Card, Coverage, Forecast
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
 
 
-def forecast_of(card: Card, window: Window, quantiles: Array) -> Forecast:
+def forecast_of(card: Card, window: Window, quantiles: Array, coverage: Coverage | None = None) -> Forecast:
     """The forecast of rising quantiles (H, Q) of a window's log returns."""
     mean, std, rise = moments(quantiles, card.levels)
     return Forecast(
@@ -25,7 +25,14 @@ def forecast_of(card: Card, window: Window, quantiles: Array) -> Forecast:
         std=std,
         rise=rise,
         warming=len(window) < card.window,
+        coverage=coverage,
     )
+
+
+def central(levels: Sequence[float]) -> list[tuple[int, int]]:
+    """The pairs of levels that bound central intervals, the widest first."""
+    pairs = [(i, len(levels) - 1 - i) for i in range(len(levels) // 2)]
+    return [(i, j) for i, j in pairs if abs(levels[i] + levels[j] - 1) < 1e-9]
 
 
 def moments(quantiles: Array, levels: Sequence[float]) -> tuple[Array, Array, Array]:

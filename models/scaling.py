@@ -29,6 +29,7 @@ SLOT_PRIOR = 30.0  # bars of evidence for "no seasonality" in every slot; as man
 OWN_PRIOR = 60.0  # the same, for "as the other symbols" in every slot of a symbol
 LEVEL_PRIOR = 50.0  # realised residuals of evidence for "the scale is right"
 SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
+CHUNK = 32  # entries that are summed at once
 TAIL = 6.0  # a residual counts as at most this in the features of the tails
 CLIP = 5.0  # standardised features end here
 CHANNELS = 4  # of the sequence: return, log range, close location, log volume
@@ -313,13 +314,43 @@ class _Series:
 def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
     """Mean of the last `w` entries, or of as many as there are, at entries `first` to N - 1 of x (N,)."""
     if w <= len(x) == first + 1:  # a forecast asks for the newest entry alone
-        return np.array([x[-w:].mean()])
+        return np.array([_last_sum(x[-w:]) / w])
     short = np.cumsum(x[: w - 1]) / np.arange(1, min(w, len(x) + 1))
     if len(x) < w:
         return short[first:]
     at = max(first - (w - 1), 0)
-    full: Array = sliding_window_view(x, w)[at:].mean(-1)
-    return np.concatenate([short[first:], full])
+    return np.concatenate([short[first:], _sums(x[at:], w) / w])
+
+
+def _sums(x: Array, w: int) -> Array:
+    """Sums of w entries, ending at entries w - 1 to N - 1 of x (N,): chunks of 32, the newest first.
+
+    They cost w / 32 additions each. The order of the additions is the same in each, and in `_last_sum`.
+    """
+    if w <= CHUNK:
+        few: Array = np.add.reduce(sliding_window_view(x, w), -1)
+        return few
+    m, rest = divmod(w, CHUNK)
+    n = len(x) - w + 1
+    chunks = np.add.reduce(sliding_window_view(x, CHUNK), -1)  # entry i: x[i] to x[i + 31]
+    total = chunks[w - CHUNK :].copy()
+    for j in range(2, m + 1):
+        total += chunks[w - j * CHUNK :][:n]
+    if rest:
+        total += np.add.reduce(sliding_window_view(x[: n + rest - 1], rest), -1)
+    return total
+
+
+def _last_sum(x: Array) -> float:
+    """The sum of all of x (w,), to the bits of `_sums`."""
+    m, rest = divmod(len(x), CHUNK)
+    if len(x) <= CHUNK:
+        return float(np.add.reduce(x))
+    chunks = np.add.reduce(x[rest:].reshape(m, CHUNK), -1).tolist()
+    total: float = chunks.pop()
+    while chunks:
+        total += chunks.pop()
+    return total + float(np.add.reduce(x[:rest])) if rest else total
 
 
 def _least_squares(X: Array, y: Array) -> Array:

@@ -37,6 +37,7 @@ MAP_BATCH = 384  # origins of a batch of each member, of which it may learn thre
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
 LEAST_STEPS, MOST_STEPS = 400, 1200  # of each phase
 LOOK_ORIGINS = 1500  # of what was not learnt from, thinned evenly, for each member
+MARGIN = 0.002  # of the map's CRPS: what the denoiser must gain on one block to be more than luck
 LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
@@ -155,6 +156,7 @@ class _Training:
                 loss=self._denoiser_loss,
                 look=self._denoiser_crps,
                 prepare=self._prepare_denoiser,
+                margin=MARGIN,
             ),
         ]
         budget = Budget(self.steps, seconds, clock)

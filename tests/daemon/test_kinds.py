@@ -1,19 +1,20 @@
 """Models of every kind serve on the one path: what a replay, a crash or a backtest says is what was sent."""
 
 from contextlib import closing
+from copy import deepcopy
 
 import numpy as np
 import pytest
 
 from barcast.backtest.replay import arrivals
 from barcast.daemon.ports import Activation, Revision, Warmup
-from barcast.models import Bar
+from barcast.models import Bar, Calibrated, FilteredHistoricalSimulation
 from tests import kinds
 from tests.fakes import LEVELS, MINUTE, START, outgoing, settings
 from tests.garch import simulate
 from tests.rim import SECOND, Instance, Message, World, activation, outbox, path_of, play, revision
 
-SYMBOLS, WARM, LIVE = ("A", "B", "C"), 220, 6
+SYMBOLS, WARM, LIVE = ("A", "B", "C"), 740, 6
 HORIZONS = (1, 2)
 
 
@@ -31,17 +32,22 @@ def bars():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A small network, trees and an ensemble of both and a baseline, on one-minute bars."""
+    """A small network, trees, an ensemble of both and a baseline, and a calibrated one: one-minute bars."""
     from barcast.models.training import train
 
     histories = [simulate(s, 1500, seed=9, step=MINUTE).window for s in ("X", "Y")]
     network = train(histories, timeframe="1m", horizons=HORIZONS, levels=LEVELS, steps=2)
     trees = kinds.boosted(network.scaling, network.levels, network.record)
     mix = kinds.ensemble(tmp_path_factory.mktemp("kinds"), network)
-    return {"trees": trees.forecaster("trees"), "mix": mix.forecaster("mix")}
+    fhs = FilteredHistoricalSimulation("1m", HORIZONS, LEVELS)
+    return {
+        "trees": trees.forecaster("trees"),
+        "mix": mix.forecaster("mix"),
+        "calibrated": Calibrated(fhs, outcomes=60, judged=40),
+    }
 
 
-@pytest.mark.parametrize("kind", ["trees", "mix"])
+@pytest.mark.parametrize("kind", ["trees", "mix", "calibrated"])
 def test_live_signals_are_those_of_replay_and_backtest(bars, models, tmp_path, kind):
     """One symbol late and alone, restarts of the forecaster's memory, other batches: the same bytes."""
     forecaster = models[kind]
@@ -53,10 +59,14 @@ def test_live_signals_are_those_of_replay_and_backtest(bars, models, tmp_path, k
         close = bars["A"][k].close_time
         for i, symbol in enumerate(SYMBOLS):
             world.script.append((close + (1 + 3 * i) * SECOND, [Message.of(bars[symbol][k])]))
-    with closing(Instance(tmp_path / "journal.db", world, lambda *_: forecaster)) as instance:
+    with closing(Instance(tmp_path / "journal.db", world, lambda *_: deepcopy(forecaster))) as instance:
         play(instance.run())
         sent, replayed = path_of(outbox(instance.journal)), instance.replayed()
     assert replayed == sent
+    signals = [m for m in sent if "/signals/" in m.topic]
+    assert [b'"coverage":{"share":{"0.9":[' in m.payload for m in signals] == [
+        kind == "calibrated" for _ in signals
+    ]
     live = {(m.topic, m.payload) for m in sent}
 
     last = [b for s in SYMBOLS for b in bars[s][WARM:]]

@@ -3,13 +3,16 @@
 import json
 
 import msgspec
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
+from barcast.daemon.ports import Arrival
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar
+from barcast.models import Bar, Coverage
+from tests.fakes import Spread, bar, opening, outgoing
 
 NOW = wire.to_ns(msgspec.json.decode(b'"2026-03-01T12:00:00Z"', type=__import__("datetime").datetime))
 MINUTES = Calendars("24x7", Timeframe.parse("1m"))
@@ -82,3 +85,24 @@ def test_times_are_written_and_read_back():
     """RFC 3339 in UTC with as many decimals as are needed."""
     assert wire.to_text(NOW) == "2026-03-01T12:00:00Z"
     assert wire.to_text(NOW + 1_500_000) == "2026-03-01T12:00:00.0015Z"
+
+
+def test_coverage_is_published_where_it_is_known():
+    """A calibrated model's signals carry it; those of others have no such field, and differ in nothing."""
+
+    class Judged(Spread):
+        def _one(self, w):
+            share = np.array([[2 / 3, 0.5]])
+            return msgspec.structs.replace(super()._one(w), coverage=Coverage((0.9,), share, (3, 2)))
+
+    events = [*opening(), *(Arrival(b.close_time, (b,)) for b in map(bar, "AAAA", range(1, 5)))]
+    plain, judged = (
+        [json.loads(m.payload) for m in outgoing(events, spread=model) if "/signals/" in m.topic]
+        for model in (Spread(), Judged())
+    )
+    assert [m.pop("coverage") for m in judged] == [
+        {"share": {"0.9": [0.666666667, 0.5]}, "outcomes": [3, 2]} for _ in plain
+    ]
+    assert {m.pop("id") for m in judged}.isdisjoint({m.pop("id") for m in plain})
+    assert judged == plain != []
+    assert msgspec.convert(plain[0] | {"id": ""}, wire.Signal).coverage is None

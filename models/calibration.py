@@ -1,0 +1,340 @@
+"""Online calibration: a forecaster's quantiles, spread by how its own last forecasts turned out.
+
+Each forecast of the past and its outcome give a normal score: where in the forecast the outcome fell, on the
+scale of the standard normal distribution. Scores of a calibrated forecaster are N(0, 1). What they were
+instead corrects the newest forecast (the recalibration of Kuleshov, Fenner and Ermon 2018, with one degree of
+freedom instead of isotonic regression).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import inf, log, nan, pi, sqrt
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from barcast.models.errors import ConfigError
+from barcast.models.forecast import Card, Coverage, Forecast, Forecaster, usable
+from barcast.models.quantiles import central, forecast_of
+from barcast.models.window import Window
+
+Array = NDArray[np.float64]
+
+OUTCOMES = 500  # of each horizon that a forecast is corrected by
+JUDGED = 250  # outcomes of each horizon that the coverage is counted over
+PRIOR = 50  # independent outcomes that a scale of 1 counts as
+LIMIT = 4.0  # no score is farther out
+GENTLE = 0.1  # of the slope between the outermost levels: the least slope beyond them
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: multiples spread evenly
+CHUNK = 256  # windows handed to the inner forecaster at once
+VERSION = 1  # of the arithmetic: fingerprints differ where bits may
+
+
+@lru_cache(64)
+def normal(levels: tuple[float, ...]) -> Array:
+    """The normal scores of levels between 0 and 1, (Q,)."""
+    z = np.array([NormalDist().inv_cdf(level) for level in levels])
+    z.flags.writeable = False
+    return z
+
+
+def recalibrated(scores: Array, h: int, levels: tuple[float, ...]) -> Array:
+    """The normal scores (Q,), rising, at which to read a forecast over h bars, to get its levels right.
+
+    `scores` (n,) are those of past outcomes, oldest first. The levels' own are multiplied by the mean
+    absolute score over that of N(0, 1). Outcomes over h bars overlap, n of them are worth n / h; `PRIOR`
+    independent ones say that the scale is 1.
+    """
+    prior = PRIOR * h
+    size = float(np.add.reduce(np.abs(scores))) / sqrt(2 / pi)
+    return (size + prior) / (len(scores) + prior) * normal(levels)
+
+
+def normal_scores(outcomes: Array, quantiles: Array, levels: tuple[float, ...], dice: Array) -> Array:
+    """Where outcomes (n,) fell in forecasts (n, Q): normal scores (n,), at most `LIMIT` from 0.
+
+    An outcome that several quantiles equal is somewhere between their scores: `dice` (n,), from 0 to 1, say
+    where (randomised PIT; Czado, Gneiting and Held 2009). NaN where anything is not a number, or where the
+    forecast has no width.
+    """
+    z = normal(levels)
+    below = (quantiles < outcomes[:, None]).sum(1)
+    upto = (quantiles <= outcomes[:, None]).sum(1)
+    row, base = np.arange(len(outcomes)), np.maximum(upto - 1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = z[base] + (outcomes - quantiles[row, base]) / _slopes(quantiles, z)[row, upto]
+    first = z[np.minimum(below, len(z) - 1)]
+    found = np.where(below < upto, first + dice * (z[base] - first), between)
+    found[~(quantiles[:, -1] > quantiles[:, 0])] = np.nan
+    within: Array = np.clip(found, -LIMIT, LIMIT)
+    return within
+
+
+def read_at(scores: Array, quantiles: Array, levels: tuple[float, ...]) -> Array:
+    """The quantile functions of forecasts (H, Q) at normal scores (H, Q), rising along the levels.
+
+    Between the levels they are linear in the normal score; beyond, they go on with the outermost slope. At
+    the levels' own scores they are the quantiles, to the bit.
+    """
+    z = normal(levels)
+    segment = np.searchsorted(z, scores, "right")
+    base, row = np.maximum(segment - 1, 0), np.arange(len(quantiles))[:, None]
+    found = quantiles[row, base] + _slopes(quantiles, z)[row, segment] * (scores - z[base])
+    rising: Array = np.maximum.accumulate(found, -1)  # whatever is rounded
+    return rising
+
+
+def _slopes(quantiles: Array, z: Array) -> Array:
+    """How fast quantiles (n, Q) rise with the score: before, between and after the levels, (n, Q + 1)."""
+    slopes = np.empty((len(quantiles), len(z) + 1))
+    slopes[:, 1:-1] = (quantiles[:, 1:] - quantiles[:, :-1]) / (z[1:] - z[:-1])
+    least = GENTLE * (quantiles[:, -1] - quantiles[:, 0]) / (z[-1] - z[0])
+    slopes[:, 0] = np.maximum(slopes[:, 1], least)
+    slopes[:, -1] = np.maximum(slopes[:, -2], least)
+    return slopes
+
+
+class Calibrated:
+    """The quantiles of another forecaster, recalibrated by the outcomes of its last forecasts in the window.
+
+    It is a pure function of the window, which is longer than the inner forecaster's: what that said of a past
+    bar is asked again, with the bars of then. A forecast is corrected by the last `outcomes` outcomes of each
+    horizon, one without any is the inner one. Mean, spread and probability of a rise follow from the
+    recalibrated quantiles, see `quantiles.moments`. The coverage is that of the recalibrated intervals of
+    the last `judged` outcomes, each made from the bars up to its own; forecasts that had fewer than
+    `outcomes` to learn from are not counted.
+
+    The state is the `_Past` of each symbol's last window. It saves work and changes no bit: of a window with
+    the same bars, all but what the bars since then say is taken from there; what follows a changed bar is
+    worked out again.
+
+    Raises `ConfigError` for an inner forecaster of fewer than two levels, or of levels 0 or 1.
+    """
+
+    def __init__(self, inner: Forecaster, outcomes: int = OUTCOMES, judged: int = JUDGED) -> None:
+        card = inner.card
+        if len(card.levels) < 2 or not 0 < card.levels[0] < card.levels[-1] < 1:
+            raise ConfigError(
+                f"levels {card.levels} of {card.model} cannot be recalibrated: give two or more, rising "
+                "between 0 and 1"
+            )
+        self._inner, self._outcomes, self._judged = inner, outcomes, judged
+        self._reach = max(card.horizons)
+        self._first = card.window - 1  # place in the window of the first bar with all the bars it needs
+        self._full = self._first + outcomes + self._reach - 1  # of the first that is corrected by them all
+        self._central = central(card.levels)
+        self._card = Card(
+            model=card.model,
+            kind=card.kind,
+            timeframe=card.timeframe,
+            horizons=card.horizons,
+            levels=card.levels,
+            window=self._full + self._reach + judged,
+            min_window=card.min_window,
+            sampler=card.sampler,
+            steps=card.steps,
+            samples=card.samples,
+            fingerprint=f"{card.fingerprint}; calibration={VERSION} outcomes={outcomes} judged={judged}",
+        )
+        self._pasts: dict[str, _Past] = {}
+
+    @property
+    def card(self) -> Card:
+        """Identity, horizons and levels, and the window that is needed, in bars."""
+        return self._card
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
+        card = self.card
+        plans, asked = [], list[Window]()
+        latest: dict[str, _Past] = {}
+        for window in windows:
+            if len(window) < card.min_window:
+                raise ValueError(
+                    f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}"
+                )
+            cut = _cut(window, len(window), card.window)
+            past = None
+            if len(cut) > self._first:
+                before = latest.get(cut.symbol, self._pasts.get(cut.symbol))
+                past = latest[cut.symbol] = _Past(cut, before, self._first, self._reach)
+                asked += [_cut(cut, k + 1, self._inner.card.window) for k in range(past.start, len(cut))]
+            else:
+                asked.append(cut)
+            plans.append((cut, past))
+
+        said = self._ask(asked)
+        made, at = [], 0
+        for cut, past in plans:
+            count = 1 if past is None else len(cut) - past.start
+            news, at = said[at : at + count], at + count
+            if past is None:
+                made.append(forecast_of(card, cut, news[0]))
+            else:
+                self._work_out(past, news)
+                made.append(forecast_of(card, cut, past.published[-1], self._coverage(past)))
+        for symbol, past in latest.items():
+            past.keep()
+            self._pasts[symbol] = past
+        return made
+
+    def _ask(self, windows: Sequence[Window]) -> Array:
+        """What the inner forecaster says, (n, H, Q); NaN where that can be no price."""
+        card = self._inner.card
+        said = np.empty((len(windows), len(card.horizons), len(card.levels)))
+        for i in range(0, len(windows), CHUNK):
+            made = self._inner.forecast(windows[i : i + CHUNK])
+            good = usable(made, card)
+            for row, forecast, fine in zip(said[i:], made, good, strict=False):
+                row[:] = forecast.quantiles if fine else np.nan
+        return said
+
+    def _work_out(self, past: "_Past", news: Array) -> None:
+        """Fill in what the new bars of a window say, from the inner forecasts (n, H, Q) of its last bars."""
+        H, levels = self.card.horizons, self.card.levels
+        L, first, since = len(past.times), self._first, max(past.same, self._first)
+        before = past.take()
+        past.said = news
+        past.published = np.full_like(news, np.nan)
+        if before is not None and past.goes_on:
+            past.said = np.concatenate((before.said, news))
+            past.published = np.concatenate((before.published, past.published))
+        past.scores = np.full((len(H), L - first), np.nan)
+        past.depths = np.full((len(H), L - first), -1, np.int8)
+        if before is not None and since > first:
+            kept = slice(past.gone, past.gone + since - first)
+            past.scores[:, : since - first] = before.scores[:, kept]
+            past.depths[:, : since - first] = before.depths[:, kept]
+
+        head = L - len(past.said)  # place of the first bar whose forecast is at hand
+        early = max(0, since - self._reach)
+        # logarithms one by one: those of an array may depend on its length in the last bit
+        price = np.array([log(x) if 0 < x < inf else nan for x in past.values[early:, 3].tolist()])
+        dice = (past.times[since:].view(np.uint64) * GOLDEN >> np.uint64(11)) / 2.0**53
+        ends = [(row, h, L - max(since, first + h)) for row, h in enumerate(H)]  # new bars that end outcomes
+        ends = [(row, h, n) for row, h, n in ends if n > 0]
+
+        def at_begin(forecasts: Array) -> Array:
+            """Of each outcome, horizon by horizon, its row (Q,) of the forecasts at hand."""
+            return np.concatenate([forecasts[L - h - head - n : L - h - head, row] for row, h, n in ends])
+
+        if ends:
+            y = np.concatenate([price[-n:] - price[-n - h : len(price) - h] for _, h, n in ends])
+            dice = np.concatenate([dice[-n:] for _, _, n in ends])
+            _put(past.scores, ends, normal_scores(y, at_begin(past.said), levels, dice))
+        for k in [*range(max(past.start, self._full), L - 1), L - 1]:
+            past.published[k - head] = self._recalibrated(past, k, past.said[k - head])
+        if ends:
+            _put(past.depths, ends, self._depth(y, at_begin(past.published)))
+        past.said, past.published = past.said[-self._reach :], past.published[-self._reach :]
+
+    def _recalibrated(self, past: "_Past", k: int, quantiles: Array) -> Array:
+        """The quantiles (H, Q) said at the k-th bar of a window, corrected by the outcomes up to then."""
+        levels, first = self.card.levels, self._first
+        z = []
+        for scores, h in zip(past.scores, self.card.horizons, strict=True):
+            last = scores[max(k + 1 - self._outcomes - first, h) : k + 1 - first]
+            z.append(recalibrated(last[~np.isnan(last)], h, levels))
+        return read_at(np.array(z), quantiles, levels)
+
+    def _depth(self, outcomes: Array, quantiles: Array) -> NDArray[np.int8]:
+        """How many central intervals of forecasts (n, Q) hold the outcome (n,); -1 where it is not known."""
+        depth = np.zeros(len(outcomes), np.int8)
+        for i, j in self._central:
+            depth += (outcomes >= quantiles[:, i]) & (outcomes <= quantiles[:, j])
+        depth[np.isnan(outcomes) | np.isnan(quantiles[:, 0])] = -1
+        return depth
+
+    def _coverage(self, past: "_Past") -> Coverage | None:
+        """The coverage of the last intervals, if there is one for each horizon."""
+        known = []
+        for depths, h in zip(past.depths, self.card.horizons, strict=True):
+            last = depths[max(len(depths) - self._judged, self._full + h - self._first) :]
+            known.append(last[last >= 0])
+        if not self._central or not all(map(len, known)):
+            return None
+        levels, deepest = self.card.levels, len(self._central)
+        counts = [np.bincount(d, minlength=deepest + 1)[::-1].cumsum()[::-1] for d in known]
+        return Coverage(
+            intervals=tuple(round(levels[j] - levels[i], 12) for i, j in self._central),
+            share=np.array([deeper[1:] / deeper[0] for deeper in counts]).T,
+            outcomes=tuple(map(len, known)),
+        )
+
+
+class _Past:
+    """What the bars of a window have shown. The first bar that could be forecast is at the place `first`.
+
+    `scores` and `depths` are (H, N - first): of the outcome that ended with each bar, the normal score in the
+    inner forecast, and how many intervals of the published one held it. `said` and `published` are the
+    quantiles (n, H, Q) of the last bars, whose outcomes are still to come. Entries depend on nothing after
+    their bar. Those that depend on bars before the window are never looked at.
+    """
+
+    __slots__ = (
+        "_before",
+        "depths",
+        "goes_on",
+        "gone",
+        "published",
+        "said",
+        "same",
+        "scores",
+        "start",
+        "times",
+        "values",
+    )
+
+    scores: Array
+    depths: NDArray[np.int8]
+    said: Array
+    published: Array
+
+    def __init__(self, window: Window, before: "_Past | None", first: int, reach: int) -> None:
+        self.times: NDArray[np.int64] = np.ascontiguousarray(window.close_times)
+        self.values: Array = np.ascontiguousarray(window.values)
+        self._before = before
+        self.gone = self.same = 0
+        self.goes_on = False  # all bars that were known are still there
+        if before is not None:
+            self.gone = int(np.searchsorted(before.times, self.times[0]))
+            self.same = self._shared(before)
+            self.goes_on = self.gone + self.same == len(before.times)
+        # the first bar to ask the inner forecaster of
+        self.start = max(first, self.same if self.goes_on else self.same - reach)
+
+    def _shared(self, before: "_Past") -> int:
+        """How many bars from the beginning are, to the bit, those that the window before had."""
+        n = min(len(before.times) - self.gone, len(self.times))
+        there = slice(self.gone, self.gone + n)
+        times = before.times[there] == self.times[:n]
+        values = before.values[there].view(np.int64) == self.values[:n].view(np.int64)
+        if times.all() and values.all():
+            return n
+        return int(np.argmin(times & values.all(1)))
+
+    def take(self) -> "_Past | None":
+        """The past of the window before, which is needed once."""
+        before, self._before = self._before, None
+        return before
+
+    def keep(self) -> None:
+        """Copy the bars: those of a window are valid until the next one of its symbol."""
+        self.times, self.values = self.times.copy(), self.values.copy()
+        self.said, self.published = self.said.copy(), self.published.copy()
+
+
+def _put(rows: NDArray[Any], ends: Sequence[tuple[int, int, int]], values: NDArray[Any]) -> None:
+    """Set the last n entries of each row, as `ends` counts them, to the values in turn."""
+    at = 0
+    for row, _, n in ends:
+        rows[row, -n:] = values[at : at + n]
+        at += n
+
+
+def _cut(window: Window, stop: int, length: int) -> Window:
+    """The last `length` bars before the place `stop`."""
+    part = slice(max(0, stop - length), stop)
+    return Window(window.symbol, window.close_times[part], window.values[part])
