@@ -1,7 +1,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench study clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
 
@@ -19,8 +19,11 @@ check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/lint-imports
 	$(BIN)/pytest -m "not broker"
 
-bench: $(VENV)/.dev ## speed, latency, memory, sizing in one run; writes bench.json
+bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench
+
+study: $(VENV)/.dev ## what each part of the model earns, out of sample; goes on where it was interrupted
+	$(BIN)/python -m tests.bench.study
 
 clean: ## remove environments, caches and the demo's folder
 	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
