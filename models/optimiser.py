@@ -288,10 +288,10 @@ class _Loop:
 
         while True:
             late = at.step > 0 and self._over(seconds)
+            self.capped |= late
             crps = None
             if at.step > at.looked and (at.step % self.every == 0 or at.step == steps or late):
                 crps = self._look(phase, parameters, at)
-                self.capped |= late
             if at.step == 0 and self._over(seconds):
                 raise ConfigError(
                     f"the cap of {self.budget.seconds:g} s on the phase {phase.name} leaves no time for a "
