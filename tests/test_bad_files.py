@@ -328,7 +328,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         field("levels", [5, 50]),
         f"{JSON} | levels | (5.0, 50.0) | between 0 and",
     ),
-    "more horizons than the network": (field("horizons", [1, 5, 40]), f"{JSON} | window | 356 | train again"),
+    "more horizons than the network": (field("horizons", [1, 5, 40]), f"{JSON} | window | 534 | train again"),
     "a text for a time": (
         field("record.validation_end", "x"),
         f"{JSON} | validation_end | got `str` | train again",
@@ -353,7 +353,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         f"{JSON} | scaling.factor | a number that is not finite | train again",
     ),
     "statistics of zero": (
-        field("scaling.std", [0.0] * 49),
+        field("scaling.std", [0.0] * 50),
         f"{JSON} | scaling.std | 0.0, not above 0 | train",
     ),
     "too few statistics": (field("scaling.mean", [0.0]), f"{JSON} | scaling.mean | (1,) | train again"),

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from barcast.models import CheckpointError, ConfigError, Window, checkpoint
 from barcast.models.checkpoint import load, open_forecaster, save
-from barcast.models.diffusion import SSSDForecaster
 from barcast.models.scaling import feature_names
 from barcast.models.sssd import SSSD
 from barcast.models.trained import Trained
@@ -38,7 +37,7 @@ def test_a_model_comes_back_to_the_bit(trained: Trained, directory: Path, histor
     assert found.record == trained.record
     assert (found.scaling.zone, found.scaling.symbols) == (trained.scaling.zone, trained.scaling.symbols)
     assert found.scaling.symbols == ("SYM0", "SYM1")
-    before = SSSDForecaster(trained.net, trained.scaling, trained.levels, "x").forecast(histories)
+    before = trained.forecaster("x").forecast(histories)
     after = open_forecaster(directory).forecast(histories)
     for a, b in zip(before, after, strict=True):
         assert a.quantiles.tobytes() == b.quantiles.tobytes()

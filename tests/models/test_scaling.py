@@ -81,7 +81,7 @@ def test_whole_history_and_single_windows_agree(scaling: Scaling, window: Window
 
 def test_whole_history_and_single_windows_agree_in_daily_bars(daily: Scaling) -> None:
     """The same with the layout of daily bars, whose window is shorter."""
-    assert daily.window == 66 + 250 + 20
+    assert daily.window == 264 + 250 + 20
     _agree(daily, simulate("NEW", 700, seed=12, step=DAY).window)
 
 
