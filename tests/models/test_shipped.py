@@ -45,11 +45,12 @@ def test_its_card_says_whether_the_denoiser_matters(checkpoint: Checkpoint, hist
     """It is sampled as its training chose; without steps, no weight of the denoiser changes a forecast."""
     chosen = checkpoint.trained.record.denoiser_step
     assert checkpoint.forecaster().card.steps == (STEPS if chosen else 0)
-    before, alone = (checkpoint.forecaster(None, n).forecast(histories) for n in (STEPS, 0))
+    raw = checkpoint.trained.raw
+    before, alone = (raw("x", None, n).forecast(histories) for n in (STEPS, 0))
     with torch.no_grad():
         for p in checkpoint.trained.net.denoiser.leave.parameters():
             p.add_(0.1)
-    after, still = (checkpoint.forecaster(None, n).forecast(histories) for n in (STEPS, 0))
+    after, still = (raw("x", None, n).forecast(histories) for n in (STEPS, 0))
     for a, b, c, d in zip(before, after, alone, still, strict=True):
         assert np.abs(a.quantiles / b.quantiles - 1).max() > 1e-3
         assert c.quantiles.tobytes() == d.quantiles.tobytes()
