@@ -78,15 +78,18 @@ class Trained:
     record: Record
 
     def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> Calibrated:
-        """A calibrated forecaster, default sampler and steps where None is given; see `Model.forecaster`.
+        """A calibrated forecaster, see `raw` and `Model.forecaster`."""
+        return Calibrated(self.raw(model, sampler, steps), self.scaling.layout.calibration)
+
+    def raw(self, model: str, sampler: str | None = None, steps: int | None = None) -> SSSDForecaster:
+        """A forecaster that is not calibrated; default sampler and steps where None is given.
 
         By default nothing is sampled where training found that the diffusion model adds nothing. Raise
         `ConfigError` for an unknown sampler or number of steps.
         """
         if steps is None:
             steps = STEPS if self.record.denoiser_step or sampler else 0
-        raw = SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
-        return Calibrated(raw, self.scaling.layout.calibration)
+        return SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
 
 
 def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:

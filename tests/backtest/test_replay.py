@@ -280,8 +280,8 @@ def test_poisoned_future_changes_nothing_for_the_shipped_model(bars, tmp_path, s
     import torch
 
     torch.set_num_threads(1)
-    period = {"since": "2012-02-01", "until": "2012-03-01", "symbols": ["AAPL", "IBM", "MSFT"]}
-    model = {"model": str(sample_checkpoint()), "sampler": sampler, "steps": 4}
+    period = {"since": "2012-02-01", "until": "2012-03-01", "symbols": ["IBM"]}
+    model = {"model": str(sample_checkpoint()), "sampler": sampler, "steps": 2}
     moment = "2012-02-15"
     after = pl.col("close_time") > when(moment)
     changed = [
@@ -291,7 +291,7 @@ def test_poisoned_future_changes_nothing_for_the_shipped_model(bars, tmp_path, s
     bars.with_columns(changed).write_parquet(tmp_path / "poisoned.parquet")
     clean = backtest(**period, **model)
     poisoned = backtest(tmp_path / "poisoned.parquet", **period, **model)
-    assert clean.signals.height == 20 * 3 * 3
+    assert clean.signals.height == 20 * 3
     assert clean.meta["sampler"] == sampler
     assert_same_until(clean, poisoned, moment)
     assert_differ(clean, poisoned)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from inspect import getsource
 from typing import Any
 from unittest.mock import patch
@@ -166,7 +165,7 @@ class Variant:
     sampler: str | None = None
     samples: int | None = None
     iid: bool = False
-    calibrated: bool = False
+    raw: bool = False  # not calibrated
     extras: bool = False  # differs on intraday bars only
 
     @property
@@ -180,7 +179,7 @@ class Variant:
 
     def __str__(self) -> str:
         """All that makes it what it is but the training."""
-        return f"{self.steps} {self.sampler} {self.samples} {self.iid} {self.calibrated}"
+        return f"{self.steps} {self.sampler} {self.samples} {self.iid} {self.raw}"
 
     def forecaster(self, trained: Trained | None, timeframe: str, seed: int) -> Forecaster:
         """The forecaster, of the model that its training gave."""
@@ -192,13 +191,10 @@ class Variant:
             rows = torch.randn(rows.shape, generator=torch.Generator().manual_seed(seed))
         trained.net.noise = rows
         try:
-            made: Forecaster = trained.forecaster(self.name, self.sampler, self.steps)
+            make = trained.raw if self.raw else trained.forecaster
+            made: Forecaster = make(self.name, self.sampler, self.steps)
         finally:
             trained.net.noise = noise
-        if self.calibrated:
-            from barcast.models.calibration import Calibrated
-
-            made = Calibrated(made)
         return made
 
 
@@ -234,9 +230,5 @@ VARIANTS = (
     Variant("iid-16", "diffusion, 16 independent draws", DENOISER, STEPS, samples=16, iid=True),
     Variant("iid-64", "diffusion, 64 independent draws", DENOISER, STEPS, samples=64, iid=True),
     Variant("iid-256", "diffusion, 256 independent draws", DENOISER, STEPS, iid=True),
-    *(
-        [Variant("calibrated", "the product, calibrated online", FULL, calibrated=True)]
-        if find_spec("barcast.models.calibration")
-        else []
-    ),
+    Variant("uncalibrated", "the product without the online calibration", FULL, raw=True),
 )

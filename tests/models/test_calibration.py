@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from math import log, sqrt
+from math import log
 
 import numpy as np
 import pytest
@@ -126,14 +126,14 @@ def test_at_the_levels_own_scores_nothing_changes() -> None:
     assert found.tobytes() == z.tobytes()
 
 
-def test_the_scale_is_the_mean_absolute_score_shrunk_to_one() -> None:
-    """Outcomes count by how many do not overlap, and `PRIOR` of these say that the scale is 1."""
-    g = np.random.default_rng(1).normal(0, 1.7, 300)
+def test_the_levels_give_way_to_the_quantiles_of_the_scores_shrunk() -> None:
+    """Up and down alike; outcomes count by how many do not overlap, `PRIOR` of these speak for the levels."""
+    g = np.random.default_rng(1).normal(0.4, 1.7, 300)
     own = norm.ppf(LEVELS)
+    both = np.quantile(np.concatenate([g, -g]), LEVELS)
     for h in (1, 4):
-        scale = np.abs(g).mean() / sqrt(2 / np.pi)
-        expected = (300 / h * scale + PRIOR) / (300 / h + PRIOR)
-        np.testing.assert_allclose(recalibrated(g, h, LEVELS), expected * own, rtol=1e-12, atol=1e-12)
+        expected = (300 / h * both + PRIOR * own) / (300 / h + PRIOR)
+        np.testing.assert_allclose(recalibrated(g, h, LEVELS), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_it_does_what_it_says_bar_by_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,9 +163,10 @@ def test_it_does_what_it_says_bar_by_bar(monkeypatch: pytest.MonkeyPatch) -> Non
         h, q = HORIZONS[j], said(k)[j]
         past = [score(i, j) for i in range(k - h - outcomes + 1, k - h + 1)]
         past = [g for g in past if not np.isnan(g)]
-        s = (np.abs(past).sum() / sqrt(2 / np.pi) + prior * h) / (len(past) + prior * h)
-        i = np.clip(np.searchsorted(z, s * z), 1, 6)
-        return q[i - 1] + (q[i] - q[i - 1]) * (s * z - z[i - 1]) / (z[i] - z[i - 1])
+        both = np.quantile([*past, *(-g for g in past)], LEVELS) if past else z
+        s = (len(past) * both + prior * h * z) / (len(past) + prior * h)
+        i = np.clip(np.searchsorted(z, s), 1, 6)
+        return q[i - 1] + (q[i] - q[i - 1]) * (s - z[i - 1]) / (z[i] - z[i - 1])
 
     lived = Calibrated(Moody(), outcomes, judged)
     counted = 0
@@ -244,7 +245,7 @@ def test_the_coverage_that_is_published_is_that_of_the_forecasts() -> None:
 def test_forecasts_that_are_no_numbers_are_no_evidence() -> None:
     """Where the inner forecaster had nothing to say nothing is learnt, counted or forecast."""
     window = walk(1200, seed=6)
-    holed = Calibrated(Normal(0.5, holes=True))
+    holed = Calibrated(Normal(0.5, holes=True), 500)
     found = [holed.forecast([until(window, n)])[0] for n in range(1190, 1200)]
     for f in found:
         silent = f.close_time // HOUR % 3 == 0

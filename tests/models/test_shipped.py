@@ -8,15 +8,9 @@ import polars as pl
 import pytest
 import torch
 
-from barcast.models import (
-    FilteredHistoricalSimulation,
-    Forecast,
-    HistoricalSimulation,
-    Window,
-    compare,
-)
+from barcast.models import FilteredHistoricalSimulation, HistoricalSimulation, Window, compare
 from barcast.models.checkpoint import Checkpoint, load
-from barcast.models.diffusion import STEPS, SSSDForecaster
+from barcast.models.diffusion import STEPS
 
 SAMPLE = Path(__file__).parents[2] / "backtest" / "sample"
 YEAR_2010 = int(np.datetime64("2010-01-01", "ns").astype(np.int64))
@@ -49,18 +43,14 @@ def test_it_was_trained_on_the_sample_before_2010(checkpoint: Checkpoint) -> Non
 
 def test_its_card_says_whether_the_denoiser_matters(checkpoint: Checkpoint, histories: list[Window]) -> None:
     """It is sampled as its training chose; without steps, no weight of the denoiser changes a forecast."""
-    model = checkpoint.trained
-    assert checkpoint.forecaster().card.steps == (STEPS if model.record.denoiser_step else 0)
-
-    def said(steps: int) -> list[Forecast]:
-        raw = SSSDForecaster(model.net, model.scaling, model.levels, "raw", steps=steps)
-        return raw.forecast(histories)
-
-    before, alone = said(STEPS), said(0)
+    chosen = checkpoint.trained.record.denoiser_step
+    assert checkpoint.forecaster().card.steps == (STEPS if chosen else 0)
+    raw = checkpoint.trained.raw
+    before, alone = (raw("x", None, n).forecast(histories) for n in (STEPS, 0))
     with torch.no_grad():
-        for p in model.net.denoiser.leave.parameters():
+        for p in checkpoint.trained.net.denoiser.leave.parameters():
             p.add_(0.1)
-    after, still = said(STEPS), said(0)
+    after, still = (raw("x", None, n).forecast(histories) for n in (STEPS, 0))
     for a, b, c, d in zip(before, after, alone, still, strict=True):
         assert np.abs(a.quantiles / b.quantiles - 1).max() > 1e-3
         assert c.quantiles.tobytes() == d.quantiles.tobytes()
