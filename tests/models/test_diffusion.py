@@ -32,9 +32,9 @@ def opened(trained: Trained) -> Open:
 
 
 @pytest.fixture
-def alone(trained: Trained) -> SSSDForecaster:
-    """The map alone, as a model is served whose training found that the denoiser adds nothing."""
-    return replace(trained, record=replace(trained.record, denoiser_step=0)).forecaster("test")
+def alone(opened: Open) -> SSSDForecaster:
+    """The map alone, of which nothing is sampled."""
+    return opened(steps=0)
 
 
 @pytest.fixture(scope="module")
