@@ -11,8 +11,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from barcast.models.forecast import Card, Forecast
-from barcast.models.window import Window
+from barcast.models.forecast import Card, Forecast, forecast_from
+from barcast.models.window import Window, check_long_enough
 
 Array = NDArray[np.float64]
 
@@ -64,26 +64,11 @@ class _Simulation(ABC):
             scale.append(1.0 if past is None else max(past.scale.item(-1), least))
         n = np.minimum(RETURNS, np.array(bars)[:, None] - card.horizons)
         found = figures(outcomes, n, card.levels, np.array(scale)[:, None])
-        return [
-            Forecast(
-                symbol=window.symbol,
-                close_time=window.close_time,
-                reference=window.reference,
-                horizons=card.horizons,
-                levels=card.levels,
-                quantiles=quantiles,
-                mean=mean,
-                std=std,
-                rise=rise,
-                warming=len(window) < card.window,
-            )
-            for window, quantiles, mean, std, rise in zip(windows, *found, strict=True)
-        ]
+        return [forecast_from(card, window, *told) for window, *told in zip(windows, *found, strict=True)]
 
     def _past(self, window: Window) -> "_Past | None":
         card = self.card
-        if len(window) < card.min_window:
-            raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}")
+        check_long_enough(window, card.min_window)
         price: Array = np.log(window.values[-card.window :, 3])
         past = self._pasts.pop(window.symbol, None)  # kept again once it is whole
         if past is not None and past.precedes(price):

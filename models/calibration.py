@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Card, Coverage, Forecast, Forecaster, usable
 from barcast.models.quantiles import central, forecast_of
-from barcast.models.window import Window
+from barcast.models.window import Window, check_long_enough
 
 Array = NDArray[np.float64]
 
@@ -155,10 +155,7 @@ class Calibrated:
         plans, asked = [], list[Window]()
         latest: dict[str, _Past] = {}
         for window in windows:
-            if len(window) < card.min_window:
-                raise ValueError(
-                    f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}"
-                )
+            check_long_enough(window, card.min_window)
             cut = _cut(window, len(window), card.window)
             past = None
             if len(cut) > self._first:

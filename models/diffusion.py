@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from barcast.models import samplers
-from barcast.models.forecast import Card, Forecast
+from barcast.models.forecast import Card, Forecast, forecast_from
 from barcast.models.scaling import Frame, Scaling
 from barcast.models.sssd import SSSD, knot_scores, piecewise
 from barcast.models.window import Window
@@ -157,17 +157,13 @@ class SSSDForecaster:
             fall = self._distribution.below(scores, zero)
 
         scale = frame.scale[0]
-        return Forecast(
-            symbol=window.symbol,
-            close_time=window.close_time,
-            reference=window.reference,
-            horizons=self.card.horizons,
-            levels=self.card.levels,
+        return forecast_from(
+            self.card,
+            window,
             quantiles=_array(torch.cummax(piecewise(q, u, knots)[0], -1).values) * scale[:, None],
             mean=_array(z.mean(-1)[0]) * scale,
             std=_array(z.std(-1, correction=0)[0]) * scale,
             rise=_array(1 - fall[0]),
-            warming=len(window) < self.card.window,
         )
 
 

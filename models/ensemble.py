@@ -19,7 +19,7 @@ from barcast.models.gbm import VALIDATION
 from barcast.models.origins import LEAST, split
 from barcast.models.quantiles import forecast_of
 from barcast.models.trained import Model, Past, check_outputs
-from barcast.models.window import Window
+from barcast.models.window import Window, check_long_enough
 
 Array = NDArray[np.float64]
 
@@ -120,10 +120,7 @@ class EnsembleForecaster:
         """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
         card = self.card
         for window in windows:
-            if len(window) < card.min_window:
-                raise ValueError(
-                    f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}"
-                )
+            check_long_enough(window, card.min_window)
         said = [m.forecast([_last(w, m.card.window) for w in windows]) for m in self._members]
         return [
             forecast_of(card, window, self._mean([f.quantiles for f in forecasts]))

@@ -30,9 +30,9 @@ from barcast.models.baselines import (
     volatility,
 )
 from barcast.models.errors import ConfigError
-from barcast.models.forecast import Card, Forecast
+from barcast.models.forecast import Card, Forecast, forecast_from
 from barcast.models.season import HOUR, PRIOR, Ints, choose_zone, clipped, slot_means, slots
-from barcast.models.window import Window
+from barcast.models.window import Window, check_long_enough
 
 Array = NDArray[np.float64]
 Fit = TypeVar("Fit")
@@ -160,8 +160,7 @@ class Fitted(ABC, Generic[Fit]):
 
     def _forecast(self, window: Window) -> Forecast:
         card = self.card
-        if len(window) < card.min_window:
-            raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {card.min_window}")
+        check_long_enough(window, card.min_window)
         times, values = window.close_times[-card.window :], window.values[-card.window :]
         prices = values[:, :4]
         if prices.min() > 0 and prices.max() < np.inf:  # neither holds when one is not a number
@@ -170,18 +169,7 @@ class Fitted(ABC, Generic[Fit]):
         else:
             quantiles = np.full((len(card.horizons), len(card.levels)), np.nan)
             mean, std, rise = np.full((3, len(card.horizons)), np.nan)
-        return Forecast(
-            symbol=window.symbol,
-            close_time=window.close_time,
-            reference=window.reference,
-            horizons=card.horizons,
-            levels=card.levels,
-            quantiles=quantiles,
-            mean=mean,
-            std=std,
-            rise=rise,
-            warming=len(window) < card.window,
-        )
+        return forecast_from(card, window, quantiles, mean, std, rise)
 
     def _fitted(self, symbol: str, times: Ints, values: Array) -> Fit:
         phase = crc32(symbol.encode()) * self._every >> 32

@@ -74,6 +74,31 @@ class Card:
     fingerprint: str
 
 
+def forecast_from(
+    card: Card,
+    window: Window,
+    quantiles: NDArray[np.float64],
+    mean: NDArray[np.float64],
+    std: NDArray[np.float64],
+    rise: NDArray[np.float64],
+    coverage: Coverage | None = None,
+) -> Forecast:
+    """The forecast that a model of this card makes of a window; the figures are those of `Forecast`."""
+    return Forecast(
+        symbol=window.symbol,
+        close_time=window.close_time,
+        reference=window.reference,
+        horizons=card.horizons,
+        levels=card.levels,
+        quantiles=quantiles,
+        mean=mean,
+        std=std,
+        rise=rise,
+        warming=len(window) < card.window,
+        coverage=coverage,
+    )
+
+
 FAR = 5.0
 """Log return beyond which no quantile is believed: 148 times the price."""
 

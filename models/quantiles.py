@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from barcast.models.forecast import Card, Coverage, Forecast
+from barcast.models.forecast import Card, Coverage, Forecast, forecast_from
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
@@ -13,20 +13,7 @@ Array = NDArray[np.float64]
 
 def forecast_of(card: Card, window: Window, quantiles: Array, coverage: Coverage | None = None) -> Forecast:
     """The forecast of rising quantiles (H, Q) of a window's log returns."""
-    mean, std, rise = moments(quantiles, card.levels)
-    return Forecast(
-        symbol=window.symbol,
-        close_time=window.close_time,
-        reference=window.reference,
-        horizons=card.horizons,
-        levels=card.levels,
-        quantiles=quantiles,
-        mean=mean,
-        std=std,
-        rise=rise,
-        warming=len(window) < card.window,
-        coverage=coverage,
-    )
+    return forecast_from(card, window, quantiles, *moments(quantiles, card.levels), coverage)
 
 
 def central(levels: Sequence[float]) -> list[tuple[int, int]]:

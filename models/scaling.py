@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.season import HOUR, OUTLIER, ZONES, choose_zone, clipped, slots
-from barcast.models.window import Window
+from barcast.models.window import Window, check_long_enough
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -195,8 +195,7 @@ class Scaling:
 
     def of_window(self, window: Window) -> Frame:
         """The frame of a window's newest bar, n = 1, from its last `self.window` bars."""
-        if len(window) < self.min_window:
-            raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {self.min_window}")
+        check_long_enough(window, self.min_window)
         times, values = window.close_times[-self.window :], window.values[-self.window :]
         return self.frame(window.symbol, times, values, len(times) - 1)
 

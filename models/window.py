@@ -45,6 +45,12 @@ class Window(msgspec.Struct, frozen=True, eq=False, gc=False):
         return len(self.close_times)
 
 
+def check_long_enough(window: Window, least: int) -> None:
+    """Raise ValueError for a window of fewer bars than a forecast needs."""
+    if len(window) < least:
+        raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {least}")
+
+
 class Verdict(Enum):
     """What a bar was to the bars already known of its symbol."""
 
