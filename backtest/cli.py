@@ -840,7 +840,7 @@ def _epochs() -> "Iterator[Callable[[Stand], None]]":
 def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:
     """Show how a new model does beside the baselines on the bars that its training left for the gate."""
     from barcast.daemon.wire import to_text
-    from barcast.models import BASELINES, compare
+    from barcast.models import BASELINES, compare, even_stride
     from barcast.models.checkpoint import load
 
     checkpoint = load(model)
@@ -853,7 +853,7 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
             list(histories.values()),
             since=record.validation_end,
             until=record.until,
-            stride=1 + held_out // HELD_OUT,
+            stride=even_stride(held_out, HELD_OUT),
         )
     except DataError as error:
         err.print(f"no score on held-out bars: {error}")

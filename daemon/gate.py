@@ -5,12 +5,12 @@ from pathlib import Path
 
 import msgspec
 
-from barcast.models import BASELINES, ConfigError, DataError, Window, compare, open_model
+from barcast.models import BASELINES, ConfigError, DataError, Window, compare, even_stride, open_model
 
 MIN_ORIGINS = 50
 """Fewer forecasts than this say nothing about which model is better."""
 MAX_ORIGINS = 1500
-"""With more bars than this, every second, third … one is an origin: the verdict must not take an hour."""
+"""Of more bars than this, about so many are origins, evenly spread: the verdict must not take an hour."""
 
 
 class Verdict(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +46,8 @@ def judge(
     until = max(window.close_time for window in histories.values())
     learnt = [name for name in (str(challenger), champion) if name not in BASELINES]
     since = max(load(Path(name)).trained.record.validation_end for name in learnt)
-    stride = 1 + sum(int((w.close_times >= since).sum()) for w in histories.values()) // MAX_ORIGINS
+    bars = sum(int((w.close_times >= since).sum()) for w in histories.values())
+    stride = even_stride(bars, MAX_ORIGINS)
     try:
         mine, theirs = compare([new, old], list(histories.values()), since=since, until=until, stride=stride)
     except (ConfigError, DataError) as error:

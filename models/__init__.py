@@ -9,7 +9,7 @@ from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSim
 from barcast.models.calibration import Calibrated
 from barcast.models.catalog import BASELINES, check_sampled, open_model
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
-from barcast.models.evaluation import Scores, compare, score
+from barcast.models.evaluation import Scores, compare, even_stride, score
 from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Card, Coverage, Forecast, Forecaster, default_horizons, usable
 from barcast.models.garch import Garch
@@ -40,6 +40,7 @@ __all__ = [
     "check_sampled",
     "compare",
     "default_horizons",
+    "even_stride",
     "open_model",
     "score",
     "usable",

@@ -6,14 +6,13 @@ that averaging probabilities would blur.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
 from barcast.models.catalog import BASELINES
 from barcast.models.errors import ConfigError, DataError
-from barcast.models.evaluation import collect
+from barcast.models.evaluation import collect, even_stride
 from barcast.models.forecast import FAR, Card, Forecast, Forecaster
 from barcast.models.gbm import VALIDATION
 from barcast.models.origins import LEAST, split
@@ -178,7 +177,7 @@ def train(
         data.histories,
         since=since + 1,
         until=data.validation_end,
-        stride=_stride(bars),
+        stride=even_stride(bars, ORIGINS),
     )
     quantiles = np.stack(found.quantiles)  # (M, n, H, Q)
     whole = (np.abs(quantiles) < FAR).all((0, 2, 3))  # not of nan
@@ -230,11 +229,6 @@ def _too_few(n: int, since: int, until: int) -> DataError:
         f"the members have learnt from bars up to {first}Z, and validation ends at {last}Z: {n} forecasts, "
         f"not {LEAST}, to fit weights on; give more bars, or members that have learnt from fewer"
     )
-
-
-def _stride(bars: int) -> float:
-    """From one origin to the next. The golden ratio's part walks evenly through hours and weekdays."""
-    return 1 if bars <= ORIGINS else bars // ORIGINS + (sqrt(5) - 1) / 2
 
 
 def _last(window: Window, length: int) -> Window:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,13 +54,28 @@ class Forecasts:
     close_times: NDArray[np.int64]
 
 
+def even_stride(n: int, most: int) -> float:
+    """From one of n bars or origins to the next, so that about `most` of them are left.
+
+    A whole number could be one of days, and all that is left of one hour: the golden ratio's part makes it
+    walk evenly through hours and weekdays.
+    """
+    return 1 if n <= most else n // most + (sqrt(5) - 1) / 2
+
+
+def every(n: int, stride: float) -> NDArray[np.int64]:
+    """The places of every `stride`-th of n, rounded down."""
+    places: NDArray[np.int64] = (np.arange(ceil(n / stride)) * stride).astype(np.int64)
+    return places
+
+
 def score(
     forecaster: Forecaster,
     histories: Sequence[Window],
     *,
     since: int,
     until: int,
-    stride: int = 1,
+    stride: float = 1,
 ) -> Scores:
     """Score forecasts made at every `stride`-th bar with since <= close, all targets realised by `until`."""
     return compare([forecaster], histories, since=since, until=until, stride=stride)[0]
@@ -72,7 +87,7 @@ def compare(
     *,
     since: int,
     until: int,
-    stride: int = 1,
+    stride: float = 1,
 ) -> list[Scores]:
     """Score several forecasters on identical origins; arguments and errors are those of `collect`."""
     found = collect(forecasters, histories, since=since, until=until, stride=stride)
@@ -142,7 +157,7 @@ def _origins(
     first = max(least - 1, int(np.searchsorted(history.close_times, since)))
     stop = int(np.searchsorted(history.close_times, until, "right")) - reach
     if slot is None:
-        return [first + int(i * stride) for i in range(ceil((stop - first) / stride))]
+        return [first + int(k) for k in every(stop - first, stride)]
     began = history.close_times[first : max(first, stop)] - slot
     return [first + int(k) for k in np.flatnonzero(began // slot % stride == 0)]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from barcast.models.errors import ConfigError, DataError
+from barcast.models.evaluation import even_stride, every
 from barcast.models.scaling import CHANNELS, Scaling, check, check_to_learn, fit
 from barcast.models.window import Window
 
@@ -37,9 +38,8 @@ class Origins:
         return len(self.row)
 
     def thin(self, n: int) -> "Origins":
-        """About n of the origins, evenly spread."""
-        keep = torch.arange(0, len(self), max(1, -(-len(self) // n)))
-        return self.only(keep)
+        """About n of the origins, see `thinned`."""
+        return self.only(thinned(torch.arange(len(self)), n))
 
     def only(self, keep: Tensor) -> "Origins":
         """Some of the origins, by index."""
@@ -84,6 +84,11 @@ class Split:
             h.update(np.ascontiguousarray(w.close_times).tobytes())
             h.update(np.ascontiguousarray(w.values).tobytes())
         return h.hexdigest()
+
+
+def thinned(at: Tensor, n: int) -> Tensor:
+    """About n of some origins (k,), evenly spread over bars, hours and weekdays."""
+    return at[torch.from_numpy(every(len(at), even_stride(len(at), n)))]
 
 
 class Table:

@@ -25,7 +25,7 @@ from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
-from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split
+from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned
 from barcast.models.scaling import CHANNELS, Scaling, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
 from barcast.models.trained import Record, Trained, check_outputs
@@ -117,7 +117,7 @@ class _Training:
         self.unseen = members % BLOCKS  # (M,): the block that a member does not learn from
         self.mirrored = members >= len(members) // 2  # (M,)
         blocks = self.learn.block
-        self.apart = [_thinned((blocks[:, 0] == b).nonzero()[:, 0], LOOK_ORIGINS) for b in range(BLOCKS)]
+        self.apart = [thinned((blocks[:, 0] == b).nonzero()[:, 0], LOOK_ORIGINS) for b in range(BLOCKS)]
         if int(self._learns(torch.arange(len(blocks))[:, None]).sum(0).min()) < LEAST // BLOCKS:
             raise DataError(
                 f"outcomes over {max(data.scaling.horizons)} bars reach too far for {len(blocks)} forecast "
@@ -315,11 +315,6 @@ def _dropout(share: Share) -> Dropout:
     drop = _Dropout(INPUT_DROP, HIDDEN_DROP, share.generator)
     drop.share = share
     return drop
-
-
-def _thinned(at: Tensor, n: int) -> Tensor:
-    """About n of these, evenly spread."""
-    return at[:: max(1, -(-len(at) // n))]
 
 
 def _pieces(n: int, size: int) -> tuple[Tensor, ...]:

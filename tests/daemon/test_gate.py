@@ -6,7 +6,7 @@ import pytest
 
 from barcast.daemon import gate
 from barcast.daemon.gate import MIN_ORIGINS, Verdict, judge
-from barcast.models import CheckpointError, ConfigError, Window
+from barcast.models import CheckpointError, ConfigError, Window, compare
 from tests.garch import simulate
 
 HORIZONS, LEVELS = (1, 4, 16), (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
@@ -116,6 +116,22 @@ def test_good_challenger_is_accepted_over_a_baseline(models, histories):
     verdict = judge(models / "good", "hs", histories, "1h", 0.0)
     assert verdict.accepted == (verdict.challenger_crps < verdict.champion_crps)
     assert verdict.accepted
+
+
+def test_a_verdict_is_on_all_hours_of_the_day(models, histories, monkeypatch):
+    """Thinned origins do not repeat a few hours of the day, at which a worse model may be the better one."""
+    judged = []
+
+    def noted(*args, **options):
+        judged.extend(compare(*args, **options))
+        return judged
+
+    monkeypatch.setattr(gate, "compare", noted)
+    bars = sum(int((w.close_times >= held_out(models)).sum()) for w in histories.values())
+    monkeypatch.setattr(gate, "MAX_ORIGINS", bars // 5)  # every sixth bar would meet four hours
+    judge(models / "good", "hs", histories, "1h", 0.0)
+    hours = judged[0].close_times // 3_600_000_000_000 % 24
+    assert len(np.unique(hours)) > 12
 
 
 @pytest.mark.usefixtures("few")

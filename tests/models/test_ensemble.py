@@ -205,13 +205,3 @@ def test_every_baseline_can_be_a_member(histories: list[Window]) -> None:
     """Members are found by the names that a configuration knows."""
     assert set(BASELINES) >= {"hs", "fhs"}
     assert _train(histories, *map(Member, ("hs", "fhs"))).weights.shape == (3, 2)
-
-
-@pytest.mark.parametrize("bars", [100, 601, 24 * 300, 168 * 300, 99_999])
-def test_the_stride_walks_through_every_hour(bars: int) -> None:
-    """Whatever the number of bars, every hour of the day and every weekday has its share of origins."""
-    stride = ensemble._stride(bars)
-    assert 1 <= stride <= max(1, bars / 300 + 1)
-    for period in (5, 24):
-        count = np.bincount([int(i * stride) % period for i in range(300)], minlength=period)
-        assert count.min() > 0.7 * 300 / period

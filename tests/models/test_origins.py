@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from barcast.models import ConfigError, DataError, Window
-from barcast.models.origins import BLOCKS, OUTLIER, Split, Table
+from barcast.models.evaluation import even_stride, every
+from barcast.models.origins import BLOCKS, OUTLIER, Split, Table, thinned
 from barcast.models.origins import split as cut_and_collect
 from tests.garch import simulate
 
@@ -157,3 +158,24 @@ def test_a_disk_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="No space left on device; make room"):
             table.add(np.ones((2, 3)))
         table._file.close()
+
+
+@pytest.mark.parametrize("n", [100, 601, 24 * 300 - 1, 24 * 300, 168 * 300, 99_999])
+def test_what_is_left_of_many_origins_walks_through_every_hour(n: int) -> None:
+    """However many origins there are, about as many as asked for are left, of all hours and weekdays."""
+    left = every(n, even_stride(n, 300))
+    assert thinned(torch.arange(n), 300).tolist() == left.tolist()
+    assert min(n, 180) <= len(left) < 360
+    assert left[-1] < n
+    for period in (5, 24):
+        count = np.bincount(left % period, minlength=period)
+        assert count.min() > 0.7 * len(left) / period
+
+
+def test_origins_are_thinned_by_symbol_and_hour(histories: list[Window]) -> None:
+    """Thinned origins come from every symbol and hour in equal shares; few stay as they are."""
+    learn = split(histories).learn
+    assert len(learn.thin(len(learn))) == len(learn)
+    thin = learn.thin(len(learn) // 24)
+    hours = np.bincount(thin.row.numpy() % 24, minlength=24)
+    assert hours.min() > 0.5 * len(thin) / 24
