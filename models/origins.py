@@ -239,6 +239,11 @@ def _edges(histories: Sequence[Window], first: int, reach: int, train_end: int) 
     return times[at] if len(times) >= BLOCKS else np.zeros(BLOCKS - 1, np.int64)
 
 
+def to_text(time: int) -> str:
+    """A time in nanoseconds as people read it, to the second."""
+    return f"{np.datetime_as_string(np.datetime64(time, 'ns'), 's')}Z"
+
+
 def _cut(w: Window, until: int) -> Window:
     n = int(np.searchsorted(w.close_times, until, "right"))
     return Window(w.symbol, w.close_times[:n], w.values[:n])

@@ -25,8 +25,8 @@ from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
-from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned
-from barcast.models.scaling import CHANNELS, Scaling, signed_features
+from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned, to_text
+from barcast.models.scaling import CHANNELS, signed_features
 from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
 from barcast.models.trained import Record, Trained, check_outputs
 from barcast.models.window import Window
@@ -69,15 +69,16 @@ def train(
     newest bars that are left alone, for the gate. `steps` is the number of optimiser steps in each phase; by
     default it follows from the number of origins. `seconds` on the monotonic `clock` caps the training, half
     for each phase, and the record says if it did. `init_from`, a model's id and the model, gives the starting
-    weights. `precision` is fp32 or bf16, of the losses only; `accumulate` is the number of parts in which a
-    process computes a batch.
+    weights; what that model has learnt from, the record counts as learnt from. Each member then begins with
+    weights that have seen the block it leaves out, so that its CRPS there flatters it. `precision` is fp32 or
+    bf16, of the losses only; `accumulate` is the number of parts in which a process computes a batch.
 
     `state` is a file that is written at the end of each epoch. Where it is already there, of the same bars
     and options, the training goes on from it, to the bits of one that was not interrupted; whoever keeps the
     result removes it. Tables of all origins lie on the same disk; without a file they lie in memory.
 
-    Raises `DataError` for bars that cannot be learnt from, `ConfigError` for options that cannot be used and
-    for a cap that leaves no time for a step.
+    Raises `DataError` for bars that cannot be learnt from, `ConfigError` for options that cannot be used, for
+    a starting model that knows bars to be held out, and for a cap that leaves no time for a step.
     """
     if seconds is not None and clock is None:
         raise ValueError("a cap on seconds needs a clock")
@@ -134,7 +135,7 @@ class _Training:
     ) -> Trained:
         net, data = self.net, self.data
         if init_from is not None:
-            _start_from(net, data.scaling, init_from[1])
+            _start_from(net, data, init_from[1])
         options = {
             "seed": self.seed,
             "init_from": None if init_from is None else init_from[0],
@@ -166,15 +167,16 @@ class _Training:
         ]
         budget = Budget(self.steps, seconds, clock)
         fitted = fit(net, phases, budget, self.generator, accelerator, file, progress)
+        learnt = 0 if init_from is None else init_from[1].record.validation_end
         record = Record(
             data=data.digest,
             symbols=tuple(w.symbol for w in data.histories),
             left_out=data.left_out,
             bars=sum(len(w) for w in data.histories),
             origins=len(self.learn),
-            until=data.until,
-            train_end=data.train_end,
-            validation_end=data.validation_end,
+            until=max(data.until, learnt),
+            train_end=max(data.train_end, learnt),
+            validation_end=max(data.validation_end, learnt),
             map_steps=self.steps,
             denoiser_steps=self.steps,
             capped=fitted.capped,
@@ -331,8 +333,8 @@ def _static_knots(z: Tensor, mirror: bool) -> Tensor:
     return torch.cat([q[:, :1], q[:, :1] + torch.cumsum(steps, -1)], -1).float()
 
 
-def _start_from(net: SSSD, scaling: Scaling, trained: Trained) -> None:
-    old = trained.scaling
+def _start_from(net: SSSD, data: Split, trained: Trained) -> None:
+    scaling, old = data.scaling, trained.scaling
     for field in ("timeframe", "horizons"):
         mine, theirs = getattr(scaling, field), getattr(old, field)
         if mine != theirs:
@@ -340,6 +342,12 @@ def _start_from(net: SSSD, scaling: Scaling, trained: Trained) -> None:
     if net.architecture != trained.net.architecture:
         raise ConfigError(
             f"{net.architecture} cannot start from {trained.net.architecture}: train from scratch"
+        )
+    learnt = trained.record.validation_end
+    if data.validation_end < min(data.until, learnt):
+        raise ConfigError(
+            f"the model to start from has learnt from bars up to {to_text(learnt)}, and those after "
+            f"{to_text(data.validation_end)} are to be held out: hold out less, or train from scratch"
         )
     with torch.no_grad():
         for p, value in zip(net.parameters(), trained.net.parameters(), strict=True):

@@ -406,6 +406,19 @@ def test_training_can_start_from_a_model(small: list[Window], base: Trained) -> 
         train(small, timeframe="1h", horizons=(1, 2), levels=LEVELS, steps=2, init_from=("abc", base))
 
 
+def test_a_start_that_has_learnt_more_is_told_or_refused(small: list[Window], base: Trained) -> None:
+    """What the first model has learnt from is never called held out, nor later than what the record says."""
+    early = _train(small, steps=1, until=START + 1500 * HOUR, init_from=("abc", base)).record
+    seen = base.record.validation_end
+    assert (early.train_end, early.validation_end, early.until) == (seen, seen, seen)
+    with pytest.raises(ConfigError, match=r"bars up to 2024-03-24T08:00:00Z, .* hold out less"):
+        _train(small, steps=1, hold_out=0.2, init_from=("abc", base))
+    blind = _train(small, steps=1, hold_out=0.2)
+    for hold_out in (0.2, 0.1):
+        again = _train(small, steps=1, hold_out=hold_out, init_from=("abc", blind)).record
+        assert blind.record.validation_end <= again.validation_end < again.until
+
+
 def test_a_symbol_with_too_few_bars_is_left_out_and_named(small: list[Window]) -> None:
     """A new listing does not stop the training; the record says that it was left out."""
     record = _train([*small, simulate("NEW", 300, seed=1).window], steps=2).record
