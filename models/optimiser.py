@@ -129,7 +129,7 @@ class StateFile:
             return None, f"{self.path} is damaged: the training begins anew"
         state: dict[str, Any] = torch.load(io.BytesIO(content[32:]), weights_only=True)
         if state["key"] != self.key:
-            return None, f"{self.path} is of other bars or options: the training begins anew"
+            return None, f"{self.path} is of other bars, options or versions: the training begins anew"
         return state, f"the training goes on from {self.path}: {state['phase']}, step {state['step']}"
 
     def write(self, state: Mapping[str, Any]) -> None:

@@ -43,6 +43,7 @@ LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
 INPUT_DROP, HIDDEN_DROP = 0.3, 0.4
 PIECE = 4096  # origins that are mapped at once
+SOURCES = Path(__file__).parent  # of what a training runs through: a state is of one version
 
 
 def train(
@@ -73,9 +74,9 @@ def train(
     weights that have seen the block it leaves out, so that its CRPS there flatters it. `precision` is fp32 or
     bf16, of the losses only; `accumulate` is the number of parts in which a process computes a batch.
 
-    `state` is a file that is written at the end of each epoch. Where it is already there, of the same bars
-    and options, the training goes on from it, to the bits of one that was not interrupted; whoever keeps the
-    result removes it. Tables of all origins lie on the same disk; without a file they lie in memory.
+    `state` is a file that is written at the end of each epoch. Where it is already there, of the same bars,
+    options and version, the training goes on from it, to the bits of one that was not interrupted; whoever
+    keeps the result removes it. Tables of all origins lie on the same disk, or in memory without a file.
 
     Raises `DataError` for bars that cannot be learnt from, `ConfigError` for options that cannot be used, for
     a starting model that knows bars to be held out, and for a cap that leaves no time for a step.
@@ -193,7 +194,9 @@ class _Training:
         data = self.data
         s, times = data.scaling, (data.train_end, data.validation_end, data.until)
         scope = (data.digest, times, s.timeframe, s.horizons, self.levels.tolist())
-        program = (asdict(self.net.architecture), self.steps, seconds)
+        sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.py"))]
+        code = sha256(b"".join(sources)).hexdigest()
+        program = (code, asdict(self.net.architecture), self.steps, seconds)
         return sha256(json.dumps([scope, program, options], sort_keys=True).encode()).hexdigest()
 
     def _learns(self, at: Tensor) -> Tensor:

@@ -150,6 +150,6 @@ def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
     state.write_bytes(left)
     known.head(800).write_parquet(history / "bars.parquet")
     status, _, err = run(*arguments)
-    assert (status, "of other bars or options: the training begins anew" in err) == (0, True), err
+    assert (status, "of other bars, options or versions: the training begins anew" in err) == (0, True), err
     assert challenger.joinpath("model.json").read_bytes() != first
     assert not state.exists()

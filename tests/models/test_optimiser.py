@@ -246,7 +246,7 @@ def test_a_state_of_something_else_is_not_gone_on_from(whole: tuple[Lines, Fitte
     """Other bars or options, and a damaged file: the training begins anew, and says so."""
     path, notes = tmp_path / "state", []
     _fit(Lines(), file=StateFile(path, "other"))
-    for damage, words in ((0, "of other bars or options"), (200, "is damaged")):
+    for damage, words in ((0, "of other bars, options or versions"), (200, "is damaged")):
         content = bytearray(path.read_bytes())
         content[200] ^= damage
         path.write_bytes(content)

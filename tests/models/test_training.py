@@ -1,5 +1,6 @@
 """Training: reproducible, blind to what is withheld, and honest about its choices."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -332,8 +333,26 @@ def test_other_options_do_not_go_on_from_a_state(
     state, notes = tmp_path / "state", []
     _train(small, steps=1, state=state)
     found = _train(small, steps=1, state=state, progress=lambda p: notes.append(p.note), **options)
-    assert "of other bars or options" in notes[0]
+    assert "of other bars, options or versions" in notes[0]
     assert _state(found) == _state(_train(small, steps=1, **options))
+
+
+def test_another_version_does_not_go_on_from_a_state(
+    small: list[Window], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that has changed since begins anew: one model never comes from two."""
+    sources = tmp_path / "models"
+    shutil.copytree(training.SOURCES, sources)
+    monkeypatch.setattr(training, "SOURCES", sources)
+    state, notes = tmp_path / "state", []
+    for _ in range(2):
+        _train(small, steps=1, state=state, progress=lambda p: notes.append(p.note))
+    with (sources / "scaling.py").open("a") as file:
+        file.write("CLIP = 6.0\n")
+    _train(small, steps=1, state=state, progress=lambda p: notes.append(p.note))
+    said = [note for note in notes if note]
+    assert ["goes on" in note for note in said] == [True, False]
+    assert "or versions" in said[1]
 
 
 def test_the_cap_on_seconds_is_kept_and_recorded(small: list[Window]) -> None:
