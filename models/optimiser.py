@@ -287,11 +287,13 @@ class _Loop:
             return clock() - began if clock else 0.0
 
         while True:
-            late = at.step > 0 and self._over(seconds)
-            self.capped |= late
+            late, due = 0 < at.step < steps and self._over(seconds), at.step % self.every == 0
             crps = None
-            if at.step > at.looked and (at.step % self.every == 0 or at.step == steps or late):
+            if at.step > at.looked and (due or at.step == steps or late):
                 crps = self._look(phase, parameters, at)
+            stale = due and at.stale == PATIENCE  # a look that the cap brought about must not end it so
+            late &= not stale
+            self.capped |= late
             if at.step == 0 and self._over(seconds):
                 raise ConfigError(
                     f"the cap of {self.budget.seconds:g} s on the phase {phase.name} leaves no time for a "
@@ -301,7 +303,7 @@ class _Loop:
             if crps is not None:
                 at.losses.clear()
                 self._save(phase, at, optimiser, seconds)
-            if at.step == steps or late or at.stale == PATIENCE:
+            if at.step == steps or late or stale:
                 break
             self._step(model, optimiser, parameters, phase.rate, at)
             note = ""

@@ -288,3 +288,20 @@ def test_impossible_ways_to_compute_are_refused(precision: str, accumulate: int,
     """A precision that there is not, and a batch that does not divide, raise ConfigError with the value."""
     with pytest.raises(ConfigError, match=words):
         processes(precision, accumulate, BATCH)
+
+
+@pytest.mark.parametrize("look", [None, lambda part: 1.0])
+def test_a_cap_that_cuts_nothing_short_is_not_recorded(look: Callable[[nn.Module], float] | None) -> None:
+    """Time that runs out with the last step, or where a phase ends by itself, changes nothing."""
+    net, other = Lines(), Lines()
+    whole = _fit(net, look=look)
+    last = STEPS if look is None else PATIENCE * (STEPS // 12)
+    now = 0.0
+
+    def count(p: Progress) -> None:
+        nonlocal now
+        now += p.step == last - 1  # the cap is over at the last step of every phase
+
+    assert _fit(other, look=look, budget=Budget(STEPS, 0.5, lambda: now), progress=count) == whole
+    assert not whole.capped
+    assert _bits(net) == _bits(other)
