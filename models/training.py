@@ -2,11 +2,12 @@
 
 Phase A fits the members of the map by the pinball loss of their knots. Each leaves out one of the blocks of
 the bars, by calendar, and is stopped where it forecasts that block best: every bar is learnt from, and every
-choice is made on bars that were not. Half of the members see up and down as exchangeable: bars are mirrored
-at random. Phase B turns outcomes into whitened normal scores, by the members that have not learnt from them,
-and trains encoder and denoiser on all blocks but the newest. Both phases keep the state that unseen bars like
-best, the first one included. Randomness comes from one generator; the number of steps is fixed before the
-first.
+choice between weights is made on bars that these were not fitted to. The scaling is fitted once, to all
+blocks: scores on a block are not quite out of sample, those on held-out bars are. Half of the members see up
+and down as exchangeable: bars are mirrored at random. Phase B turns outcomes into whitened normal scores, by
+the members that have not learnt from them, and trains encoder and denoiser on all blocks but the newest. Both
+phases keep the state that unseen bars like best, the first one included. Randomness comes from one generator;
+the number of steps is fixed before the first.
 """
 
 import json
