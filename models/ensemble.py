@@ -15,7 +15,7 @@ from barcast.models.errors import ConfigError, DataError
 from barcast.models.evaluation import collect, even_stride
 from barcast.models.forecast import FAR, Card, Forecast, Forecaster
 from barcast.models.gbm import VALIDATION
-from barcast.models.origins import LEAST, split
+from barcast.models.origins import LEAST, parts
 from barcast.models.quantiles import forecast_of
 from barcast.models.trained import Model, Past, check_outputs
 from barcast.models.window import Window, check_long_enough
@@ -163,7 +163,7 @@ def train(
         raise ConfigError(f"member {nested[0]} is an ensemble: give its members instead")
     outputs = timeframe, tuple(horizons), tuple(levels)
     forecasters = [member.open(*outputs, None, None) for member in members]
-    data = split(histories, timeframe, tuple(horizons), until, validation=VALIDATION, hold_out=hold_out)
+    data = parts(histories, until, validation=VALIDATION, hold_out=hold_out)
     pasts = [member.trained.record for member in members if member.trained is not None]
     since = max([data.train_end, *(past.train_end for past in pasts)])
     bars = sum(
@@ -185,17 +185,11 @@ def train(
         raise _too_few(int(whole.sum()), since, data.validation_end)
     H = range(len(horizons))
     weights = [fit(found.outcomes[whole, j], quantiles[:, whole, j], levels) for j in H]
-    record = Past(
-        data=data.digest,
-        symbols=tuple(w.symbol for w in data.histories),
-        left_out=data.left_out,
-        bars=sum(len(w) for w in data.histories),
-        origins=int(whole.sum()),
-        until=data.until,
-        train_end=since,
-        validation_end=max([data.validation_end, *(past.validation_end for past in pasts)]),
-        fingerprint="; ".join(dict.fromkeys(f.card.fingerprint for f in forecasters)),
-    )
+    fingerprint = "; ".join(dict.fromkeys(f.card.fingerprint for f in forecasters))
+    learnt = data.only(set(found.symbols)).past(int(whole.sum()), fingerprint)
+    learnt["train_end"] = since
+    learnt["validation_end"] = max([data.validation_end, *(past.validation_end for past in pasts)])
+    record = Past(**learnt)
     return Ensemble(*outputs, tuple(members), np.stack(weights), record)
 
 

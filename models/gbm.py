@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from barcast.models.diffusion import use_one_thread
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Card, Forecast
-from barcast.models.origins import Origins, Split, split
+from barcast.models.origins import Origins, split
 from barcast.models.quantiles import forecast_of
 from barcast.models.scaling import Scaling
 from barcast.models.trained import Past, check_outputs
@@ -206,23 +206,8 @@ def train(
             )
             grown.append(booster.dump_model(num_iteration=booster.best_iteration)["tree_info"])
             progress(f"horizon {h}, level {level}: {len(grown[-1])} trees")
-    record = TreesRecord(**data_of(data, _fingerprint(lightgbm)), seed=seed)
+    record = TreesRecord(**data.past(len(data.learn), _fingerprint(lightgbm)), seed=seed)
     return Boosted(_flat(grown, len(levels)), data.scaling, tuple(levels), record)
-
-
-def data_of(data: Split, fingerprint: str) -> dict[str, Any]:
-    """The fields of a `Past` that has learnt from the learning part."""
-    return {
-        "data": data.digest,
-        "symbols": tuple(w.symbol for w in data.histories),
-        "left_out": data.left_out,
-        "bars": sum(len(w) for w in data.histories),
-        "origins": len(data.learn),
-        "until": data.until,
-        "train_end": data.train_end,
-        "validation_end": data.validation_end,
-        "fingerprint": fingerprint,
-    }
 
 
 def _lightgbm() -> ModuleType:

@@ -1,6 +1,6 @@
 """Forecast origins to learn from: what the network would have seen at each, and what then happened."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -58,12 +58,11 @@ class Origins:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Split:
-    """Histories cut into calendar parts, the same for every symbol.
+class Parts:
+    """Histories up to `until`, and where they are cut into calendar parts, the same for every symbol.
 
     Learning ends at `train_end`, validation at `validation_end`; what follows up to `until` is held out.
-    The outcomes of a part are realised before it ends. Without a validation part the two ends are one, and
-    `validation` is None. `left_out` are the symbols that are too short to learn from, or stand still.
+    Without a validation part the two ends are one. `left_out` are the symbols that cannot be used.
     """
 
     histories: tuple[Window, ...]
@@ -71,9 +70,26 @@ class Split:
     until: int
     train_end: int
     validation_end: int
-    scaling: Scaling
-    learn: Origins
-    validation: Origins | None
+
+    def only(self, symbols: Collection[str]) -> "Parts":
+        """The same with some of the symbols; the others are left out."""
+        kept = tuple(w for w in self.histories if w.symbol in symbols)
+        others = (w.symbol for w in self.histories if w.symbol not in symbols)
+        return Parts(kept, (*self.left_out, *others), self.until, self.train_end, self.validation_end)
+
+    def past(self, origins: int, fingerprint: str) -> dict[str, Any]:
+        """The fields of a `Past` that has learnt from these bars and so many origins."""
+        return {
+            "data": self.digest,
+            "symbols": tuple(w.symbol for w in self.histories),
+            "left_out": self.left_out,
+            "bars": sum(len(w) for w in self.histories),
+            "origins": origins,
+            "until": self.until,
+            "train_end": self.train_end,
+            "validation_end": self.validation_end,
+            "fingerprint": fingerprint,
+        }
 
     @property
     def digest(self) -> str:
@@ -84,6 +100,18 @@ class Split:
             h.update(np.ascontiguousarray(w.close_times).tobytes())
             h.update(np.ascontiguousarray(w.values).tobytes())
         return h.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Split(Parts):
+    """Parts whose origins are collected, of the symbols that are long enough to learn from and move.
+
+    The outcomes of a part are realised before it ends. Without a validation part `validation` is None.
+    """
+
+    scaling: Scaling
+    learn: Origins
+    validation: Origins | None
 
 
 def thinned(at: Tensor, n: int) -> Tensor:
@@ -130,21 +158,11 @@ class Table:
 _TORCH = {np.float32: torch.float32, np.float64: torch.float64, np.int64: torch.int64}
 
 
-def split(
-    histories: Sequence[Window],
-    timeframe: str,
-    horizons: tuple[int, ...],
-    until: int | None,
-    folder: Path | None = None,
-    *,
-    validation: float,
-    hold_out: float,
-) -> Split:
-    """Cut whole histories, learn the scaling and collect the origins; no bar after `until` is looked at.
+def parts(histories: Sequence[Window], until: int | None, *, validation: float, hold_out: float) -> Parts:
+    """Cut whole histories; no bar after `until`, by default the newest, is looked at.
 
-    `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest. What the
-    network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for histories that
-    cannot be learnt from.
+    `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest. Raises
+    `DataError` for histories without a bar, or with an unusable one.
     """
     if until is None:
         until = max((w.close_time for w in histories if len(w)), default=0)
@@ -156,8 +174,29 @@ def split(
     times = np.sort(np.concatenate([w.close_times for w in cut]))
     shares = (1 - hold_out) * (1 - validation), 1 - hold_out
     train_end, validation_end = (int(times[int(x * (len(times) - 1))]) for x in shares)
+    empty = tuple(w.symbol for w in histories if all(w.symbol != c.symbol for c in cut))
+    return Parts(tuple(cut), empty, until, train_end, validation_end)
+
+
+def split(
+    histories: Sequence[Window],
+    timeframe: str,
+    horizons: tuple[int, ...],
+    until: int | None,
+    folder: Path | None = None,
+    *,
+    validation: float,
+    hold_out: float,
+) -> Split:
+    """Cut whole histories as `parts` does, learn the scaling and collect the origins.
+
+    What the network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for
+    histories that cannot be learnt from.
+    """
+    whole = parts(histories, until, validation=validation, hold_out=hold_out)
+    train_end, validation_end = whole.train_end, whole.validation_end
     used, faults = [], []
-    for w in cut:
+    for w in whole.histories:
         try:
             check_to_learn(_cut(w, train_end), timeframe, horizons)
         except DataError as error:  # one symbol that was halted or listed lately must not stop the others
@@ -169,8 +208,10 @@ def split(
         raise DataError(f"no symbol is left to learn from; {'; '.join(faults[:3])}{more}")
     scaling = fit([_cut(w, train_end) for w in used], timeframe, horizons)
     learn, validated = _collect(used, scaling, train_end, validation_end, folder)
-    left_out = tuple(w.symbol for w in histories if all(w.symbol != u.symbol for u in used))
-    return Split(tuple(used), left_out, until, train_end, validation_end, scaling, learn, validated)
+    kept = whole.only([w.symbol for w in used])
+    return Split(
+        kept.histories, kept.left_out, kept.until, train_end, validation_end, scaling, learn, validated
+    )
 
 
 class _Part:

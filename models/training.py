@@ -144,7 +144,6 @@ class _Training:
             "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
             "processes": accelerator.num_processes,
             "accumulate": accelerator.gradient_accumulation_steps,
-            "fingerprint": fingerprint(SAMPLES),
         }
         file = None if self.state is None else StateFile(self.state, self._key(options, seconds))
         phases = [
@@ -169,16 +168,12 @@ class _Training:
         ]
         budget = Budget(self.steps, seconds, clock)
         fitted = fit(net, phases, budget, self.generator, accelerator, file, progress)
-        learnt = 0 if init_from is None else init_from[1].record.validation_end
+        past = data.past(len(self.learn), fingerprint(SAMPLES))
+        if init_from is not None:
+            learnt = init_from[1].record.validation_end
+            past |= {name: max(past[name], learnt) for name in ("until", "train_end", "validation_end")}
         record = Record(
-            data=data.digest,
-            symbols=tuple(w.symbol for w in data.histories),
-            left_out=data.left_out,
-            bars=sum(len(w) for w in data.histories),
-            origins=len(self.learn),
-            until=max(data.until, learnt),
-            train_end=max(data.train_end, learnt),
-            validation_end=max(data.validation_end, learnt),
+            **past,
             map_steps=self.steps,
             denoiser_steps=self.steps,
             capped=fitted.capped,
@@ -197,7 +192,7 @@ class _Training:
         scope = (data.digest, times, s.timeframe, s.horizons, self.levels.tolist())
         sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.py"))]
         code = sha256(b"".join(sources)).hexdigest()
-        program = (code, asdict(self.net.architecture), self.steps, seconds)
+        program = (code, fingerprint(SAMPLES), asdict(self.net.architecture), self.steps, seconds)
         return sha256(json.dumps([scope, program, options], sort_keys=True).encode()).hexdigest()
 
     def _learns(self, at: Tensor) -> Tensor:

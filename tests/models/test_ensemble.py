@@ -12,6 +12,7 @@ from barcast.models.catalog import BASELINES
 from barcast.models.checkpoint import save
 from barcast.models.ensemble import Ensemble, Member, fit, train
 from barcast.models.gbm import Boosted
+from barcast.models.origins import split
 from barcast.models.scores import pinball
 from barcast.models.trained import Trained
 from tests import kinds
@@ -205,3 +206,17 @@ def test_every_baseline_can_be_a_member(histories: list[Window]) -> None:
     """Members are found by the names that a configuration knows."""
     assert set(BASELINES) >= {"hs", "fhs"}
     assert _train(histories, *map(Member, ("hs", "fhs"))).weights.shape == (3, 2)
+
+
+def test_baselines_are_combined_where_a_network_could_not_learn(histories: list[Window]) -> None:
+    """Bars that are too few for features and scaling are enough for members that need neither."""
+    few = [Window(w.symbol, w.close_times[-900:], w.values[-900:]) for w in histories[:2]]
+    new = Window("NEW", few[0].close_times[-40:], few[0].values[-40:])
+    broken = Window("BAD", few[0].close_times, np.full((900, 5), np.nan))
+    with pytest.raises(DataError, match="give at least"):
+        split(few, "1h", HORIZONS, None, validation=0.2, hold_out=0.0)
+    record = _train([*few, new], Member("hs"), Member("ewma"), hold_out=0.0).record
+    assert (record.symbols, record.left_out) == (tuple(w.symbol for w in few), ("NEW",))
+    assert (record.bars, record.until) == (1800, few[0].close_time)
+    with pytest.raises(DataError, match="BAD has an unusable bar at row 0"):
+        _train([*few, broken], Member("hs"), Member("ewma"))
