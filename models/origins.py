@@ -1,6 +1,7 @@
 """Forecast origins to learn from: what the network would have seen at each, and what then happened."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
@@ -139,20 +140,25 @@ class Table:
 
     def add(self, rows: NDArray[Any]) -> None:
         """Add rows (k, width), or (k,) where the width is 1; raise `ConfigError` when the disk is full."""
-        try:
+        with self._room():
             self._file.write(rows.astype(self._dtype).tobytes())
-        except OSError as error:
-            raise ConfigError(f"{self._folder}: {error.strerror}; make room, or train fewer bars") from error
         self._rows += len(rows)
 
     def tensor(self) -> Tensor:
-        """All rows; the table is closed by it and must hold one at least."""
+        """All rows; the table is closed by it and must hold one at least. Raises as `add`."""
         shape = (self._rows, self._width)
         if isinstance(self._file, BytesIO):
             return torch.frombuffer(self._file.getbuffer(), dtype=_TORCH[self._dtype.type]).reshape(shape)
-        with self._file:
+        with self._room(), self._file:
             self._file.flush()
             return torch.from_numpy(np.memmap(self._file, self._dtype, "c", shape=shape))
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"{self._folder}: {error.strerror}; make room, or train fewer bars") from error
 
 
 _TORCH = {np.float32: torch.float32, np.float64: torch.float64, np.int64: torch.int64}

@@ -1,5 +1,6 @@
 """The cut into learning, validation and the part that is held out."""
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -149,14 +150,22 @@ def test_tables_on_disk_hold_the_same_numbers(histories: list[Window], tmp_path:
 
 
 def test_a_disk_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:
-    """A folder that is not there, and a full disk, end in a sentence that names the folder."""
+    """A folder that is not there ends in a sentence that names it."""
     with pytest.raises(ConfigError, match="none: No such file or directory; name a directory"):
         Table(3, np.float32, tmp_path / "none")
-    if Path("/dev/full").exists():
-        table = Table(3, np.float32, tmp_path)
-        table._file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
-        with pytest.raises(ConfigError, match="No space left on device; make room"):
-            table.add(np.ones((2, 3)))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full disk at hand")
+@pytest.mark.parametrize("rows", [2, 100_000])
+def test_a_full_disk_is_a_fault(tmp_path: Path, rows: int) -> None:
+    """It is met while rows are added, or with the last of them, which have waited in memory."""
+    table = Table(3, np.float32, tmp_path)
+    table._file.close()
+    table._file = open("/dev/full", "w+b")  # noqa: SIM115
+    with pytest.raises(ConfigError, match="No space left on device; make room"):  # noqa: PT012
+        table.add(np.ones((rows, 3)))
+        table.tensor()
+    with suppress(OSError):
         table._file.close()
 
 
