@@ -183,8 +183,6 @@ def train(
     horizons or levels that cannot be used, or without LightGBM.
     """
     check_outputs(horizons, levels)
-    if len(levels) < 2:
-        raise ConfigError(f"levels {tuple(levels)} cannot be used: give two or more")
     lightgbm = _lightgbm()
     use_one_thread()
     data = split(histories, timeframe, tuple(horizons), until, validation=VALIDATION, hold_out=hold_out)

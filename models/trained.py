@@ -96,5 +96,7 @@ def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:
     """Raise `ConfigError` for horizons or levels that no model can forecast."""
     if not horizons or list(horizons) != sorted({h for h in horizons if h > 0}):
         raise ConfigError(f"horizons {tuple(horizons)} cannot be used: give rising counts of bars")
-    if not levels or list(levels) != sorted({p for p in levels if 0 < p < 1}):
-        raise ConfigError(f"levels {tuple(levels)} cannot be used: give rising probabilities between 0 and 1")
+    if len(levels) < 2 or list(levels) != sorted({p for p in levels if 0 < p < 1}):
+        raise ConfigError(
+            f"levels {tuple(levels)} cannot be used: give two or more rising probabilities between 0 and 1"
+        )

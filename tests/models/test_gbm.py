@@ -150,9 +150,3 @@ def test_only_training_needs_lightgbm(
     assert np.isfinite(boosted.forecaster("trees").forecast(histories[:1])[0].quantiles).all()
     with pytest.raises(ConfigError, match=r"extra baselines: pip install '\.\[baselines\]'"):
         _train(histories)
-
-
-def test_one_level_is_refused(small: list[Window]) -> None:
-    """From one quantile neither mean nor spread follow."""
-    with pytest.raises(ConfigError, match="two or more"):
-        train(small, timeframe="1h", horizons=(1,), levels=(0.5,))

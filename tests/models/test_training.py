@@ -11,8 +11,18 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from barcast.models import ConfigError, DataError, HistoricalSimulation, Window, compare, training
+from barcast.models import (
+    ConfigError,
+    DataError,
+    HistoricalSimulation,
+    Window,
+    compare,
+    ensemble,
+    gbm,
+    training,
+)
 from barcast.models.diffusion import SSSDForecaster
+from barcast.models.ensemble import Member
 from barcast.models.optimiser import Progress, Share
 from barcast.models.origins import BLOCKS, Origins, Split, split
 from barcast.models.scaling import signed_features
@@ -436,6 +446,14 @@ def test_a_start_that_has_learnt_more_is_told_or_refused(small: list[Window], ba
     for hold_out in (0.2, 0.1):
         again = _train(small, steps=1, hold_out=hold_out, init_from=("abc", blind)).record
         assert blind.record.validation_end <= again.validation_end < again.until
+
+
+@pytest.mark.parametrize("train_one", [train, gbm.train, ensemble.train])
+def test_one_level_is_refused(train_one: Callable[..., object], small: list[Window]) -> None:
+    """From one quantile neither mean nor spread follow, and no model of it could be served."""
+    members = [[Member("hs"), Member("fhs")]] if train_one is ensemble.train else []
+    with pytest.raises(ConfigError, match=r"levels \(0.5,\) cannot be used: give two or more"):
+        train_one(small, *members, timeframe="1h", horizons=(1,), levels=(0.5,))
 
 
 def test_a_symbol_with_too_few_bars_is_left_out_and_named(small: list[Window]) -> None:
