@@ -32,6 +32,7 @@ LEVEL_PRIOR = 25.0  # realised residuals of evidence for "the scale is right", f
 SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
 APART = 8  # bars between windows that share the work of their history, at most
 CHUNK = 32  # entries that are summed at once
+DEEPEST = 8.0  # a fall counts as at most this in the regression
 TAIL = 6.0  # a residual counts as at most this in the features of the tails
 CLIP = 5.0  # standardised features end here
 CHANNELS = 4  # of the sequence: return, log range, close location, log volume
@@ -49,12 +50,13 @@ class Layout:
     tails: tuple[int, ...]  # realised residuals behind the features of the tails' weight and side
     regime: int  # bars of the longest mean of the range, none if 0
     far: int  # bars of the mean that the regression's volatility reverts to, none if 0
+    falls: tuple[int, ...]  # windows of the regression's mean falls: none where up and down are alike
     calibration: int  # outcomes of its own that a forecast is corrected by
 
     @property
     def terms(self) -> int:
         """Coefficients of the regression."""
-        return len(self.har) + (self.far > 0)
+        return len(self.har) + (self.far > 0) + len(self.falls)
 
 
 INTRADAY = Layout(
@@ -66,6 +68,7 @@ INTRADAY = Layout(
     tails=(100, 500),
     regime=1920,
     far=0,
+    falls=(),
     calibration=2000,
 )
 DAILY = Layout(
@@ -76,7 +79,8 @@ DAILY = Layout(
     slots=7,
     tails=(),
     regime=0,
-    far=264,
+    far=1000,
+    falls=(1, 5, 22, 66),
     calibration=1000,
 )
 
@@ -306,8 +310,8 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
     for h in part.horizons:
         X, y = [], []
         for w, s in zip(histories, series, strict=True):
-            p = s.parkinson / part.season(w.symbol).factor[s.slot] ** 2
-            ratios, reference = _har_ratios(p, layout)
+            p, x = s.flattened(part.season(w.symbol))
+            ratios, reference = _har_ratios(p, x, layout)
             ahead = sliding_window_view(p[1:], h).mean(-1)  # row k: bars k+1 .. k+h
             n = len(ahead)
             X.append(np.column_stack([np.ones(n), ratios[:n]])[warm:])
@@ -378,6 +382,11 @@ class _Series:
             location=location,
             volume=volume,
         )
+
+    def flattened(self, season: Season) -> tuple[Array, Array]:
+        """Variances by Parkinson and returns without the season, each (N - 1,)."""
+        factor = season.factor[self.slot]
+        return self.parkinson / factor**2, self.r / factor
 
 
 def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
@@ -454,18 +463,25 @@ def _seasons(
     return np.stack([together, *each])
 
 
-def _har_ratios(p: Array, layout: Layout) -> tuple[Array, Array]:
-    """Log of each other mean over the reference, (N, J - 1), and the reference variance, (N,)."""
+def _har_ratios(p: Array, x: Array, layout: Layout) -> tuple[Array, Array]:
+    """What the regression sees, (N, J - 1), and the reference variance, (N,).
+
+    The log of each other mean of the ranges `p` over the reference, and the mean falls among the returns `x`
+    in units of its volatility: after a fall equities move more than after a rise (Corsi and Reno 2012).
+    """
     reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
     ratios = [np.log(trailing_mean(p, w) / reference + FLOOR) for w in layout.har[:-1]]
     if layout.far:
         ratios.append(np.log(np.maximum(trailing_mean(p, layout.far), TINY) / reference))
+    for w in layout.falls:
+        fall = trailing_mean(np.minimum(x, 0), w) * np.sqrt(w / reference)
+        ratios.append(np.maximum(fall, -DEEPEST))
     return np.stack(ratios, 1), reference
 
 
 def _raw_scales(s: _Series, scaling: Scaling, season: Season) -> Array:
     """The scale before its level is set: log-HAR on deseasonalised ranges, times the slot's gain, (N, H)."""
-    ratios, reference = _har_ratios(s.parkinson / season.factor[s.slot] ** 2, scaling.layout)
+    ratios, reference = _har_ratios(*s.flattened(season), scaling.layout)
     columns = []
     for h, b, g in zip(scaling.horizons, scaling.har, season.gain, strict=True):
         logv = b[0] + sum(b[j + 1] * ratios[:, j] for j in range(ratios.shape[1]))
@@ -501,12 +517,12 @@ def _columns(
 ) -> dict[str, Array]:
     """The features by name, each (n,), before they are standardised; none has a unit."""
     layout, f = scaling.layout, season.factor[s.slot]
+    p, x = s.flattened(season)
     at = first - 1  # the first row of the series
 
     def mean(x: Array, w: int) -> Array:
         return trailing_mean(x, w, at)
 
-    p, x = s.parkinson / f**2, s.r / f
     all_reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
     v = all_reference[at:]
     sigma = np.sqrt(v)
@@ -563,11 +579,10 @@ def _columns(
 
 def _channels(s: _Series, layout: Layout, season: Season) -> Array:
     """The normalised series, (N - 1, 4): each bar against the reference level of its own time."""
-    f = season.factor[s.slot]
-    p = s.parkinson / f**2
+    p, x = s.flattened(season)
     v = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
     columns = (
-        s.r / (f * np.sqrt(v)),
+        x / np.sqrt(v),
         0.5 * np.log(p / v + FLOOR) + 0.5,
         s.location,
         s.volume - season.volume[s.slot],

@@ -80,9 +80,9 @@ def test_whole_history_and_single_windows_agree(scaling: Scaling, window: Window
 
 
 def test_whole_history_and_single_windows_agree_in_daily_bars(daily: Scaling) -> None:
-    """The same with the layout of daily bars, whose window is shorter."""
-    assert daily.window == 264 + 250 + 20
-    _agree(daily, simulate("NEW", 700, seed=12, step=DAY).window)
+    """The same with the layout of daily bars, whose means reach farther."""
+    assert daily.window == 1000 + 250 + 20
+    _agree(daily, simulate("NEW", 1400, seed=12, step=DAY).window)
 
 
 @pytest.mark.parametrize("n", [90, 500, 1700, 2590])
@@ -255,6 +255,24 @@ def test_a_symbol_has_its_own_season_and_others_that_of_all() -> None:
     own, pooled = (s.of_window(Window(symbol, early.close_times, early.values)) for symbol in ("A", "C"))
     assert own.scale.tobytes() != pooled.scale.tobytes()
     assert own.features.tobytes() != pooled.features.tobytes()
+
+
+def test_daily_bars_move_more_after_a_fall_where_they_did_so_before() -> None:
+    """The regression finds that falls stir, as in equities, and nothing where up and down are alike."""
+
+    def stirred(seed: int, by: float) -> Window:
+        calm = simulate("A", 3000, seed=seed, step=DAY).window
+        body = calm.values[:, 3] / calm.values[:, 0] - 1
+        fell = np.concatenate([[False], body[:-1] < 0])
+        wide = np.where(fell, by, 1.0)[:, None]
+        values = calm.values.copy()
+        values[:, :4] = values[:, :1] * (values[:, :4] / values[:, :1]) ** wide
+        return Window("A", calm.close_times, values)
+
+    first_fall = -len(DAILY.falls)
+    stirs, same = (fit([stirred(7, by)], "1d", DAYS).har[0, first_fall] for by in (2.0, 1.0))
+    assert stirs < -0.2
+    assert abs(same) < 0.1
 
 
 def test_daily_bars_have_one_season_for_all(daily: Scaling) -> None:
