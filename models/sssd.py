@@ -110,11 +110,25 @@ class S4D(nn.Module):
         return self
 
     def forward(self, u: Tensor) -> Tensor:
-        """Causal convolution of u (B, H, L) with the kernel, (B, H, L)."""
+        """Causal convolution of u (B, H, L) with the kernel, (B, H, L).
+
+        It is a product with the kernel's Toeplitz matrix: for the tens of steps of a sequence a tenth of the
+        time of a Fourier transform, the way back included.
+        """
         L = u.shape[-1]
-        spectrum = torch.fft.rfft(u, 2 * L) * torch.fft.rfft(self.kernel(L), 2 * L)
-        y: Tensor = torch.fft.irfft(spectrum, 2 * L)[..., :L] + self.D[:, None] * u
+        lag = torch.arange(L) - torch.arange(L)[:, None]  # (L, L): of the column behind the row
+        toeplitz = self._response(L)[:, lag.clamp(min=0)] * (lag >= 0)  # (H, L, L)
+        y: Tensor = torch.bmm(u.transpose(0, 1), toeplitz).transpose(0, 1)
         return y
+
+    def newest(self, u: Tensor) -> Tensor:
+        """The last step of `forward`, (B, H)."""
+        y: Tensor = torch.einsum("bhl,hl->bh", u, self._response(u.shape[-1]).flip(-1))
+        return y
+
+    def _response(self, L: int) -> Tensor:
+        """The kernel and D, which acts without delay, (H, L)."""
+        return self.kernel(L) + functional.pad(self.D[:, None], (0, L - 1))
 
 
 class Encoder(nn.Module):
@@ -132,10 +146,11 @@ class Encoder(nn.Module):
     def forward(self, features: Tensor, sequence: Tensor, drop: Dropout | None = None) -> Tensor:
         """features (B, F), sequence (B, L, C) -> c (B, code)."""
         x = self.enter(sequence)  # (B, L, state)
-        for s4d, mix in zip(self.s4d, self.mix, strict=True):
-            y = functional.gelu(s4d(x.transpose(1, 2)).transpose(1, 2))
-            x = x + functional.glu(mix(y), -1)
-        last = x[:, -1]  # (B, state)
+        first, second = self.s4d
+        y = functional.gelu(first(x.transpose(1, 2)).transpose(1, 2))
+        x = x + functional.glu(self.mix[0](y), -1)
+        y = functional.gelu(second.newest(x.transpose(1, 2)))  # nothing behind it reads earlier steps
+        last = x[:, -1] + functional.glu(self.mix[1](y), -1)  # (B, state)
         if drop is not None:
             features = drop(features, drop.inputs)
             last = drop(last, drop.inputs)
