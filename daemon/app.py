@@ -143,16 +143,24 @@ class Daemon:
             stamped=max(journal.last_time(), journal.progress().clock),
         )
         self.sink = LiveSink(self.scribe, self.source, self.courier)
-        for decision in await asyncio.to_thread(self._decisions):
+        decisions = await asyncio.to_thread(self._decisions)
+        for decision in decisions:
             self.source.decide(decision)
 
         async with asyncio.TaskGroup() as group:
+            loop = asyncio.get_running_loop()
+            log.info("preparing", model=self.champion.model)
+            began = loop.time()
+            if not decisions:  # else the path prepares when it has taken them
+                await loop.run_in_executor(self.forecasts, self.pipeline.prepare)
+            path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
+            await self.source.caught_up.wait()
+            log.info("prepared", seconds=round(loop.time() - began, 1))
             rim = [
                 group.create_task(self.link.run(self._announce), name="link"),
                 group.create_task(self.courier.run(), name="courier"),
                 group.create_task(self._watch(), name="watch"),
             ]
-            path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
             planner = scheduler(config.retrain.cron, self._retrain) if config.retrain else None
             if planner:
                 planner.start()
@@ -298,11 +306,12 @@ class Daemon:
         )
 
     async def _promote(self, challenger: Path, verdict: Verdict) -> None:
-        """Load the model beside the serving one, then let the activation take its place in the journal."""
+        """Load and prepare the model beside the serving one, then let the journal have its activation."""
         model = await asyncio.to_thread(self.store.adopt, challenger)
         settings = self.config.model
         forecaster = await asyncio.to_thread(self.store.open, model, settings.sampler, settings.steps)
         card = forecaster.card
+        await asyncio.to_thread(forecaster.forecast, self.pipeline.newest(card))
         champion = Champion(model, card.fingerprint, card.window, verdict.reason)
         # A model that looks back further than its predecessor finds the history in its windows, too.
         last = await self.scribe(self.scribe.journal.last, Kind.WARMUP)

@@ -108,6 +108,7 @@ class LiveSource:
     ) -> None:
         self.position = position
         self.waiting = False
+        self.caught_up = asyncio.Event()
         self._link, self._scribe, self._clock = link, scribe, clock
         self._root, self._calendars, self._deadletters = root, calendars, deadletters
         self._queued = queued
@@ -144,6 +145,7 @@ class LiveSource:
                 continue
             if deadline is not None and self.now() >= deadline:
                 return None
+            self.caught_up.set()
             self._link.arrived.clear()
             wait = None if deadline is None else self._clock.seconds_until(deadline)
             self.waiting = True

@@ -134,6 +134,13 @@ class Windows:
             values = on_one_basis(times, values, self._adjustments[symbol])
         return Window(symbol, times, values)
 
+    def newest(self, length: int, least: int) -> list[Window]:
+        """The last `length` bars of each symbol that has `least`; copies, which later bars leave alone."""
+        found = [self.cut(symbol, ring.newest, length) for symbol, ring in self._rings.items()]
+        return [
+            Window(w.symbol, w.close_times.copy(), w.values.copy()) for w in found if w and len(w) >= least
+        ]
+
     def lengthen(self, length: int) -> None:
         """Keep at least `length` bars from now on: a newly activated model may need more."""
         if length > self.length:
