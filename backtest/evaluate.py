@@ -72,7 +72,7 @@ class Evaluation:
     - `thirds`: horizon, model, third, n, and the coverages with their errors.
     - `levels`: fold, horizon, model, level, below (share of outcomes at or below the quantile), error.
     - `pit`: fold, horizon, model, lower, upper (levels, 0 and 1 at the ends), share, density.
-    - `meta`: models, folds, lags, what was left out and a warning.
+    - `meta`: models, folds, what was left out and a warning.
 
     `DEFINITIONS` says what the numbers are.
     """
