@@ -162,6 +162,31 @@ def test_no_kernel_of_a_processor_decides_the_bits_of_a_fit() -> None:
     assert len(said.pop()) > 10_000
 
 
+def test_other_bits_have_another_fingerprint() -> None:
+    """Where a processor lacks what numpy's logarithm uses here, and it differs, so does the fingerprint."""
+    script = """if True:
+        import numpy as np
+        from barcast.models import open_model
+        x = np.random.default_rng(0).uniform(0.5, 20, 100_000)
+        print(open_model("hs", "1h", None, None).card.fingerprint)
+        print(hash(np.log(x).tobytes()), hash(np.exp(x).tobytes()))
+    """
+    known = np.lib.introspect.opt_func_info(func_name="^log$", signature="float64")
+    used = {kernel["current"] for kernels in known.values() for kernel in kernels.values()}
+    less = " ".join(name for name in used if not name.startswith("baseline"))
+    found = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": "0"} | lacking,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        for lacking in ({}, {"NPY_DISABLE_CPU_FEATURES": less} if less else {})
+    ]
+    assert len({bits for _, bits in found}) <= len({fingerprint for fingerprint, _ in found})
+
+
 @pytest.mark.parametrize("name", ["hs-s", "fhs-s"])
 def test_simulation_by_season_divides_by_what_the_hours_ahead_are_like(name: str, window: Window) -> None:
     """Outcomes are over the root mean square factor of their hours, times that of the hours ahead."""
