@@ -451,7 +451,7 @@ def forecast(
     import numpy as np
 
     from barcast.daemon.wire import to_text
-    from barcast.models import Window, check_sampled, open_model
+    from barcast.models import Window, check_sampled, open_model, usable
 
     timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
@@ -469,7 +469,18 @@ def forecast(
         raise DataError(
             f"No symbol has the {card.min_window} bars that {card.model} needs: give more history."
         )
-    forecasts = forecaster.forecast(windows)
+    forecasts = []
+    made = forecaster.forecast(windows)
+    for f, good in zip(made, usable(made, card), strict=True):
+        if good:
+            forecasts.append(f)
+        else:
+            err.print(f"{f.symbol}: the model gave no forecast that can be a price: left out")
+    if not forecasts:
+        raise DataError(
+            f"{card.model} gave no forecast that can be a price: check the bars for wild prices and "
+            "undeclared splits."
+        )
     if as_json:
         for f in forecasts:
             ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
@@ -482,6 +493,7 @@ def forecast(
                 "horizons": [{"bars": h, "end_time": to_text(ends[h - 1])} for h in f.horizons],
                 "quantiles": prices,
                 "rise": f.rise.tolist(),
+                "warming": f.warming,
                 "model": card.model,
             }
             print(json.dumps(line))

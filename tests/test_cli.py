@@ -28,7 +28,8 @@ def short(tmp_path):
 
 def test_forecast_in_json_holds_every_level(run):
     """With --json each symbol is one object with all levels and the ends of its horizons."""
-    status, out, _ = run("forecast", SAMPLE, *DAILY, "--model", "fhs", "--symbol", "IBM", "--json")
+    options = [*DAILY, "--model", "fhs", "--symbol", "IBM", "--json"]
+    status, out, _ = run("forecast", SAMPLE, *options)
     assert status == 0
     [line] = out.splitlines()
     found = json.loads(line)
@@ -37,6 +38,28 @@ def test_forecast_in_json_holds_every_level(run):
     assert [h["bars"] for h in found["horizons"]] == [1, 5, 20]
     assert [len(row) for row in found["quantiles"]] == [len(found["levels"])] * 3
     assert found["quantiles"][0] == sorted(found["quantiles"][0])
+    assert found["warming"] is False
+    _, out, _ = run("forecast", SAMPLE, *options, "--until", "2001-06-01")
+    assert json.loads(out)["warming"] is True
+
+
+def test_forecast_shows_nothing_that_the_live_path_would_withhold(run, tmp_path):
+    """A symbol whose forecast can be no price is left out by name; where there is no other, it is a fault."""
+    known = pl.read_parquet(SAMPLE).filter(symbol="IBM").sort("close_time")
+    price = pl.when(pl.int_range(pl.len()) % 2 == 0).then(1.0).otherwise(1000.0)
+    names = ("open", "high", "low", "close")
+    wild = known.with_columns(price.alias(name) for name in names).with_columns(symbol=pl.lit("WILD"))
+    wild.write_parquet(tmp_path / "wild.parquet")
+    options = [*DAILY, "--model", "hs", "--json"]
+    status, out, err = run(
+        "forecast", str(tmp_path / "wild.parquet"), SAMPLE, "--symbol", "IBM", "--symbol", "WILD", *options
+    )
+    assert status == 0, err
+    assert [json.loads(line)["symbol"] for line in out.splitlines()] == ["IBM"]
+    assert "WILD: the model gave no forecast that can be a price: left out" in " ".join(err.split())
+    status, out, err = run("forecast", str(tmp_path / "wild.parquet"), *options)
+    assert (status, out) == (78, "")
+    assert "can be a price: check the bars for wild prices" in " ".join(err.split())
 
 
 @pytest.fixture
