@@ -286,7 +286,10 @@ def train(
     until: Until = None,
     horizon: Annotated[
         list[int] | None,
-        typer.Option(help="Bars ahead; may be repeated. Default: 1, 5, 20 from a day on, else 1, 4, 16."),
+        typer.Option(
+            help="Bars ahead; may be repeated. Default: 1, 5, 20 from a day on, else 1, 4, 16; of an "
+            "ensemble, those of its first checkpoint."
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps of each phase; default: from the data.", min=1)
@@ -801,7 +804,11 @@ def _train(
                 advance(0, text)
 
             if kind == Kind.ensemble:
-                trained = ensemble.train(bars, [open_member(m) for m in members], **outputs, progress=say)
+                opened = [open_member(name) for name in members]
+                known = next((m.trained for m in opened if m.trained is not None), None)
+                if horizons is None and known is not None:
+                    outputs["horizons"] = known.forecaster("", None, None).card.horizons
+                trained = ensemble.train(bars, opened, **outputs, progress=say)
             else:
                 trained = gbm.train(bars, **outputs, seed=seed, progress=say)
     model = save(trained, out_dir)

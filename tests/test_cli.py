@@ -195,6 +195,21 @@ def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path, monkeypatch
             run_backtest([SAMPLE], model=model, steps=4, **options)
 
 
+def test_an_ensemble_forecasts_what_its_trained_members_do(run, tmp_path, monkeypatch):
+    """Without --horizon it takes those of the first checkpoint; others are refused with what to do."""
+    monkeypatch.setattr(gbm, "ROUNDS", 5)
+    history = [SAMPLE, *DAILY, "--symbol", "IBM", "--until", "2005-01-01"]
+    trees = str(tmp_path / "trees")
+    status, _, err = run("train", *history, "--out", trees, "--kind", "lgbm", "--horizon", "2")
+    assert status == 0, err
+    mix = ["train", *history, "--out", str(tmp_path / "mix"), "--kind", "ensemble"]
+    mix += ["--member", "hs", "--member", trees]
+    status, _, err = run(*mix)
+    assert (status, "weights +2: hs 0." in err) == (0, True), err
+    status, _, err = run(*mix, "--horizon", "3")
+    assert (status, "take its horizons for all" in err) == (78, True), err
+
+
 def test_training_never_replaces_what_is_no_model(run, tmp_path):
     """A directory with other files in it is named before the training begins, and left alone."""
     (tmp_path / "thesis.txt").write_text("mine")
