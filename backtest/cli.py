@@ -286,7 +286,10 @@ def train(
     until: Until = None,
     horizon: Annotated[
         list[int] | None,
-        typer.Option(help="Bars ahead; may be repeated. Default: 1, 5, 20 from a day on, else 1, 4, 16."),
+        typer.Option(
+            help="Bars ahead; may be repeated. Default: 1, 5, 20 from a day on, else 1, 4, 16; of an "
+            "ensemble, those of its first checkpoint."
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Optimiser steps of each phase; default: from the data.", min=1)
@@ -451,7 +454,7 @@ def forecast(
     import numpy as np
 
     from barcast.daemon.wire import to_text
-    from barcast.models import Window, check_sampled, open_model
+    from barcast.models import Window, check_sampled, open_model, usable
 
     timeframe = timeframe or _found(files, stamp, calendar, symbol)
     closes = _calendars(calendar, symbol_calendar, timeframe)
@@ -469,7 +472,18 @@ def forecast(
         raise DataError(
             f"No symbol has the {card.min_window} bars that {card.model} needs: give more history."
         )
-    forecasts = forecaster.forecast(windows)
+    forecasts = []
+    made = forecaster.forecast(windows)
+    for f, good in zip(made, usable(made, card), strict=True):
+        if good:
+            forecasts.append(f)
+        else:
+            err.print(f"{f.symbol}: the model gave no forecast that can be a price: left out")
+    if not forecasts:
+        raise DataError(
+            f"{card.model} gave no forecast that can be a price: check the bars for wild prices and "
+            "undeclared splits."
+        )
     if as_json:
         for f in forecasts:
             ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
@@ -482,6 +496,7 @@ def forecast(
                 "horizons": [{"bars": h, "end_time": to_text(ends[h - 1])} for h in f.horizons],
                 "quantiles": prices,
                 "rise": f.rise.tolist(),
+                "warming": f.warming,
                 "model": card.model,
             }
             print(json.dumps(line))
@@ -789,7 +804,11 @@ def _train(
                 advance(0, text)
 
             if kind == Kind.ensemble:
-                trained = ensemble.train(bars, [open_member(m) for m in members], **outputs, progress=say)
+                opened = [open_member(name) for name in members]
+                known = next((m.trained for m in opened if m.trained is not None), None)
+                if horizons is None and known is not None:
+                    outputs["horizons"] = known.forecaster("", None, None).card.horizons
+                trained = ensemble.train(bars, opened, **outputs, progress=say)
             else:
                 trained = gbm.train(bars, **outputs, seed=seed, progress=say)
     model = save(trained, out_dir)

@@ -1,6 +1,7 @@
 """Forecasters side by side on identical rolling origins, over consecutive folds of calendar time."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -71,7 +72,7 @@ class Evaluation:
     - `thirds`: horizon, model, third, n, and the coverages with their errors.
     - `levels`: fold, horizon, model, level, below (share of outcomes at or below the quantile), error.
     - `pit`: fold, horizon, model, lower, upper (levels, 0 and 1 at the ends), share, density.
-    - `meta`: models, folds, lags, what was left out and a warning.
+    - `meta`: models, folds, what was left out and a warning.
 
     `DEFINITIONS` says what the numbers are.
     """
@@ -85,7 +86,8 @@ class Evaluation:
 
     def best_baseline(self, horizon: int) -> str:
         """The baseline with the lowest CRPS over all folds."""
-        pooled = self.scores.filter(fold=ALL, horizon=horizon).filter(pl.col("model").is_in(list(BASELINES)))
+        pooled = self.scores.filter(fold=ALL, horizon=horizon)
+        pooled = pooled.filter(pl.col("model").is_in(self.meta["baselines"]))
         return str(pooled.sort("crps")["model"][0])
 
     def gain(self, horizon: int, model: str, other: str) -> Estimate | None:
@@ -115,7 +117,9 @@ def open_field(names: Sequence[str], timeframe: str) -> Field:
     """Open models by name: baselines and checkpoint directories, with horizons and levels in common.
 
     The reference is always among them; without any baseline named, all are that suit the timeframe and whose
-    packages are installed. Baselines forecast what the checkpoints do. Raise as `open_model` does.
+    packages are installed. Baselines forecast what the checkpoints do. A checkpoint is labelled by the name
+    of its directory, or by the path as given where another one, or a baseline, has that name. Raise as
+    `open_model` does.
     """
     trained = {name: open_model(name, timeframe, None, None) for name in names if name not in BASELINES}
     card = next((f.card for f in trained.values()), None)
@@ -131,9 +135,10 @@ def open_field(names: Sequence[str], timeframe: str) -> Field:
             if name in named:
                 raise
             field.left_out[name] = str(error)
+    taken = Counter([*BASELINES, "", *(Path(name).name for name in trained)])
     for name, forecaster in trained.items():
         label = Path(name).name
-        label = name if label in field.forecasters or not label else label
+        label = name if taken[label] > 1 else label
         field.forecasters[label], field.names[label] = forecaster, name
     return field
 
@@ -202,6 +207,7 @@ def evaluate(
             "levels": list(card.levels),
             "symbols": sorted(set(found.symbols)),
             "models": {label: f.card.model for label, f in field.forecasters.items()},
+            "baselines": [label for label, name in field.names.items() if name in BASELINES],
             "reference": REFERENCE,
             "volatility": volatility,
             "folds": [

@@ -12,6 +12,21 @@ from barcast.models import Adjustment, DataError, Forecast, Forecaster, Window, 
 from barcast.models.evaluation import CHUNK
 from barcast.models.window import on_one_basis
 
+_FAULTS = {
+    None: (
+        "that is no time",
+        "write a date and time from 1970 on, before 2262, such as 2026-01-31T16:00:00Z",
+    ),
+    -1: (
+        "by the calendar no bar has that time",
+        "correct the time, or take the calendar, timeframe and stamp that the bars follow",
+    ),
+    -2: ("it says no time zone", "write it, such as 2026-01-31T16:00:00Z"),
+}
+"""What a close that `history.read_origins` could not tell means, and what to do."""
+
+_MORE = "give the bars, or leave such origins out"
+
 
 def predict(
     forecaster: Forecaster,
@@ -48,7 +63,8 @@ def predict(
         quantiles[chunk] = [f.quantiles for f in made]
         progress(len(chunk), f"{windows[-1].symbol} {iso(windows[-1].close_time)[:10]}")
     if withheld:
-        raise _fault(origins, sorted(withheld), source, f"{card.model} makes nothing usable of its bars")
+        said = f"{card.model} makes nothing usable of its bars"
+        raise _fault(origins, sorted(withheld), source, said, _MORE)
     H, Q = len(card.horizons), len(card.levels)
     columns = dict(zip(map(level_column, card.levels), quantiles.reshape(-1, Q).T, strict=True))
     return origins.select(
@@ -65,15 +81,17 @@ def _places(
     for i, (symbol, close_time) in enumerate(origins.select("symbol", "close_time").iter_rows()):
         history = histories.get(symbol)
         at = -1
-        if history is None:
-            faults.append((i, f"the files have no bar of {symbol}"))
-        elif close_time is None or (at := _find(history, close_time)) < 0:
-            faults.append((i, "the files have no bar of that time"))
+        if close_time in _FAULTS:
+            faults.append((i, *_FAULTS[close_time]))
+        elif history is None:
+            faults.append((i, f"the files have no bar of {symbol}", _MORE))
+        elif (at := _find(history, close_time)) < 0:
+            faults.append((i, "the files have no bar of that time", _MORE))
         elif at + 1 < least:
-            faults.append((i, f"it has {at + 1} bars up to then and {model} needs {least}"))
+            faults.append((i, f"it has {at + 1} bars up to then and {model} needs {least}", _MORE))
         places.append(at)
     if faults:
-        raise _fault(origins, [i for i, _ in faults], source, faults[0][1])
+        raise _fault(origins, [i for i, *_ in faults], source, *faults[0][1:])
     return places
 
 
@@ -89,9 +107,9 @@ def _chunks(symbols: pl.Series, places: Sequence[int]) -> Iterator[list[int]]:
         yield order[i : i + CHUNK].tolist()
 
 
-def _fault(origins: pl.DataFrame, wrong: Sequence[int], source: str, reason: str) -> DataError:
+def _fault(origins: pl.DataFrame, wrong: Sequence[int], source: str, reason: str, remedy: str) -> DataError:
     symbol, ts, _ = origins.row(wrong[0])
     return DataError(
         f"{len(wrong)} of {origins.height} origins in {source} cannot be forecast, the first {symbol} at "
-        f"{ts}: {reason}; give the bars, or leave such origins out."
+        f"{ts}: {reason}; {remedy}."
     )

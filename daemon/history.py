@@ -156,8 +156,8 @@ def read_origins(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame
     """The forecast origins in a file with the columns `symbol` and `ts`, each once and as they come.
 
     The columns are `symbol`, `ts` as it is in the file, where it names the open or the close of the origin's
-    bar as `stamp` says, and `close_time` (int64 nanoseconds): below zero or null where no bar of the calendar
-    has that time. Raise `DataError` for a file that holds no origins.
+    bar as `stamp` says, and `close_time` (int64 nanoseconds): null where the time is not understood, -1 where
+    no bar of the calendar has it, -2 where it has no zone. Raise `DataError` for a file without origins.
     """
     if path.is_dir():
         raise DataError(f"{path} is a folder: name the file with the origins.")

@@ -10,25 +10,29 @@ _ID = re.compile(r"[0-9a-f]{16}")
 
 
 class ModelStore:
-    """Opens models of `directory`; the state is the forecasters that are open already."""
+    """Opens models of `directory`; the state is the forecaster that was opened last.
+
+    A forecaster grows with the symbols that it has seen: one that serves no more is not kept.
+    """
 
     def __init__(self, directory: Path, timeframe: str) -> None:
         self.directory = directory
         self._timeframe = timeframe
-        self._open: dict[tuple[str, str | None, int | None], Forecaster] = {}
+        self._last: tuple[tuple[str, str | None, int | None], Forecaster] | None = None
 
     def open(self, model: str, sampler: str | None, steps: int | None) -> Forecaster:
-        """The forecaster of a model id or baseline, loaded on first use; another's files are refused."""
-        key = (model, sampler, steps)
-        if key not in self._open:
-            forecaster = open_model(self.path(model), self._timeframe, sampler, steps)
-            if model not in BASELINES and forecaster.card.model != model:
-                raise CheckpointError(
-                    f"{self.path(model)}: holds the model {forecaster.card.model}; copy {model} back, or "
-                    "name the folder after the model that it holds"
-                )
-            self._open[key] = forecaster
-        return self._open[key]
+        """The forecaster of a model id or baseline: the last one, or loaded; another's files are refused."""
+        key, last = (model, sampler, steps), self._last  # two threads may open at once
+        if last is not None and last[0] == key:
+            return last[1]
+        forecaster = open_model(self.path(model), self._timeframe, sampler, steps)
+        if model not in BASELINES and forecaster.card.model != model:
+            raise CheckpointError(
+                f"{self.path(model)}: holds the model {forecaster.card.model}; copy {model} back, or "
+                "name the folder after the model that it holds"
+            )
+        self._last = key, forecaster
+        return forecaster
 
     def adopt(self, source: Path) -> str:
         """Copy a checkpoint into the store under its id; return the id. Raise CheckpointError if damaged."""

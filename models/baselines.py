@@ -249,5 +249,12 @@ def card_of(
         sampler="none",
         steps=0,
         samples=0,
-        fingerprint=f"numpy={np.__version__}",
+        fingerprint=f"numpy={np.__version__} cpu={_cpu()}",
     )
+
+
+def _cpu() -> str:
+    """What numpy uses of the processor for exponentials and logarithms: their last bits depend on it."""
+    known = np.lib.introspect.opt_func_info(func_name="^(exp|log)$", signature="float64")
+    used = {kernel["current"] for kernels in known.values() for kernel in kernels.values()}
+    return ",".join(sorted(used)) or "any"

@@ -29,6 +29,7 @@ LIMIT = 4.0  # no score is farther out
 GENTLE = 0.1  # of the slope between the outermost levels: the least slope beyond them
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2**64 over the golden ratio: multiples spread evenly
 CHUNK = 256  # windows handed to the inner forecaster at once
+ASKED = 4096  # bars whose inner forecasts are held at once, about: a new symbol has thousands
 VERSION = 1  # of the arithmetic: fingerprints differ where bits may
 
 
@@ -151,11 +152,19 @@ class Calibrated:
 
     def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
+        for window in windows:
+            check_long_enough(window, self.card.min_window)
+        made: list[Forecast] = []
+        while len(made) < len(windows):
+            made += self._forecast(windows[len(made) :])
+        return made
+
+    def _forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """Forecast the first windows: all, or up to the one with which `ASKED` bars are asked about."""
         card = self.card
         plans, asked = [], list[Window]()
         latest: dict[str, _Past] = {}
         for window in windows:
-            check_long_enough(window, card.min_window)
             cut = _cut(window, len(window), card.window)
             past = None
             if len(cut) > self._first:
@@ -165,6 +174,8 @@ class Calibrated:
             else:
                 asked.append(cut)
             plans.append((cut, past))
+            if len(asked) >= ASKED:
+                break
 
         said = self._ask(asked)
         made, at = [], 0

@@ -51,7 +51,7 @@ class Member:
             if (theirs := getattr(forecaster.card, field)) != mine:
                 raise ConfigError(
                     f"{field} of member {self.name} is {theirs}, not {mine}: all members must forecast the "
-                    "same; name another member"
+                    f"same; name another member, or take its {field} for all"
                 )
         return forecaster
 
@@ -221,7 +221,8 @@ def _too_few(n: int, since: int, until: int) -> DataError:
     first, last = (np.datetime_as_string(np.datetime64(time, "ns"), "s") for time in (since, until))
     return DataError(
         f"the members have learnt from bars up to {first}Z, and validation ends at {last}Z: {n} forecasts, "
-        f"not {LEAST}, to fit weights on; give more bars, or members that have learnt from fewer"
+        f"not {LEAST}, to fit weights on; train the members with a hold-out such as 0.2, so that they leave "
+        "the newest bars, or give more bars"
     )
 
 

@@ -37,7 +37,7 @@ from barcast.models.window import Window, check_long_enough
 Array = NDArray[np.float64]
 Fit = TypeVar("Fit")
 
-VERSION = 1  # of the arithmetic: ids differ where bits may
+VERSION = 2  # of the arithmetic: ids differ where bits may
 GAIN_PRIOR = 1.0  # bars that a gain of 1 counts as
 FLOOR = 1e-3  # of the mean variance: keeps the logarithm of a quiet bar finite
 TINY = 1e-12  # the same in bars that stand still, in (log return)²
@@ -352,5 +352,30 @@ def _least_squares(X: Array, y: Array) -> Array:
     X, y = X - mean[:, None], y - level
     J = range(len(X))
     gram = np.array([[(X[i] * X[j]).mean() for j in J] for i in J]) + RIDGE * np.eye(len(X))
-    slopes = np.linalg.solve(gram, np.array([(X[i] * y).mean() for i in J]))
+    slopes = solve(gram, np.array([(X[i] * y).mean() for i in J]))
     return np.concatenate([[level - float((slopes * mean).sum())], slopes])
+
+
+def solve(A: Array, b: Array) -> Array:
+    """The x (n,) of A x = b for a small A (n, n), by Gaussian elimination with row pivots.
+
+    It goes number by number, as the bits of LAPACK depend on the kernels that BLAS has for the processor.
+    Raise `LinAlgError` for a singular A.
+    """
+    rows = np.column_stack([A, b]).tolist()
+    n = len(rows)
+    for k in range(n):
+        rows[k:] = sorted(rows[k:], key=lambda row: -abs(row[k]))
+        if rows[k][k] == 0:
+            raise np.linalg.LinAlgError("singular matrix")
+        for row in rows[k + 1 :]:
+            factor = row[k] / rows[k][k]
+            for j in range(k + 1, n + 1):
+                row[j] -= factor * rows[k][j]
+    x = np.empty(n)
+    for k in reversed(range(n)):
+        rest = rows[k][n]
+        for j in range(k + 1, n):
+            rest -= rows[k][j] * x.item(j)
+        x[k] = rest / rows[k][k]
+    return x

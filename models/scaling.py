@@ -17,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError, DataError
+from barcast.models.fitted import solve
 from barcast.models.season import HOUR, OUTLIER, ZONES, choose_zone, clipped, slots
 from barcast.models.window import Window, check_long_enough
 
@@ -436,7 +437,7 @@ def _least_squares(X: Array, y: Array) -> Array:
     J = range(X.shape[1])
     gram = np.array([[(X[:, i] * X[:, j]).sum() for j in J] for i in J])
     moment = np.array([(X[:, i] * y).sum() for i in J])
-    return np.asarray(np.linalg.solve(gram, moment))
+    return solve(gram, moment)
 
 
 def _typical(a: Array) -> Array:

@@ -28,7 +28,8 @@ def short(tmp_path):
 
 def test_forecast_in_json_holds_every_level(run):
     """With --json each symbol is one object with all levels and the ends of its horizons."""
-    status, out, _ = run("forecast", SAMPLE, *DAILY, "--model", "fhs", "--symbol", "IBM", "--json")
+    options = [*DAILY, "--model", "fhs", "--symbol", "IBM", "--json"]
+    status, out, _ = run("forecast", SAMPLE, *options)
     assert status == 0
     [line] = out.splitlines()
     found = json.loads(line)
@@ -37,6 +38,28 @@ def test_forecast_in_json_holds_every_level(run):
     assert [h["bars"] for h in found["horizons"]] == [1, 5, 20]
     assert [len(row) for row in found["quantiles"]] == [len(found["levels"])] * 3
     assert found["quantiles"][0] == sorted(found["quantiles"][0])
+    assert found["warming"] is False
+    _, out, _ = run("forecast", SAMPLE, *options, "--until", "2001-06-01")
+    assert json.loads(out)["warming"] is True
+
+
+def test_forecast_shows_nothing_that_the_live_path_would_withhold(run, tmp_path):
+    """A symbol whose forecast can be no price is left out by name; where there is no other, it is a fault."""
+    known = pl.read_parquet(SAMPLE).filter(symbol="IBM").sort("close_time")
+    price = pl.when(pl.int_range(pl.len()) % 2 == 0).then(1.0).otherwise(1000.0)
+    names = ("open", "high", "low", "close")
+    wild = known.with_columns(price.alias(name) for name in names).with_columns(symbol=pl.lit("WILD"))
+    wild.write_parquet(tmp_path / "wild.parquet")
+    options = [*DAILY, "--model", "hs", "--json"]
+    status, out, err = run(
+        "forecast", str(tmp_path / "wild.parquet"), SAMPLE, "--symbol", "IBM", "--symbol", "WILD", *options
+    )
+    assert status == 0, err
+    assert [json.loads(line)["symbol"] for line in out.splitlines()] == ["IBM"]
+    assert "WILD: the model gave no forecast that can be a price: left out" in " ".join(err.split())
+    status, out, err = run("forecast", str(tmp_path / "wild.parquet"), *options)
+    assert (status, out) == (78, "")
+    assert "can be a price: check the bars for wild prices" in " ".join(err.split())
 
 
 @pytest.fixture
@@ -170,6 +193,21 @@ def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path, monkeypatch
         assert (status, "is not sampled: leave sampler and steps out" in err) == (78, True)
         with pytest.raises(ConfigError, match="is not sampled"):
             run_backtest([SAMPLE], model=model, steps=4, **options)
+
+
+def test_an_ensemble_forecasts_what_its_trained_members_do(run, tmp_path, monkeypatch):
+    """Without --horizon it takes those of the first checkpoint; others are refused with what to do."""
+    monkeypatch.setattr(gbm, "ROUNDS", 5)
+    history = [SAMPLE, *DAILY, "--symbol", "IBM", "--until", "2005-01-01"]
+    trees = str(tmp_path / "trees")
+    status, _, err = run("train", *history, "--out", trees, "--kind", "lgbm", "--horizon", "2")
+    assert status == 0, err
+    mix = ["train", *history, "--out", str(tmp_path / "mix"), "--kind", "ensemble"]
+    mix += ["--member", "hs", "--member", trees]
+    status, _, err = run(*mix)
+    assert (status, "weights +2: hs 0." in err) == (0, True), err
+    status, _, err = run(*mix, "--horizon", "3")
+    assert (status, "take its horizons for all" in err) == (78, True), err
 
 
 def test_training_never_replaces_what_is_no_model(run, tmp_path):

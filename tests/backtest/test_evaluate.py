@@ -1,6 +1,7 @@
 """`barcast evaluate`: models on identical rolling origins."""
 
 import json
+import shutil
 import sys
 from statistics import NormalDist
 
@@ -187,6 +188,32 @@ def test_without_a_named_baseline_all_that_suit_stand_beside_the_model(monkeypat
     assert list(open_field(["fhs", "fhs"], "1d").forecasters) == ["hs", "fhs"]
     with pytest.raises(ConfigError, match="shorter than a day"):
         open_field(["fhs-s"], "1d")
+
+
+def test_models_of_one_name_are_told_apart_by_their_paths(tmp_path, monkeypatch):
+    """No model is lost behind another's label, and none is taken for a baseline."""
+    monkeypatch.chdir(tmp_path)
+    for place in ("a/model", "model", "b/har", "other"):
+        shutil.copytree(MODEL, place)
+    found = open_field(["a/model", "model", "b/har", "other", "hs"], "session")
+    labels = {"hs": "hs", "a/model": "a/model", "model": "model", "b/har": "b/har", "other": "other"}
+    assert found.names == labels
+    assert list(found.forecasters) == list(labels)
+    assert open_field(["a/model", "b/har", "hs"], "session").names == {
+        "hs": "hs",
+        "model": "a/model",
+        "b/har": "b/har",
+    }
+
+
+def test_only_a_baseline_can_be_the_best_baseline():
+    """What was opened decides, not what it is labelled."""
+    models = {"hs": Normal(3.0), "fhs": Normal(1.0)}
+    histories = [walk("A", 1200, 1)]
+    options = {"since": int(histories[0].close_times[600]), "folds": 1, "stride": 5}
+    for name, best in (("fhs", "fhs"), (MODEL, "hs")):
+        found = evaluate(Field(models, {"hs": "hs", "fhs": name}, {}), histories, HOURLY, **options)
+        assert found.best_baseline(1) == best
 
 
 def test_the_command_writes_table_page_and_numbers(run, tmp_path, monkeypatch):

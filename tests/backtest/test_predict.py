@@ -131,12 +131,24 @@ def test_a_trained_model_predicts_sessions(run, tmp_path):
             "the files have no bar of CCC; give the bars, or leave",
         ),
         (lambda o: o.with_columns(pl.col("ts").dt.offset_by("-10y")), "the files have no bar of that time"),
-        (lambda o: o.with_columns(pl.col("ts").dt.offset_by("7m")), "the files have no bar of that time"),
+        (
+            lambda o: o.with_columns(pl.col("ts").dt.offset_by("7m")),
+            "by the calendar no bar has that time; correct the time, or take the calendar",
+        ),
+        (
+            lambda o: o.with_columns(pl.col("ts").dt.strftime("%Y-%m-%dT%H:%M:%S")),
+            "2 of 2 origins in {o} cannot be forecast, the first AAA at 2024-01-30T02:00:00: it says no time "
+            "zone; write it, such as 2026-01-31T16:00:00Z",
+        ),
+        (
+            lambda o: o.with_columns(ts=pl.lit("soon")),
+            "1 of 1 origins in {o} cannot be forecast, the first AAA at soon: that is no time; write a date",
+        ),
         (lambda o: o.clear(), "{o} holds no origin"),
         (lambda o: o.rename({"ts": "time"}), "{o} has no column 'ts', only symbol, time"),
         (lambda o: o.with_columns(pl.col("ts").dt.replace_time_zone(None)), "times without a time zone"),
         (lambda o: o.with_columns(pl.col("ts").dt.epoch("ms")), "looks like ms since 1970"),
-        (lambda o: o.with_columns(ts=pl.lit(None, pl.Datetime("ns", "UTC"))), "no bar of that time"),
+        (lambda o: o.with_columns(ts=pl.lit(None, pl.Datetime("ns", "UTC"))), "at None: that is no time"),
         (lambda o: o.with_columns(symbol=pl.lit(1.5)), "holds Float64, not texts"),
     ],
 )

@@ -1,5 +1,8 @@
 """Baselines that fit something: known numbers, purity, seasons by the right clock, bars that stand still."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -121,6 +124,67 @@ def test_har_is_least_squares_on_logs_of_mean_variances(window: Window) -> None:
         scale = {k: np.exp(0.5 * (past(k, first, floor) @ b)) for k in range(now - 2000 - h + 1, now + 1)}
         outcomes = [(c[k] - c[k - h]) / scale[k - h] for k in range(now - 1999, now + 1)]
         np.testing.assert_allclose(f.quantiles[i], np.quantile(outcomes, LEVELS) * scale[now], rtol=1e-4)
+
+
+def test_linear_systems_are_solved_as_well_as_by_lapack() -> None:
+    """Also ill-conditioned ones, and those whose rows must change places."""
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 5, 6):
+        x = rng.standard_normal((200, n)) * 10.0 ** -np.arange(n)
+        for A in (x.T.copy() @ x, np.eye(n)[::-1] + np.diag(np.arange(n) % 2 * 1e-3)):
+            b = rng.standard_normal(n)
+            np.testing.assert_allclose(A @ fitted.solve(A, b), b, atol=1e-12 * np.abs(b).max())
+    with pytest.raises(np.linalg.LinAlgError, match="singular"):
+        fitted.solve(np.ones((2, 2)), np.ones(2))
+
+
+def test_no_kernel_of_a_processor_decides_the_bits_of_a_fit() -> None:
+    """The coefficients are the same to the bit, whichever kernels numpy's OpenBLAS takes."""
+    script = """if True:
+        import numpy as np
+        from barcast.models import fitted, scaling
+        rng = np.random.default_rng(0)
+        for n in (2, 3, 5, 6) * 20:
+            X, y = rng.standard_normal((n, 300)), rng.standard_normal(300)
+            found = fitted._least_squares(X, y), scaling._least_squares(np.exp(X.T), y)
+            print(*(b.tobytes().hex() for b in found))
+    """
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | kernels,
+            check=True,
+            capture_output=True,
+        ).stdout
+        for kernels in ({}, {"OPENBLAS_CORETYPE": "Prescott"})
+    }
+    assert len(said) == 1
+    assert len(said.pop()) > 10_000
+
+
+def test_other_bits_have_another_fingerprint() -> None:
+    """Where a processor lacks what numpy's logarithm uses here, and it differs, so does the fingerprint."""
+    script = """if True:
+        import numpy as np
+        from barcast.models import open_model
+        x = np.random.default_rng(0).uniform(0.5, 20, 100_000)
+        print(open_model("hs", "1h", None, None).card.fingerprint)
+        print(hash(np.log(x).tobytes()), hash(np.exp(x).tobytes()))
+    """
+    known = np.lib.introspect.opt_func_info(func_name="^log$", signature="float64")
+    used = {kernel["current"] for kernels in known.values() for kernel in kernels.values()}
+    less = " ".join(name for name in used if not name.startswith("baseline"))
+    found = [
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": "0"} | lacking,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.splitlines()
+        for lacking in ({}, {"NPY_DISABLE_CPU_FEATURES": less} if less else {})
+    ]
+    assert len({bits for _, bits in found}) <= len({fingerprint for fingerprint, _ in found})
 
 
 @pytest.mark.parametrize("name", ["hs-s", "fhs-s"])

@@ -1,5 +1,6 @@
 """Online calibration: what it corrects, what it leaves alone, and that nothing else moves its bits."""
 
+import tracemalloc
 from collections.abc import Sequence
 from functools import cache
 from math import log
@@ -311,13 +312,14 @@ OUTCOMES, JUDGED = 7, 5
 
 @pytest.fixture
 def _nervous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form that each score moves a lot, and its place too."""
+    """A form that each score moves a lot, and its place too; and calls are worked off in small parts."""
 
     def form(scores: np.ndarray, h: int, levels: tuple[float, ...]) -> np.ndarray:
         weight = np.arange(1, len(scores) + 1) ** 2
         return norm.ppf(levels) * (0.1 + np.abs(scores) @ weight) / (0.1 + weight.sum())
 
     monkeypatch.setattr(calibration, "recalibrated", form)
+    monkeypatch.setattr(calibration, "ASKED", 10)
 
 
 def calibrated() -> Calibrated:
@@ -501,6 +503,25 @@ def test_what_is_known_is_not_asked_again() -> None:
     inner.asked.clear()
     lived.forecast([Window("WALK", window.close_times[:n], values[:n]) for n in range(108, 120)])
     assert len(inner.asked) == 11
+
+
+def test_many_new_symbols_take_no_more_memory_at_a_time_than_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the inner forecaster is worked off in parts; only each symbol's past is kept."""
+    monkeypatch.setattr(calibration, "ASKED", 300)
+
+    def beyond(symbols: int) -> int:
+        lived = Calibrated(Normal(1.0), outcomes=60, judged=30)
+        windows = [Window(f"S{i}", w.close_times, w.values) for i in range(symbols)]
+        tracemalloc.start()
+        made = lived.forecast(windows)
+        kept, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert len(made) == symbols
+        return most - kept
+
+    w = walk(110, seed=14)
+    beyond(4)  # what is set up once
+    assert beyond(40) < 1.5 * beyond(4)
 
 
 def test_a_call_that_fails_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
