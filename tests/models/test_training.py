@@ -294,6 +294,7 @@ def test_progress_and_record_tell_both_losses_of_every_epoch(small: list[Window]
     """Each phase reports its steps in order; the record keeps both losses of every look at unseen bars."""
     seen: list[Progress] = []
     record = _train(small, progress=seen.append).record
+    assert record.steps == 6
     assert len(record.map_step) == 8
     assert set(record.map_step) <= set(range(7))
     for phase in ("map", "denoiser"):
