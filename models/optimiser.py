@@ -355,9 +355,10 @@ class _Loop:
             mean = torch.tensor(_mean(at.losses), dtype=torch.float64)
             at.losses = [float(self.accelerator.reduce(mean, "mean"))]
         if not isfinite(crps) or not all(isfinite(loss) for loss in at.losses):
+            other = "" if self.accelerator.mixed_precision == "no" else ", or train with fp32"
             raise DataError(
                 f"the training came apart in the phase {phase.name} before step {at.step} (loss "
-                f"{_mean(at.losses)}, CRPS {crps}): look for wild prices in the bars, or train with fp32"
+                f"{_mean(at.losses)}, CRPS {crps}): look for wild prices in the bars{other}"
             )
         self.candidates.append(Candidate(phase.name, at.step, crps, _mean(at.losses)))
         at.looked, at.stale = at.step, at.stale + 1

@@ -170,11 +170,12 @@ def parts(histories: Sequence[Window], until: int | None, *, validation: float, 
     `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest. Raises
     `DataError` for histories without a bar, or with an unusable one.
     """
+    said = "" if until is None else f" closed by {to_text(until)}"
     if until is None:
         until = max((w.close_time for w in histories if len(w)), default=0)
     cut = [w for w in (_cut(w, until) for w in histories) if len(w)]
     if not cut:
-        raise DataError(f"there are no bars closed by {until} to learn from: check the symbols and the date")
+        raise DataError(f"there are no bars{said} to learn from: check the symbols and the date")
     for w in cut:
         check(w)
     times = np.sort(np.concatenate([w.close_times for w in cut]))

@@ -30,12 +30,6 @@ def crps(outcome: ArrayLike, quantiles: ArrayLike, levels: ArrayLike) -> NDArray
     return 2 * pinball(outcome, quantiles, levels)
 
 
-def coverage(outcome: ArrayLike, lower: ArrayLike, upper: ArrayLike) -> float:
-    """The share of outcomes inside [lower, upper]."""
-    y = np.asarray(outcome, float)
-    return float(((y >= np.asarray(lower)) & (y <= np.asarray(upper))).mean())
-
-
 def lag(horizon: int, stride: int, times: int) -> int:
     """Over how many origin times errors are taken as correlated: max(2 ceil(h / stride), T^(1/3)).
 

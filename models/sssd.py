@@ -11,7 +11,7 @@ Shapes: B origins, S samples, H horizons, M members, K knots, F features, L step
 
 from dataclasses import dataclass
 from math import log, pi, sqrt
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor, nn
@@ -42,16 +42,16 @@ class Architecture:
     blocks: int = 2  # residual blocks of the denoiser
 
 
-class Dropout(NamedTuple):
-    """Random zeros for training: their rates, and where the randomness comes from."""
+class Dropout(Protocol):
+    """Random zeros for training."""
 
-    inputs: float
-    hidden: float
-    generator: Generator
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the network sees, with zeros."""
+        ...
 
-    def __call__(self, x: Tensor, p: float) -> Tensor:
-        keep = torch.rand(x.shape, generator=self.generator) >= p
-        return x * keep / (1 - p)
+    def hidden(self, x: Tensor) -> Tensor:
+        """What a layer says, with zeros."""
+        ...
 
 
 def _uniform(shape: tuple[int, int, int], generator: Generator) -> Tensor:
@@ -152,12 +152,12 @@ class Encoder(nn.Module):
         y = functional.gelu(second.newest(x.transpose(1, 2)))  # nothing behind it reads earlier steps
         last = x[:, -1] + functional.glu(self.mix[1](y), -1)  # (B, state)
         if drop is not None:
-            features = drop(features, drop.inputs)
-            last = drop(last, drop.inputs)
+            features = drop.inputs(features)
+            last = drop.inputs(last)
         y = functional.silu(self.features(features))  # (B, width)
-        y = y if drop is None else drop(y, drop.hidden)
+        y = y if drop is None else drop.hidden(y)
         y = functional.silu(self.hidden(torch.cat([y, last], -1)))
-        y = y if drop is None else drop(y, drop.hidden)
+        y = y if drop is None else drop.hidden(y)
         return functional.silu(self.leave(y))
 
 
@@ -186,11 +186,11 @@ class QuantileMap(nn.Module):
 
     def forward(self, features: Tensor, drop: Dropout | None = None) -> Tensor:
         """features of each member (B, M, F) -> its knots z_k, rising in k, (B, M, H, K)."""
-        x = features if drop is None else drop(features, drop.inputs)
+        x = features if drop is None else drop.inputs(features)
         for weight, bias in ((self.enter, self.enter_bias), (self.hidden, self.hidden_bias)):
             y = torch.baddbmm(bias, x.transpose(0, 1), weight)  # (M, B, width)
             x = functional.silu(y).transpose(0, 1)
-            x = x if drop is None else drop(x, drop.hidden)
+            x = x if drop is None else drop.hidden(x)
         out = torch.baddbmm(self.head_bias, x.transpose(0, 1), self.head).transpose(0, 1)
         out = out.reshape(-1, self.M, self.H, self.K + 1)
         shift, spread, shape = out[..., :1], out[..., 1:2], out[..., 2:]
@@ -228,7 +228,7 @@ class Denoiser(nn.Module):
         """c (..., code) and lambda = log(alpha / sigma) (...) -> scales and shifts (..., 2 D blocks)."""
         phase = lam[..., None] * (pi / 8) * torch.arange(1, 9)
         time = torch.cat([lam[..., None] / 4, torch.sin(phase), torch.cos(phase)], -1)
-        c = c if drop is None else drop(c, drop.hidden)
+        c = c if drop is None else drop.hidden(c)
         film: Tensor = self.film(functional.silu(c + self.time(time)))
         return film
 

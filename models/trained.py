@@ -42,8 +42,6 @@ class Record(Past):
     """How an SSSD came about."""
 
     seed: int
-    map_steps: int
-    denoiser_steps: int
     capped: bool  # the cap on seconds ended a phase early: not reproducible
     init_from: str | None  # id of the model from which training started
     candidates: tuple[Candidate, ...]
@@ -53,6 +51,7 @@ class Record(Past):
     processes: int = 1  # that shared each batch
     accumulate: int = 1  # parts of a batch in each process
     stopped: tuple[str, ...] = ()  # phases that ended early, as no look was better any more
+    steps: int = 0  # that each phase was to take at most; 0 where an older record does not say
 
 
 class Model(Protocol):

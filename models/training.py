@@ -28,7 +28,7 @@ from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
 from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned, to_text
 from barcast.models.scaling import CHANNELS, signed_features
-from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, Dropout, knot_scores, piecewise
+from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, knot_scores, piecewise
 from barcast.models.trained import Record, Trained, check_outputs
 from barcast.models.window import Window
 
@@ -174,8 +174,7 @@ class _Training:
             past |= {name: max(past[name], learnt) for name in ("until", "train_end", "validation_end")}
         record = Record(
             **past,
-            map_steps=self.steps,
-            denoiser_steps=self.steps,
+            steps=self.steps,
             capped=fitted.capped,
             candidates=fitted.candidates,
             map_step=fitted.chosen["map"],
@@ -216,7 +215,7 @@ class _Training:
         sign = torch.where(self.mirrored[:, None], sign, 1.0)
         x, z = part.features[at], sign * part.z[at].float()
         x = torch.where(self.signed, sign * x, x)
-        knots = self.net.map(x, _dropout(share))  # (B, M, H, K)
+        knots = self.net.map(x, _Dropout(share))  # (B, M, H, K)
         miss = z[..., None] - knots
         p = torch.tensor(PROBABILITIES)
         loss = torch.maximum(p * miss, (p - 1) * miss).mean((-1, -2))  # (B, M)
@@ -262,7 +261,7 @@ class _Training:
         half = share.rows(torch.randn(BATCH, DRAWS // 2, w.shape[-1], generator=g))
         eps = torch.cat([half, -half], 1)  # antithetic
         alpha, sigma, lam = self.alpha[t][..., None], self.sigma[t][..., None], self.lam[t]
-        drop, part, denoiser = _dropout(share), self.learn, self.net.denoiser
+        drop, part, denoiser = _Dropout(share), self.learn, self.net.denoiser
         sequence = part.sequence(at, self.net.architecture.context)
         c = self.net.encoder(part.features[at], sequence, drop)[:, None].expand(-1, DRAWS, -1)
         v: Tensor = denoiser(alpha * w + sigma * eps, denoiser.modulation(c, lam, drop))
@@ -302,20 +301,22 @@ class _Training:
         return u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
 
 
-class _Dropout(Dropout):
-    """Dropout in the rows of a share."""
+class _Dropout:
+    """Random zeros in the rows of a share."""
 
-    share: Share
+    def __init__(self, share: Share) -> None:
+        self.share = share
 
-    def __call__(self, x: Tensor, p: float) -> Tensor:
-        whole = torch.rand((self.share.of * len(x), *x.shape[1:]), generator=self.generator)
-        return x * (self.share.rows(whole) >= p) / (1 - p)
+    def inputs(self, x: Tensor) -> Tensor:
+        return self._some(x, INPUT_DROP)
 
+    def hidden(self, x: Tensor) -> Tensor:
+        return self._some(x, HIDDEN_DROP)
 
-def _dropout(share: Share) -> Dropout:
-    drop = _Dropout(INPUT_DROP, HIDDEN_DROP, share.generator)
-    drop.share = share
-    return drop
+    def _some(self, x: Tensor, p: float) -> Tensor:
+        share = self.share
+        whole = torch.rand((share.of * len(x), *x.shape[1:]), generator=share.generator)
+        return x * (share.rows(whole) >= p) / (1 - p)
 
 
 def _pieces(n: int, size: int) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from barcast.models.diffusion import SAMPLER, STEPS, Distribution, use_one_threa
 from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
 from barcast.models.sssd import Denoiser, knot_scores, piecewise
-from barcast.models.training import BATCH, DRAWS, _dropout, _Training, train
+from barcast.models.training import BATCH, DRAWS, _Dropout, _Training, train
 from tests.bench.report import Row, Section, Target
 from tests.garch import windows
 
@@ -107,7 +107,7 @@ def _steps(section: Section, histories: Sequence[Window], tell: Callable[[str], 
         at = training.older[torch.randint(len(training.older), (BATCH,), generator=generator)]
         part = training.learn.only(at)
         return part, net.encoder(
-            part.features, training.learn.sequence(at, net.architecture.context), _dropout(share)
+            part.features, training.learn.sequence(at, net.architecture.context), _Dropout(share)
         )
 
     def through_the_sampler() -> Tensor:

@@ -276,9 +276,11 @@ def test_a_cap_ends_a_phase_or_is_too_small_for_a_step() -> None:
 
 
 def test_a_training_that_comes_apart_is_a_fault() -> None:
-    """A score that is not a number ends with phase, step and remedy."""
-    with pytest.raises(DataError, match=r"came apart in the phase line 0 before step 0 .* train with fp32"):
+    """A score that is not a number ends with phase, step and remedy; fp32 is none where it is used."""
+    with pytest.raises(DataError, match=r"came apart in the phase line 0 before step 0 .* in the bars$"):
         _fit(Lines(), look=lambda _: nan)
+    with pytest.raises(DataError, match=r"in the bars, or train with fp32$"):
+        _fit(Lines(), look=lambda _: nan, precision="bf16")
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from barcast.models import (
 from barcast.models.diffusion import SSSDForecaster
 from barcast.models.ensemble import Member
 from barcast.models.optimiser import Progress, Share
-from barcast.models.origins import BLOCKS, Origins, Split, split
+from barcast.models.origins import BLOCKS, Origins, Split, split, to_text
 from barcast.models.scaling import signed_features
 from barcast.models.sssd import PROBABILITIES, Architecture
 from barcast.models.trained import Trained
@@ -294,6 +294,7 @@ def test_progress_and_record_tell_both_losses_of_every_epoch(small: list[Window]
     """Each phase reports its steps in order; the record keeps both losses of every look at unseen bars."""
     seen: list[Progress] = []
     record = _train(small, progress=seen.append).record
+    assert record.steps == 6
     assert len(record.map_step) == 8
     assert set(record.map_step) <= set(range(7))
     for phase in ("map", "denoiser"):
@@ -480,7 +481,7 @@ def test_unusable_bars_are_refused(small: list[Window]) -> None:
     broken.values[900, 4] = np.nan
     short = Window("A", small[0].close_times[:500], small[0].values[:500])
     for histories, words in (
-        ([], "no bars closed"),
+        ([], "are no bars to learn from: check the symbols"),
         ([short], "give at least"),
         ([flat], "FLAT closes unchanged .* leave it out"),
         ([short, flat], "no symbol is left .* A has .* give at least .* FLAT closes unchanged"),
@@ -488,7 +489,7 @@ def test_unusable_bars_are_refused(small: list[Window]) -> None:
     ):
         with pytest.raises(DataError, match=words):
             _train(histories)
-    with pytest.raises(DataError, match="no bars closed by"):
+    with pytest.raises(DataError, match=f"no bars closed by {to_text(START)} to learn"):
         _train(small, until=START)
 
 
