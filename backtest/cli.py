@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -538,8 +539,7 @@ def predict(
     Writes a row for each origin and horizon (bars): symbol, ts, horizon, and the quantiles as log returns
     from the origin's close: q05, q10 and so on.
     """
-    if out_file.is_dir():
-        raise typer.BadParameter(f"{out_file} is a directory: name a file", param_hint="--out")
+    _check_output("--out", out_file)
     from barcast.backtest.predict import predict as quantiles
     from barcast.daemon.adjustments import read_adjustments
     from barcast.daemon.history import read_origins, read_windows, scan
@@ -552,8 +552,9 @@ def predict(
     wanted = read_origins(origins, stamp.value, closes)
     histories = read_windows(scan(files, stamp.value, closes))
     declared = read_adjustments(adjustments) if adjustments else []
-    with _writing("--out", out_file), _progress("forecasting", wanted.height) as advance:
+    with _progress("forecasting", wanted.height) as advance:
         made = quantiles(forecaster, histories, wanted, str(origins), declared, advance)
+    with _writing("--out", out_file):
         made.write_parquet(out_file)
     out.print(f"{wanted.height} origins, {made.height} rows: {out_file.absolute()}", soft_wrap=True)
 
@@ -585,8 +586,7 @@ def backtest(
 
     Bars before --since only warm the windows up. A target is filled at the next bar's open.
     """
-    if report.is_dir():
-        raise typer.BadParameter(f"{report} is a directory: name a file", param_hint="--report")
+    _check_output("--report", report)
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
     from barcast.daemon.adjustments import read_adjustments
@@ -663,8 +663,8 @@ def evaluate(
     Bars before --since only fill the windows.
     """
     for option, path in (("--report", report), ("--json", json_file)):
-        if path is not None and path.is_dir():
-            raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
+        if path is not None:
+            _check_output(option, path)
     from barcast.backtest.evaluate import evaluate as compare
     from barcast.backtest.evaluate import open_field
     from barcast.backtest.report import write_evaluation
@@ -1013,6 +1013,14 @@ def _ns(moment: datetime | None) -> int | None:
     from barcast.daemon.wire import to_ns
 
     return None if moment is None else to_ns(moment.replace(tzinfo=UTC))
+
+
+def _check_output(option: str, path: Path) -> None:
+    """Try whether a file can be written, before work is spent on what goes in; leave it as it is."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
+    with _writing(option, path), path.open("ab") if path.exists() else TemporaryFile(dir=path.parent):
+        pass
 
 
 @contextmanager

@@ -227,16 +227,21 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
         "with the standard error of the paired difference; bold beyond two of them.",
         *(part for h in horizons for part in (f"<h3>+{plot.bars(h)}</h3>", _gains(result, h))),
     )
+    intervals = []  # not all levels have one
+    if any(result.scores[f"coverage_{percent}"].count() for percent in INTERVALS):
+        intervals += ["<h3>Fold by fold</h3>", _draw(plot.coverage_by_fold(result), "coverage-folds")]
+    if result.thirds.height:
+        intervals += [
+            "<h3>By expected volatility</h3>"
+            "<p>A third of each symbol's origins each, by the width of the 80 % interval of "
+            f"{escape(result.meta['volatility'])}.</p>",
+            _draw(plot.coverage_by_third(result), "coverage-thirds"),
+        ]
     yield _section(
         "Calibration",
         "The share of outcomes inside the central 50, 80 and 90 % intervals, beside the share that belongs "
         "there (dashed). A bar reaches two standard errors to either side.",
-        "<h3>Fold by fold</h3>",
-        _draw(plot.coverage_by_fold(result), "coverage-folds"),
-        "<h3>By expected volatility</h3>"
-        f"<p>A third of each symbol's origins each, by the width of the 80 % interval of "
-        f"{escape(result.meta['volatility'])}.</p>",
-        _draw(plot.coverage_by_third(result), "coverage-thirds") if result.thirds.height else "",
+        *intervals,
         "<h3>Reliability</h3><p>How far the share of outcomes at or below a quantile is from its level: "
         "0 when calibrated.</p>",
         _draw(plot.reliability(result), "reliability"),

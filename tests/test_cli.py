@@ -165,6 +165,29 @@ def test_faults_of_the_user_end_in_a_sentence(run, arguments, said):
     assert "Traceback" not in out + err
 
 
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["evaluate"], "--report"),
+        (["evaluate"], "--json"),
+        (["backtest"], "--report"),
+        (["predict", "--model", "hs", "--origins", "nowhere.csv"], "--out"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_found_before_the_work(run, tmp_path, command, option):
+    """What may not be written is named before the first bar is read, and nothing is left behind."""
+    command = [command[0], "nowhere.parquet", *DAILY, *command[1:], option]
+    status, _, err = run(*command, "/proc/none/x")
+    assert (status, f"{option}: " in err) == (78, True), err
+    file = tmp_path / "new" / "x"
+    status, _, err = run(*command, str(file))
+    assert (status, "nowhere.parquet does not exist" in err or "nowhere.csv" in err) == (78, True), err
+    assert not file.exists()
+    file.write_text("mine")
+    assert run(*command, str(file))[0] == 78
+    assert file.read_text() == "mine"
+
+
 def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path, monkeypatch):
     """Both kinds come out of `train`, are shown on held-out bars, and serve in a backtest and a forecast."""
     for place, least in ((gbm, "ROUNDS"), (ensemble, "ORIGINS"), (cli, "HELD_OUT")):

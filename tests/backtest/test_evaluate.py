@@ -272,6 +272,15 @@ def test_the_same_evaluation_gives_the_same_page(known, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize(("levels", "figures"), [((0.2, 0.5, 0.8), 4), ((0.05, 0.5, 0.95), 5)])
+def test_levels_without_the_usual_intervals_have_a_page(tmp_path, levels, figures):
+    """Coverage is drawn of the intervals that there are; all else is there."""
+    models = {name: catalog.BASELINES[name]("1h", HORIZONS, levels) for name in ("hs", "fhs")}
+    found = evaluate(field(**models), [walk("A", 1500, 1)], HOURLY, folds=2)
+    write_evaluation(found, tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text().count('class="plotly-graph-div"') == figures
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

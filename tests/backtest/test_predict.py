@@ -162,6 +162,18 @@ def test_origins_that_cannot_be_forecast_are_named(run, bars, tmp_path, change, 
     assert not (tmp_path / "p.parquet").exists()
 
 
+def test_a_fault_of_the_disk_amid_the_work_is_not_blamed_on_the_output(run, bars, tmp_path, monkeypatch):
+    """Only what forbids writing the file is said of --out."""
+
+    def broken(*_):
+        raise OSError("a disk went away")
+
+    frame, data = bars
+    monkeypatch.setattr("barcast.backtest.predict.predict", broken)
+    with pytest.raises(OSError, match=r"^a disk went away$"):
+        predicted(run, tmp_path, data, frame.tail(1).select("symbol", "ts"))
+
+
 def test_too_short_a_history_is_named(run, bars, tmp_path):
     """Origins before the model has its bars are counted; those after them do not hide them."""
     frame, data = bars
