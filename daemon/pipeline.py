@@ -163,7 +163,7 @@ class Pipeline:
         return self.windows.newest(card.window, max(2, card.min_window))
 
     def prepare(self) -> None:
-        """Let the model in force forecast the windows as they are: what it does once is done before a group."""
+        """Let the model in force forecast the windows as they are: then what it does once is done."""
         if self.model is not None:
             self.forecaster.forecast(self.newest(self.forecaster.card))
 

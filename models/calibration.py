@@ -182,11 +182,12 @@ class Calibrated:
         for cut, past in plans:
             count = 1 if past is None else len(cut) - past.start
             news, at = said[at : at + count], at + count
+            warming = len(cut) <= self._first
             if past is None:
-                made.append(forecast_of(card, cut, news[0]))
+                made.append(forecast_of(card, cut, news[0], None, warming))
             else:
                 self._work_out(past, news)
-                made.append(forecast_of(card, cut, past.published[-1], self._coverage(past)))
+                made.append(forecast_of(card, cut, past.published[-1], self._coverage(past), warming))
         for symbol, past in latest.items():
             past.keep()
             self._pasts[symbol] = past

@@ -122,7 +122,12 @@ class EnsembleForecaster:
             check_long_enough(window, card.min_window)
         said = [m.forecast([_last(w, m.card.window) for w in windows]) for m in self._members]
         return [
-            forecast_of(card, window, self._mean([f.quantiles for f in forecasts]))
+            forecast_of(
+                card,
+                window,
+                self._mean([f.quantiles for f in forecasts]),
+                warming=any(f.warming for f in forecasts),
+            )
             for window, *forecasts in zip(windows, *said, strict=True)
         ]
 

@@ -36,8 +36,9 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     `quantiles` is (H, Q) float64, rising along the levels; `mean`, `std` and `rise` (the probability
     that the price is above `reference`) are (H,). Returns are log(price at the horizon / reference). Bars
-    that no model can make sense of give quantiles that are not finite; they are withheld. `coverage` is that
-    of the forecasts before, where it is known.
+    that no model can make sense of give quantiles that are not finite; they are withheld. While a symbol is
+    `warming` the model saw fewer bars than it looks back for; those behind its calibration do not count.
+    `coverage` is that of the forecasts before, where it is known.
     """
 
     symbol: str
@@ -82,8 +83,12 @@ def forecast_from(
     std: NDArray[np.float64],
     rise: NDArray[np.float64],
     coverage: Coverage | None = None,
+    warming: bool | None = None,
 ) -> Forecast:
-    """The forecast that a model of this card makes of a window; the figures are those of `Forecast`."""
+    """The forecast that a model of this card makes of a window; the figures are those of `Forecast`.
+
+    It is warming below the card's window, unless that is said.
+    """
     return Forecast(
         symbol=window.symbol,
         close_time=window.close_time,
@@ -94,7 +99,7 @@ def forecast_from(
         mean=mean,
         std=std,
         rise=rise,
-        warming=len(window) < card.window,
+        warming=len(window) < card.window if warming is None else warming,
         coverage=coverage,
     )
 

@@ -11,9 +11,15 @@ from barcast.models.window import Window
 Array = NDArray[np.float64]
 
 
-def forecast_of(card: Card, window: Window, quantiles: Array, coverage: Coverage | None = None) -> Forecast:
-    """The forecast of rising quantiles (H, Q) of a window's log returns."""
-    return forecast_from(card, window, quantiles, *moments(quantiles, card.levels), coverage)
+def forecast_of(
+    card: Card,
+    window: Window,
+    quantiles: Array,
+    coverage: Coverage | None = None,
+    warming: bool | None = None,
+) -> Forecast:
+    """The forecast of rising quantiles (H, Q) of a window's log returns; see `forecast_from`."""
+    return forecast_from(card, window, quantiles, *moments(quantiles, card.levels), coverage, warming)
 
 
 def central(levels: Sequence[float]) -> list[tuple[int, int]]:

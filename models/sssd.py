@@ -137,8 +137,10 @@ class Encoder(nn.Module):
     def __init__(self, a: Architecture, generator: Generator) -> None:
         super().__init__()
         self.enter = linear(a.channels, a.state, generator)
-        self.s4d = nn.ModuleList([S4D(a.state, a.poles, generator) for _ in range(2)])
-        self.mix = nn.ModuleList([linear(a.state, 2 * a.state, generator) for _ in range(2)])
+        self.first = S4D(a.state, a.poles, generator)
+        self.second = S4D(a.state, a.poles, generator)
+        self.mix = linear(a.state, 2 * a.state, generator)
+        self.mix_newest = linear(a.state, 2 * a.state, generator)
         self.features = linear(a.features, a.width, generator)
         self.hidden = linear(a.width + a.state, a.width, generator)
         self.leave = linear(a.width, a.code, generator)
@@ -146,11 +148,10 @@ class Encoder(nn.Module):
     def forward(self, features: Tensor, sequence: Tensor, drop: Dropout | None = None) -> Tensor:
         """features (B, F), sequence (B, L, C) -> c (B, code)."""
         x = self.enter(sequence)  # (B, L, state)
-        first, second = self.s4d
-        y = functional.gelu(first(x.transpose(1, 2)).transpose(1, 2))
-        x = x + functional.glu(self.mix[0](y), -1)
-        y = functional.gelu(second.newest(x.transpose(1, 2)))  # nothing behind it reads earlier steps
-        last = x[:, -1] + functional.glu(self.mix[1](y), -1)  # (B, state)
+        y = functional.gelu(self.first(x.transpose(1, 2)).transpose(1, 2))
+        x = x + functional.glu(self.mix(y), -1)
+        y = functional.gelu(self.second.newest(x.transpose(1, 2)))  # nothing reads earlier steps of it
+        last = x[:, -1] + functional.glu(self.mix_newest(y), -1)  # (B, state)
         if drop is not None:
             features = drop.inputs(features)
             last = drop.inputs(last)

@@ -444,13 +444,14 @@ def test_bits_of_a_stateful_forecaster_survive_long_walks() -> None:
 
 @pytest.mark.usefixtures("_nervous")
 def test_a_window_that_slides_keeps_what_it_said_of_the_past() -> None:
-    """More bars before those that are needed change nothing, and it warms until these are there."""
+    """More bars before those that are needed change nothing; it is warming as long as the inner one is."""
     window = walk(200, seed=10)
-    n = calibrated().card.window
-    cuts = [Window("WALK", window.close_times[-k:], window.values[-k:]) for k in (200, n + 1, n, n - 1, 4)]
-    more, one, whole, less, few = calibrated().forecast(cuts)
+    n, inner = calibrated().card.window, calibrated()._inner.card.window
+    lengths = (200, n + 1, n, n - 1, inner, inner - 1)
+    cuts = [Window("WALK", window.close_times[-k:], window.values[-k:]) for k in lengths]
+    more, one, whole, less, new, few = calibrated().forecast(cuts)
     assert bits(more) == bits(one) == bits(whole)
-    assert [f.warming for f in (whole, less, few)] == [False, True, True]
+    assert [f.warming for f in (whole, less, new, few)] == [False, False, False, True]
     assert less.quantiles.tobytes() == whole.quantiles.tobytes()  # only the coverage has less to count
     assert whole.coverage is not None
     assert few.coverage is None

@@ -99,7 +99,7 @@ def test_the_forecast_is_the_weighted_mean(trained: Trained, histories: list[Win
     [f] = forecaster.forecast([w])
     np.testing.assert_allclose(f.quantiles, np.einsum("hm,mhq->hq", mix.weights, said), rtol=1e-12)
     assert (np.diff(f.quantiles) >= 0).all()
-    assert f.warming == (len(w) < forecaster.card.window)
+    assert f.warming == any(m.forecast([c])[0].warming for m, c in zip(members, cuts, strict=True))
 
 
 def test_a_forecast_is_a_function_of_its_window(
