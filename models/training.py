@@ -120,7 +120,8 @@ class _Training:
         self.unseen = members % BLOCKS  # (M,): the block that a member does not learn from
         self.mirrored = members >= len(members) // 2  # (M,)
         blocks = self.learn.block
-        self.apart = [thinned((blocks[:, 0] == b).nonzero()[:, 0], LOOK_ORIGINS) for b in range(BLOCKS)]
+        within = [(blocks == b).all(1).nonzero()[:, 0] for b in range(BLOCKS)]  # with all their outcomes
+        self.apart = [thinned(at, LOOK_ORIGINS) for at in within]
         if int(self._learns(torch.arange(len(blocks))[:, None]).sum(0).min()) < LEAST // BLOCKS:
             raise DataError(
                 f"outcomes over {max(data.scaling.horizons)} bars reach too far for {len(blocks)} forecast "

@@ -193,7 +193,7 @@ CASES |= {
 # --- models
 
 SAMPLE = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
-ID, WEIGHTS, JSON = "4d1452c6ac401211", "weights.safetensors", "model.json"
+ID, WEIGHTS, JSON = "e04ee3be69ca5fe7", "weights.safetensors", "model.json"
 
 
 def model(damage: Damage, *command: str) -> Build:

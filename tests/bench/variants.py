@@ -149,6 +149,7 @@ class Training:
 
 FULL = Training(("map", "denoiser"))
 DENOISER = Training(("denoiser",), start=FULL, forced=True)
+BLIND = replace(DENOISER, changes=((no_sequence, ()),))
 
 
 @dataclass(frozen=True)
@@ -202,11 +203,17 @@ def _map(*changes: tuple[Callable[..., Patch], Any]) -> Training:
     return Training(("map",), changes)
 
 
+def _sampled(name: str, what: str, training: Training = DENOISER, steps: int = STEPS, **how: Any) -> Variant:
+    """Of which samples are drawn whatever validation says; beside them stands `uncalibrated`."""
+    return Variant(name, what, training, steps, **how, raw=True)
+
+
 VARIANTS = (
     Variant("hs", "historical simulation", None),
     Variant("static", "static map: no member learns", Training(())),
     Variant("full", "the product: diffusion where validation likes it", FULL),
     Variant("map", "the map alone", FULL, steps=0),
+    Variant("uncalibrated", "the map alone, not calibrated", FULL, steps=0, raw=True),
     Variant("no-level", "scale without the level of realised residuals", _map((no_level, ()))),
     Variant("no-season", "scale without hours or weekdays", _map((no_season, ()))),
     Variant("no-features", "no features beside the scale", _map((no_features, ()))),
@@ -215,20 +222,14 @@ VARIANTS = (
     Variant("members-4", "four members", _map((members, (4,)))),
     Variant("mirrored-none", "no member mirrored instead of half", _map((mirrored, (False,)))),
     Variant("mirrored-all", "all members mirrored", _map((mirrored, (True,)))),
-    Variant("diffusion", "diffusion always: dpmpp, 8 evaluations, 256 Sobol points", DENOISER, STEPS),
-    Variant(
-        "no-sequence",
-        "diffusion without the S4D sequence",
-        replace(DENOISER, changes=((no_sequence, ()),)),
-        STEPS,
-    ),
-    Variant("nfe-4", "diffusion, 4 evaluations", DENOISER, 4),
-    Variant("nfe-20", "diffusion, 20 evaluations", DENOISER, 20),
-    Variant("ddim", "diffusion, ddim", DENOISER, STEPS, "ddim"),
-    Variant("sobol-16", "diffusion, 16 Sobol points", DENOISER, STEPS, samples=16),
-    Variant("sobol-64", "diffusion, 64 Sobol points", DENOISER, STEPS, samples=64),
-    Variant("iid-16", "diffusion, 16 independent draws", DENOISER, STEPS, samples=16, iid=True),
-    Variant("iid-64", "diffusion, 64 independent draws", DENOISER, STEPS, samples=64, iid=True),
-    Variant("iid-256", "diffusion, 256 independent draws", DENOISER, STEPS, iid=True),
-    Variant("uncalibrated", "the product without the online calibration", FULL, raw=True),
+    _sampled("diffusion", "diffusion always: dpmpp, 8 evaluations, 256 Sobol points"),
+    _sampled("no-sequence", "diffusion without the S4D sequence", BLIND),
+    _sampled("nfe-4", "diffusion, 4 evaluations", steps=4),
+    _sampled("nfe-20", "diffusion, 20 evaluations", steps=20),
+    _sampled("ddim", "diffusion, ddim", sampler="ddim"),
+    _sampled("sobol-16", "diffusion, 16 Sobol points", samples=16),
+    _sampled("sobol-64", "diffusion, 64 Sobol points", samples=64),
+    _sampled("iid-16", "diffusion, 16 independent draws", samples=16, iid=True),
+    _sampled("iid-64", "diffusion, 64 independent draws", samples=64, iid=True),
+    _sampled("iid-256", "diffusion, 256 independent draws", iid=True),
 )

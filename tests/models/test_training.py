@@ -180,14 +180,16 @@ def test_a_member_learns_from_all_that_does_not_reach_into_its_block(data: Split
 
 
 def test_a_member_is_judged_on_its_block_alone(data: Split) -> None:
-    """Its score depends on outcomes in the block that it has not learnt from, and on no others."""
+    """Its score depends on outcomes within the block that it has not learnt from, and on no others."""
     clean, b = _prepared(data), 2
-    at = (data.learn.block[:, 0] == b).nonzero()[:, 0]
-    dirty = _prepared(data)
-    dirty.learn = _with_other(data, at).learn
-    with torch.no_grad():
-        pairs = zip(clean._map_crps(), dirty._map_crps(), strict=True)
-    assert [mine == theirs for mine, theirs in pairs] == [own != b for own in clean.unseen.tolist()]
+    within = (data.learn.block == b).all(1)
+    for judged in (True, False):
+        dirty = _prepared(data)
+        dirty.learn = _with_other(data, (within == judged).nonzero()[:, 0]).learn
+        with torch.no_grad():
+            pairs = zip(clean._map_crps(), dirty._map_crps(), strict=True)
+        changed = [mine != theirs for mine, theirs in pairs]
+        assert changed == [(own == b) == judged for own in clean.unseen.tolist()]
 
 
 def test_scores_are_made_by_members_that_have_left_the_block_out(data: Split) -> None:
