@@ -37,7 +37,7 @@ SESSIONS = 125
 LEAD_SECONDS = 8.0
 """Time for the daemon to load its model before the first bar."""
 PULSE_SECONDS = 0.2
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 240.0
 """How long to wait after the last bar for the retraining to end."""
 
 BROKER_SECONDS = 5.0
