@@ -43,7 +43,7 @@ CHANNELS = 4  # of the sequence: return, log range, close location, log volume
 class Layout:
     """How far the rolling windows reach, in bars."""
 
-    har: tuple[int, ...]  # HAR cascade (Corsi 2009); the longest is the reference level
+    har: tuple[int, ...]  # HAR cascade; the longest is the reference level
     fast: tuple[int, ...]  # windows of the range and return features, ascending
     residuals: int  # realised residuals that set the level of the scale
     context: int  # length of the sequence
@@ -170,13 +170,14 @@ class Scaling:
         `close_times` is (N,) nanoseconds, `values` (N, 5); `first` is at least 1.
         """
         s, season = _Series.of(close_times, values, self.layout, self.zone), self.season(symbol)
-        raw = _raw_scales(s, self, season)  # (N-1, H)
+        flat = _Flat.of(s, season, self.layout)
+        raw = _raw_scales(s, flat, self, season)  # (N-1, H)
         residuals = _residuals(s, raw, self.horizons)
         w, pairs = self.layout.residuals, zip(residuals, self.horizons, strict=True)
         level = np.stack([_level(e, w, h, first) for e, h in pairs], 1)
-        x = np.stack(list(_columns(s, self, season, residuals, level, first).values()), 1)
+        x = np.stack(list(_columns(s, flat, self, season, residuals, level, first).values()), 1)
         features = np.clip((x - self.mean) / self.std, -CLIP, CLIP)
-        return Frame(first, raw[first - 1 :] * level, features, _channels(s, self.layout, season))
+        return Frame(first, raw[first - 1 :] * level, features, _channels(s, flat, season))
 
     def of_windows(self, windows: Sequence[Window]) -> list[Frame]:
         """The frame of each window's newest bar: as `of_window` gives it, to the bit.
@@ -254,7 +255,9 @@ def feature_names(timeframe: str, horizons: Sequence[int]) -> list[str]:
     n = blank.min_window
     ones = np.ones((n, 5))
     s = _Series.of(np.arange(n, dtype=np.int64) * HOUR, ones, layout, blank.zone)
-    return list(_columns(s, blank, blank.season(""), [np.zeros(1)] * len(h), np.ones((1, len(h))), n - 1))
+    season, none = blank.season(""), [np.zeros(1)] * len(h)
+    flat = _Flat.of(s, season, layout)
+    return list(_columns(s, flat, blank, season, none, np.ones((1, len(h))), n - 1))
 
 
 def check(w: Window) -> None:
@@ -307,22 +310,21 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
     part = replace(blank, factor=factor, volume=volume, gain=gain_of_one)
 
     warm = layout.har[-1]
+    flats = [_Flat.of(s, part.season(w.symbol), layout) for w, s in zip(histories, series, strict=True)]
     coefficients, gain = [], []
     for h in part.horizons:
         X, y = [], []
-        for w, s in zip(histories, series, strict=True):
-            p, x = s.flattened(part.season(w.symbol))
-            ratios, reference = _har_ratios(p, x, layout)
-            ahead = sliding_window_view(p[1:], h).mean(-1)  # row k: bars k+1 .. k+h
+        for flat in flats:
+            ahead = sliding_window_view(flat.p[1:], h).mean(-1)  # row k: bars k+1 .. k+h
             n = len(ahead)
-            X.append(np.column_stack([np.ones(n), ratios[:n]])[warm:])
-            y.append(np.log(ahead / reference[:n] + FLOOR)[warm:])
+            X.append(np.column_stack([np.ones(n), flat.ratios[:n]])[warm:])
+            y.append(np.log(ahead / flat.reference[:n] + FLOOR)[warm:])
         coefficients.append(_least_squares(np.concatenate(X), np.concatenate(y)))
     part = replace(part, har=np.array(coefficients))
     for j, h in enumerate(part.horizons):
         z = []
-        for w, s in zip(histories, series, strict=True):
-            raw = _raw_scales(s, part, part.season(w.symbol))[:-h, j]
+        for w, s, flat in zip(histories, series, flats, strict=True):
+            raw = _raw_scales(s, flat, part, part.season(w.symbol))[:-h, j]
             z.append(np.minimum(np.abs(s.price[h:] - s.price[:-h]) / raw, OUTLIER)[warm:])
         typical = float(np.concatenate(z).mean())
         relative = [x / (x.mean() if own else typical) for x in z]
@@ -384,10 +386,32 @@ class _Series:
             volume=volume,
         )
 
-    def flattened(self, season: Season) -> tuple[Array, Array]:
-        """Variances by Parkinson and returns without the season, each (N - 1,)."""
-        factor = season.factor[self.slot]
-        return self.parkinson / factor**2, self.r / factor
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flat:
+    """The same without the season, and what the regression sees of it: HAR (Corsi 2009), with falls.
+
+    `ratios` (N - 1, J - 1) are logs of each other mean of `p` over the reference, and the mean falls among
+    `x` in units of its volatility: after a fall equities move more than after a rise (Corsi and Reno 2012).
+    """
+
+    p: Array  # variance by Parkinson
+    x: Array  # log return
+    reference: Array  # the longest mean of the cascade
+    ratios: Array
+
+    @classmethod
+    def of(cls, s: _Series, season: Season, layout: Layout) -> "_Flat":
+        factor = season.factor[s.slot]
+        p, x = s.parkinson / factor**2, s.r / factor
+        reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
+        ratios = [np.log(trailing_mean(p, w) / reference + FLOOR) for w in layout.har[:-1]]
+        if layout.far:
+            ratios.append(np.log(np.maximum(trailing_mean(p, layout.far), TINY) / reference))
+        for w in layout.falls:
+            fall = trailing_mean(np.minimum(x, 0), w) * np.sqrt(w / reference)
+            ratios.append(np.maximum(fall, -DEEPEST))
+        return cls(p, x, reference, np.stack(ratios, 1))
 
 
 def trailing_mean(x: Array, w: int, first: int = 0) -> Array:
@@ -464,29 +488,12 @@ def _seasons(
     return np.stack([together, *each])
 
 
-def _har_ratios(p: Array, x: Array, layout: Layout) -> tuple[Array, Array]:
-    """What the regression sees, (N, J - 1), and the reference variance, (N,).
-
-    The log of each other mean of the ranges `p` over the reference, and the mean falls among the returns `x`
-    in units of its volatility: after a fall equities move more than after a rise (Corsi and Reno 2012).
-    """
-    reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
-    ratios = [np.log(trailing_mean(p, w) / reference + FLOOR) for w in layout.har[:-1]]
-    if layout.far:
-        ratios.append(np.log(np.maximum(trailing_mean(p, layout.far), TINY) / reference))
-    for w in layout.falls:
-        fall = trailing_mean(np.minimum(x, 0), w) * np.sqrt(w / reference)
-        ratios.append(np.maximum(fall, -DEEPEST))
-    return np.stack(ratios, 1), reference
-
-
-def _raw_scales(s: _Series, scaling: Scaling, season: Season) -> Array:
+def _raw_scales(s: _Series, flat: _Flat, scaling: Scaling, season: Season) -> Array:
     """The scale before its level is set: log-HAR on deseasonalised ranges, times the slot's gain, (N, H)."""
-    ratios, reference = _har_ratios(*s.flattened(season), scaling.layout)
-    columns = []
+    columns, ratios = [], flat.ratios
     for h, b, g in zip(scaling.horizons, scaling.har, season.gain, strict=True):
         logv = b[0] + sum(b[j + 1] * ratios[:, j] for j in range(ratios.shape[1]))
-        columns.append(np.sqrt(reference * np.exp(logv) * h) * g[s.slot])
+        columns.append(np.sqrt(flat.reference * np.exp(logv) * h) * g[s.slot])
     return np.stack(columns, 1)
 
 
@@ -514,18 +521,23 @@ def _level(e: Array, w: int, h: int, first: int) -> Array:
 
 
 def _columns(
-    s: _Series, scaling: Scaling, season: Season, residuals: list[Array], level: Array, first: int
+    s: _Series,
+    flat: _Flat,
+    scaling: Scaling,
+    season: Season,
+    residuals: list[Array],
+    level: Array,
+    first: int,
 ) -> dict[str, Array]:
     """The features by name, each (n,), before they are standardised; none has a unit."""
     layout, f = scaling.layout, season.factor[s.slot]
-    p, x = s.flattened(season)
+    p, x = flat.p, flat.x
     at = first - 1  # the first row of the series
 
     def mean(x: Array, w: int) -> Array:
         return trailing_mean(x, w, at)
 
-    all_reference = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
-    v = all_reference[at:]
+    v = flat.reference[at:]
     sigma = np.sqrt(v)
     fast, middle = layout.fast, layout.fast[len(layout.fast) // 2]
     slow = fast[-1]
@@ -537,7 +549,7 @@ def _columns(
         out[f"absolute {w}"] = np.log(mean(np.abs(x), w) / sigma + FLOOR)
         out[f"semivariance {w}"] = mean(x * np.abs(x), w) / (mean(x * x, w) + FLOOR * v)
     out["bodies"] = 0.5 * np.log((mean(s.garman / f**2, middle) / v + FLOOR) / (mean(p, middle) / v + FLOOR))
-    quiet = 0.5 * np.log(p / all_reference + FLOOR)
+    quiet = 0.5 * np.log(p / flat.reference + FLOOR)
     for w in (middle, slow):
         out[f"roughness {w}"] = np.sqrt(np.maximum(mean(quiet**2, w) - mean(quiet, w) ** 2, 0))
         out[f"trend {w}"] = (s.price[at:] - mean(s.price, w)) / (sigma * np.sqrt(w))
@@ -578,13 +590,11 @@ def _columns(
     return out
 
 
-def _channels(s: _Series, layout: Layout, season: Season) -> Array:
+def _channels(s: _Series, flat: _Flat, season: Season) -> Array:
     """The normalised series, (N - 1, 4): each bar against the reference level of its own time."""
-    p, x = s.flattened(season)
-    v = np.maximum(trailing_mean(p, layout.har[-1]), TINY)
     columns = (
-        x / np.sqrt(v),
-        0.5 * np.log(p / v + FLOOR) + 0.5,
+        flat.x / np.sqrt(flat.reference),
+        0.5 * np.log(flat.p / flat.reference + FLOOR) + 0.5,
         s.location,
         s.volume - season.volume[s.slot],
     )
