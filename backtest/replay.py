@@ -111,10 +111,14 @@ def replay(source: Iterable[Event], pipeline: Pipeline, sink: Sink) -> None:
 
 
 class _Digest:
-    """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared."""
+    """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared.
+
+    It also keeps why each symbol was withheld the last time.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self.sha256 = hashlib.sha256()
+        self.withheld: dict[str, str] = {}
         self._ledger = ledger
 
     def accepted(self, bar: Bar) -> None:
@@ -131,6 +135,7 @@ class _Digest:
 
     async def emit(self, outcome: Outcome) -> None:
         """Hash the outcome's messages and hand it on."""
+        self.withheld |= outcome.withheld
         for message in wire.messages(outcome):
             self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
         await self._ledger.emit(outcome)
@@ -211,10 +216,8 @@ def run_backtest(
     pipeline = Pipeline(lambda *_: forecaster)
     replay(story(), pipeline, digested)
     if not ledger.signals().height:
-        raise DataError(
-            f"No symbol has the {card.min_window} bars that {card.model} needs for a forecast: "
-            "give more history."
-        )
+        why = "; ".join(f"{symbol}: {reason}" for symbol, reason in list(digested.withheld.items())[:3])
+        raise DataError(f"nothing was forecast ({why or 'no bar is tested'}): give more history, or mend it")
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     return BacktestResult(
         signals=signals,

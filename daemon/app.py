@@ -6,7 +6,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ from barcast.daemon.ports import Event, Revision
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
-from barcast.models import ConfigError
+from barcast.models import Bar, ConfigError, Forecaster
 
 LAG_SECONDS = 0.05
 """How often the event loop's lag is measured."""
@@ -143,24 +143,17 @@ class Daemon:
             stamped=max(journal.last_time(), journal.progress().clock),
         )
         self.sink = LiveSink(self.scribe, self.source, self.courier)
-        decisions = await asyncio.to_thread(self._decisions)
-        for decision in decisions:
+        for decision in await asyncio.to_thread(self._decisions):
             self.source.decide(decision)
 
         async with asyncio.TaskGroup() as group:
-            loop = asyncio.get_running_loop()
-            log.info("preparing", model=self.champion.model)
-            began = loop.time()
-            if not decisions:  # else the path prepares when it has taken them
-                await loop.run_in_executor(self.forecasts, self.pipeline.prepare)
-            path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
-            await self.source.caught_up.wait()
-            log.info("prepared", seconds=round(loop.time() - began, 1))
             rim = [
                 group.create_task(self.link.run(self._announce), name="link"),
                 group.create_task(self.courier.run(), name="courier"),
                 group.create_task(self._watch(), name="watch"),
+                group.create_task(self._prepare_champion(), name="prepare"),
             ]
+            path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
             planner = scheduler(config.retrain.cron, self._retrain) if config.retrain else None
             if planner:
                 planner.start()
@@ -220,21 +213,21 @@ class Daemon:
         else:
             self.champion = Champion(model, card.fingerprint, card.window, "the configuration names it")
             decisions.append(self._activation(self.champion, {}))
-        return decisions + self._warmup(card.window, journal.last(Kind.WARMUP))
+        warmth = self._warmth(card.window, journal.last(Kind.WARMUP))
+        return decisions + ([_warmup(warmth)] if warmth else [])
 
-    def _warmup(self, length: int, record: Record | None) -> list[Decision]:
+    def _warmth(self, length: int, record: Record | None) -> Warmth | None:
         """The last `length` bars of each symbol's history, if they were not taken from these files before."""
         files = history_files(self.config.state_dir / "history")
         if not files:
-            return []
+            return None
         found = digest(files)
         if record is not None:
             taken = Warmth.decode(record.payload)
             if taken.digest == found and taken.length >= length:
-                return []
+                return None
         frame = scan(files, "close", self.config.bar_calendars(), until=self.clock.now() + 1)
-        warmth = Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
-        return [Decision(Kind.WARMUP, warmth.encode(), warmth.event)]
+        return Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
 
     def _activation(self, champion: Champion, verdict: dict[str, Any]) -> Decision:
         def notices(time: int) -> list[Outgoing]:
@@ -306,24 +299,52 @@ class Daemon:
         )
 
     async def _promote(self, challenger: Path, verdict: Verdict) -> None:
-        """Load and prepare the model beside the serving one, then let the journal have its activation."""
+        """Load and prepare the model beside the serving one, then let the activation take its place."""
         model = await asyncio.to_thread(self.store.adopt, challenger)
         settings = self.config.model
         forecaster = await asyncio.to_thread(self.store.open, model, settings.sampler, settings.steps)
         card = forecaster.card
-        await asyncio.to_thread(forecaster.forecast, self.pipeline.newest(card))
         champion = Champion(model, card.fingerprint, card.window, verdict.reason)
         # A model that looks back further than its predecessor finds the history in its windows, too.
         last = await self.scribe(self.scribe.journal.last, Kind.WARMUP)
-        warmup = await asyncio.to_thread(self._warmup, card.window, last)
-        for decision in [self._activation(champion, msgspec.to_builtins(verdict)), *warmup]:
-            written = self.source.decide(decision)
+        warmth = await asyncio.to_thread(self._warmth, card.window, last)
+        await self._prepare(forecaster, warmth.bars if warmth else ())
+        written = self.source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
+        if warmth:
+            written = self.source.decide(_warmup(warmth))
         await written
+
+    async def _prepare_champion(self) -> None:
+        """Prepare the model in force once the path has taken what was there at the start."""
+        await self.source.caught_up.wait()
+        await self._prepare(self.pipeline.forecaster, ())
+
+    async def _prepare(self, forecaster: Forecaster, history: Iterable[Bar]) -> None:
+        """Let a model forecast each symbol once, warmed by a history that the windows do not have yet.
+
+        What it does but once, such as to calibrate by the past, is done then, on the thread of the forecasts:
+        symbol by symbol, so that a group waits for one of them at most.
+        """
+        loop, card, windows = asyncio.get_running_loop(), forecaster.card, self.pipeline.windows
+        began, count = loop.time(), 0
+        older: dict[str, list[Bar]] = {}
+        for bar in history:
+            older.setdefault(bar.symbol, []).append(bar)
+        for symbol in self.pipeline.settings.symbols or dict.fromkeys([*windows.symbols, *older]):
+            window = windows.foreseen(symbol, card.window, older.get(symbol, ()))
+            if window is not None and len(window) >= max(2, card.min_window):
+                await loop.run_in_executor(self.forecasts, forecaster.forecast, [window])
+                count += 1
+        log.info("prepared", model=card.model, symbols=count, seconds=round(loop.time() - began, 1))
 
     async def _refuse(self, verdict: Verdict) -> None:
         notice = self._notice(msgspec.to_builtins(verdict), self.clock.now())
         await self.scribe(self.scribe.journal.append, [], [notice])
         self.courier.wake()
+
+
+def _warmup(warmth: Warmth) -> Decision:
+    return Decision(Kind.WARMUP, warmth.encode(), warmth.event)
 
 
 def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:

@@ -89,8 +89,8 @@ class LiveSource:
     Arrivals are stamped here, in one place and never backwards, when they are committed; they are
     acknowledged after the commit, in order. One commit is written while the path works on the events of the
     one before. The state is that commit, the events that are committed and not handed out yet, the decisions
-    that wait, the newest stamp and the number of the event handed out last. `caught_up` is set once nothing
-    is left that was there at the beginning.
+    that wait, the newest stamp and the number of the event handed out last. `caught_up` is set when
+    nothing was left for the first time.
     """
 
     def __init__(

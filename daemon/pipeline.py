@@ -158,15 +158,6 @@ class Pipeline:
                 self.model, self._forecaster = event.model, None
                 self.windows.lengthen(event.window)
 
-    def newest(self, card: Card) -> list[Window]:
-        """Copies of the windows, as they are, that a model of this card can forecast."""
-        return self.windows.newest(card.window, max(2, card.min_window))
-
-    def prepare(self) -> None:
-        """Let the model in force forecast the windows as they are: then what it does once is done."""
-        if self.model is not None:
-            self.forecaster.forecast(self.newest(self.forecaster.card))
-
     def outcome(self, group: Group) -> Outcome:
         """Forecast a group and ask the strategies: a function of the state at this moment."""
         card, settings = self.forecaster.card, self.settings
@@ -303,8 +294,7 @@ async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor
 
     Lateness is decided by an event's own recorded time, and before the event joins; a group that is due
     leaves before anything newer is seen. With an executor the forecasts are computed there, so that a
-    live event loop stays free, and a model or history that comes into force is prepared for; in a replay
-    they are computed at once.
+    live event loop stays free; in a replay they are computed at once.
     """
 
     async def emit(group: Group) -> None:
@@ -326,5 +316,3 @@ async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor
             for group in pipeline.take(event, sink):
                 await emit(group)
         await sink.settle(now)
-        if executor is not None and isinstance(event, Activation | Warmup):
-            await asyncio.get_running_loop().run_in_executor(executor, pipeline.prepare)

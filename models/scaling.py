@@ -319,7 +319,14 @@ def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) ->
             n = len(ahead)
             X.append(np.column_stack([np.ones(n), flat.ratios[:n]])[warm:])
             y.append(np.log(ahead / flat.reference[:n] + FLOOR)[warm:])
-        coefficients.append(_least_squares(np.concatenate(X), np.concatenate(y)))
+        try:
+            coefficients.append(_least_squares(np.concatenate(X), np.concatenate(y)))
+        except np.linalg.LinAlgError as error:
+            names = ", ".join(w.symbol for w in histories[:3])
+            raise DataError(
+                f"the bars of {names} are too uniform to learn from, such as prices that never fall: give "
+                "more symbols or other ones"
+            ) from error
     part = replace(part, har=np.array(coefficients))
     for j, h in enumerate(part.horizons):
         z = []

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from copy import copy
 from enum import Enum
 from operator import attrgetter
 from struct import Struct
@@ -134,12 +135,24 @@ class Windows:
             values = on_one_basis(times, values, self._adjustments[symbol])
         return Window(symbol, times, values)
 
-    def newest(self, length: int, least: int) -> list[Window]:
-        """The last `length` bars of each symbol that has `least`; copies, which later bars leave alone."""
-        found = [self.cut(symbol, ring.newest, length) for symbol, ring in self._rings.items()]
-        return [
-            Window(w.symbol, w.close_times.copy(), w.values.copy()) for w in found if w and len(w) >= least
-        ]
+    @property
+    def symbols(self) -> list[str]:
+        """The symbols of which there are bars."""
+        return list(self._rings)
+
+    def foreseen(self, symbol: str, length: int, history: Iterable[Bar]) -> Window | None:
+        """A copy of the symbol's newest window, as it would be with `length` bars and warmed by a history.
+
+        None without any bar. Later bars leave it alone.
+        """
+        ahead, ring = Windows(length), self._rings.get(symbol)
+        if ring is not None:
+            ahead._rings[symbol] = ring.copy(length + SLACK)
+        if symbol in self._adjustments:
+            ahead._adjustments[symbol] = list(self._adjustments[symbol])
+        ahead.warm(history)
+        own = ahead._rings.get(symbol)
+        return None if own is None else ahead.cut(symbol, own.newest, length)
 
     def lengthen(self, length: int) -> None:
         """Keep at least `length` bars from now on: a newly activated model may need more."""
@@ -205,6 +218,13 @@ class _Ring:
         self._stamps, self._rows = times.data, values.data.cast("B")
         self.times, self.values = times, values
         self.times.flags.writeable = self.values.flags.writeable = False
+
+    def copy(self, capacity: int) -> "_Ring":
+        """The same bars in a room of their own, for at least `capacity`."""
+        other = copy(self)
+        other.superseded = {}
+        other.allocate(max(capacity, self.capacity))
+        return other
 
     def append(self, bar: Bar) -> None:
         """Put a bar that is newer than all others."""

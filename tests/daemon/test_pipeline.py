@@ -1,9 +1,7 @@
 """The path: one stated rule for each kind of bar, no look-ahead, and what subscribers are told."""
 
-import asyncio
 import dataclasses
 import json
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import msgspec
@@ -12,10 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from barcast.backtest.replay import Recording, ReplaySource
 from barcast.daemon.calendar import Calendar
-from barcast.daemon.pipeline import Pipeline, run
-from barcast.daemon.ports import Activation, Arrival, Revision, Warmup
+from barcast.daemon.ports import Activation, Arrival, Revision
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import to_ns
 from barcast.models import Bar
@@ -260,36 +256,3 @@ def test_calendar_that_ends_withholds_and_does_not_raise():
     assert said(messages, "signals") == []
     for _, group in said(messages, "groups")[3:]:
         assert "the calendar XSHG ends before the horizons" in group["withheld"]["A"]
-
-
-class Watched(Spread):
-    """Notes the closes that it was asked of, a list for each call."""
-
-    def __init__(self):
-        super().__init__()
-        self.asked = []
-
-    def forecast(self, windows):
-        self.asked.append([(w.symbol, w.close_time, len(w)) for w in windows])
-        return super().forecast(windows)
-
-
-def asked(events, executor):
-    """What the model was asked, and what was said."""
-    model, recording = Watched(), Recording()
-    asyncio.run(run(ReplaySource(events), Pipeline(lambda *_: model), recording, executor))
-    return model.asked, [m.payload for m in recording.messages]
-
-
-def test_live_a_model_is_prepared_for_the_bars_that_are_there():
-    """It forecasts each symbol once when it or its history comes into force: before a group, for nobody."""
-    old = [bar(s, m) for m in range(-9, 1) for s in "AB"] + [bar("C", 0)]
-    events = [*opening(), Warmup(START, "x", tuple(old)), *arrivals(both(1))]
-    events.append(Activation(START + 2 * MINUTE, "other", "numpy", 8))
-    replayed, said_in_replay = asked(events, None)
-    with ThreadPoolExecutor(1) as executor:
-        live, said_live = asked(events, executor)
-    first, second = ([("A", START + k * MINUTE, 8), ("B", START + k * MINUTE, 8)] for k in (0, 1))
-    assert replayed == [second]
-    assert live == [[], first, second, second]
-    assert said_live == said_in_replay != []

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
@@ -11,14 +12,15 @@ from barcast.backtest.replay import replay_journal
 from barcast.daemon.app import Commands, Daemon, WallClock
 from barcast.daemon.bars import known_bars
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Warmth
+from barcast.daemon.events import Champion, Warmth, events
+from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import encode_bars
-from barcast.models import Bar, ConfigError
-from tests.fakes import START, bar
+from barcast.models import Adjustment, Bar, ConfigError, Windows
+from tests.fakes import MINUTE, START, Spread, bar
 
 LEAST = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n'
 
@@ -78,9 +80,8 @@ def test_model_that_looks_back_further_is_warmed_from_the_same_history(tmp_path)
     [warmup] = [d for d in decide(daemon) if d.kind == Kind.WARMUP]
     length = Warmth.decode(warmup.payload).length
     last = daemon.scribe.journal.last(Kind.WARMUP)
-    assert daemon._warmup(length, last) == []
-    [more] = daemon._warmup(length + 50, last)
-    assert len(Warmth.decode(more.payload).bars) == length + 50
+    assert daemon._warmth(length, last) is None
+    assert len(daemon._warmth(length + 50, last).bars) == length + 50
     daemon.scribe.close()
 
 
@@ -180,3 +181,112 @@ def test_rehearsal_clock_stands_until_it_begins(tmp_path):
     late = clock(datetime.now(UTC) - timedelta(seconds=100))
     assert abs(late.now() - begin - 360_000 * 10**9) < 3600 * 10**9
     assert late.seconds_until(begin) == 0
+
+
+class Asked(Spread):
+    """Notes what it was asked of: symbol, bars and oldest close of each window, and the decisions by then."""
+
+    def __init__(self, decided, **how):
+        super().__init__(**how)
+        self.asked, self.decided = [], decided
+
+    def forecast(self, windows):
+        self.asked += [(w.symbol, len(w), w.close_times[0], tuple(self.decided)) for w in windows]
+        return super().forecast(windows)
+
+
+class Decided:
+    """In the place of the source: the kinds that were decided, which the path takes at once."""
+
+    def __init__(self, daemon):
+        self.kinds, self.daemon, self.caught_up = [], daemon, asyncio.Event()
+        self.caught_up.set()
+
+    def decide(self, decision):
+        self.kinds.append(decision.kind)
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(None)
+        return written
+
+
+def served(folder, text, work):
+    """Do some work of a daemon that has recovered from its journal."""
+    daemon = start(folder, text)
+    decide(daemon)
+    for _, event in events(daemon.scribe.journal.records()):
+        assert list(daemon.pipeline.take(event)) == []
+    daemon.source = Decided(daemon)
+
+    async def main():
+        await work(daemon)
+
+    with ThreadPoolExecutor(1) as daemon.forecasts:
+        asyncio.run(main())
+    daemon.scribe.close()
+    return daemon
+
+
+@pytest.mark.parametrize(("symbols", "expected"), [([], ["A", "B"]), (["B", "Z"], ["B"])])
+def test_champion_is_asked_of_each_symbol_once_at_the_start(tmp_path, symbols, expected):
+    """Of those that are configured, or of all that have bars enough; what was there is taken first."""
+    asked = []
+
+    async def work(daemon):
+        for symbol, count in (("A", 9), ("B", 5), ("C", 2)):
+            for minute in range(count):
+                daemon.pipeline.windows.put(bar(symbol, minute))
+        model = daemon.pipeline._forecaster = Asked([])
+        daemon.source.caught_up.clear()
+        waiting = asyncio.create_task(daemon._prepare_champion())
+        await asyncio.sleep(0.01)
+        assert model.asked == []
+        daemon.source.caught_up.set()
+        await waiting
+        asked.extend(model.asked)
+
+    served(tmp_path, LEAST + f"symbols = {json.dumps(symbols)}\n", work)
+    assert [(symbol, bars) for symbol, bars, *_ in asked] == [
+        (symbol, {"A": 8, "B": 5}[symbol]) for symbol in expected
+    ]
+
+
+def test_challenger_is_asked_before_it_takes_over_of_all_that_it_will_see(tmp_path):
+    """Its windows reach into the history further than the champion's; only then is it activated."""
+    history(tmp_path, range(1, 900))
+    found = []
+
+    async def work(daemon):
+        windows = daemon.pipeline.windows
+        windows.put(bar("A", 900))
+        windows.put(bar("B", 900))
+        kept = len(windows.cut("A", bar("A", 900).close_time, 10_000))
+        assert kept < 800
+        model = Asked(daemon.source.kinds, window=800)
+        daemon.store.adopt = lambda _: "spread"
+        daemon.store.open = lambda *_: model
+        await daemon._promote(
+            tmp_path / "x", Verdict(accepted=True, reason="better", challenger="x", champion="y")
+        )
+        found.extend(model.asked)
+        assert daemon.source.kinds == [Kind.ACTIVATION, Kind.WARMUP]
+        assert len(windows.cut("A", bar("A", 900).close_time, 10_000)) == kept
+
+    served(tmp_path, LEAST, work)
+    assert found == [("A", 800, bar("A", 101).close_time, ())]
+
+
+def test_foreseen_window_is_a_copy_on_the_basis_of_its_newest_bar():
+    """Bars that come later, or are corrected, leave it alone; adjustments are applied; history is added."""
+    windows = Windows(3)
+    for minute in (5, 6, 7):
+        windows.put(bar("A", minute, 100.0))
+    windows.adjust(Adjustment("A", START + 6 * MINUTE, 0.5, "split"))
+    older = [bar("A", minute, 80.0) for minute in (3, 4)]
+    seen = windows.foreseen("A", 4, older)
+    assert seen.values[:, 3].tolist() == [40.0, 50.0, 50.0, 100.0]
+    windows.put(bar("A", 7, 99.0))
+    windows.put(bar("A", 8, 98.0))
+    assert seen.values[:, 3].tolist() == [40.0, 50.0, 50.0, 100.0]
+    assert len(windows.cut("A", START + 7 * MINUTE, 9)) == 3
+    assert windows.foreseen("B", 4, []) is None
+    assert windows.foreseen("B", 4, [bar("B", 1)]).symbol == "B"

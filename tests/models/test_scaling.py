@@ -275,6 +275,16 @@ def test_daily_bars_move_more_after_a_fall_where_they_did_so_before() -> None:
     assert abs(same) < 0.1
 
 
+def test_daily_bars_that_never_fall_are_refused() -> None:
+    """A price that only accrues leaves the regression without an answer: that is said, with the symbol."""
+    window = simulate("CASH", 900, seed=5, step=DAY).window
+    rise = 1e-4 * (1 + np.arange(900) % 7)
+    close = 100 * np.exp(np.cumsum(rise))
+    values = np.column_stack([close, close * np.exp(rise), close, close, np.ones(900)])
+    with pytest.raises(DataError, match="CASH are too uniform"):
+        fit([Window("CASH", window.close_times, values)], "1d", DAYS)
+
+
 def test_daily_bars_have_one_season_for_all(daily: Scaling) -> None:
     """A symbol of the training and a new one have the same weekdays."""
     assert daily.symbols == ()
