@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -536,10 +536,12 @@ def predict(
 ) -> None:
     """Forecast from many bars of the past, each seen without what came after it.
 
-    Writes a row for each origin and horizon (bars): symbol, ts, horizon, and the quantiles as log returns
-    from the origin's close: q05, q10 and so on.
+    Writes a row for each different origin and horizon (bars): symbol, ts, horizon, and the quantiles as log
+    returns from the origin's close: q05, q10 and so on.
     """
-    _check_output("--out", out_file)
+    _check_output("--out", out_file, [*files, origins, *([adjustments] if adjustments else [])])
+    if out_file.suffix == ".csv":
+        raise typer.BadParameter(f"{out_file} is to hold Parquet: name it so", param_hint="--out")
     from barcast.backtest.predict import predict as quantiles
     from barcast.daemon.adjustments import read_adjustments
     from barcast.daemon.history import read_origins, read_windows, scan
@@ -586,7 +588,7 @@ def backtest(
 
     Bars before --since only warm the windows up. A target is filled at the next bar's open.
     """
-    _check_output("--report", report)
+    _check_output("--report", report, [*files, *([adjustments] if adjustments else [])])
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
     from barcast.daemon.adjustments import read_adjustments
@@ -662,9 +664,11 @@ def evaluate(
 
     Bars before --since only fill the windows.
     """
+    used = [*files, *([adjustments] if adjustments else [])]
     for option, path in (("--report", report), ("--json", json_file)):
         if path is not None:
-            _check_output(option, path)
+            _check_output(option, path, used)
+            used.append(path)
     from barcast.backtest.evaluate import evaluate as compare
     from barcast.backtest.evaluate import open_field
     from barcast.backtest.report import write_evaluation
@@ -818,6 +822,14 @@ def _train(
     if isinstance(trained, ensemble.Ensemble):
         for line in trained.sentences():
             err.print(line, markup=False, soft_wrap=True)
+    if isinstance(trained, Trained):
+        step = trained.record.denoiser_step
+        said = (
+            f"the diffusion of step {step}, on top of the map"
+            if step
+            else "the map alone, step 0 of diffusion"
+        )
+        err.print(f"chosen by validation: {said}", markup=False, soft_wrap=True)
     err.print(f"model {model} written to {out_dir}", markup=False, soft_wrap=True)
 
 
@@ -1015,12 +1027,24 @@ def _ns(moment: datetime | None) -> int | None:
     return None if moment is None else to_ns(moment.replace(tzinfo=UTC))
 
 
-def _check_output(option: str, path: Path) -> None:
-    """Try whether a file can be written, before work is spent on what goes in; leave it as it is."""
+def _check_output(option: str, path: Path, others: Iterable[Path]) -> None:
+    """Try whether a file can be written, before work is spent on what goes in; leave it as it is.
+
+    It must be none of the `others`, which are read or written, too.
+    """
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
-    with _writing(option, path), path.open("ab") if path.exists() else TemporaryFile(dir=path.parent):
-        pass
+    for other in others:
+        if path.resolve() == other.resolve():
+            raise typer.BadParameter(
+                f"{path} is in use by this very command: name another file", param_hint=option
+            )
+    with _writing(option, path):
+        try:
+            with path.open("ab") if path.exists() else TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager

@@ -34,8 +34,10 @@ from barcast.models import BarcastError, ConfigError
 START = datetime(2012, 8, 1, tzinfo=UTC)
 SESSIONS = 125
 """Trading days fed to the daemon: half a year."""
-LEAD_SECONDS = 8.0
-"""Time for the daemon to load its model before the first bar."""
+LEADS = (8.0, 24.0, 72.0)
+"""Seconds for the daemon to be ready before the first bar: a busy machine is given more in another try."""
+KINDS = ("signals", "targets", "groups", "backfill", "models", "status")
+"""The messages that the subscriber wants."""
 PULSE_SECONDS = 0.2
 PATIENCE_SECONDS = 240.0
 """How long to wait after the last bar for the retraining to end."""
@@ -115,7 +117,7 @@ class Demo:
         self.latest: dict[str, wire.Signal] = {}
         self.notices: list[wire.ModelNotice] = []
         self.config = str(self.folder / "barcast.toml")
-        self.watched = asyncio.Event()
+        self.watched, self.ready = asyncio.Event(), asyncio.Event()
 
     def run(self) -> None:
         """Run the demonstration; raise when a promise does not hold."""
@@ -128,19 +130,24 @@ class Demo:
         self.out.print(f"[dim]The running part took {time.monotonic() - began:.0f} s.[/]")
 
     def _prepare(self) -> None:
-        """Lay out the folder: history, a configuration, and a challenger made worse on purpose."""
+        """Lay out the folder: history, and a challenger made worse on purpose."""
         config = self.folder / "barcast.toml"
         ours = config.is_file() and config.read_text().startswith(CONFIG.splitlines()[0])
         if self.folder.exists() and not ours and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ConfigError(f"--folder: {self.folder} is not empty, and no demo wrote it; name another")
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._configure(LEADS[0])
         (self.state / "history").mkdir(parents=True)
         bars = pl.read_parquet(sample_bars())
         bars.filter(pl.col("close_time") < START).write_parquet(self.state / "history" / "us_daily.parquet")
         _spoil(sample_checkpoint(), self.state / "challengers" / "planted")
+
+    def _configure(self, lead: float) -> None:
+        """Write the configuration, whose clock begins to run in `lead` seconds."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.last = _session_after(START, SESSIONS)
         span = (self.last - START).total_seconds()
-        clock = rehearsal(START, math.ceil(span / self.seconds), LEAD_SECONDS)
+        clock = rehearsal(START, math.ceil(span / self.seconds), lead)
         retrain = clock.at + timedelta(seconds=3)
         Path(self.config).write_text(
             CONFIG.format(
@@ -186,7 +193,7 @@ class Demo:
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch())
             await self.watched.wait()
-            daemon = await self._start("daemon", "run", self.config)
+            daemon = await self._daemon()
             feed = ["--since", f"{START:%Y-%m-%d}", "--until", f"{self.last:%Y-%m-%dT%H:%M:%S}"]
             bars = [str(sample_bars()), "--stamp", "close", "--config", self.config, *feed]
             publisher = await self._start("publisher", "publish", *bars)
@@ -215,6 +222,23 @@ class Demo:
                     f"challenger {v['challenger']}: {word}; {v['reason']} ({v['origins']} forecasts)"
                 )
 
+    async def _daemon(self) -> Process:
+        """Start the daemon, early enough to be ready before its clock begins to run."""
+        for lead in LEADS:
+            self._configure(lead)
+            daemon = await self._start("daemon", "run", self.config)
+            waits = [asyncio.create_task(daemon.wait()), asyncio.create_task(self.ready.wait())]
+            done, _ = await asyncio.wait(waits, timeout=lead - 1, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if done:
+                return daemon
+            daemon.kill()
+            await daemon.wait()
+        raise BarcastError(
+            f"the daemon was not ready within {LEADS[-1]:.0f} s: see {self.folder / 'daemon.log'}"
+        )
+
     async def _start(self, name: str, *arguments: str) -> Process:
         with (self.folder / f"{name}.log").open("wb") as log:
             command = [sys.executable, "-m", "barcast.backtest.cli", *arguments]
@@ -240,7 +264,7 @@ class Demo:
         """Subscribe like any trading system would, and write down what comes."""
         import aiomqtt
 
-        topics = [(f"{ROOT}/{kind}/#", 1) for kind in ("signals", "targets", "groups", "models")]
+        topics = [(f"{ROOT}/{kind}/#", 1) for kind in KINDS]
         version = aiomqtt.ProtocolVersion.V5
         async with aiomqtt.Client(self.host, self.port, identifier="demo-watch", protocol=version) as client:
             await client.subscribe(topics)
@@ -249,6 +273,10 @@ class Demo:
                 topic, payload = str(message.topic), bytes(message.payload)
                 if message.retain and not self.capture:
                     continue  # left over on a broker of the user's own
+                if "/status/" in topic:
+                    if msgspec.json.decode(payload)["state"] == "ready":
+                        self.ready.set()
+                    continue
                 if "/models/" in topic:
                     self.notices.append(msgspec.json.decode(payload, type=wire.ModelNotice))
                     continue

@@ -290,3 +290,26 @@ def test_capture_is_read_as_mosquitto_sub_prints_it(tmp_path):
     path.write_text('r/signals/1m/A {"a": 1}\n[7]\n')
     with pytest.raises(DataError, match="line 2"):
         read_capture(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "BARS"], "in use by this"),
+        (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "ORIGINS"], "in use by this"),
+        (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "q.csv"], "to hold Parquet"),
+        (["backtest", "BARS", "--model", "hs", "--report", "BARS"], "in use by this"),
+        (["evaluate", "BARS", "--model", "hs", "--json", "BARS"], "in use by this"),
+        (["evaluate", "BARS", "--model", "hs", "--report", "r.html", "--json", "r.html"], "in use by this"),
+    ],
+)
+def test_nothing_that_is_read_is_written_over(run, tmp_path, monkeypatch, arguments, words):
+    """An output that is an input, or another output, is refused before anything is read."""
+    monkeypatch.chdir(tmp_path)
+    bars, origins = tmp_path / "bars.parquet", tmp_path / "origins.parquet"
+    bars.write_bytes(b"years of bars")
+    origins.write_bytes(b"origins")
+    named = [{"BARS": "bars.parquet", "ORIGINS": str(origins)}.get(a, a) for a in arguments]
+    status, _, err = run(*named, *DAILY)
+    assert (status, words in " ".join(err.replace("│", " ").split())) == (2, True)
+    assert (bars.read_bytes(), origins.read_bytes()) == (b"years of bars", b"origins")
