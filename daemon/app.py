@@ -289,7 +289,13 @@ class Daemon:
         )
         self.lags.clear()
         began = asyncio.get_running_loop().time()
-        await retrainer.run()
+        try:
+            await retrainer.run()
+        except asyncio.CancelledError:
+            if not self.stop.is_set():
+                raise
+            log.info("retrain_stopped")  # with the daemon; the scheduler would tell it as a fault
+            return
         lags = np.array(self.lags or [0.0]) * 1e3
         log.info(
             "retrain_ended",

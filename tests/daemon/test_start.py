@@ -17,6 +17,7 @@ from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
 from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.schedule import Retrainer
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import encode_bars
 from barcast.models import Adjustment, Bar, ConfigError, Windows
@@ -290,3 +291,24 @@ def test_foreseen_window_is_a_copy_on_the_basis_of_its_newest_bar():
     assert len(windows.cut("A", START + 7 * MINUTE, 9)) == 3
     assert windows.foreseen("B", 4, []) is None
     assert windows.foreseen("B", 4, [bar("B", 1)]).symbol == "B"
+
+
+@pytest.mark.parametrize("stopping", [True, False])
+def test_retraining_ends_with_the_daemon_and_no_fault(tmp_path, monkeypatch, stopping):
+    """Cancelled while the daemon stops, the job ends; a cancellation for another reason goes on."""
+    text = LEAST + '[retrain]\ncron = "0 3 * * *"\n'
+    daemon = start(tmp_path, text)
+    decide(daemon)
+    monkeypatch.setattr(Retrainer, "run", lambda _: asyncio.sleep(9))
+
+    async def main():
+        job = asyncio.create_task(daemon._retrain())
+        await asyncio.sleep(0)
+        if stopping:
+            daemon.stop.set()
+        job.cancel()
+        await asyncio.wait([job])
+        assert job.cancelled() is not stopping
+
+    asyncio.run(main())
+    daemon.scribe.close()
