@@ -512,7 +512,7 @@ def forecast(
         for bars, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
             prices = [f"{row[card.levels.index(p)]:.5g}" for p in shown]
             table.add_row("", f"+{bars}", to_text(ends[bars - 1])[:16], *prices)
-    out.print(table)
+    _wide().print(table)
 
 
 @app.command()
@@ -977,7 +977,7 @@ def _print_result(result: "BacktestResult") -> None:
 
 def _print_evaluation(result: "Evaluation") -> None:
     """A table for each horizon, the best model first; bold is what beats the best baseline."""
-    console = out if out.is_terminal else Console(width=max(out.width, WIDE))
+    console = _wide()
     for horizon in result.meta["horizons"]:
         pooled = result.scores.filter(fold="all", horizon=horizon).sort("crps")
         n, times = pooled.row(0, named=True)["n"], pooled.row(0, named=True)["times"]
@@ -1025,6 +1025,11 @@ def _ns(moment: datetime | None) -> int | None:
     from barcast.daemon.wire import to_ns
 
     return None if moment is None else to_ns(moment.replace(tzinfo=UTC))
+
+
+def _wide() -> Console:
+    """The terminal, or where there is none room enough for any table."""
+    return out if out.is_terminal else Console(width=max(out.width, WIDE))
 
 
 def _check_output(option: str, path: Path, others: Iterable[Path]) -> None:

@@ -122,6 +122,16 @@ def test_forecast_fits_a_terminal_of_80_columns(run):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_forecast_cuts_no_price_in_a_pipe(run, tmp_path):
+    """A currency's five digits take more room than a terminal has."""
+    small = [pl.col(name) / 1000 for name in ("open", "high", "low", "close")]
+    bars = pl.read_parquet(SAMPLE).with_columns(*small, symbol="LONG_NAMED_" + pl.col("symbol"))
+    bars.write_parquet(tmp_path / "small.parquet")
+    _, out, err = run("forecast", str(tmp_path / "small.parquet"), *DAILY, "--model", "fhs")
+    assert "LONG_NAMED_AAPL" in out, err
+    assert "…" not in out
+
+
 @pytest.mark.parametrize("command", ["forecast", "backtest"])
 def test_nothing_to_forecast_is_a_fault(run, short, command):
     """Too little history for any forecast ends with how much is needed, not with an empty table."""
