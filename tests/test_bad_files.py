@@ -261,6 +261,12 @@ def content(name: str, change: Callable[[bytes], bytes], signed: bool = False) -
     return damage
 
 
+def flip_a_digit(content: bytes) -> bytes:
+    """One bit of a number, which stays a number."""
+    at = content.index(b"0.", len(content) // 2) + 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
 def flip(content: bytes) -> bytes:
     """One bit in the middle is another."""
     middle = len(content) // 2
@@ -291,7 +297,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "weights cut off": (content(WEIGHTS, lambda b: b[:1000]), DAMAGED),
     "weights with one flipped bit": (content(WEIGHTS, flip), DAMAGED),
     "empty weights": (content(WEIGHTS, lambda _: b""), DAMAGED),
-    "one flipped bit in model.json": (content(JSON, flip), DAMAGED),
+    "one flipped bit in model.json": (content(JSON, flip_a_digit), DAMAGED),
     "model.json edited by hand": (content(JSON, lambda b: b.replace(b'"session"', b'"1h"')), DAMAGED),
     "model.json cut off": (content(JSON, lambda b: b[:100]), f"{JSON} | not JSON | copy the directory again"),
     "model.json nested too deep": (
@@ -328,7 +334,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         field("levels", [5, 50]),
         f"{JSON} | levels | (5.0, 50.0) | between 0 and",
     ),
-    "more horizons than the network": (field("horizons", [1, 5, 40]), f"{JSON} | window | 534 | train again"),
+    "more horizons than the network": (
+        field("horizons", [1, 5, 40]),
+        f"{JSON} | window | 1270 | train again",
+    ),
     "a text for a time": (
         field("record.validation_end", "x"),
         f"{JSON} | validation_end | got `str` | train again",
