@@ -125,8 +125,6 @@ def collect(
     places = [_origins(h, least, max(horizons), since, until, stride, slot) for h in histories]
     count = len(forecasters) * sum(map(len, places))
     if not count:
-        if since >= until:
-            raise DataError(f"the bars to test end at {_date(until)}, before {_date(since)}: begin earlier")
         raise DataError(
             f"no forecast origin between {_date(since)} and {_date(until)} has {least} bars up to it and a "
             "target: give more bars or a longer time"
