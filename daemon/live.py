@@ -286,9 +286,14 @@ def _expired(row: Queued, now: int) -> bool:
 
 
 class LiveSink:
-    """Outcomes into the outbox, in one commit with how far the path has come."""
+    """Outcomes into the outbox, in one commit with how far the path has come.
+
+    The state is what was emitted and not committed yet, the number of the event settled last, and the newest
+    close of which a group was emitted (nanoseconds, 0: none since the start).
+    """
 
     def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
+        self.processed = 0
         self._scribe, self._source, self._courier = scribe, source, courier
         self._batch: list[Outgoing] = []
         self._settled = source.position
@@ -302,6 +307,7 @@ class LiveSink:
     async def emit(self, outcome: Outcome) -> None:
         """Encode the outcome's messages; they are committed when the path settles."""
         self._batch.extend(wire.messages(outcome))
+        self.processed = max(self.processed, outcome.group.close_time)
         log.info(
             "group",
             close_time=wire.to_text(outcome.group.close_time),

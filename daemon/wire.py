@@ -222,6 +222,29 @@ class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
     verdict: dict[str, Any]
 
 
+State = Literal["starting", "ready", "deaf", "stopped", "lost"]
+"""What an instance says of itself."""
+
+
+class Status(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether an instance processes bars; with the state `ready` it is the heartbeat.
+
+    States are `ready`, `deaf` (nothing comes by its subscription), `starting`, `stopped`, and `lost`, the
+    last will. The next one comes within `interval` real seconds as long as bars are processed; after three
+    intervals of silence the instance is to be taken for dead. `processed` is the close of the newest group
+    since its start, `waiting` how many messages it has not taken yet. A last will has none of these.
+    """
+
+    schema: int = SCHEMA
+    state: State
+    instance: str
+    boot: str
+    time: str | None = None
+    interval: float | None = None
+    processed: str | None = None
+    waiting: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Outgoing:
     """A message to publish: at least once, under one id, not after `expires` (nanoseconds, None: never)."""
@@ -615,6 +638,11 @@ def model_notice(
         verdict=verdict,
     )
     return _outgoing(notice, topic, retain=True, expires=None)
+
+
+def status(body: Status, topic: str, expires: int | None = None) -> Outgoing:
+    """The retained message that says whether an instance processes bars; it never waits in the outbox."""
+    return Outgoing("", topic, msgspec.json.encode(body), retain=True, expires=expires)
 
 
 def _outgoing(

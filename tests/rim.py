@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from barcast.backtest.replay import Recording, replay
-from barcast.daemon.app import recover
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import Champion, events
 from barcast.daemon.journal import Journal, Kind
@@ -17,6 +16,7 @@ from barcast.daemon.live import Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
 from barcast.daemon.pipeline import OpenModel, Pipeline, Settings, run
 from barcast.daemon.ports import EndOfSource, Event, Revision
+from barcast.daemon.start import recover
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing, encode_bars
 from barcast.models import Bar

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 
-from barcast.daemon.app import recover
 from barcast.daemon.journal import Journal
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Revision
+from barcast.daemon.start import recover
 from tests import checks
 from tests.checks import open_model, serve, story
 from tests.fakes import MINUTE, START

@@ -16,9 +16,12 @@ from barcast.daemon.events import Champion, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
-from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.pipeline import Counts, Pipeline
 from barcast.daemon.schedule import Retrainer
+from barcast.daemon.start import opening, warmth
 from barcast.daemon.store import ModelStore
+from barcast.daemon.succession import Succession
+from barcast.daemon.vitals import Vitals
 from barcast.daemon.wire import encode_bars
 from barcast.models import Adjustment, Bar, ConfigError, Windows
 from tests.fakes import MINUTE, START, Spread, bar
@@ -38,11 +41,54 @@ def start(folder, text=LEAST):
     return daemon
 
 
+class Decided:
+    """In the place of the source: what was decided, which the path takes at once."""
+
+    def __init__(self):
+        self.decisions, self.caught_up = [], asyncio.Event()
+        self.caught_up.set()
+
+    @property
+    def kinds(self):
+        return [decision.kind for decision in self.decisions]
+
+    def decide(self, decision):
+        self.decisions.append(decision)
+
+
+class Written(Decided):
+    """The same, and whoever waits for the journal goes on."""
+
+    def decide(self, decision):
+        super().decide(decision)
+        written = asyncio.get_running_loop().create_future()
+        written.set_result(None)
+        return written
+
+
+def found(daemon):
+    """What this start finds to decide."""
+    return opening(daemon.config, daemon.scribe.journal, daemon.store, daemon.clock.now())
+
+
+def succession(daemon, source):
+    """Who decides about models, in front of a source."""
+    parts = (daemon.scribe, daemon.store, daemon.pipeline, source, None)
+    return Succession(daemon.config, daemon.clock, *parts, daemon.forecasts, found(daemon))
+
+
+def decisions(daemon):
+    """What this start decides."""
+    source, daemon.forecasts = Decided(), None
+    succession(daemon, source).open()
+    return source.decisions
+
+
 def decide(daemon, time=START):
     """Take the decisions and write them into the journal as the source would."""
-    decisions = daemon._decisions()
-    daemon.scribe.journal.append([(time, d.kind, "", d.payload) for d in decisions])
-    return decisions
+    taken = decisions(daemon)
+    daemon.scribe.journal.append([(time, d.kind, "", d.payload) for d in taken])
+    return taken
 
 
 def history(folder, minutes, close=100.0):
@@ -65,12 +111,12 @@ def test_first_start_decides_everything_and_the_next_nothing(tmp_path):
     assert kinds == [Kind.REVISION, Kind.ACTIVATION, Kind.WARMUP]
     daemon.scribe.close()
     again = start(tmp_path)
-    assert again._decisions() == []
+    assert decisions(again) == []
     again.scribe.close()
     changed = start(tmp_path, LEAST + 'max_wait = "5s"\n')
-    assert [d.kind for d in changed._decisions()] == [Kind.REVISION]
+    assert [d.kind for d in decisions(changed)] == [Kind.REVISION]
     history(tmp_path, range(1, 301))
-    assert [d.kind for d in changed._decisions()] == [Kind.REVISION, Kind.WARMUP]
+    assert [d.kind for d in decisions(changed)] == [Kind.REVISION, Kind.WARMUP]
     changed.scribe.close()
 
 
@@ -81,8 +127,9 @@ def test_model_that_looks_back_further_is_warmed_from_the_same_history(tmp_path)
     [warmup] = [d for d in decide(daemon) if d.kind == Kind.WARMUP]
     length = Warmth.decode(warmup.payload).length
     last = daemon.scribe.journal.last(Kind.WARMUP)
-    assert daemon._warmth(length, last) is None
-    assert len(daemon._warmth(length + 50, last).bars) == length + 50
+    now = daemon.clock.now()
+    assert warmth(daemon.config, length, last, now) is None
+    assert len(warmth(daemon.config, length + 50, last, now).bars) == length + 50
     daemon.scribe.close()
 
 
@@ -103,7 +150,7 @@ def test_state_of_another_timeframe_is_refused(tmp_path):
     daemon.scribe.close()
     other = start(tmp_path, LEAST.replace("1m", "1h"))
     with pytest.raises(ConfigError, match="holds 1m bars on 24x7, not 1h on 24x7"):
-        other._decisions()
+        found(other)
     other.scribe.close()
 
 
@@ -112,7 +159,7 @@ def test_clock_far_behind_the_journal_is_refused(tmp_path):
     daemon = start(tmp_path)
     decide(daemon, time=4_000_000_000 * 10**9)
     with pytest.raises(ConfigError, match=r"2096-10-02.*set the clock right"):
-        daemon._decisions()
+        found(daemon)
     daemon.scribe.close()
 
 
@@ -192,22 +239,8 @@ class Asked(Spread):
         self.asked, self.decided = [], decided
 
     def forecast(self, windows):
-        self.asked += [(w.symbol, len(w), w.close_times[0], tuple(self.decided)) for w in windows]
+        self.asked += [(w.symbol, len(w), w.close_times[0], tuple(self.decided.kinds)) for w in windows]
         return super().forecast(windows)
-
-
-class Decided:
-    """In the place of the source: the kinds that were decided, which the path takes at once."""
-
-    def __init__(self, daemon):
-        self.kinds, self.daemon, self.caught_up = [], daemon, asyncio.Event()
-        self.caught_up.set()
-
-    def decide(self, decision):
-        self.kinds.append(decision.kind)
-        written = asyncio.get_running_loop().create_future()
-        written.set_result(None)
-        return written
 
 
 def served(folder, text, work):
@@ -216,9 +249,10 @@ def served(folder, text, work):
     decide(daemon)
     for _, event in events(daemon.scribe.journal.records()):
         assert list(daemon.pipeline.take(event)) == []
-    daemon.source = Decided(daemon)
 
     async def main():
+        daemon.source = Written()
+        daemon.succession = succession(daemon, daemon.source)
         await work(daemon)
 
     with ThreadPoolExecutor(1) as daemon.forecasts:
@@ -236,9 +270,9 @@ def test_champion_is_asked_of_each_symbol_once_at_the_start(tmp_path, symbols, e
         for symbol, count in (("A", 9), ("B", 5), ("C", 2)):
             for minute in range(count):
                 daemon.pipeline.windows.put(bar(symbol, minute))
-        model = daemon.pipeline._forecaster = Asked([])
+        model = daemon.pipeline._forecaster = Asked(daemon.source)
         daemon.source.caught_up.clear()
-        waiting = asyncio.create_task(daemon._prepare_champion())
+        waiting = asyncio.create_task(daemon.succession.prepare_champion())
         await asyncio.sleep(0.01)
         assert model.asked == []
         daemon.source.caught_up.set()
@@ -254,7 +288,7 @@ def test_champion_is_asked_of_each_symbol_once_at_the_start(tmp_path, symbols, e
 def test_challenger_is_asked_before_it_takes_over_of_all_that_it_will_see(tmp_path):
     """Its windows reach into the history further than the champion's; only then is it activated."""
     history(tmp_path, range(1, 900))
-    found = []
+    asked = []
 
     async def work(daemon):
         windows = daemon.pipeline.windows
@@ -262,18 +296,18 @@ def test_challenger_is_asked_before_it_takes_over_of_all_that_it_will_see(tmp_pa
         windows.put(bar("B", 900))
         kept = len(windows.cut("A", bar("A", 900).close_time, 10_000))
         assert kept < 800
-        model = Asked(daemon.source.kinds, window=800)
+        model = Asked(daemon.source, window=800)
         daemon.store.adopt = lambda _: "spread"
         daemon.store.open = lambda *_: model
-        await daemon._promote(
+        await daemon.succession.promote(
             tmp_path / "x", Verdict(accepted=True, reason="better", challenger="x", champion="y")
         )
-        found.extend(model.asked)
+        asked.extend(model.asked)
         assert daemon.source.kinds == [Kind.ACTIVATION, Kind.WARMUP]
         assert len(windows.cut("A", bar("A", 900).close_time, 10_000)) == kept
 
     served(tmp_path, LEAST, work)
-    assert found == [("A", 800, bar("A", 101).close_time, ())]
+    assert asked == [("A", 800, bar("A", 101).close_time, ())]
 
 
 def test_foreseen_window_is_a_copy_on_the_basis_of_its_newest_bar():
@@ -302,6 +336,8 @@ def test_retraining_ends_with_the_daemon_and_no_fault(tmp_path, monkeypatch, sto
     monkeypatch.setattr(Retrainer, "run", lambda _: asyncio.sleep(9))
 
     async def main():
+        daemon.succession = succession(daemon, Decided())
+        daemon.vitals = Vitals(None, Counts(), None)
         job = asyncio.create_task(daemon._retrain())
         await asyncio.sleep(0)
         if stopping:

@@ -1,0 +1,132 @@
+"""What a start does before it serves: holds the state directory, recovers, and decides what has changed."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from barcast.daemon import wire
+from barcast.daemon.config import Config
+from barcast.daemon.events import Champion, Warmth, events
+from barcast.daemon.history import bars, digest, history_files, scan
+from barcast.daemon.journal import Journal, Kind, Record
+from barcast.daemon.pipeline import Pipeline, Settings, try_strategies
+from barcast.daemon.ports import Event
+from barcast.daemon.store import ModelStore
+from barcast.models import ConfigError
+
+CLOCK_BACK = 86_400 * 10**9
+"""How far the clock may be behind the newest record of the journal at a start, in nanoseconds."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """What a start finds: who serves since when, and what differs from the journal's last.
+
+    `settings` and `warmth` are None where the journal has them already; `activated` is None for a champion
+    that is still to be activated.
+    """
+
+    settings: bytes | None
+    champion: Champion
+    activated: int | None
+    warmth: Warmth | None
+
+
+def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Opening:
+    """Find what this start has to decide.
+
+    Raise ConfigError for what could not work later, before any of it is journalled.
+    """
+    settings, stamped = config.settings(), journal.last_time()
+    if stamped > now + CLOCK_BACK:
+        raise ConfigError(
+            f"{journal.path}: its newest record is of {wire.to_text(stamped)}, and the clock shows "
+            f"{wire.to_text(now)}; set the clock right, or name another state_dir"
+        )
+    last = journal.last(Kind.REVISION)
+    before = Settings.decode(last.payload) if last else settings
+    if (before.timeframe, before.calendar) != (settings.timeframe, settings.calendar):
+        raise ConfigError(
+            f"timeframe, calendar: {config.state_dir} holds {before.timeframe} bars on "
+            f"{before.calendar}, not {settings.timeframe} on {settings.calendar}; name another state_dir"
+        )
+    record = journal.last(Kind.ACTIVATION)
+    known = Champion.decode(record.payload) if record else None
+    model = store.resolve(config.model.name, config.model.first, known.model if known else None)
+    card = store.open(model, config.model.sampler, config.model.steps).card
+    try_strategies(settings.build(), card)
+    champion, activated = Champion(model, card.fingerprint, card.window, "the configuration names it"), None
+    if record and known and (known.model, known.fingerprint) == (model, card.fingerprint):
+        champion, activated = known, record.time
+    return Opening(
+        settings.encode() if last is None or before != settings else None,
+        champion,
+        activated,
+        warmth(config, card.window, journal.last(Kind.WARMUP), now),
+    )
+
+
+def warmth(config: Config, length: int, record: Record | None, now: int) -> Warmth | None:
+    """The last `length` bars of each symbol's history, if `record` did not take them from these files."""
+    files = history_files(config.state_dir / "history")
+    if not files:
+        return None
+    found = digest(files)
+    if record is not None:
+        taken = Warmth.decode(record.payload)
+        if taken.digest == found and taken.length >= length:
+            return None
+    frame = scan(files, "close", config.bar_calendars(), until=now + 1)
+    return Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
+
+
+def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
+    """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet.
+
+    Starting and recovering from a crash are the same: groups that were settled are formed again, so
+    that the batcher knows them, and not forecast again.
+    """
+    settled = journal.progress()
+    backlog: list[tuple[int, Event]] = []
+    clock = 0
+    for seq, event in events(journal.records()):
+        if seq > settled.seq:
+            backlog.append((seq, event))
+            continue
+        clock = event.time
+        for _ in pipeline.due(event.time):
+            pass
+        for _ in pipeline.take(event):
+            pass
+    # A timer released groups after the last event, at a time that no event has.
+    if settled.clock > clock:
+        for _ in pipeline.due(settled.clock):
+            pass
+    log.info("recovered", records=settled.seq, backlog=len(backlog))
+    return backlog
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold a lock on the state directory, so that no second instance writes the same journal."""
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"state_dir: {path.parent} is in use by another instance; stop it or name another directory"
+            ) from error
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
