@@ -56,14 +56,14 @@ class Batcher:
     def due(self, now: int) -> Sequence[Group]:
         """Take out the groups whose wait ended at or before `now`, oldest close first."""
         late = [close for close, group in self._waiting.items() if group.deadline <= now]
-        return self._release(max(late)) if late else ()
+        return self._release(max(late), now) if late else ()
 
     def add(self, bar: Bar, now: int) -> Sequence[Group]:
         """Add the newest bar of its symbol, received at `now`; take out the groups that this completes."""
         close = bar.close_time
         if close <= self._closed:
             self._missed[bar.symbol] = 0
-            return (Group(close, (bar.symbol,), straggler=True),)
+            return (Group(close, now, (bar.symbol,), straggler=True),)
         group = self._waiting.get(close)
         if group is None:
             missing = self._open_at(self._configured or self._missed, close)
@@ -72,17 +72,24 @@ class Batcher:
         if bar.symbol not in group.missing:
             return ()
         group.missing.remove(bar.symbol)
-        return () if group.missing else self._release(close)
+        return () if group.missing else self._release(close, now)
 
-    def _release(self, newest: int) -> list[Group]:
+    def _release(self, newest: int, now: int) -> list[Group]:
+        """Take out the groups up to a close, each due when it or a newer one was: at `now` at the latest."""
+        due: dict[int, int] = {}
+        for close in sorted((close for close in self._waiting if close <= newest), reverse=True):
+            now = due[close] = min(now, self._waiting[close].deadline)
         groups = []
-        for close in sorted(close for close in self._waiting if close <= newest):
+        for close in sorted(due):
             group = self._waiting.pop(close)
             for symbol in group.missing & self._missed.keys():
                 self._missed[symbol] += 1
                 if self._missed[symbol] == MEMORY:
                     del self._missed[symbol]
             self._missed.update(dict.fromkeys(group.came, 0))
-            self._closed = close
-            groups.append(Group(close, tuple(sorted(group.came)), tuple(sorted(group.missing))))
+            previous, self._closed = self._closed, close
+            came, missing = tuple(sorted(group.came)), tuple(sorted(group.missing))
+            groups.append(
+                Group(close, due[close], came, missing, previous=None if previous < 0 else previous)
+            )
         return groups

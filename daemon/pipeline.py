@@ -252,7 +252,9 @@ class Pipeline:
             known = calendar.covers(group.close_time, reach)
             closes = calendar.closes_after(group.close_time, reach) if known else ()
             ends = tuple(closes[h - 1] for h in horizons) if known else ()
-            terms.update(dict.fromkeys(symbols, Term(ends, calendar.valid_until(group.close_time))))
+            [following] = calendar.closes_after(group.close_time, 1)
+            term = Term(ends, following, calendar.valid_until(group.close_time))
+            terms.update(dict.fromkeys(symbols, term))
         return terms
 
 

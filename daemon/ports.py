@@ -61,13 +61,17 @@ Event = Arrival | Declaration | Revision | Warmup | Activation
 class Group:
     """The symbols of one close time that are forecast together, and those that were waited for in vain.
 
-    A straggler is a group of its own.
+    A straggler is a group of its own. `due` is when the group was complete or its wait ended, by recorded
+    arrivals, never when somebody woke up to it. `previous` is the close of the group that left before it
+    (None: it is the first); all but stragglers form a chain by it.
     """
 
     close_time: int
+    due: int
     symbols: tuple[str, ...]
     missing: tuple[str, ...] = ()
     straggler: bool = False
+    previous: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +85,13 @@ class Hole:
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """The closes (nanoseconds) that a symbol's horizons end with, and until when its signal may be used."""
+    """The closes (nanoseconds) that a symbol's horizons end with, and until when its signal may be used.
+
+    A signal that becomes due at or after the close of the symbol's `following` bar is not tradable.
+    """
 
     ends: tuple[int, ...]
+    following: int
     valid_until: int
 
 
@@ -107,6 +115,10 @@ class Outcome:
     holes: Mapping[str, Hole]
     targets: Mapping[str, Mapping[str, float]]
     terms: Mapping[str, Term]
+
+    def tradable(self, symbol: str) -> bool:
+        """Whether the group was due before the symbol's next bar should have closed: news, not a backlog."""
+        return self.group.due < self.terms[symbol].following
 
 
 class Source(Protocol):

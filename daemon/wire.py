@@ -64,18 +64,44 @@ def to_text(ns: int) -> str:
     return f"{text}{f'.{rest:09d}'.rstrip('0') if rest else ''}Z"
 
 
-class BarMessage(msgspec.Struct, gc=False):
-    """A bar on the wire. `close_time` is RFC 3339 with a zone; the symbol may come from the topic."""
+def _of(description: str, **schema: str) -> msgspec.Meta:
+    """What the contract says of a field. It constrains nothing: the code decides what is taken."""
+    return msgspec.Meta(description=description, extra_json_schema=schema or None)
 
-    close_time: Annotated[datetime, msgspec.Meta(tz=True)]
-    open: float
-    high: float
-    low: float
-    close: float
-    volume: float
-    symbol: str | None = None
-    trades: int | None = None
-    vwap: float | None = None
+
+Text = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
+"""A time as RFC 3339 in UTC."""
+Version = Annotated[int, _of("Version of the messages: a reader refuses a newer one than it knows.")]
+Id = Annotated[str, _of("Hash of topic and content: a message that is delivered again keeps it.")]
+Symbol = Annotated[str, _of("Whose bars these are.")]
+OwnSymbol = Annotated[str | None, _of("Whose bar this is; on a topic with a symbol it may be left out.")]
+Length = Annotated[str, _of("Length of a bar: {n}{s|m|h|d}, or session for the days of an exchange.")]
+Close = Annotated[Text, _of("When the newest bar closed that was looked at.")]
+ModelId = Annotated[str, _of("The model that was asked: an id of its content, or the name of a baseline.")]
+Until = Annotated[Text, _of("Do not act on it from then on. It is the close of the second next bar.")]
+Tradable = Annotated[
+    bool,
+    _of(
+        "False: it became due when a newer bar should have closed already, as after an outage. It is told "
+        "for completeness; do not trade it."
+    ),
+]
+
+
+class BarMessage(msgspec.Struct, gc=False):
+    """A bar on the wire."""
+
+    close_time: Annotated[
+        datetime, msgspec.Meta(tz=True, description="When it closed: RFC 3339 with a zone.")
+    ]
+    open: Annotated[float, _of("First price.")]
+    high: Annotated[float, _of("Highest price.")]
+    low: Annotated[float, _of("Lowest price.")]
+    close: Annotated[float, _of("Last price.")]
+    volume: Annotated[float, _of("Traded volume, in any unit that stays the same.")]
+    symbol: OwnSymbol = None
+    trades: Annotated[int | None, _of("Number of trades.")] = None
+    vwap: Annotated[float | None, _of("Volume-weighted mean price.")] = None
 
     @classmethod
     def of(cls, bar: Bar) -> "BarMessage":
@@ -87,35 +113,35 @@ class BarMessage(msgspec.Struct, gc=False):
 class AdjustmentMessage(msgspec.Struct, gc=False):
     """A changed price basis on the wire: bars that close after `time` cost `factor` times what they would."""
 
-    time: Annotated[datetime, msgspec.Meta(tz=True)]
-    factor: float
-    kind: Literal["split", "roll"]
-    symbol: str | None = None
+    time: Annotated[datetime, msgspec.Meta(tz=True), _of("RFC 3339 with a zone.")]
+    factor: Annotated[float, _of("New price over old price: 0.5 for a split of one into two.")]
+    kind: Annotated[Literal["split", "roll"], _of("What changed the basis.")]
+    symbol: OwnSymbol = None
 
 
 class Horizon(msgspec.Struct, frozen=True):
-    """How many of the symbol's own bars ahead, and when that bar should close."""
+    """How far ahead a row of a signal looks."""
 
-    bars: int
-    end_time: str
+    bars: Annotated[int, _of("How many of the symbol's own bars ahead.")]
+    end_time: Annotated[Text, _of("When that bar should close, by the symbol's calendar.")]
 
 
 class GroupOfSignal(msgspec.Struct, frozen=True):
-    """The group a signal belongs to: its close, how many signals it has, and which symbol ends it."""
+    """The group that a signal belongs to."""
 
-    close_time: str
-    signals: int
-    last: str
+    close_time: Close
+    signals: Annotated[int, _of("How many signals it has.")]
+    last: Annotated[str, _of("The symbol of its last signal.")]
 
 
 class CoverageOfSignal(msgspec.Struct, frozen=True):
-    """The share of the last outcomes over each horizon that lay inside the intervals forecast of them.
+    """The share of the last outcomes over each horizon that lay inside the intervals forecast of them."""
 
-    `share` names each central interval by its nominal coverage, as in `"0.9"`; `outcomes` are how many.
-    """
-
-    share: dict[str, list[float]]
-    outcomes: list[int]
+    share: Annotated[
+        dict[str, list[float]],
+        _of('By nominal coverage of the central interval, such as "0.9": one share for each horizon.'),
+    ]
+    outcomes: Annotated[list[int], _of("How many outcomes that is, for each horizon.")]
 
     @classmethod
     def of(cls, coverage: Coverage) -> "CoverageOfSignal":
@@ -125,101 +151,115 @@ class CoverageOfSignal(msgspec.Struct, frozen=True):
 
 
 class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The published forecast of one symbol. Prices are in the unit of the bars.
+    """The published forecast of one symbol. Prices are in the unit of the bars."""
 
-    `quantiles` is one list of prices for each horizon, along `levels`; `mean` and `std` are of the log
-    return over the horizon; `rise` is the probability that the price is above `reference` by then. Flags are
-    `warming` and `degraded`; `reasons` say what is wrong with the bars that a degraded one was made from.
-    `coverage` is there when the model is calibrated online and has been for long enough.
-    """
-
-    schema: int
-    id: str
-    symbol: str
-    timeframe: str
-    close_time: str
-    reference: float
-    horizons: list[Horizon]
-    levels: list[float]
-    quantiles: list[list[float]]
-    mean: list[float]
-    std: list[float]
-    rise: list[float]
-    model: str
-    sampler: str
-    steps: int
-    samples: int
-    valid_until: str
-    flags: list[str]
-    reasons: list[str]
+    schema: Version
+    id: Id
+    symbol: Symbol
+    timeframe: Length
+    close_time: Close
+    reference: Annotated[float, _of("The last price: the close of that bar.")]
+    horizons: Annotated[list[Horizon], _of("The rows of quantiles, mean, std and rise.")]
+    levels: Annotated[
+        list[float], _of("Probabilities of the quantiles: 0.05 to 0.95 is a 90 % interval.")
+    ]
+    quantiles: Annotated[list[list[float]], _of("Prices: one list for each horizon, along the levels.")]
+    mean: Annotated[list[float], _of("Of the log return from the reference, for each horizon.")]
+    std: Annotated[list[float], _of("Standard deviation of the log return, for each horizon.")]
+    rise: Annotated[list[float], _of("Probability of a price above the reference, for each horizon.")]
+    model: ModelId
+    sampler: Annotated[str, _of("How a diffusion model was sampled; none for what is not sampled.")]
+    steps: Annotated[int, _of("Evaluations of the denoiser for each sample; 0 for none.")]
+    samples: Annotated[int, _of("Samples behind the quantiles; 0 for none.")]
+    valid_until: Until
+    tradable: Tradable
+    flags: Annotated[
+        list[str], _of("warming: too few bars yet to look back as far as it should. degraded: see reasons.")
+    ]
+    reasons: Annotated[list[str], _of("What is wrong with the bars that it was made from.")]
     group: GroupOfSignal
-    coverage: CoverageOfSignal | None = None
+    coverage: Annotated[
+        CoverageOfSignal | None,
+        _of("Only where the model is calibrated online and has been for long enough."),
+    ] = None
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """A strategy's wanted exposure in one symbol, from -1 to 1, decided from a group's forecasts."""
+    """A strategy's wanted exposure in one symbol, decided from the forecasts of a group."""
 
-    schema: int
-    id: str
-    strategy: str
-    symbol: str
-    timeframe: str
-    close_time: str
-    target: float
-    model: str
-    valid_until: str
+    schema: Version
+    id: Id
+    strategy: Annotated[str, _of("The strategy's name in the configuration.")]
+    symbol: Symbol
+    timeframe: Length
+    close_time: Close
+    target: Annotated[float, _of("From -1, all short, to 1, all long.")]
+    model: ModelId
+    valid_until: Until
+    tradable: Tradable
 
 
 class GroupDone(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished group: whose signals were sent before this message, whose were withheld and why, and who was
-    expected and did not come."""
+    """A group is complete: the last message about it, after its signals and targets."""
 
-    schema: int
-    id: str
-    timeframe: str
-    close_time: str
-    straggler: bool
-    symbols: list[str]
-    withheld: dict[str, str]
-    missing: list[str]
-    model: str
-    valid_until: str
+    schema: Version
+    id: Id
+    timeframe: Length
+    close_time: Close
+    previous: Annotated[
+        Text | None,
+        _of(
+            "The close of the group before it, so that a missed group is noticed; null for the first one and "
+            "for a straggler."
+        ),
+    ]
+    straggler: Annotated[
+        bool, _of("One symbol whose bar came after its group was sent: a signal of its own, no target.")
+    ]
+    symbols: Annotated[list[str], _of("Whose signals it has.")]
+    withheld: Annotated[dict[str, str], _of("Whose bars came without a forecast, and why.")]
+    missing: Annotated[list[str], _of("Who was expected and did not come in time.")]
+    model: ModelId
+    valid_until: Until
+    tradable: Annotated[bool, _of("Whether all of its symbols are tradable; see the signals.")]
 
 
 class Backfill(msgspec.Struct, frozen=True, kw_only=True):
-    """A request for the bars of a hole: `bars` of them closed after `after` and before `before`."""
+    """A request for the bars of a hole: send them as ordinary bars."""
 
-    schema: int
-    id: str
-    symbol: str
-    timeframe: str
-    after: str
-    before: str
-    bars: int
+    schema: Version
+    id: Id
+    symbol: Symbol
+    timeframe: Length
+    after: Annotated[Text, _of("The close before the hole.")]
+    before: Annotated[Text, _of("The close after it.")]
+    bars: Annotated[int, _of("How many bars are missing in between.")]
 
 
 class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
-    """A message of which something could not be used: the first such bar and why, and how many there were."""
+    """A message of which something could not be used: the first such bar, and why. Texts are cut."""
 
-    schema: int
-    id: str
-    topic: str
-    reason: str
-    received: str
-    payload: str
-    count: int
+    schema: Version
+    id: Id
+    topic: Annotated[str, _of("Where it came.")]
+    reason: Annotated[str, _of("What is wrong, and what to do.")]
+    received: Annotated[Text, _of("When it came.")]
+    payload: Annotated[str, _of("What could not be used; bytes that are no text are written as escapes.")]
+    count: Annotated[int, _of("How many bars of the message could not be used.")]
 
 
 class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
-    """The champion, since when, and the verdict on a challenger that was given at `time`, if one was."""
+    """The champion, and the last verdict on a challenger."""
 
-    schema: int
-    id: str
-    model: str
-    activated: str
-    time: str
-    fingerprint: str
-    verdict: dict[str, Any]
+    schema: Version
+    id: Id
+    model: Annotated[str, _of("The champion: an id of its content, or the name of a baseline.")]
+    activated: Annotated[Text, _of("Since when it serves.")]
+    time: Annotated[Text, _of("When this was said.")]
+    fingerprint: Annotated[str, _of("Under what its forecasts are the same to the bit.")]
+    verdict: Annotated[
+        dict[str, Any], _of("What the gate said of the challenger; empty when it was not the gate's doing.")
+    ]
 
 
 State = Literal["starting", "ready", "deaf", "stopped", "lost"]
@@ -523,6 +563,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
     """What subscribers are told of an outcome: signals, targets, that it is complete, what to send again."""
     group, root, timeframe = outcome.group, outcome.root, outcome.timeframe
     close = to_text(group.close_time)
+    previous = None if group.previous is None else to_text(group.previous)
     names = list(outcome.forecasts)
     for name, forecast in outcome.forecasts.items():
         prices = forecast.reference * np.exp(forecast.quantiles)
@@ -546,6 +587,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                 steps=outcome.card.steps,
                 samples=outcome.card.samples,
                 valid_until=to_text(term.valid_until),
+                tradable=outcome.tradable(name),
                 flags=["warming"] * forecast.warming + ["degraded"] * bool(reasons),
                 reasons=reasons,
                 group=GroupOfSignal(close, len(names), names[-1]),
@@ -569,6 +611,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                     target=float(f"{target:.9g}"),
                     model=outcome.card.model,
                     valid_until=to_text(expires),
+                    tradable=outcome.tradable(name),
                 ),
                 f"{root}/targets/{strategy}/{timeframe}/{name}",
                 retain=True,
@@ -581,12 +624,14 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
             id="",
             timeframe=timeframe,
             close_time=close,
+            previous=previous,
             straggler=group.straggler,
             symbols=names,
             withheld=dict(outcome.withheld),
             missing=list(group.missing),
             model=outcome.card.model,
             valid_until=to_text(last),
+            tradable=all(map(outcome.tradable, group.symbols)),
         ),
         f"{root}/groups/{timeframe}",
         retain=False,

@@ -34,8 +34,8 @@ def outcome(
         s: Forecast(s, time, reference, (1, 2), LEVELS, row, pair, pair, pair, False)
         for s, reference in references.items()
     }
-    group = Group(time, tuple(references), straggler=straggler)
-    terms = dict.fromkeys(references, Term((time + 1, time + 2), time + 2))
+    group = Group(time, time, tuple(references), straggler=straggler)
+    terms = dict.fromkeys(references, Term((time + 1, time + 2), time + 1, time + 2))
     return Outcome("root", "1d", group, CARD, forecasts, {}, {}, {}, targets, terms)
 
 

@@ -59,7 +59,7 @@ def result() -> BacktestResult:
                     False,
                 )
             targets = {"drift": strategy.on_forecasts(close_time, forecasts)}
-            due = Group(close_time, tuple(forecasts))
+            due = Group(close_time, close_time, tuple(forecasts))
             await ledger.emit(Outcome("root", "session", due, CARD, forecasts, {}, {}, {}, targets, {}))
 
     asyncio.run(play())

@@ -29,7 +29,7 @@ def test_complete_group_is_due_at_once():
     """A group is due with the bar that completes the configured symbols, in order of the symbols."""
     batcher = Batcher(["B", "A"], 10, always)
     assert add(batcher, "B", 100, 101) == []
-    assert add(batcher, "A", 100, 102) == [Group(100, ("A", "B"))]
+    assert add(batcher, "A", 100, 102) == [Group(100, 102, ("A", "B"))]
     assert batcher.deadline is None
 
 
@@ -39,14 +39,17 @@ def test_incomplete_group_is_due_after_the_wait():
     add(batcher, "A", 100, 101)
     assert batcher.deadline == 111
     assert list(batcher.due(110)) == []
-    assert list(batcher.due(111)) == [Group(100, ("A",), ("B",))]
+    assert list(batcher.due(111)) == [Group(100, 111, ("A",), ("B",))]
 
 
 def test_arrival_after_the_wait_is_a_straggler():
     """A bar received after its group's deadline is a straggler even if no timer woke up before it."""
     batcher = Batcher(["A", "B"], 10, always)
     add(batcher, "A", 100, 101)
-    assert add(batcher, "B", 100, 111) == [Group(100, ("A",), ("B",)), Group(100, ("B",), straggler=True)]
+    assert add(batcher, "B", 100, 111) == [
+        Group(100, 111, ("A",), ("B",)),
+        Group(100, 111, ("B",), straggler=True),
+    ]
 
 
 def test_due_group_takes_older_ones_along():
@@ -54,21 +57,29 @@ def test_due_group_takes_older_ones_along():
     batcher = Batcher(["A", "B"], 10, always)
     add(batcher, "A", 100, 101)
     add(batcher, "A", 200, 102)
-    assert add(batcher, "B", 200, 103) == [Group(100, ("A",), ("B",)), Group(200, ("A", "B"))]
+    assert add(batcher, "B", 200, 103) == [
+        Group(100, 103, ("A",), ("B",)),
+        Group(200, 103, ("A", "B"), previous=100),
+    ]
 
 
 def test_expected_symbols_follow_the_last_groups():
     """Without configured symbols a new one is waited for from the next group, a silent one for three more."""
     batcher = Batcher([], 10, always)
     add(batcher, "A", 100, 100)
-    assert add(batcher, "A", 200, 200) == [Group(100, ("A",)), Group(200, ("A",))]
-    assert add(batcher, "B", 200, 201) == [Group(200, ("B",), straggler=True)]
+    assert add(batcher, "A", 200, 200) == [
+        Group(100, 110, ("A",)),
+        Group(200, 200, ("A",), previous=100),
+    ]
+    assert add(batcher, "B", 200, 201) == [Group(200, 201, ("B",), straggler=True)]
     assert add(batcher, "A", 300, 300) == []
-    assert add(batcher, "B", 300, 301) == [Group(300, ("A", "B"))]
+    assert add(batcher, "B", 300, 301) == [Group(300, 301, ("A", "B"), previous=200)]
     for close in (400, 500, 600):
         assert add(batcher, "A", close, close) == []
-        assert list(batcher.due(close + 10)) == [Group(close, ("A",), ("B",))]
-    assert add(batcher, "A", 700, 700) == [Group(700, ("A",))]
+        assert list(batcher.due(close + 10)) == [
+            Group(close, close + 10, ("A",), ("B",), previous=close - 100)
+        ]
+    assert add(batcher, "A", 700, 700) == [Group(700, 700, ("A",), previous=600)]
 
 
 @given(
