@@ -160,9 +160,7 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     close_time: Close
     reference: Annotated[float, _of("The last price: the close of that bar.")]
     horizons: Annotated[list[Horizon], _of("The rows of quantiles, mean, std and rise.")]
-    levels: Annotated[
-        list[float], _of("Probabilities of the quantiles: 0.05 to 0.95 is a 90 % interval.")
-    ]
+    levels: Annotated[list[float], _of("Probabilities of the quantiles: 0.05 to 0.95 is a 90 % interval.")]
     quantiles: Annotated[list[list[float]], _of("Prices: one list for each horizon, along the levels.")]
     mean: Annotated[list[float], _of("Of the log return from the reference, for each horizon.")]
     std: Annotated[list[float], _of("Standard deviation of the log return, for each horizon.")]

@@ -2,13 +2,15 @@
 
 import json
 from contextlib import closing
+from datetime import datetime
 
 import msgspec
 import pytest
 
 from barcast.daemon.calendar import Calendar
-from barcast.daemon.ports import Arrival
+from barcast.daemon.ports import Arrival, Revision
 from barcast.daemon.timeframe import Timeframe
+from barcast.daemon.wire import to_ns
 from barcast.models import Bar
 from tests.checks import open_model
 from tests.fakes import MINUTE, START, bar, opening, outgoing, settings
@@ -24,7 +26,7 @@ def said(messages, kind):
 
 
 def minute(body):
-    return (START // MINUTE + int(body["close_time"][14:16]) - START // MINUTE % 60) - START // MINUTE
+    return (to_ns(datetime.fromisoformat(body["close_time"])) - START) // MINUTE
 
 
 def at(second, *bars):
@@ -109,15 +111,13 @@ def test_each_symbol_has_its_own_next_bar():
     own = msgspec.structs.replace(
         settings(("EURUSD", "BTC")), timeframe="1h", calendar="24x7", calendars={"EURUSD": "fx"}
     )
-    first, *rest = opening()
-    first = type(first)(closes[0] - HOUR, own.encode())
-    rest = [msgspec.structs.replace(e) if isinstance(e, msgspec.Struct) else e for e in rest]
+    begin = [Revision(START, own.encode()), opening()[1]]
 
     def both(close, time):
         return Arrival(time, tuple(Bar(s, close, 100.0, 101.0, 99.0, 100.5, 1.0) for s in ("BTC", "EURUSD")))
 
     steps = [both(close, close + SECOND) for close in closes[:-1]] + [both(friday, friday + HOUR)]
-    messages = outgoing([first, *rest, *steps])
+    messages = outgoing([*begin, *steps])
     last = {m.topic: json.loads(m.payload)["tradable"] for m in messages[-5:]}
     assert last == {
         "t/signals/1h/BTC": False,
