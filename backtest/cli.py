@@ -198,6 +198,16 @@ def check(config: ConfigFile) -> None:
 
 
 @app.command()
+def contract(
+    root: Annotated[str, typer.Option(help="Root topic.")] = "barcast/v1",
+) -> None:
+    """Print what feeds and readers can rely on: an AsyncAPI 3.0 document of all topics and messages."""
+    from barcast.daemon.contract import text
+
+    sys.stdout.write(text(root))
+
+
+@app.command()
 def publish(
     files: Files,
     stamp: Stamped,

@@ -103,7 +103,8 @@ class Link:
     """One lasting connection: connects again after every loss, and never acknowledges on its own.
 
     A broker may grant a subscription that its access list forbids, and then deliver nothing. With a canary
-    the link finds out: it is `deaf` from when nothing came back until something does.
+    the link finds out: it is `deaf` from when nothing came back until something does. The broker keeps our
+    session for `session` seconds while we are away.
 
     The state is the client that receives, the same client once it has its subscriptions and may publish (None
     while there is none), the number of the connection and whether anything came by it, the deliveries that
@@ -117,6 +118,7 @@ class Link:
         subscriptions: Sequence[str],
         will: Outgoing | None,
         canary: Canary | None = None,
+        session: int = SESSION_SECONDS,
     ) -> None:
         self.inbox: deque[Delivery] = deque()
         self.arrived = asyncio.Event()
@@ -126,6 +128,8 @@ class Link:
         self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
         self._canary = canary
+        # Without subscriptions there is nothing to keep between connections.
+        self._session = session if subscriptions else 0
         self._receiving: aiomqtt.Client | None = None
         self._client: aiomqtt.Client | None = None
         self._leaving = False
@@ -286,8 +290,7 @@ class Link:
         self._heard.clear()
         a = self._address
         connect = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
-        # Without subscriptions there is nothing to keep between connections.
-        connect.SessionExpiryInterval = SESSION_SECONDS if self._subscriptions else 0
+        connect.SessionExpiryInterval = self._session
         connect.ReceiveMaximum = RECEIVE_MAXIMUM
         w = self._will
         will = None if w is None else aiomqtt.Will(w.topic, w.payload, 1, w.retain)
@@ -298,7 +301,7 @@ class Link:
             password=a.password,
             identifier=a.client_id,
             protocol=aiomqtt.ProtocolVersion.V5,
-            clean_start=not self._subscriptions,
+            clean_start=not self._session,
             properties=connect,
             will=will,
             tls_context=a.tls,

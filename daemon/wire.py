@@ -267,20 +267,30 @@ State = Literal["starting", "ready", "deaf", "stopped", "lost"]
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """Whether an instance processes bars; with the state `ready` it is the heartbeat.
 
-    States are `ready`, `deaf` (nothing comes by its subscription), `starting`, `stopped`, and `lost`, the
-    last will. The next one comes within `interval` real seconds as long as bars are processed; after three
-    intervals of silence the instance is to be taken for dead. `processed` is the close of the newest group
-    since its start, `waiting` how many messages it has not taken yet. A last will has none of these.
+    The state is said again and again as long as bars are processed. After three intervals of silence the
+    instance is to be taken for dead, whatever it said last.
     """
 
-    schema: int = SCHEMA
-    state: State
-    instance: str
-    boot: str
-    time: str | None = None
-    interval: float | None = None
-    processed: str | None = None
-    waiting: int | None = None
+    schema: Version = SCHEMA
+    state: Annotated[
+        State,
+        _of(
+            "ready; starting; deaf: no bars come by its subscription, though it asked for them; stopped: it "
+            "was told to; lost: its connection ended otherwise, said by the broker as its last will."
+        ),
+    ]
+    instance: Annotated[str, _of("The instance's name.")]
+    boot: Annotated[str, _of("Another one after each start.")]
+    time: Annotated[Text | None, _of("When this was said, on the instance's clock; null in a last will.")] = (
+        None
+    )
+    interval: Annotated[
+        float | None, _of("The next one follows within so many real seconds; null in a last will.")
+    ] = None
+    processed: Annotated[Text | None, _of("Close of the newest group since its start, if any.")] = None
+    waiting: Annotated[
+        int | None, _of("Messages that it received and has not taken yet; null in a last will.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
