@@ -18,7 +18,7 @@ SOURCES = {
     for path in sorted((ROOT / package).rglob("*.py"))
 }
 ROOTS = {"daemon/app.py", "backtest/replay.py"}
-RIMS = {"backtest/cli.py", "backtest/demo.py"}
+RIMS = {"backtest/cli.py", "backtest/demo.py", "daemon/client.py"}
 
 OUTSIDE = re.compile(
     r"""time\.(time|time_ns|monotonic|monotonic_ns|perf_counter|perf_counter_ns|localtime|gmtime)
@@ -243,6 +243,11 @@ def test_given_clock_or_generator_is_allowed(source: str) -> None:
 def test_only_the_rims_ask_the_operating_system(name: str) -> None:
     """Below the composition roots nothing asks for time, randomness or the environment."""
     assert asks_outside(SOURCES[name]) == []
+
+
+def test_client_reads_the_clock_alone() -> None:
+    """The client runs in other programs: of the operating system it asks the time, unless it is given one."""
+    assert {use for _, use in asks_outside(SOURCES["daemon/client.py"])} == {"time.time_ns"}
 
 
 def test_replay_root_needs_no_clock() -> None:
