@@ -24,9 +24,8 @@ async def main(host: str, port: str, instance: str) -> None:
         async for group in client.groups():
             for symbol, signal in group.signals.items():
                 prices, end = signal.quantiles[0], signal.horizons[0].end_time
-                print(
-                    signal.close_time, symbol, f"{low:.6g} to {high:.6g} by {end}", *signal.flags, flush=True
-                )
+                span = f"{prices[0]:.6g} to {prices[-1]:.6g} by {end}"
+                print(signal.close_time, symbol, span, *signal.flags, flush=True)
 
 
 if __name__ == "__main__":
