@@ -1,5 +1,6 @@
 """A trading system on the client: every signal once, whatever happens, and word of a daemon that is gone."""
 
+import asyncio
 import json
 import os
 import signal
@@ -9,12 +10,13 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+from barcast.daemon.client import Client
 from barcast.daemon.contract import document
 from barcast.daemon.journal import Journal, State
 from barcast.daemon.wire import to_text
 from barcast.models import Bar
 from tests.garch import simulate
-from tests.integration.broker import ROOT
+from tests.integration.broker import ROOT, SHIPPED_ACL
 from tests.integration.instance import Feed, Instance, client, write_history
 
 MINUTE = 60 * 10**9
@@ -204,3 +206,35 @@ def test_examples_show_what_may_be_acted_on(broker, tmp_path, request):
         ["2026-01-05T15:00:00Z", "FRESH", f"2026-01-05T{end}:00:00Z", low, high, "0.5"]
         for end, low, high in (("16", "99.5000083", "101.510042"), ("19", "98.5099667", "102.530235"))
     ]
+
+
+def test_shipped_access_list_lets_a_reader_read(brokers):
+    """The user `reader` of deploy/mosquitto.acl has the rights that a client needs, targets and all."""
+    broker = brokers(acl=SHIPPED_ACL.read_text())
+    messages = document()["components"]["messages"]
+    soon = {"valid_until": to_text(time.time_ns() + 3600 * 10**9)}
+    daemon = client("barcast", broker.port, "barcast")
+    daemon.loop_start()
+    for kind, name in (("targets/drift/1h/BTCUSD", "Target"), ("status/desk", "Status")):
+        body = messages[name]["examples"][0]["payload"] | (soon if name == "Target" else {})
+        daemon.publish(f"barcast/v1/{kind}", json.dumps(body), 1, retain=True).wait_for_publish(5)
+
+    async def read():
+        resumed = asyncio.Event()
+        async with (
+            asyncio.timeout(20),
+            Client(
+                "127.0.0.1",
+                broker.port,
+                instance="desk",
+                username="reader",
+                password="reader",
+                on_resume=resumed.set,
+            ) as reader,
+        ):
+            await resumed.wait()
+            return await anext(reader.targets())
+
+    assert asyncio.run(read()).target == 0.25
+    daemon.disconnect()
+    daemon.loop_stop()
