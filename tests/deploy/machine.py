@@ -58,7 +58,10 @@ class Machine:
                 ["bash", "-c", join, "bash", "unshare", *FLAGS, *inner], stdout=log, stderr=log
             )
         for _ in range(300):
-            if self._first() and self.run("systemctl", "is-active", "machine.target", check=False).returncode == 0:
+            if (
+                self._first()
+                and self.run("systemctl", "is-active", "machine.target", check=False).returncode == 0
+            ):
                 return
             if self._outer.poll() is not None:
                 break
