@@ -1,8 +1,8 @@
-"""Trainings in another service: one request on a socket, run as a child, its words as they come, its result.
+"""Trainings in another service: a request on a socket, run as a child; its words as they come, its result.
 
-Requests and answers are JSON, one a line. The client sends `{"verb": "train", "arguments": [...]}`; the worker
-answers `{"line": ...}` for each line of the child's standard error, and at last `{"exit": ..., "stdout": ...}`, or
-`{"refused": ...}` alone. The child lives as long as the connection.
+Requests and answers are JSON, one a line. The client sends `{"verb": "train", "arguments": [...]}`; the
+worker answers `{"line": ...}` for each line of the child's standard error, and at last
+`{"exit": ..., "stdout": ...}`, or `{"refused": ...}` alone. The child lives as long as the connection.
 """
 
 import asyncio
@@ -55,7 +55,7 @@ def work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) -> None
 async def call(
     path: Path, verb: str, arguments: Sequence[str], on_line: Callable[[str], None]
 ) -> tuple[int, bytes]:
-    """Have a worker run a verb; return the child's exit status, negative for a signal, and standard output.
+    """Have a worker run a verb; return the child's exit status (a signal is negative) and standard output.
 
     `on_line` gets each line of its standard error as it comes. A cancelled call kills the child. Raise OSError
     when no worker listens at `path`, when it refuses, and when it ends before its child.

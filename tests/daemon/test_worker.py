@@ -14,7 +14,9 @@ from structlog.testing import capture_logs
 
 from barcast.daemon import worker
 
-SPEAKS = "import sys, time\nprint(*sys.argv[1:])\nfor n in range(3): print('line', n, file=sys.stderr, flush=True)\n"
+SPEAKS = (
+    "import sys\nprint(*sys.argv[1:])\nfor n in range(3): print('line', n, file=sys.stderr, flush=True)\n"
+)
 
 
 class Worker:

@@ -30,9 +30,16 @@ def obstacle() -> str | None:
         return "booting a systemd needs root"
     if not SYSTEMD.is_file():
         return f"booting a systemd needs {SYSTEMD}: apt-get install systemd"
-    needed = "mount --make-rprivate / && mount -t tmpfs t /mnt && mkdir /mnt/{a,b,c} && mount -t cgroup2 g /mnt/a && "
-    needed += "mount -t overlay -o lowerdir=/,upperdir=/mnt/b,workdir=/mnt/c o /mnt/a"
-    trial = subprocess.run(["unshare", *FLAGS, "bash", "-c", needed], capture_output=True, text=True)
+    needed = (
+        "mount --make-rprivate /",
+        "mount -t tmpfs t /mnt",
+        "mkdir /mnt/a /mnt/b /mnt/c",
+        "mount -t cgroup2 g /mnt/a",
+        "mount -t overlay -o lowerdir=/,upperdir=/mnt/b,workdir=/mnt/c o /mnt/a",
+    )
+    trial = subprocess.run(
+        ["unshare", *FLAGS, "sh", "-c", " && ".join(needed)], capture_output=True, text=True
+    )
     return f"no namespaces here: {trial.stderr.strip()}" if trial.returncode else None
 
 

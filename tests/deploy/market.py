@@ -1,6 +1,6 @@
 """A feed and a reader on one broker: sends bars, and prints the signals that come of them.
 
-    market.py ROOT BARS SYMBOL...     ROOT a root topic, BARS a file with an array of bars
+market.py ROOT BARS SYMBOL...     ROOT a root topic, BARS a file with an array of bars
 """
 
 import sys
