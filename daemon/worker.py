@@ -55,7 +55,7 @@ def work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) -> None
 async def call(
     path: Path, verb: str, arguments: Sequence[str], on_line: Callable[[str], None]
 ) -> tuple[int, bytes]:
-    """Have a worker run a verb; return the child's exit status (a signal is negative) and standard output.
+    """Have a worker run a verb; return the child's exit status, negative for a signal, and its output.
 
     `on_line` gets each line of its standard error as it comes. A cancelled call kills the child. Raise OSError
     when no worker listens at `path`, when it refuses, and when it ends before its child.
