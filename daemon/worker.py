@@ -57,8 +57,8 @@ async def call(
 ) -> tuple[int, bytes]:
     """Have a worker run a verb; return the child's exit status, negative for a signal, and its output.
 
-    `on_line` gets each line of its standard error as it comes. A cancelled call kills the child. Raise OSError
-    when no worker listens at `path`, when it refuses, and when it ends before its child.
+    `on_line` gets each line of its standard error as it comes. A cancelled call kills the child. Raise
+    OSError when no worker listens at `path`, when it refuses, and when it ends before its child.
     """
     reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES)
     try:
