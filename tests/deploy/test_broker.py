@@ -126,7 +126,7 @@ def test_daemon_serves_over_tls_with_a_password(broker, tmp_path):
     reader.loop_stop()
 
 
-@pytest.mark.parametrize("case", ["password", "authority", "host", "no authority"])
+@pytest.mark.parametrize("case", ["password", "authority", "host"])
 def test_wrong_credentials_are_named(broker, tmp_path, case):
     """What is wrong about a password, an authority or a name is a log line; the daemon goes on trying."""
     certificates(tmp_path / "other", "localhost")
@@ -134,12 +134,10 @@ def test_wrong_credentials_are_named(broker, tmp_path, case):
         "password": ({"ca": broker.certs / "ca.pem", "password": "guess"}, "Not authorized"),
         "authority": ({"ca": tmp_path / "other/ca.pem"}, "CERTIFICATE_VERIFY_FAILED"),
         "host": ({"ca": broker.certs / "ca.pem", "host": "127.0.0.1"}, "IP address mismatch"),
-        "no authority": ({}, ""),
     }[case]
     port = broker.tls_port
     with Daemon(tmp_path, port, **daemon) as tried:
         said = tried.says("broker_unreachable")
-        print(said)
         assert reason in said["reason"]
         assert tried.process.poll() is None
         tried.process.kill()
