@@ -6,6 +6,7 @@ by the older hierarchy of control groups.
 """
 
 import os
+import site
 import subprocess
 import sys
 import time
@@ -18,6 +19,12 @@ FLAGS = ("--mount", "--pid", "--fork", "--kill-child", "--net", "--ipc", "--uts"
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 # Without units that find hardware, or empty /tmp and with it what is mounted there.
 MASKED = ("systemd-tmpfiles-setup.service", "systemd-udevd.service", "systemd-resolved.service")
+ROOT = Path(__file__).parents[2]
+SOURCE = "/opt/source"
+# Interpreter and packages of this run, in the place of the system's and of those that pip would fetch.
+PYTHON = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
+PACKAGES = ("PYTHONPATH=/opt/packages", "LD_LIBRARY_PATH=/opt/python/lib")
+NO_NETWORK = ("PIP_NO_INDEX=1", "PIP_NO_DEPS=1", "PIP_NO_BUILD_ISOLATION=0")
 TARGET = """[Unit]
 Requires=systemd-journald.service dbus.socket
 After=systemd-journald.service dbus.socket
@@ -44,10 +51,14 @@ def obstacle() -> str | None:
 
 
 class Machine:
-    """A booted machine; `binds` maps directories of this one to where they are seen there."""
+    """A machine with this source tree in /opt/source, and in /opt/feed what `feed` holds here."""
 
-    def __init__(self, folder: Path, binds: dict[Path, str]) -> None:
-        self.folder, self.binds = folder, binds
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.feed = folder, folder / "feed"
+        self.feed.mkdir()
+        packages = next(path for path in map(Path, site.getsitepackages()) if (path / "pip").is_dir())
+        self.binds = {ROOT: SOURCE, self.feed: "/opt/feed", packages: "/opt/packages"}
+        self.binds[Path(sys.base_prefix)] = "/opt/python"
         self._outer: subprocess.Popen[bytes] | None = None
 
     def boot(self) -> None:
@@ -99,6 +110,12 @@ class Machine:
         """Write a file there."""
         put = f'umask 077; mkdir -p -m 755 "$(dirname {path})"; cat > {path}; chmod {mode:o} {path}'
         subprocess.run(self.command("sh", "-c", put), input=text, text=True, check=True)
+
+    def drop_in(self, unit: str, *lines: str) -> None:
+        """Change a service, or all of a template."""
+        # Of two files of one name systemd reads only the instance's.
+        self.write(f"/etc/systemd/system/{unit}.d/{unit}.conf", "\n".join(["[Service]", *lines, ""]))
+        self.run("systemctl", "daemon-reload")
 
     def show(self, unit: str, name: str) -> str:
         """A property of a unit."""

@@ -2,12 +2,10 @@
 
 import json
 import re
-import site
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 import polars as pl
 import pytest
@@ -15,17 +13,13 @@ import pytest
 from barcast.backtest.sample import sample_bars
 from barcast.daemon.wire import encode_bars
 from barcast.models import Bar
-from tests.deploy.machine import Machine, obstacle
+from tests.deploy.machine import NO_NETWORK, PACKAGES, PYTHON, SOURCE, Machine, obstacle
 from tests.integration.broker import SHIPPED, SHIPPED_ACL, executable, password_line
 
 pytestmark = pytest.mark.broker
-ROOT = Path(__file__).parents[2]
 SYMBOLS = ("AAPL", "IBM", "MSFT")
 CLOSE = datetime(2011, 3, 1, 21, tzinfo=UTC)
 CHECKPOINT = "/opt/barcast/current/lib/python{}.{}/site-packages/barcast/backtest/sample/checkpoint"
-# The packages that this test runs with, in the place of those that pip would fetch.
-PACKAGES = {"PYTHONPATH": "/opt/packages", "LD_LIBRARY_PATH": "/opt/python/lib"}
-NO_NETWORK = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0"}
 CONFIG = """
 instance = "{name}"
 state_dir = "/var/lib/barcast/{name}"
@@ -48,7 +42,6 @@ speed = 1
 cron = "17 3 * * *"
 steps = 8
 """
-TEST_DROP_IN = "[Service]\nRestartSec=1\nEnvironment={}\n"
 ASK = """
 import asyncio, sys
 from pathlib import Path
@@ -67,11 +60,6 @@ time.sleep(60)
 """
 
 
-def environment(*settings):
-    """`env` with settings, to begin a command."""
-    return ["env", *(f"{key}={value}" for some in settings for key, value in some.items())]
-
-
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory):
     """A machine with a broker that asks for passwords, and Barcast installed by its script."""
@@ -81,12 +69,7 @@ def machine(tmp_path_factory):
         pytest.fail(
             "mosquitto is missing: run `make test`, which installs it, or `apt-get install mosquitto`"
         )
-    folder = tmp_path_factory.mktemp("machine")
-    packages = next(path for path in map(Path, site.getsitepackages()) if (path / "pip").is_dir())
-    (folder / "feed").mkdir()
-    binds = {ROOT: "/opt/source", packages: "/opt/packages", Path(sys.base_prefix): "/opt/python"}
-    machine = Machine(folder, {**binds, folder / "feed": "/opt/feed"})
-    machine.feed = folder / "feed"
+    machine = Machine(tmp_path_factory.mktemp("machine"))
     bars = pl.read_parquet(sample_bars()).filter(pl.col("symbol").is_in(SYMBOLS))
     bars.filter(pl.col("close_time") < CLOSE).write_parquet(machine.feed / "history.parquet")
     machine.bars = {}
@@ -119,30 +102,27 @@ def start_broker(machine):
 def install(machine, name, model):
     """Install from this tree as an operator would, and let the instance have history."""
     machine.write(f"/etc/barcast/{name}.password", "barcast\n", 0o600)
-    python = f"/opt/python/bin/python{sys.version_info.major}.{sys.version_info.minor}"
-    script = ("sh", "/opt/source/deploy/install.sh", "install", name)
-    said = machine.run(*environment(PACKAGES, NO_NETWORK, {"PYTHON": python}), *script).stdout
+    script = ("sh", f"{SOURCE}/deploy/install.sh", "install", name)
+    said = machine.run("env", *PACKAGES, *NO_NETWORK, f"PYTHON={PYTHON}", *script).stdout
     at = datetime.now(UTC).isoformat()
     machine.write(f"/etc/barcast/{name}.toml", CONFIG.format(name=name, model=model, at=at))
-    settings = " ".join(f"{key}={value}" for key, value in PACKAGES.items())
-    for unit in ("barcast@", "barcast-retrain@"):
-        machine.write(f"/etc/systemd/system/{unit}.service.d/test.conf", TEST_DROP_IN.format(settings))
+    for unit in ("barcast@.service", "barcast-retrain@.service"):
+        machine.drop_in(unit, f"Environment={' '.join(PACKAGES)}", "RestartSec=1")
     history = f"/var/lib/private/barcast/{name}/history"
     machine.run("install", "-d", "-m", "700", "/var/lib/private", history)
     machine.run("cp", "/opt/feed/history.parquet", history)
-    machine.run("systemctl", "daemon-reload")
     return said
 
 
 def python(machine, *arguments):
     """A command that runs the installed Python there."""
-    return machine.command(*environment(PACKAGES), "/opt/barcast/current/bin/python", *arguments)
+    return machine.command("env", *PACKAGES, "/opt/barcast/current/bin/python", *arguments)
 
 
 def market(machine, name, symbols):
     """Publish the bars of some symbols, and print the signals that follow."""
     (machine.feed / "bars").write_bytes(encode_bars([machine.bars[symbol] for symbol in symbols]))
-    script = ("/opt/source/tests/deploy/market.py", f"barcast/{name}", "/opt/feed/bars", *symbols)
+    script = (f"{SOURCE}/tests/deploy/market.py", f"barcast/{name}", "/opt/feed/bars", *symbols)
     return subprocess.Popen(python(machine, *script), stdout=subprocess.PIPE)
 
 
@@ -168,8 +148,7 @@ def test_daemon_serves_in_its_sandbox(machine):
     said = install(machine, "plain", "fhs")
     assert "systemctl enable --now barcast@plain" in said
     install(machine, "deep", CHECKPOINT.format(*sys.version_info))
-    machine.write("/etc/systemd/system/barcast@plain.service.d/impatient.conf", "[Service]\nWatchdogSec=3\n")
-    machine.run("systemctl", "daemon-reload")
+    machine.drop_in("barcast@plain.service", "WatchdogSec=3")
     for name in ("plain", "deep"):
         machine.run("systemctl", "start", f"barcast@{name}")
         assert restarts(machine, f"barcast@{name}") == (0, "active")
@@ -252,7 +231,7 @@ def test_training_runs_in_its_slice(machine):
     out = "/var/lib/barcast/deep/challengers/trained"
     asked = ("-c", ASK, socket, "train", "--champion", "fhs", "--out", out)
     as_service = ("systemd-run", "--quiet", "--pipe", "-p", "DynamicUser=yes", "-p", "User=barcast-deep")
-    settings = [piece for key, value in PACKAGES.items() for piece in ("-E", f"{key}={value}")]
+    settings = [piece for setting in PACKAGES for piece in ("-E", setting)]
     command = machine.command(*as_service, *settings, "/opt/barcast/current/bin/python", *asked)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         machine.wait("a training", lambda: machine.show(unit, "ActiveState") == "active")
@@ -276,7 +255,7 @@ def test_training_runs_in_its_slice(machine):
 def test_stranger_gets_no_training(machine):
     """Another user may connect, and is refused in one line."""
     stranger = ("systemd-run", "--quiet", "--pipe", "--wait", "-p", "DynamicUser=yes", "-p", "User=stranger")
-    settings = [piece for key, value in PACKAGES.items() for piece in ("-E", f"{key}={value}")]
+    settings = [piece for setting in PACKAGES for piece in ("-E", setting)]
     asked = ("/opt/barcast/current/bin/python", "-c", ASK, "/run/barcast-retrain/deep", "gate")
     said = machine.run(*stranger, *settings, *asked).stdout
     assert "may not ask for anything here" in said
@@ -308,7 +287,7 @@ def test_stop_is_clean(machine):
 
 def test_removal_keeps_what_is_the_operator_s(machine):
     """After an uninstall programs and units are gone; configuration, password and state are there."""
-    machine.run("sh", "/opt/source/deploy/install.sh", "uninstall")
+    machine.run("sh", f"{SOURCE}/deploy/install.sh", "uninstall")
     units = machine.run("ls", "/etc/systemd/system").stdout
     assert not re.search(r"barcast[a-z@-]*\.(service|socket|slice)$", units, re.MULTILINE)
     assert machine.run("ls", "/opt/barcast", check=False).returncode != 0
