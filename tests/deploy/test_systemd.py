@@ -18,6 +18,7 @@ from tests.integration.broker import SHIPPED, SHIPPED_ACL, executable, password_
 
 pytestmark = pytest.mark.broker
 SYMBOLS = ("AAPL", "IBM", "MSFT")
+FIRST = datetime(2007, 1, 1, tzinfo=UTC)
 CLOSE = datetime(2011, 3, 1, 21, tzinfo=UTC)
 CHECKPOINT = "/opt/barcast/current/lib/python{}.{}/site-packages/barcast/backtest/sample/checkpoint"
 CONFIG = """
@@ -71,7 +72,9 @@ def machine(tmp_path_factory):
         )
     machine = Machine(tmp_path_factory.mktemp("machine"))
     bars = pl.read_parquet(sample_bars()).filter(pl.col("symbol").is_in(SYMBOLS))
-    bars.filter(pl.col("close_time") < CLOSE).write_parquet(machine.feed / "history.parquet")
+    bars.filter(pl.col("close_time").is_between(FIRST, CLOSE, closed="left")).write_parquet(
+        machine.feed / "history.parquet"
+    )
     machine.bars = {}
     for row in bars.filter(pl.col("close_time") == CLOSE).iter_rows(named=True):
         values = [row[key] for key in ("open", "high", "low", "close", "volume")]
