@@ -49,6 +49,13 @@ def test_first_signal(tmp_path):
         machine.off()
 
 
+def test_each_alert_is_in_the_runbook():
+    """What an alert links to is there."""
+    for rules in (Path(__file__).parents[2] / "deploy").glob("prometheus/rules.yml"):
+        links = re.findall(r"runbook_url: deploy/RUNBOOK\.md#(.*)", rules.read_text())
+        assert [link for link in links if f'<a id="{link}"></a>' not in RUNBOOK] == []
+
+
 def test_events_of_the_runbook_are_logged_somewhere():
     """No row explains a line that the program does not write."""
     sources = "".join(path.read_text() for path in (Path(__file__).parents[2] / "daemon").glob("*.py"))

@@ -288,6 +288,19 @@ def test_stop_is_clean(machine):
     assert "(STOPPING=1)" in machine.run("journalctl", "-o", "cat", "_PID=1").stdout
 
 
+def test_backup_comes_back(machine):
+    """A copy of the state that root has put back belongs to the service again, and is what it starts from."""
+    state = "/var/lib/private/barcast/plain"
+    machine.run("cp", "-r", state, "/opt/feed/backup")
+    machine.run("rm", "-r", state)
+    machine.run("cp", "-r", "/opt/feed/backup", state)
+    assert machine.run("stat", "-c", "%U", f"{state}/journal.db").stdout == "root\n"
+    machine.run("systemctl", "start", "barcast@plain")
+    last = [line for line in machine.journal("barcast@plain").splitlines() if '"recovered"' in line][-1]
+    assert json.loads(last)["records"] >= 5  # three bars, and what the first start decided
+    machine.run("systemctl", "stop", "barcast@plain")
+
+
 def test_removal_keeps_what_is_the_operator_s(machine):
     """After an uninstall programs and units are gone; configuration, password and state are there."""
     machine.run("sh", f"{SOURCE}/deploy/install.sh", "uninstall")
