@@ -170,8 +170,31 @@ def run(config: ConfigFile) -> None:
 
     settings = load(config)
     log.configure(settings.log_level)
-    me = [sys.executable, "-m", "barcast.backtest.cli"]
-    serve(settings, Commands([*me, "retrain", str(config)], [*me, "gate", str(config)]))
+    serve(settings, Commands(_child("retrain", config), _child("gate", config)))
+
+
+@app.command()
+def worker(config: ConfigFile) -> None:
+    """Train or judge for a daemon: once, as it asks for on the listening socket in standard input.
+
+    systemd starts this when the daemon connects, in a unit with limits of its own.
+    """
+    import socket
+
+    from barcast.daemon import log
+    from barcast.daemon.config import load
+    from barcast.daemon.worker import work
+
+    settings = load(config)
+    log.configure(settings.log_level)
+    try:
+        listener = socket.socket(fileno=sys.stdin.fileno())
+        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        listening = 0
+    if not listening:
+        raise ConfigError("standard input is no listening socket; let systemd start barcast-retrain@.socket")
+    work(listener, {"train": _child("retrain", config), "gate": _child("gate", config)})
 
 
 @app.command()
@@ -916,6 +939,11 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
             cells += [f"{1e4 * score.crps[h]:.2f}", f"{100 * inside:.1f} %"]
         table.add_row(score.model, *cells)
     err.print(table)
+
+
+def _child(verb: str, config: Path) -> list[str]:
+    """The argument list of a command of ours about an instance, as a process of its own."""
+    return [sys.executable, "-m", "barcast.backtest.cli", verb, str(config)]
 
 
 def _others(given: list[str] | None) -> dict[str, str]:

@@ -146,7 +146,8 @@ class Daemon:
         )
 
     async def _serve(self) -> None:
-        await self.build()
+        async with self.notifier.starting():
+            await self.build()
         self.succession.open()
         async with asyncio.TaskGroup() as group:
             rim = [
@@ -162,7 +163,7 @@ class Daemon:
             if planner:
                 planner.start()
             self.state = "ready"
-            self.notifier.send("READY=1")
+            self.notifier.send("READY=1", "STATUS=serving")
             log.info("ready", instance=self.config.instance, model=self.succession.champion.model)
             await self.stop.wait()
             log.info("stopping")

@@ -1,7 +1,14 @@
 """Word to systemd: the notification protocol of sd_notify(3)."""
 
+import asyncio
 import socket
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+ASK_SECONDS = 1.0
+"""How often a start asks for more time."""
+MORE_SECONDS = 30
+"""How much it asks for: a start that no longer asks is ended after it."""
 
 
 class Notifier:
@@ -16,3 +23,18 @@ class Notifier:
             with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
                 s.connect(self._address.replace("@", "\0", 1) if self._address[0] == "@" else self._address)
                 s.sendall("\n".join(states).encode())
+
+    @asynccontextmanager
+    async def starting(self) -> AsyncIterator[None]:
+        """As long as the block takes, ask for more time to start: to read a journal may take minutes."""
+
+        async def ask() -> None:
+            while True:
+                self.send(f"EXTEND_TIMEOUT_USEC={MORE_SECONDS * 10**6}", "STATUS=reading journal and model")
+                await asyncio.sleep(ASK_SECONDS)
+
+        asking = asyncio.create_task(ask(), name="starting")
+        try:
+            yield
+        finally:
+            asking.cancel()
