@@ -1,6 +1,7 @@
 """The command line. It is the top layer: the one place that knows the live and the replay side."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -169,7 +170,7 @@ def run(config: ConfigFile) -> None:
     from barcast.daemon.config import load
 
     settings = load(config)
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
     me = [sys.executable, "-m", "barcast.backtest.cli"]
     serve(settings, Commands([*me, "retrain", str(config)], [*me, "gate", str(config)]))
 
