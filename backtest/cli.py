@@ -193,6 +193,7 @@ def check(config: ConfigFile) -> None:
         ("model", f"{settings.model.name}, at first {settings.model.first}"),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
         ("retraining", settings.retrain.cron + " UTC" if settings.retrain else "never"),
+        ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
     ):
         table.add_row(name, str(value))
     out.print(table)
