@@ -182,8 +182,8 @@ class Metrics(Collector):
         kinds = {(kind,): getattr(counts, kind) for kind in ("full", "incomplete", "straggler")}
         yield _counter("groups", "Groups that were forecast.", kinds, "kind")
         yield _counter("signals", "Signals that were emitted.", counts.signals)
-        yield _counter("signals_degraded", "Of them, degraded.", counts.degraded)
-        yield _counter("signals_warming", "Of them, warming.", counts.warming)
+        yield _counter("signals_degraded", "Signals that were degraded.", counts.degraded)
+        yield _counter("signals_warming", "Signals of symbols that were warming.", counts.warming)
         yield _counter("withheld", "Symbols of groups that were given no forecast.", counts.withheld)
         yield _counter("holes", "Gaps between the bars of a symbol.", counts.holes)
         yield _histogram(
@@ -238,17 +238,23 @@ class Metrics(Collector):
         yield InfoMetricFamily("barcast_model", "The model that serves.", about)
         age = max(0, self._clock.now() - succession.activated) / 1e9
         yield _gauge(
-            "model_age_seconds", "How long it has served.", {(): age} if succession.activated else {}
+            "model_age_seconds",
+            "How long the model has served, since its activation.",
+            {(): age} if succession.activated else {},
         )
         prepared = {} if succession.prepared is None else {(): succession.prepared}
         yield _gauge("prepare_seconds", "How long a model was prepared for its symbols last.", prepared)
-        yield _gauge("retrain_scheduled", "Whether a retraining is.", self._config.retrain is not None)
+        yield _gauge(
+            "retrain_scheduled",
+            "Whether the configuration has a retraining.",
+            self._config.retrain is not None,
+        )
         results = {(result,): getattr(runs, result) for result in ("accepted", "refused", "failed")}
         yield _counter(
             "retrain_runs", "Retrainings since the start, by the best they led to.", results, "result"
         )
         took = {} if runs.seconds is None else {(): runs.seconds}
-        yield _gauge("retrain_seconds", "How long the last one took.", took)
+        yield _gauge("retrain_seconds", "How long the last retraining took.", took)
 
     def _machine(self, p: Parts) -> Iterator[Metric]:
         storage = self._storage
