@@ -96,9 +96,9 @@ class LiveSource:
     Arrivals are stamped here, in one place and never backwards, when they are committed; they are
     acknowledged after the commit, in order. One commit is written while the path works on the events of the
     one before. The state is that commit, the events that are committed and not handed out yet, the decisions
-    that wait, the newest stamp, the number and the moment of what was handed out last, how many parts of
-    messages could not be used, and how late the last bar of each message was. `caught_up` is set when nothing
-    was left for the first time.
+    that wait, the newest stamp, the number of the event handed out last, how many parts of messages could not
+    be used, and how late the last bar of each message was. `caught_up` is set when nothing was left for the
+    first time.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class LiveSource:
         position: int,
         stamped: int,
     ) -> None:
-        self.position, self.moment = position, stamped
+        self.position = position
         self.waiting = False
         self.dead_letters = 0
         self.bar_lag = Distribution(LATE)
@@ -150,13 +150,11 @@ class LiveSource:
                 self._writing = self._begin()
             if self._ready:
                 self.position, event = self._ready.popleft()
-                self.moment = event.time
                 return event
             if self._writing is not None:
                 await self._finish(self._writing)
                 continue
             if deadline is not None and self.now() >= deadline:
-                self.moment = deadline
                 return None
             self.caught_up.set()
             self._link.arrived.clear()
@@ -341,8 +339,8 @@ class LiveSink:
 
     The state is what was emitted and not committed yet, the number of the event settled last, and the newest
     close of which a group was emitted (nanoseconds, 0: none since the start); how many outcomes there were,
-    how long they took from the arrival that made them due, or from their deadline, and the newest coverage of
-    each symbol, by the model that made the last forecasts, over its `horizons`.
+    how long they took from when they were due, and the newest coverage of each symbol, by the model that made
+    the last forecasts, over its `horizons`.
     """
 
     def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
@@ -367,7 +365,7 @@ class LiveSink:
         messages = list(wire.messages(outcome))
         self._batch.extend(messages)
         now, close_time = self._source.now(), outcome.group.close_time
-        self.latency.observe((now - self._source.moment) / 1e9)
+        self.latency.observe((now - outcome.group.due) / 1e9)
         self._courier.expect(messages, close_time, now)
         self._count(outcome)
         self.processed = max(self.processed, close_time)

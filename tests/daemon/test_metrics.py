@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from barcast.daemon import metrics
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.live import LiveSink
-from barcast.daemon.ports import Group, Outcome, Term
+from barcast.daemon.ports import Group, Outcome
 from barcast.daemon.succession import Runs
 from barcast.models import Coverage
 from tests.daemon.living import LEAST, at_work, daemon, deliver, until
@@ -159,7 +159,7 @@ def test_overdue_follows_the_calendar(tmp_path):
 
 def test_coverage_is_that_of_all_symbols(tmp_path):
     """Each symbol's coverage weighs by its outcomes; another model's is forgotten."""
-    sink = LiveSink(None, SimpleNamespace(position=0, now=lambda: START, moment=START), Silent())
+    sink = LiveSink(None, SimpleNamespace(position=0, now=lambda: START), Silent())
     model = Spread()
 
     def outcome(card, **shares):
@@ -169,9 +169,9 @@ def test_coverage_is_that_of_all_symbols(tmp_path):
             )
             for name, given in shares.items()
         }
-        group = Group(START, tuple(shares))
-        term = dict.fromkeys(shares, Term((1, 2), START))
-        return Outcome("t", "1m", group, card, forecasts, {}, {}, {}, {}, term)
+        group = Group(START, START, tuple(shares))
+        parts = dict.fromkeys(("degraded", "withheld", "holes", "targets", "terms"), {})
+        return Outcome("t", "1m", group, card, forecasts, **parts)
 
     sink._count(outcome(model.card, A=([0.5, 1.0], (10, 10)), B=([0.9, 0.8], (30, 10)), C=None))
     made = metrics.Metrics(daemon(tmp_path).config, None)
