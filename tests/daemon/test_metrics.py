@@ -170,7 +170,7 @@ def test_coverage_is_that_of_all_symbols(tmp_path):
             for name, given in shares.items()
         }
         group = Group(START, START, tuple(shares))
-        parts = dict.fromkeys(("degraded", "withheld", "holes", "targets", "terms"), {})
+        parts = {key: {} for key in ("degraded", "withheld", "holes", "targets", "terms")}
         return Outcome("t", "1m", group, card, forecasts, **parts)
 
     sink._count(outcome(model.card, A=([0.5, 1.0], (10, 10)), B=([0.9, 0.8], (30, 10)), C=None))
