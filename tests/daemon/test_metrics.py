@@ -8,6 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from barcast.daemon import metrics
+from barcast.daemon.app import Commands
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.live import LiveSink
 from barcast.daemon.ports import Group, Outcome
@@ -192,6 +193,25 @@ def test_retrainings_have_a_result():
     for accepted, refused in ((1, 2), (0, 1), (0, 0), (0, 0)):
         runs.ended(accepted, refused, 3.0)
     assert (runs.accepted, runs.refused, runs.failed, runs.seconds) == (1, 1, 2, 3.0)
+
+
+def test_a_retraining_that_dies_is_counted(tmp_path):
+    """The scheduled job ends without a verdict: it failed, and the model in force stays."""
+    made = daemon(tmp_path, LEAST + '[retrain]\ncron = "0 3 * * *"\n', START)
+    made.commands = Commands(["false"], ["false"])
+
+    async def story():
+        async with at_work(made):
+            before = await scraped(made)
+            await made._retrain()
+            return before, await scraped(made)
+
+    before, after = play(story())
+    runs = {key[1]: value for key, value in after.items() if key[0] == "barcast_retrain_runs_total"}
+    assert runs == {"accepted": 0, "refused": 0, "failed": 1}
+    assert ("barcast_retrain_seconds",) not in before
+    assert after["barcast_retrain_seconds",] > 0
+    assert (before["barcast_retrain_scheduled",], after["barcast_retrain_scheduled",]) == (1, 1)
 
 
 def test_readiness_names_what_is_missing(tmp_path, monkeypatch):
