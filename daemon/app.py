@@ -245,7 +245,7 @@ class Daemon:
             succession.refuse,
         )
         self.vitals.lags.clear()
-        accepted, refused = succession.accepted, succession.refused
+        promoted, refused = succession.promoted, succession.refused
         began = asyncio.get_running_loop().time()
         try:
             await retrainer.run()
@@ -255,7 +255,7 @@ class Daemon:
             log.info("retrain_stopped")  # with the daemon; the scheduler would tell it as a fault
             return
         seconds = asyncio.get_running_loop().time() - began
-        self.runs.ended(succession.accepted - accepted, succession.refused - refused, seconds)
+        self.runs.ended(succession.promoted - promoted, succession.refused - refused, seconds)
         lags = np.array(self.vitals.lags or [0.0]) * 1e3
         log.info(
             "retrain_ended",

@@ -249,7 +249,7 @@ class Metrics(Collector):
             "Whether the configuration has a retraining.",
             self._config.retrain is not None,
         )
-        results = {(result,): getattr(runs, result) for result in ("accepted", "refused", "failed")}
+        results = {(result,): getattr(runs, result) for result in ("promoted", "refused", "failed")}
         yield _counter(
             "retrain_runs", "Retrainings since the start, by the best they led to.", results, "result"
         )

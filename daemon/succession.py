@@ -30,19 +30,19 @@ log = structlog.get_logger()
 class Runs:
     """What retrainings since the start came to, and how long the last one took (seconds, None: none yet).
 
-    A run is `accepted` when a challenger took over, else `refused` when one was judged, else `failed`.
+    A run is `promoted` when a challenger took over, else `refused` when one was judged, else `failed`.
     """
 
-    accepted: int = 0
+    promoted: int = 0
     refused: int = 0
     failed: int = 0
     seconds: float | None = None
 
-    def ended(self, accepted: int, refused: int, seconds: float) -> None:
+    def ended(self, promoted: int, refused: int, seconds: float) -> None:
         """A run of so many verdicts ended after so long."""
-        self.accepted += accepted > 0
-        self.refused += not accepted and refused > 0
-        self.failed += not accepted and not refused
+        self.promoted += promoted > 0
+        self.refused += not promoted and refused > 0
+        self.failed += not promoted and not refused
         self.seconds = seconds
 
 
@@ -50,7 +50,7 @@ class Succession:
     """Activates models, and prepares each for its symbols before it serves them.
 
     The state is the champion, since when it serves (nanoseconds), how long it took to prepare a model last
-    (seconds, None: none was yet), and how many challengers were accepted and refused since the start.
+    (seconds, None: none was yet), and how many challengers took over and were refused since the start.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Succession:
     ) -> None:
         self.champion, self.activated = found.champion, found.activated or 0
         self.prepared: float | None = None
-        self.accepted = self.refused = 0
+        self.promoted = self.refused = 0
         self._config, self._clock, self._scribe, self._store = config, clock, scribe, store
         self._pipeline, self._source, self._courier = pipeline, source, courier
         self._forecasts = forecasts
@@ -103,7 +103,7 @@ class Succession:
         if found:
             written = self._source.decide(_warmup(found))
         await written
-        self.accepted += 1
+        self.promoted += 1
 
     async def refuse(self, verdict: Verdict) -> None:
         """Tell subscribers of a verdict that changes nothing."""

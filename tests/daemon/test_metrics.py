@@ -190,9 +190,9 @@ def test_coverage_is_that_of_all_symbols(tmp_path):
 def test_retrainings_have_a_result():
     """A run is what its best challenger was; without a verdict it failed."""
     runs = Runs()
-    for accepted, refused in ((1, 2), (0, 1), (0, 0), (0, 0)):
-        runs.ended(accepted, refused, 3.0)
-    assert (runs.accepted, runs.refused, runs.failed, runs.seconds) == (1, 1, 2, 3.0)
+    for promoted, refused in ((1, 2), (0, 1), (0, 0), (0, 0)):
+        runs.ended(promoted, refused, 3.0)
+    assert (runs.promoted, runs.refused, runs.failed, runs.seconds) == (1, 1, 2, 3.0)
 
 
 def test_a_retraining_that_dies_is_counted(tmp_path):
@@ -208,7 +208,7 @@ def test_a_retraining_that_dies_is_counted(tmp_path):
 
     before, after = play(story())
     runs = {key[1]: value for key, value in after.items() if key[0] == "barcast_retrain_runs_total"}
-    assert runs == {"accepted": 0, "refused": 0, "failed": 1}
+    assert runs == {"promoted": 0, "refused": 0, "failed": 1}
     assert ("barcast_retrain_seconds",) not in before
     assert after["barcast_retrain_seconds",] > 0
     assert (before["barcast_retrain_scheduled",], after["barcast_retrain_scheduled",]) == (1, 1)
