@@ -1,6 +1,7 @@
 """The command line. It is the top layer: the one place that knows the live and the replay side."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -169,7 +170,7 @@ def run(config: ConfigFile) -> None:
     from barcast.daemon.config import load
 
     settings = load(config)
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
     serve(settings, Commands(_child("retrain", config), _child("gate", config)))
 
 
@@ -186,7 +187,7 @@ def worker(config: ConfigFile) -> None:
     from barcast.daemon.worker import work
 
     settings = load(config)
-    log.configure(settings.log_level)
+    log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
     try:
         listener = socket.socket(fileno=sys.stdin.fileno())
         listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
@@ -215,6 +216,7 @@ def check(config: ConfigFile) -> None:
         ("model", f"{settings.model.name}, at first {settings.model.first}"),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
         ("retraining", settings.retrain.cron + " UTC" if settings.retrain else "never"),
+        ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
     ):
         table.add_row(name, str(value))
     out.print(table)

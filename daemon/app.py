@@ -7,24 +7,25 @@ import signal
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import structlog
 
-from barcast.daemon import wire
+from barcast.daemon import http, wire
 from barcast.daemon.config import Config, Rehearsal
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Courier, LiveSink, LiveSource, Scribe
+from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
-from barcast.daemon.succession import Succession
+from barcast.daemon.succession import Runs, Succession
 from barcast.daemon.vitals import Vitals
 from barcast.models import ConfigError
 
@@ -91,6 +92,8 @@ class Daemon:
         self.notifier = Notifier(notify_socket)
         self.state: wire.State = "starting"
         self.boot = secrets.token_hex(4)
+        self.metrics = Metrics(config, self.clock)
+        self.runs = Runs()
 
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
@@ -103,7 +106,13 @@ class Daemon:
             self.scribe = Scribe(Journal(config.state_dir / "journal.db"))
             self.forecasts = ThreadPoolExecutor(1, "forecast")
             try:
-                await self._serve()
+                async with AsyncExitStack() as stack:
+                    if config.http:
+                        metrics = self.metrics
+                        page = http.page(metrics.text, metrics.alive, metrics.ready)
+                        listening = http.listen(config.http.host, config.http.port)
+                        await stack.enter_async_context(http.serving(listening, page))
+                    await self._serve()
             finally:
                 self.forecasts.shutdown()
                 self.scribe.close()
@@ -144,6 +153,19 @@ class Daemon:
             self.forecasts,
             await asyncio.to_thread(opening, config, journal, self.store, self.clock.now()),
         )
+        self.metrics.watch(
+            Parts(
+                self.link,
+                self.scribe,
+                self.source,
+                self.courier,
+                self.sink,
+                self.pipeline,
+                self.vitals,
+                self.succession,
+                self.runs,
+            )
+        )
 
     async def _serve(self) -> None:
         async with self.notifier.starting():
@@ -163,12 +185,14 @@ class Daemon:
             if planner:
                 planner.start()
             self.state = "ready"
+            self.metrics.serving = True
             self.notifier.send("READY=1", "STATUS=serving")
             log.info("ready", instance=self.config.instance, model=self.succession.champion.model)
             await self.stop.wait()
             log.info("stopping")
             self.notifier.send("STOPPING=1")
             self.state = "stopped"
+            self.metrics.serving = False
             if planner:
                 planner.shutdown(wait=False)
             path.cancel()
@@ -222,6 +246,7 @@ class Daemon:
             succession.refuse,
         )
         self.vitals.lags.clear()
+        promoted, refused = succession.promoted, succession.refused
         began = asyncio.get_running_loop().time()
         try:
             await retrainer.run()
@@ -230,10 +255,12 @@ class Daemon:
                 raise
             log.info("retrain_stopped")  # with the daemon; the scheduler would tell it as a fault
             return
+        seconds = asyncio.get_running_loop().time() - began
+        self.runs.ended(succession.promoted - promoted, succession.refused - refused, seconds)
         lags = np.array(self.vitals.lags or [0.0]) * 1e3
         log.info(
             "retrain_ended",
-            seconds=round(asyncio.get_running_loop().time() - began, 1),
+            seconds=round(seconds, 1),
             loop_lag_p99_ms=round(float(np.quantile(lags, 0.99)), 1),
             loop_lag_max_ms=round(float(lags.max()), 1),
         )

@@ -201,6 +201,13 @@ class Retrain(_Section):
     nice: int = Field(default=10, ge=0, le=19)
 
 
+class Http(_Section):
+    """Where metrics and health are served. Whoever reaches the address may read them: there is no login."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    port: int = Field(gt=0, lt=65536)
+
+
 class Rehearsal(_Section):
     """A clock of its own, for feeding old bars as if they came now.
 
@@ -233,6 +240,7 @@ class Config(BaseSettings):
     model: Model = Model()
     strategy: list[StrategyTable] = []
     retrain: Retrain | None = None
+    http: Http | None = None
     rehearsal: Rehearsal | None = None
 
     @classmethod

@@ -183,6 +183,11 @@ class Journal:
         rows = self._db.execute("SELECT state, COUNT(*) FROM outbox GROUP BY state")
         return dict.fromkeys(State, 0) | {State(state): count for state, count in rows}
 
+    def waiting(self) -> int:
+        """How many messages are pending; by the index, however many were delivered."""
+        with self._reading():
+            return int(self._db.execute("SELECT COUNT(*) FROM outbox WHERE state = 0").fetchone()[0])
+
     def close(self) -> None:
         """Close the file."""
         self._db.close()

@@ -12,11 +12,12 @@ import structlog
 
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
+from barcast.daemon.distribution import Distribution
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
 from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.ports import Arrival, Declaration, Event, Outcome
 from barcast.daemon.wire import Outgoing, Reject
-from barcast.models import Adjustment, Bar
+from barcast.models import Adjustment, Bar, Coverage
 
 TAKE = 500
 """Messages written in one commit, at most."""
@@ -28,6 +29,12 @@ AT_ONCE = 256
 """Publications under way at once."""
 RETRY_SECONDS = 1.0
 """Pause after a publication failed, unless something new is due."""
+LATE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
+"""Seconds of the instance's clock behind a close: bounds of what is counted."""
+QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+"""Seconds of work: bounds of what is counted."""
+EMITTED = 100_000
+"""Messages of which it is known when they were emitted: those before are delivered without being timed."""
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -89,8 +96,9 @@ class LiveSource:
     Arrivals are stamped here, in one place and never backwards, when they are committed; they are
     acknowledged after the commit, in order. One commit is written while the path works on the events of the
     one before. The state is that commit, the events that are committed and not handed out yet, the decisions
-    that wait, the newest stamp and the number of the event handed out last. `caught_up` is set when
-    nothing was left for the first time.
+    that wait, the newest stamp, the number of the event handed out last, how many parts of messages could not
+    be used, and how late the last bar of each message was. `caught_up` is set when nothing was left for the
+    first time.
     """
 
     def __init__(
@@ -109,6 +117,8 @@ class LiveSource:
     ) -> None:
         self.position = position
         self.waiting = False
+        self.dead_letters = 0
+        self.bar_lag = Distribution(LATE)
         self.caught_up = asyncio.Event()
         self._link, self._scribe, self._clock = link, scribe, clock
         self._root, self._calendars, self._deadletters = root, calendars, deadletters
@@ -182,6 +192,7 @@ class LiveSource:
             if rejects:
                 topic, reason = delivery.topic[: wire.CUT], rejects[0].reason[: wire.CUT]
                 log.warning("dead_letter", topic=topic, reason=reason, count=len(rejects))
+                self.dead_letters += len(rejects)
                 outgoing.append(wire.dead_letter(rejects, delivery.topic, time, self._deadletters))
         numbers = self._scribe(self._scribe.journal.append, records, outgoing)
         return _Commit(numbers, events, deliveries, [written for _, written in decisions], bool(outgoing))
@@ -203,14 +214,16 @@ class LiveSource:
             found = wire.declared(topic, payload, self._root)
             return (None, [found]) if isinstance(found, Reject) else (Declaration(time, found), [])
         bars, rejects = wire.decode(topic, payload, time, self._root, self._calendars)
+        if bars:
+            self.bar_lag.observe((time - bars[-1].close_time) / 1e9)
         return (Arrival(time, tuple(bars)) if bars else None), rejects
 
 
 class Courier:
     """Publishes the outbox in its order for each topic, until the broker has a message or it expired.
 
-    The state is what is wrong with which topic, so that it is said once and not at each try, and how many
-    publications this boot has made.
+    The state is what is wrong with which topic, so that it is said once and not at each try, how many
+    publications this boot has made, what came of them, and what was emitted when for which close.
     """
 
     def __init__(self, link: Link, scribe: Scribe, clock: Clock, instance: str, boot: str) -> None:
@@ -218,6 +231,9 @@ class Courier:
         self._instance, self._boot = instance, boot
         self._sequence = 0
         self._faults: dict[str, str] = {}
+        self._emitted: dict[str, tuple[int, int]] = {}
+        self.delivered = self.expired = self.failed = 0
+        self.latency, self.since_close = Distribution(QUICK), Distribution(LATE)
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
 
@@ -225,6 +241,12 @@ class Courier:
         """There is something new in the outbox."""
         self._idle.clear()
         self._wake.set()
+
+    def expect(self, messages: Iterable[Outgoing], close_time: int, now: int) -> None:
+        """Messages about a close were emitted: time them until the broker has them."""
+        self._emitted.update((message.id, (close_time, now)) for message in messages)
+        while len(self._emitted) > EMITTED:
+            del self._emitted[next(iter(self._emitted))]
 
     async def drained(self) -> None:
         """Return once the outbox is empty."""
@@ -257,13 +279,16 @@ class Courier:
                 return not blocked
             states = [(row.n, State.EXPIRED) for row in rows if _expired(row, now)]
             due = [row for row in rows if not _expired(row, now)]
+            self.expired += len(states)
             answers = await asyncio.gather(*(self._publish(row.message, now) for row in due))
             for row, fault in zip(due, answers, strict=True):
                 topic = row.message.topic
                 if fault is None:
                     states.append((row.n, State.DELIVERED))
+                    self.delivered += 1
                     self._faults.pop(topic, None)
                     continue
+                self.failed += 1
                 blocked.add(topic)
                 if self._faults.get(topic) != fault:
                     self._faults[topic] = fault
@@ -278,22 +303,53 @@ class Courier:
             ("boot", self._boot),
             ("sequence", str(self._sequence)),
         )
-        return await self._link.publish(message, now, properties)
+        fault = await self._link.publish(message, now, properties)
+        if fault is None and (known := self._emitted.pop(message.id, None)):
+            close_time, emitted = known
+            done = self._clock.now()
+            self.latency.observe((done - emitted) / 1e9)
+            self.since_close.observe((done - close_time) / 1e9)
+        return fault
 
 
 def _expired(row: Queued, now: int) -> bool:
     return row.message.expires is not None and row.message.expires <= now
 
 
+@dataclass(slots=True)
+class Emitted:
+    """What became of the groups since the start, and of their symbols.
+
+    A group is full, incomplete or a straggler; a symbol of it gets a signal or is withheld. Of the signals
+    some are `degraded` or `warming`. `holes` are gaps right before a bar.
+    """
+
+    full: int = 0
+    incomplete: int = 0
+    straggler: int = 0
+    signals: int = 0
+    withheld: int = 0
+    degraded: int = 0
+    warming: int = 0
+    holes: int = 0
+
+
 class LiveSink:
     """Outcomes into the outbox, in one commit with how far the path has come.
 
     The state is what was emitted and not committed yet, the number of the event settled last, and the newest
-    close of which a group was emitted (nanoseconds, 0: none since the start).
+    close of which a group was emitted (nanoseconds, 0: none since the start); how many outcomes there were,
+    how long they took from when they were due, and the newest coverage of each symbol, by the model that made
+    the last forecasts, over its `horizons`.
     """
 
     def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
         self.processed = 0
+        self.counts = Emitted()
+        self.latency = Distribution(QUICK)
+        self.horizons: tuple[int, ...] = ()
+        self.coverage: dict[str, Coverage] = {}
+        self._model = ""
         self._scribe, self._source, self._courier = scribe, source, courier
         self._batch: list[Outgoing] = []
         self._settled = source.position
@@ -306,15 +362,37 @@ class LiveSink:
 
     async def emit(self, outcome: Outcome) -> None:
         """Encode the outcome's messages; they are committed when the path settles."""
-        self._batch.extend(wire.messages(outcome))
-        self.processed = max(self.processed, outcome.group.close_time)
+        messages = list(wire.messages(outcome))
+        self._batch.extend(messages)
+        now, close_time = self._source.now(), outcome.group.close_time
+        self.latency.observe((now - outcome.group.due) / 1e9)
+        self._courier.expect(messages, close_time, now)
+        self._count(outcome)
+        self.processed = max(self.processed, close_time)
         log.info(
             "group",
-            close_time=wire.to_text(outcome.group.close_time),
+            close_time=wire.to_text(close_time),
             signals=len(outcome.forecasts),
             withheld=len(outcome.withheld),
             straggler=outcome.group.straggler,
         )
+
+    def _count(self, outcome: Outcome) -> None:
+        counts, group = self.counts, outcome.group
+        counts.straggler += group.straggler
+        counts.incomplete += bool(group.missing)
+        counts.full += not (group.straggler or group.missing)
+        counts.signals += len(outcome.forecasts)
+        counts.withheld += len(outcome.withheld)
+        counts.degraded += len(outcome.degraded.keys() & outcome.forecasts.keys())
+        counts.warming += sum(forecast.warming for forecast in outcome.forecasts.values())
+        counts.holes += len(outcome.holes)
+        if outcome.card.model != self._model:
+            self._model, self.horizons = outcome.card.model, outcome.card.horizons
+            self.coverage.clear()
+        for symbol, forecast in outcome.forecasts.items():
+            if forecast.coverage:
+                self.coverage[symbol] = forecast.coverage
 
     async def settle(self, now: int) -> None:
         """Commit what was emitted since the last time, and the progress."""

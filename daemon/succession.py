@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,31 @@ from barcast.models import Bar, Forecaster
 log = structlog.get_logger()
 
 
+@dataclass(slots=True)
+class Runs:
+    """What retrainings since the start came to, and how long the last one took (seconds, None: none yet).
+
+    A run is `promoted` when a challenger took over, else `refused` when one was judged, else `failed`.
+    """
+
+    promoted: int = 0
+    refused: int = 0
+    failed: int = 0
+    seconds: float | None = None
+
+    def ended(self, promoted: int, refused: int, seconds: float) -> None:
+        """A run of so many verdicts ended after so long."""
+        self.promoted += promoted > 0
+        self.refused += not promoted and refused > 0
+        self.failed += not promoted and not refused
+        self.seconds = seconds
+
+
 class Succession:
     """Activates models, and prepares each for its symbols before it serves them.
 
-    The state is the champion, and since when it serves (nanoseconds).
+    The state is the champion, since when it serves (nanoseconds), how long it took to prepare a model last
+    (seconds, None: none was yet), and how many challengers took over and were refused since the start.
     """
 
     def __init__(
@@ -44,6 +66,8 @@ class Succession:
         found: Opening,
     ) -> None:
         self.champion, self.activated = found.champion, found.activated or 0
+        self.prepared: float | None = None
+        self.promoted = self.refused = 0
         self._config, self._clock, self._scribe, self._store = config, clock, scribe, store
         self._pipeline, self._source, self._courier = pipeline, source, courier
         self._forecasts = forecasts
@@ -79,9 +103,11 @@ class Succession:
         if found:
             written = self._source.decide(_warmup(found))
         await written
+        self.promoted += 1
 
     async def refuse(self, verdict: Verdict) -> None:
         """Tell subscribers of a verdict that changes nothing."""
+        self.refused += 1
         notice = self._notice(msgspec.to_builtins(verdict), self._clock.now())
         await self._scribe(self._scribe.journal.append, [], [notice])
         self._courier.wake()
@@ -115,7 +141,8 @@ class Succession:
             if window is not None and len(window) >= max(2, card.min_window):
                 await loop.run_in_executor(self._forecasts, forecaster.forecast, [window])
                 count += 1
-        log.info("prepared", model=card.model, symbols=count, seconds=round(loop.time() - began, 1))
+        self.prepared = loop.time() - began
+        log.info("prepared", model=card.model, symbols=count, seconds=round(self.prepared, 1))
 
 
 def _warmup(found: Warmth) -> Decision:

@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 import structlog
 
-from barcast.daemon.live import LiveSource
+from barcast.daemon.distribution import Distribution
+from barcast.daemon.live import QUICK, LiveSource
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Counts
 
@@ -25,11 +26,13 @@ log = structlog.get_logger()
 class Vitals:
     """Measures the loop and feeds the watchdog while the path takes events, or waits for them.
 
-    The state is the lags measured last (seconds), and when the path was last seen to move.
+    The state is the lags measured last (seconds), how often they were how large, and when the path was last
+    seen to move.
     """
 
     def __init__(self, source: LiveSource, counts: Counts, notifier: Notifier) -> None:
         self.lags: deque[float] = deque(maxlen=LAGS_KEPT)
+        self.lag = Distribution(QUICK)
         self._source, self._counts, self._notifier = source, counts, notifier
         self._moved = asyncio.get_running_loop().time()
 
@@ -46,6 +49,7 @@ class Vitals:
             asleep = loop.time()
             await asyncio.sleep(LAG_SECONDS)
             self.lags.append(loop.time() - asleep - LAG_SECONDS)
+            self.lag.observe(self.lags[-1])
             if loop.time() - told > COUNT_SECONDS:
                 before, counts, told = counts, asdict(self._counts), loop.time()
                 if counts != before:

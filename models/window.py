@@ -98,6 +98,11 @@ class Windows:
         ring = self._rings.get(symbol)
         return ring is not None and ring.find(close_time) is not None
 
+    def newest(self, symbol: str) -> int:
+        """The close of the symbol's newest bar, in nanoseconds; 0 without one."""
+        ring = self._rings.get(symbol)
+        return 0 if ring is None else ring.newest
+
     def adjust(self, adjustment: Adjustment) -> bool:
         """Take note of another price basis; False when it was declared before.
 

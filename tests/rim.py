@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -172,6 +172,9 @@ class Silent:
 
     def wake(self) -> None:
         """Nothing waits for it."""
+
+    def expect(self, messages: Iterable[Outgoing], close_time: int, now: int) -> None:
+        """Nothing is delivered."""
 
 
 class Instance:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.bench import cost, ingest, latency, memory, oracle, replay, sizing
+from tests.bench import cost, ingest, latency, memory, oracle, replay, scrape, sizing
 from tests.bench.report import Section, machine, sentence
 from tests.integration.broker import executable
 
@@ -23,6 +23,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "ingest": ingest.measure,
     "latency": latency.measure,
     "memory": memory.measure,
+    "scrape": scrape.measure,
     "cost": cost.measure,
     "oracle": oracle.measure,
 }

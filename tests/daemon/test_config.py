@@ -203,6 +203,9 @@ def test_bar_closes_that_do_not_exist_are_refused(write, text, key, parts):
         ('symbols = "A"\n', ("symbols", "'A'", "list")),
         ('strategy = "median-drift"\n', ("strategy", "list")),
         ("[retrain]\nsteps = 5\n", ("retrain.cron", "missing")),
+        ("[http]\n", ("http.port", "missing")),
+        ("[http]\nport = 0\n", ("http.port", "greater than 0")),
+        ('[http]\nport = 9464\nhost = ""\n', ("http.host", "at least 1")),
     ],
 )
 def test_fault_is_said_with_its_remedy(write, text, parts):

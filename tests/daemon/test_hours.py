@@ -20,7 +20,7 @@ from barcast.daemon.ports import Activation, Revision
 from barcast.daemon.wire import to_ns
 from barcast.models import Bar
 from tests.fakes import Spread
-from tests.rim import Message, World, outbox, source
+from tests.rim import Message, Silent, World, outbox, source
 
 SECOND, HOUR = 10**9, 3600 * 10**9
 HOURS = {"EURUSD": "fx", "USDJPY": "fx", "AAPL": "XNYS", "IBM": "XNYS", "SAP": "XETR"}
@@ -98,11 +98,7 @@ def live(
     world.script.extend(sorted(script, key=lambda step: step[0]))
     src = source(world, scribe, calendars=settings.bar_calendars())
 
-    class Courier:
-        def wake(self) -> None:
-            """Nobody delivers."""
-
-    asyncio.run(run(src, Pipeline(lambda *_: MODEL), LiveSink(scribe, src, Courier())))
+    asyncio.run(run(src, Pipeline(lambda *_: MODEL), LiveSink(scribe, src, Silent())))
     said = outbox(journal)
     again = Recording()
     replay((event for _, event in events(journal.records())), Pipeline(lambda *_: MODEL), again)

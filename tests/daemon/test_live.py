@@ -16,7 +16,7 @@ from barcast.daemon.ports import Activation, Arrival, EndOfSource, Revision
 from barcast.daemon.wire import Outgoing
 from tests import checks
 from tests.fakes import START, Spread, bar, settings
-from tests.rim import SECOND, Message, World, outbox, play, source, taken
+from tests.rim import SECOND, Message, Silent, World, outbox, play, source, taken
 
 A, B = (Message.of(bar(symbol, 1)) for symbol in "AB")
 BAD = Message("t/bars/1m/A", b'{"close_time": "yesterday"}')
@@ -275,7 +275,7 @@ def test_deadline_that_is_not_over_waits(scribe):
     assert now == START + 8 * SECOND
 
 
-class Sent:
+class Sent(Silent):
     """A courier that only notes that it was woken."""
 
     woken = 0

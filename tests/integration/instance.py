@@ -73,9 +73,10 @@ class Instance:
     first_model: str
     start: int
     speed: float
-    sampler: str = "dpmpp"
+    sampler: str | None = "dpmpp"
     cron: str | None = None
     user: str | None = None
+    http: int | None = None
     command: Sequence[str] = BARCAST
     process: subprocess.Popen[bytes] | None = None
     at: datetime = field(default_factory=lambda: datetime.now(UTC) + timedelta(seconds=8))
@@ -97,10 +98,12 @@ class Instance:
             f'instance = "test"\nstate_dir = "state"\ntimeframe = "1m"\nmax_wait = "15s"\n'
             f"symbols = {json.dumps(self.symbols)}\n"
             f"[mqtt]\nport = {self.port}\n{login}"
-            f'[model]\nfirst = "{self.first_model}"\nsampler = "{self.sampler}"\n'
-            '[[strategy]]\nkind = "median-drift"\n'
+            f'[model]\nfirst = "{self.first_model}"\n'
+            + (f'sampler = "{self.sampler}"\n' if self.sampler else "")
+            + '[[strategy]]\nkind = "median-drift"\n'
             f"[rehearsal]\nstart = {begin.isoformat()}\nat = {self.at.isoformat()}\nspeed = {self.speed}\n"
             + (f'[retrain]\ncron = "{self.cron}"\nsteps = 8\n' if self.cron else "")
+            + (f"[http]\nport = {self.http}\n" if self.http else "")
         )
         return path
 

@@ -1,0 +1,295 @@
+"""What /metrics says: counts and gauges read off the daemon's parts when it is asked, nothing by symbol."""
+
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from barcast.daemon.config import Config
+from barcast.daemon.distribution import Distribution
+from barcast.daemon.live import Clock, Courier, LiveSink, LiveSource, Scribe
+from barcast.daemon.mqtt import Link
+from barcast.daemon.pipeline import Counts, Pipeline
+from barcast.daemon.succession import Runs, Succession
+from barcast.daemon.vitals import Vitals
+from barcast.models import DataError
+
+FULL_BYTES = 64 << 20
+"""A state directory with less room than that is full: a journal needs some to be written at all."""
+ANSWER_SECONDS = 1.0
+"""How long the journal's thread may be busy until its disk is taken to stand still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The daemon's parts, once it has recovered."""
+
+    link: Link
+    scribe: Scribe
+    source: LiveSource
+    courier: Courier
+    sink: LiveSink
+    pipeline: Pipeline
+    vitals: Vitals
+    succession: Succession
+    runs: Runs
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """Messages that wait in the outbox, bytes of the journal, bytes that its disk has left."""
+
+    pending: int
+    journal: int
+    free: int
+
+
+class Metrics(Collector):
+    """Says how the daemon is: to a scrape in numbers, to those who ask whether it is well by conditions.
+
+    The state is the parts (None until the daemon has recovered), what they had counted until then, the moment
+    of it, what was last known of the disk, and whether the journal's thread answered in time.
+    """
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self.serving = False
+        self._config, self._clock = config, clock
+        self._parts: Parts | None = None
+        self._storage = Storage(0, 0, 0)
+        self._answered = False
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        ProcessCollector(registry=self._registry)
+
+    def watch(self, parts: Parts) -> None:
+        """From now on these are the parts. What was counted in recovering happened before."""
+        self._parts, self._since = parts, self._clock.now()
+        self._before = Counts(**asdict(parts.pipeline.counts))
+
+    async def text(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        await self._ask()
+        return generate_latest(self._registry)
+
+    def alive(self) -> dict[str, bool]:
+        """Whether the path moves, as the watchdog sees it; that the event loop does, the answer shows."""
+        return {"moving": self._parts is None or self._parts.vitals.moving}
+
+    async def ready(self) -> dict[str, bool]:
+        """What must hold for bars to be processed."""
+        await self._ask()
+        return self._conditions()
+
+    def describe(self) -> Iterable[Metric]:
+        """Nothing: so that no part is asked before there are any."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric that is not the process's."""
+        config = self._config
+        about = {"name": config.instance, "timeframe": config.timeframe, "version": version("barcast")}
+        yield InfoMetricFamily("barcast", "Instance, base timeframe and version.", about)
+        yield _gauge("ready", "Whether bars are processed: all conditions of /readyz.", self._well())
+        if self._parts is not None:
+            yield from self._bars(self._parts)
+            yield from self._groups(self._parts)
+            yield from self._messages(self._parts)
+            yield from self._model(self._parts)
+            yield from self._machine(self._parts)
+
+    async def _ask(self) -> None:
+        """Ask the journal's thread, which may be waiting for its disk, how things stand there."""
+        if self._parts is None:
+            return
+        scribe, state_dir = self._parts.scribe, self._config.state_dir
+        self._answered = False
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                pending = await scribe(scribe.journal.waiting)
+                self._storage = await scribe(_storage, pending, scribe.journal.path, state_dir)
+            self._answered = True
+        except TimeoutError:
+            pass
+
+    def _conditions(self) -> dict[str, bool]:
+        p = self._parts
+        return {
+            "recovered": p is not None,
+            "serving": self.serving,
+            "connected": p is not None and p.link.connected.is_set(),
+            "hearing": p is not None and not p.link.deaf,
+            "moving": p is not None and p.vitals.moving,
+            "journal": self._answered and self._storage.free >= FULL_BYTES,
+            "model": p is not None and p.pipeline.model is not None,
+        }
+
+    def _well(self) -> bool:
+        return all(self._conditions().values())
+
+    def _bars(self, p: Parts) -> Iterator[Metric]:
+        now, before = p.pipeline.counts, self._before
+        n = {name: value - getattr(before, name) for name, value in asdict(now).items()}
+        n["newest"] -= n["stale"] + n["straggler"]
+        yield _counter(
+            "bars",
+            "Bars by what became of them: newest of their symbol, late (straggler, stale), or not newest.",
+            {(verdict,): count for verdict, count in n.items()},
+            "verdict",
+        )
+        yield _histogram(
+            "bar_lag_seconds", "From a close to its arrival; the last bar of each message.", p.source.bar_lag
+        )
+        yield _gauge("inbox_messages", "Messages that came and are not taken yet.", len(p.link.inbox))
+        yield _counter("qos0_shed", "Messages of QoS 0 that found no room.", p.link.shed)
+        yield _counter("dead_letters", "Bars or messages that could not be used.", p.source.dead_letters)
+        yield _gauge("symbols", "Symbols of which there are bars.", len(p.pipeline.windows.symbols))
+        yield _gauge(
+            "overdue_seconds",
+            "How long the next close after the newest bar has passed; 0 while it has not.",
+            {(name,): seconds for name, seconds in self._overdue(p)},
+            "calendar",
+        )
+
+    def _overdue(self, p: Parts) -> Iterator[tuple[str, float]]:
+        """By calendar: that of markets which are shut is 0."""
+        windows, now = p.pipeline.windows, self._clock.now()
+        symbols = self._config.symbols or windows.symbols
+        for calendar, own in p.pipeline.calendars.split(symbols):
+            newest = max((windows.newest(symbol) for symbol in own), default=0)
+            try:
+                due = calendar.closes_after(max(newest, self._since), 1)[0]
+            except DataError:  # the calendar ends: its forecasts are withheld, with the reason
+                continue
+            yield calendar.name, max(0, now - due) / 1e9
+
+    def _groups(self, p: Parts) -> Iterator[Metric]:
+        counts, sink = p.sink.counts, p.sink
+        kinds = {(kind,): getattr(counts, kind) for kind in ("full", "incomplete", "straggler")}
+        yield _counter("groups", "Groups that were forecast.", kinds, "kind")
+        yield _counter("signals", "Signals that were emitted.", counts.signals)
+        yield _counter("signals_degraded", "Signals that were degraded.", counts.degraded)
+        yield _counter("signals_warming", "Signals of symbols that were warming.", counts.warming)
+        yield _counter("withheld", "Symbols of groups that were given no forecast.", counts.withheld)
+        yield _counter("holes", "Gaps between the bars of a symbol.", counts.holes)
+        yield _histogram(
+            "batch_latency_seconds",
+            "From the arrival or the deadline that made a group due until its forecasts are made.",
+            sink.latency,
+        )
+        yield _gauge(
+            "last_close_timestamp_seconds",
+            "The newest close of which a group was forecast since the start.",
+            {(): sink.processed / 1e9} if sink.processed else {},
+        )
+        yield from self._coverage(sink)
+
+    def _coverage(self, sink: LiveSink) -> Iterator[Metric]:
+        """The coverage that the signals tell, of all symbols, each weighed by its outcomes."""
+        told = list(sink.coverage.values())
+        shares: dict[tuple[str, ...], float] = {}
+        outcomes: dict[tuple[str, ...], float] = {}
+        if told:
+            n = np.array([c.outcomes for c in told])  # (symbols, H)
+            inside = np.einsum("sih,sh->ih", np.array([c.share for c in told]), n) / n.sum(0)  # (I, H)
+            for h, horizon in enumerate(sink.horizons):
+                outcomes[(str(horizon),)] = int(n[:, h].sum())
+                for i, interval in enumerate(told[0].intervals):
+                    shares[(str(horizon), f"{interval:g}")] = float(inside[i, h])
+        text = "Share of the last outcomes inside the central interval, all symbols; online calibration only."
+        yield _gauge("coverage_ratio", text, shares, "horizon", "interval")
+        yield _gauge("coverage_outcomes", "Outcomes behind that share.", outcomes, "horizon")
+
+    def _messages(self, p: Parts) -> Iterator[Metric]:
+        courier, link = p.courier, p.link
+        yield _gauge("broker_connected", "Whether there is a broker.", link.connected.is_set())
+        yield _gauge("deaf", "Whether nothing comes by the subscription.", link.deaf)
+        yield _gauge("outbox_pending_messages", "Messages due to subscribers.", self._storage.pending)
+        yield _counter("published", "Messages that the broker has.", courier.delivered)
+        yield _counter("expired", "Messages that were of no use any more before they went.", courier.expired)
+        yield _counter("publish_failures", "Publications that failed; they are tried again.", courier.failed)
+        yield _histogram(
+            "publish_latency_seconds", "From a message's emission to the broker's PUBACK.", courier.latency
+        )
+        yield _histogram(
+            "close_to_published_seconds",
+            "From a close to the PUBACK of a message on it.",
+            courier.since_close,
+        )
+
+    def _model(self, p: Parts) -> Iterator[Metric]:
+        succession, runs = p.succession, p.runs
+        champion = succession.champion
+        about = {"model": champion.model, "fingerprint": champion.fingerprint}
+        yield InfoMetricFamily("barcast_model", "The model that serves.", about)
+        age = max(0, self._clock.now() - succession.activated) / 1e9
+        yield _gauge(
+            "model_age_seconds",
+            "How long the model has served, since its activation.",
+            {(): age} if succession.activated else {},
+        )
+        prepared = {} if succession.prepared is None else {(): succession.prepared}
+        yield _gauge("prepare_seconds", "How long a model was prepared for its symbols last.", prepared)
+        yield _gauge(
+            "retrain_scheduled",
+            "Whether the configuration has a retraining.",
+            self._config.retrain is not None,
+        )
+        results = {(result,): getattr(runs, result) for result in ("promoted", "refused", "failed")}
+        yield _counter(
+            "retrain_runs", "Retrainings since the start, by the best they led to.", results, "result"
+        )
+        took = {} if runs.seconds is None else {(): runs.seconds}
+        yield _gauge("retrain_seconds", "How long the last retraining took.", took)
+
+    def _machine(self, p: Parts) -> Iterator[Metric]:
+        storage = self._storage
+        yield _histogram("loop_lag_seconds", "How late the event loop wakes a sleeper.", p.vitals.lag)
+        yield _gauge("journal_size_bytes", "The journal's files.", storage.journal)
+        yield _gauge("state_dir_free_bytes", "Room on the state directory's disk.", storage.free)
+        yield _gauge("disk_full", "Whether there is too little to go on.", storage.free < FULL_BYTES)
+
+
+def _storage(pending: int, journal: Path, state_dir: Path) -> Storage:
+    files = (journal, journal.with_name(f"{journal.name}-wal"))
+    return Storage(pending, sum(f.stat().st_size for f in files if f.exists()), disk_usage(state_dir).free)
+
+
+Values = float | Mapping[Any, float]
+"""One value, or one for each tuple of label values."""
+
+
+def _counter(name: str, text: str, values: Values, *labels: str) -> Metric:
+    return _filled(CounterMetricFamily(f"barcast_{name}", text, labels=labels), values)
+
+
+def _gauge(name: str, text: str, values: Values, *labels: str) -> Metric:
+    return _filled(GaugeMetricFamily(f"barcast_{name}", text, labels=labels), values)
+
+
+def _filled(family: CounterMetricFamily | GaugeMetricFamily, values: Values) -> Metric:
+    for key, value in values.items() if isinstance(values, Mapping) else (((), values),):
+        family.add_metric(key, value)
+    return family
+
+
+def _histogram(name: str, text: str, found: Distribution) -> Metric:
+    family = HistogramMetricFamily(f"barcast_{name}", text)
+    upto = np.cumsum(found.counts).tolist()
+    bounds = [*(f"{bound:g}" for bound in found.bounds), "+Inf"]
+    family.add_metric((), list(zip(bounds, upto, strict=True)), found.sum)
+    return family

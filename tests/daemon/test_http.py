@@ -1,0 +1,146 @@
+"""The addresses that operators ask: what they answer, and that they never stand in the daemon's way."""
+
+import asyncio
+import json
+import signal
+import socket
+import urllib.error
+import urllib.request
+from contextlib import suppress
+
+import pytest
+
+from barcast.daemon.http import AT_ONCE, listen, page, serving
+from barcast.models import ConfigError
+from tests.rim import play
+
+WELL = {"moving": True}
+
+
+async def text():
+    """Some metrics."""
+    return b"barcast_ready 1\n"
+
+
+def pages(alive=WELL, ready=WELL, metrics=text):
+    """A page that says so."""
+
+    async def is_ready():
+        return ready
+
+    return page(metrics, lambda: alive, is_ready)
+
+
+async def get(port, path):
+    """Status, content type and body of an address."""
+
+    def ask():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+                return answer.status, answer.headers["content-type"], answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.headers["content-type"], error.read().decode()
+
+    return await asyncio.to_thread(ask)
+
+
+def asked(what, *paths):
+    """What a server on a free port answers."""
+
+    async def story():
+        listening = listen("127.0.0.1", 0)
+        async with serving(listening, what):
+            return [await get(listening.getsockname()[1], path) for path in paths]
+
+    return play(story())
+
+
+def test_three_addresses_answer():
+    """Metrics are Prometheus' text; health and readiness are JSON with conditions; the rest is not found."""
+    metrics, *conditions, other = asked(pages(), "/metrics", "/healthz", "/readyz", "/")
+    assert metrics == (200, "text/plain; version=0.0.4; charset=utf-8", "barcast_ready 1\n")
+    for status, kind, body in conditions:
+        assert (status, kind) == (200, "application/json")
+        assert json.loads(body) == {"ok": True, "not": [], "conditions": WELL}
+    assert other[0] == 404
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz"])
+def test_what_does_not_hold_is_503_and_named(path):
+    """One condition that does not hold is enough, and it is named."""
+    sick = {"moving": True, "hearing": False}
+    [(status, _, body)] = asked(pages(sick, sick), path)
+    assert status == 503
+    assert json.loads(body) == {"ok": False, "not": ["hearing"], "conditions": sick}
+
+
+def test_a_port_in_use_is_one_sentence():
+    """A port that somebody has, and a host that is not of this machine, are faults of the configuration."""
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^http: 127.0.0.1:{port}: Address already in use; name a"):
+            listen("127.0.0.1", port)
+    for host in ("192.0.2.1", "no such host", "x" * 70 + ".example", "\udce9"):
+        with pytest.raises(ConfigError, match=r"^http: "):
+            listen(host, port)
+
+
+def test_the_signals_stay_the_daemons():
+    """While it serves, SIGTERM and SIGINT are handled as before: the daemon stops, not the server."""
+
+    def handlers():
+        return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+
+    async def story():
+        before, listening = handlers(), listen("127.0.0.1", 0)
+        async with serving(listening, pages()):
+            await get(listening.getsockname()[1], "/healthz")
+            assert handlers() == before
+
+    play(story())
+
+
+def test_nobody_who_asks_delays_the_end():
+    """A request that is never answered and one that is never finished end with the server."""
+    asked_for, port = asyncio.Event(), 0
+
+    async def never():
+        asked_for.set()
+        await asyncio.Event().wait()
+        return b""
+
+    async def story():
+        nonlocal port
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        async with serving(listening, pages(metrics=never)):
+            _, slow = await asyncio.open_connection("127.0.0.1", port)
+            slow.write(b"GET /healthz HT")
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /metrics HTTP/1.1\r\nhost: me\r\n\r\n")
+            await asked_for.wait()
+        with suppress(ConnectionResetError):
+            assert await reader.read() == b""
+        for one in (slow, writer):
+            one.close()
+
+    play(story())
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", port), 1)
+
+
+def test_a_crowd_is_turned_away():
+    """Beyond so many connections the next request is answered with 503: sockets are not without end."""
+
+    async def story():
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        async with serving(listening, pages()):
+            crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(AT_ONCE)]
+            status, _, _ = await get(port, "/healthz")
+            for _, writer in crowd:
+                writer.close()
+            return status
+
+    assert play(story()) == 503
