@@ -86,7 +86,7 @@ def test_after_an_outage_only_the_newest_is_tradable(tmp_path, together, late):
                 (START + 40 * MINUTE + SECOND, missed[i : i + together])
                 for i in range(0, len(missed), together)
             ),
-            # B does not come: a timer releases this one five seconds before the next close, and may wake later.
+            # B does not come: a timer releases it five seconds before the next close, and may wake later.
             (START + 41 * MINUTE + 45 * SECOND, [Message.of(bar("A", 41))]),
             (START + 43 * MINUTE + SECOND, [Message.of(bar(s, 43)) for s in "AB"]),
         ]
