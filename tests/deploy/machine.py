@@ -5,6 +5,7 @@ its own. Needs root on Linux. Memory and CPU limits are not enforced where the k
 by the older hierarchy of control groups.
 """
 
+import json
 import os
 import site
 import subprocess
@@ -124,6 +125,11 @@ class Machine:
     def journal(self, unit: str) -> str:
         """What a unit has logged, and systemd about it."""
         return self.run("journalctl", "--no-pager", "-o", "cat", "-u", unit).stdout
+
+    def events(self, unit: str, event: str) -> list[dict[str, str]]:
+        """The entries of a unit about an event, with their fields."""
+        how = ("journalctl", "--no-pager", "-o", "json", "-u", unit, f"BARCAST_EVENT={event}")
+        return [json.loads(line) for line in self.run(*how).stdout.splitlines()]
 
     def wait(self, what: str, condition: Callable[[], object], seconds: float = 40) -> None:
         """Wait until a condition holds."""
