@@ -93,7 +93,7 @@ class Daemon:
         self.state: wire.State = "starting"
         self.boot = secrets.token_hex(4)
         self.metrics = Metrics(config, self.clock)
-        self.runs = Runs()
+        self.retraining = Runs()
 
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
@@ -163,7 +163,7 @@ class Daemon:
                 self.pipeline,
                 self.vitals,
                 self.succession,
-                self.runs,
+                self.retraining,
             )
         )
 
@@ -256,7 +256,7 @@ class Daemon:
             log.info("retrain_stopped")  # with the daemon; the scheduler would tell it as a fault
             return
         seconds = asyncio.get_running_loop().time() - began
-        self.runs.ended(succession.promoted - promoted, succession.refused - refused, seconds)
+        self.retraining.ended(succession.promoted - promoted, succession.refused - refused, seconds)
         lags = np.array(self.vitals.lags or [0.0]) * 1e3
         log.info(
             "retrain_ended",

@@ -47,7 +47,7 @@ class Parts:
     pipeline: Pipeline
     vitals: Vitals
     succession: Succession
-    runs: Runs
+    retraining: Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ class Metrics(Collector):
         )
 
     def _model(self, p: Parts) -> Iterator[Metric]:
-        succession, runs = p.succession, p.runs
+        succession, retraining = p.succession, p.retraining
         champion = succession.champion
         about = {"model": champion.model, "fingerprint": champion.fingerprint}
         yield InfoMetricFamily("barcast_model", "The model that serves.", about)
@@ -249,11 +249,11 @@ class Metrics(Collector):
             "Whether the configuration has a retraining.",
             self._config.retrain is not None,
         )
-        results = {(result,): getattr(runs, result) for result in ("promoted", "refused", "failed")}
+        results = {(result,): retraining.runs[result] for result in ("promoted", "refused", "failed")}
         yield _counter(
             "retrain_runs", "Retrainings since the start, by the best they led to.", results, "result"
         )
-        took = {} if runs.seconds is None else {(): runs.seconds}
+        took = {(): retraining.seconds} if retraining.runs else {}
         yield _gauge("retrain_seconds", "How long the last retraining took.", took)
 
     def _machine(self, p: Parts) -> Iterator[Metric]:

@@ -1,9 +1,9 @@
 """Which model serves: a better challenger takes over by an event of the journal, and subscribers are told."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import Executor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +26,20 @@ from barcast.models import Bar, Forecaster
 log = structlog.get_logger()
 
 
-@dataclass(slots=True)
 class Runs:
-    """What retrainings since the start came to, and how long the last one took (seconds, None: none yet).
+    """What retrainings since the start came to.
 
-    A run is `promoted` when a challenger took over, else `refused` when one was judged, else `failed`.
+    The state is how many `runs` had which result, and how many `seconds` the last one took (0: none yet). A
+    run is `promoted` when a challenger took over, else `refused` when one was judged, else `failed`.
     """
 
-    promoted: int = 0
-    refused: int = 0
-    failed: int = 0
-    seconds: float | None = None
+    def __init__(self) -> None:
+        self.runs: Counter[str] = Counter()
+        self.seconds = 0.0
 
     def ended(self, promoted: int, refused: int, seconds: float) -> None:
         """A run of so many verdicts ended after so long."""
-        self.promoted += promoted > 0
-        self.refused += not promoted and refused > 0
-        self.failed += not promoted and not refused
+        self.runs["promoted" if promoted else "refused" if refused else "failed"] += 1
         self.seconds = seconds
 
 

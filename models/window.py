@@ -99,9 +99,9 @@ class Windows:
         return ring is not None and ring.find(close_time) is not None
 
     def newest(self, symbol: str) -> int:
-        """The close of the symbol's newest bar, in nanoseconds; 0 without one."""
+        """The close of a symbol's newest bar in nanoseconds, -1 without one."""
         ring = self._rings.get(symbol)
-        return 0 if ring is None else ring.newest
+        return -1 if ring is None else ring.newest
 
     def adjust(self, adjustment: Adjustment) -> bool:
         """Take note of another price basis; False when it was declared before.

@@ -192,7 +192,7 @@ def test_retrainings_have_a_result():
     runs = Runs()
     for promoted, refused in ((1, 2), (0, 1), (0, 0), (0, 0)):
         runs.ended(promoted, refused, 3.0)
-    assert (runs.promoted, runs.refused, runs.failed, runs.seconds) == (1, 1, 2, 3.0)
+    assert (runs.runs, runs.seconds) == ({"promoted": 1, "refused": 1, "failed": 2}, 3.0)
 
 
 def test_a_retraining_that_dies_is_counted(tmp_path):
