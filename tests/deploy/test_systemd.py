@@ -182,11 +182,9 @@ def test_running_process_may_do_little(machine):
 
 def test_password_is_seen_by_the_service_alone(machine):
     """The file is root's; the service has a copy of its own; no argument and no environment holds it."""
-    pid = machine.show("barcast@plain", "MainPID")
+    files = f"/proc/{machine.show('barcast@plain', 'MainPID')}/root"
     assert machine.run("stat", "-c", "%a %U", "/etc/barcast/plain.password").stdout == "600 root\n"
-    inside = machine.run(
-        "stat", "-c", "%a %u %s", f"/proc/{pid}/root/etc/barcast/plain.password"
-    ).stdout.split()
+    inside = machine.run("stat", "-c", "%a %u %s", f"{files}/etc/barcast/plain.password").stdout.split()
     assert inside == ["400", status_of(machine, "barcast@plain")["Uid"][0], str(len("barcast\n"))]
     secret = "7Hj-only-in-this-test"
     machine.write("/etc/barcast/plain.password", secret, 0o600)
