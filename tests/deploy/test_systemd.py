@@ -282,7 +282,7 @@ def test_stop_is_clean(machine):
     for name in ("plain", "deep"):
         assert machine.show(f"barcast@{name}", "ActiveState") == "inactive"
         assert machine.show(f"barcast@{name}", "Result") == "success"
-        assert '"event": "stopped"' in machine.journal(f"barcast@{name}")
+        assert re.search("^stopped ", machine.journal(f"barcast@{name}"), re.MULTILINE)
     assert "(STOPPING=1)" in machine.run("journalctl", "-o", "cat", "_PID=1").stdout
 
 
@@ -294,8 +294,8 @@ def test_backup_comes_back(machine):
     machine.run("cp", "-r", "/opt/feed/backup", state)
     assert machine.run("stat", "-c", "%U", f"{state}/journal.db").stdout == "root\n"
     machine.run("systemctl", "start", "barcast@plain")
-    last = [line for line in machine.journal("barcast@plain").splitlines() if '"recovered"' in line][-1]
-    assert json.loads(last)["records"] >= 5  # three bars, and what the first start decided
+    *_, last = re.findall(r"^recovered records=(\d+)", machine.journal("barcast@plain"), re.MULTILINE)
+    assert int(last) >= 5  # three bars, and what the first start decided
     machine.run("systemctl", "stop", "barcast@plain")
 
 
