@@ -171,7 +171,7 @@ def run(config: ConfigFile) -> None:
 
     settings = load(config)
     log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
-    serve(settings, Commands(_child("retrain", config), _child("gate", config)))
+    serve(settings, Commands(**_children(config)))
 
 
 @app.command()
@@ -195,7 +195,7 @@ def worker(config: ConfigFile) -> None:
         listening = 0
     if not listening:
         raise ConfigError("standard input is no listening socket; let systemd start barcast-retrain@.socket")
-    work(listener, {"train": _child("retrain", config), "gate": _child("gate", config)})
+    work(listener, _children(config))
 
 
 @app.command()
@@ -943,9 +943,10 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
     err.print(table)
 
 
-def _child(verb: str, config: Path) -> list[str]:
-    """The argument list of a command of ours about an instance, as a process of its own."""
-    return [sys.executable, "-m", "barcast.backtest.cli", verb, str(config)]
+def _children(config: Path) -> dict[str, list[str]]:
+    """The argument lists that begin the processes which train and judge for an instance."""
+    me = [sys.executable, "-m", "barcast.backtest.cli"]
+    return {"train": [*me, "retrain", str(config)], "gate": [*me, "gate", str(config)]}
 
 
 def _others(given: list[str] | None) -> dict[str, str]:

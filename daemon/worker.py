@@ -85,16 +85,18 @@ async def _work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) 
     )[1]
     reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LINE_BYTES)
     try:
-        request = await _request(reader, commands)
-        if uid not in (0, os.getuid()):
-            raise PermissionError(
-                f"user {uid} may not ask for anything here; ask as {os.getuid()} or as root"
-            )
+        try:
+            request = await _request(reader, commands)
+            if uid not in (0, os.getuid()):
+                raise PermissionError(
+                    f"user {uid} may not ask for anything here; ask as {os.getuid()} or as root"
+                )
+        except (PermissionError, ValueError) as refusal:
+            log.warning("refused", reason=str(refusal))
+            await _send(writer, Answer(refused=str(refusal)))
+            return
         log.info("asked", verb=request.verb, arguments=request.arguments)
         await _run([*commands[request.verb], *request.arguments], reader, writer)
-    except (PermissionError, ValueError) as refusal:
-        log.warning("refused", reason=str(refusal))
-        await _send(writer, Answer(refused=str(refusal)))
     except ConnectionError:
         log.warning("abandoned", reason="whoever asked is gone")
     finally:
