@@ -49,6 +49,9 @@ HELD_OUT = 1000
 WIDE = 100
 """Columns that the tables of an evaluation take where there is no terminal."""
 
+REST_SECONDS = 0.005
+"""How long a compaction leaves the journal to the daemon after each of its commits."""
+
 LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
 
@@ -467,6 +470,63 @@ def gate(
         settings.model.steps,
     )
     print(msgspec.json.encode(verdict).decode())
+
+
+@app.command()
+def compact(config: ConfigFile) -> None:
+    """Let leave what is older than `keep`: bars into the archive, messages and models that nothing needs.
+
+    The daemon does so once a day; by hand it may be done while the daemon runs. It takes no more than idle
+    processor time.
+    """
+    import os
+
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.config import load
+    from barcast.daemon.retention import compact as do
+
+    settings = load(config)
+    os.nice(19)
+    model = settings.model
+    done = do(
+        settings.state_dir,
+        WallClock(settings).now(),
+        settings.keep,
+        (model.name, model.first),
+        lambda: time.sleep(REST_SECONDS),
+    )
+    print(done.sentence())
+
+
+@app.command()
+def export(
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the files, one a UTC day.")],
+    since: Since = None,
+    until: Until = None,
+) -> None:
+    """Write all bars that an instance knows as Parquet files, which other commands read with --stamp close.
+
+    Prices are as they were received: what was declared of splits and rolls is not applied. Files of the same
+    days are brought up to date; the daemon may run.
+    """
+    import polars as pl
+
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.bars import every_bar, write_days
+    from barcast.daemon.config import load
+
+    settings = load(config)
+    bars, _ = every_bar(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
+    close = pl.col("close_time").to_physical()
+    for moment, keeps in ((_ns(since), close.ge), (_ns(until), close.lt)):
+        bars = bars if moment is None else bars.filter(keeps(moment))
+    if bars.is_empty():
+        raise DataError(f"{settings.state_dir}: no bar closes in that time: widen it")
+    with _folder("--out", out_dir):
+        changed = write_days(bars, out_dir, settings.timeframe)
+    days = bars["close_time"].dt.date().n_unique()
+    out.print(f"{bars.height} bars in {days} files, {changed} of them written: {out_dir.absolute()}")
 
 
 @app.command()
@@ -1091,6 +1151,15 @@ def _check_output(option: str, path: Path, others: Iterable[Path]) -> None:
                 pass
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def _folder(option: str, path: Path) -> Iterator[None]:
+    """Make what forbids writing into a folder the option's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: {error}; name a folder that you may write, with room in it") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.events import events
+from barcast.daemon.events import events, restore
 from barcast.daemon.history import Stamp, bars, digest, scan
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
@@ -280,29 +280,35 @@ def learnt_warning(model: str, first: int) -> str:
 
 
 def replay_journal(journal: Path) -> list[Outgoing]:
-    """Compute again every signal, target and group message from a journal.
+    """Compute again every signal, target and group message from a journal, as far as it reaches back.
 
     Models are those of the journal's state directory. Raise ConfigError when the journal has no settings
     in it, CheckpointError when a model is missing or changed.
     """
     reader = Journal(journal, readonly=True)
     try:
-        revision = reader.last(Kind.REVISION)
-        if revision is None:
-            raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
-        list(events([revision]))  # names the record if it is damaged
-        settings = Settings.decode(revision.payload)
-        store = ModelStore(journal.parent / "models", settings.timeframe)
-        recording = Recording()
-        replay(_same_machine(events(reader.records()), store, journal), Pipeline(store.open), recording)
-        return recording.messages
+        with reader.one_moment():
+            revision = reader.last(Kind.REVISION)
+            if revision is None:
+                raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
+            list(events([revision]))  # names the record if it is damaged
+            settings = Settings.decode(revision.payload)
+            store = ModelStore(journal.parent / "models", settings.timeframe)
+            recording, pipeline = Recording(), Pipeline(store.open)
+            base = restore(reader, pipeline, reader.base)
+            before = [reader.last(kind, base) for kind in (Kind.REVISION, Kind.ACTIVATION)]
+            list(_same_machine(events(record for record in before if record), store, journal))
+            recorded = events(reader.records(base), pipeline.revision)
+            replay(_same_machine(recorded, store, journal, pipeline.revision), pipeline, recording)
+            return recording.messages
     finally:
         reader.close()
 
 
-def _same_machine(recorded: Iterable[tuple[int, Event]], store: ModelStore, journal: Path) -> Iterator[Event]:
+def _same_machine(
+    recorded: Iterable[tuple[int, Event]], store: ModelStore, journal: Path, settings: Settings | None = None
+) -> Iterator[Event]:
     """The events, as long as each model has the fingerprint here that it was activated under."""
-    settings: Settings | None = None
     for _, event in recorded:
         if isinstance(event, Revision):
             settings = Settings.decode(event.settings)

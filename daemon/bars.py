@@ -1,56 +1,226 @@
-"""The bars an instance knows: its history files, and its journal, which wins where both have a bar."""
+"""The bars an instance knows: its journal before its archive before its history, where several have a bar.
 
+The archive holds what left the journal, in the files that an export writes: `bars-YYYY-MM-DD.parquet`, a UTC
+day of closes each, with the prices as they were received.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+import polars as pl
 
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.events import events
-from barcast.daemon.history import history_files, read_windows, scan
+from barcast.daemon.events import events, restore
+from barcast.daemon.history import UNREADABLE, VALUES, history_files, read_windows, scan
+from barcast.daemon.history import bars as bars_of_frame
 from barcast.daemon.journal import Journal
-from barcast.daemon.ports import Arrival, Declaration, Warmup
-from barcast.models import Adjustment, DataError, Window
+from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.ports import Arrival, Declaration, Event, Warmup
+from barcast.models import Adjustment, Bar, DataError, Forecaster, Window, Windows
+
+SCHEMA = {
+    "symbol": pl.String(),
+    "close_time": pl.Datetime("ns", "UTC"),
+    **dict.fromkeys(VALUES, pl.Float64()),
+    "trades": pl.Int64(),
+    "vwap": pl.Float64(),
+}
+"""The columns of bars; those of a file also name the timeframe."""
+KEY = ("symbol", "close_time")
+AT_ONCE = 200_000
+"""Bars taken into a frame at once: some 100 MB."""
+
+Seen = Iterable[tuple[str, int, Iterable[tuple[float, ...]]]]
+"""Symbol, close, and payloads that were seen and corrected before."""
 
 
 def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Window]:
-    """Every bar of each symbol that closed by `now`, from `history/` and `journal.db`, one window for each.
+    """Every bar of each symbol that closed by `now`, one window for each: what a model may learn from.
 
-    The journal may be in use by a running daemon. A corrected bar has its last values, and a payload that
-    comes again after its correction changes nothing: the rule of the windows. All prices of a symbol are on
-    the basis of its newest bar.
+    The journal may be in use by a running daemon. All prices of a symbol are on the basis of its newest bar.
     """
-    known: dict[str, dict[int, tuple[float, ...]]] = {}
-    adjustments: list[Adjustment] = []
-    seen: dict[tuple[str, int], set[tuple[float, ...]]] = {}
-    if files := history_files(state_dir / "history"):
-        for symbol, window in read_windows(scan(files, "close", calendars, until=now + 1)).items():
-            rows = zip(window.close_times.tolist(), window.values.tolist(), strict=True)
-            known[symbol] = {time: tuple(values) for time, values in rows}
-    if (state_dir / "journal.db").is_file():
-        journal = Journal(state_dir / "journal.db", readonly=True)
-        try:
-            for _, event in events(journal.records()):
-                if isinstance(event, Warmup):
-                    for bar in event.bars:
-                        known.setdefault(bar.symbol, {}).setdefault(bar.close_time, bar.values)
-                elif isinstance(event, Declaration):
-                    adjustments.append(event.adjustment)
-                elif isinstance(event, Arrival):
-                    for bar in event.bars:
-                        payloads = seen.setdefault((bar.symbol, bar.close_time), set())
-                        if bar.values not in payloads:
-                            payloads.add(bar.values)
-                            known.setdefault(bar.symbol, {})[bar.close_time] = bar.values
-        finally:
-            journal.close()
-    if not known:
+    bars, adjustments = every_bar(state_dir, calendars, now)
+    return adjusted(read_windows(bars.lazy()), adjustments)
+
+
+def every_bar(state_dir: Path, calendars: Calendars, now: int) -> tuple[pl.DataFrame, list[Adjustment]]:
+    """Every bar that closed by `now`, in the columns of `SCHEMA` and as received, and what was declared.
+
+    A corrected bar has its last values, and a payload that comes again after its correction changes nothing:
+    the rule of the windows. Raise DataError where nothing is known.
+    """
+    # The journal first: what leaves it meanwhile is in the archive before.
+    warm, own, adjustments = _journalled(state_dir / "journal.db")
+    older = [warm, _history(state_dir, calendars, now), read_archive(state_dir / "archive")]
+    bars = latest([*older, own])
+    if bars.is_empty():
         raise DataError(
-            f"{state_dir}: neither history/ nor journal.db holds a bar; let the daemon collect some first"
+            f"{state_dir}: neither history/, archive/ nor journal.db holds a bar; let the daemon collect "
+            "some first"
         )
-    return adjusted({symbol: _window(symbol, known[symbol]) for symbol in sorted(known)}, adjustments)
+    return bars.sort("close_time", "symbol"), adjustments
 
 
-def _window(symbol: str, rows: dict[int, tuple[float, ...]]) -> Window:
-    times = np.array(sorted(rows), np.int64)
-    return Window(symbol, times, np.array([rows[time] for time in times.tolist()]))
+def bars_of(
+    state_dir: Path, symbols: Sequence[str], calendars: Calendars, now: int, length: int
+) -> dict[str, tuple[Bar, ...]]:
+    """The last `length` bars of each symbol in history and archive that closed by `now`; none is no fault."""
+    archived = read_archive(state_dir / "archive", symbols)
+    both = latest([_history(state_dir, calendars, now, symbols), archived])
+    found: dict[str, list[Bar]] = {symbol: [] for symbol in symbols}
+    for bar in bars_of_frame(both.sort("close_time").group_by("symbol").tail(length).lazy()):
+        found[bar.symbol].append(bar)
+    return {symbol: tuple(own) for symbol, own in found.items()}
+
+
+def received(bars: Iterable[Bar], seen: Seen) -> pl.DataFrame:
+    """Bars in the order in which they came, each once, with the values that it has at the end.
+
+    A payload that was there before, or is among those `seen`, counts for nothing.
+    """
+    return _corrected(_frame(map(_row, bars)), seen)
+
+
+def latest(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """Each bar once: of several, that of the last frame that has it."""
+    return pl.concat(frames).unique(KEY, keep="last", maintain_order=True)
+
+
+def superseded(windows: Windows) -> Seen:
+    """What was corrected of the bars that are kept."""
+    for symbol, ring in windows.state.rings.items():
+        for time, payloads in ring.superseded.items():
+            yield symbol, time, payloads
+
+
+def read_archive(folder: Path, symbols: Sequence[str] | None = None) -> pl.DataFrame:
+    """The bars in the files of an archive or an export, of these symbols."""
+    days = [_read(path, symbols) for path in sorted(folder.glob("bars-*.parquet"))]
+    return pl.concat([pl.DataFrame(schema=SCHEMA), *days])
+
+
+def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
+    """Write bars into the files of their UTC days, over those that are there; return how many files changed.
+
+    A file is written beside and renamed, so that there is never half a file. Raise DataError for a folder
+    with bars of another timeframe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = 0
+    for (day,), own in bars.group_by(pl.col("close_time").dt.date().alias("day"), maintain_order=True):
+        path = folder / f"bars-{day}.parquet"
+        known = _read(path, None, timeframe) if path.is_file() else pl.DataFrame(schema=SCHEMA)
+        whole = latest([known, own.select(SCHEMA)]).sort(*KEY)
+        if whole.equals(known):
+            continue
+        partial = folder / f".{path.name}.partial"
+        try:
+            with partial.open("wb") as file:
+                whole.with_columns(timeframe=pl.lit(timeframe)).write_parquet(file)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        changed += 1
+    if changed:
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    return changed
+
+
+def _read(path: Path, symbols: Sequence[str] | None, timeframe: str | None = None) -> pl.DataFrame:
+    try:
+        rows = pl.scan_parquet(path)
+        if symbols is not None:
+            rows = rows.filter(pl.col("symbol").is_in(list(symbols)))
+        found = rows.select(*SCHEMA, "timeframe").collect()
+        bars = found.select(SCHEMA).match_to_schema(SCHEMA)
+    except UNREADABLE as error:
+        raise DataError(
+            f"{path} cannot be read as bars ({str(error).splitlines()[0]}): restore a copy, or move it away."
+        ) from error
+    if timeframe is not None and found.height and (said := found["timeframe"][0]) != timeframe:
+        raise DataError(f"{path} holds bars of {said}, not {timeframe}: name another folder.")
+    return bars
+
+
+def _history(
+    state_dir: Path, calendars: Calendars, now: int, symbols: Sequence[str] | None = None
+) -> pl.DataFrame:
+    files = history_files(state_dir / "history")
+    if not files:
+        return pl.DataFrame(schema=SCHEMA)
+    frame = scan(files, "close", calendars, symbols, until=now + 1, may_lack=symbols is not None)
+    missing = [
+        pl.lit(None, dtype).alias(name) for name, dtype in SCHEMA.items() if name in ("trades", "vwap")
+    ]
+    return frame.with_columns(*missing).select(SCHEMA).collect()
+
+
+def _journalled(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment]]:
+    """The bars of warm-ups, the bars that were received since the base, and every declaration."""
+    if not path.is_file():
+        return _frame([]), _frame([]), []
+    adjustments: list[Adjustment] = []
+    warm, came = [_frame([])], [_frame([])]
+    journal = Journal(path, readonly=True)
+    try:
+        with journal.one_moment():
+            pipeline = Pipeline(serves_nothing)
+            base = restore(journal, pipeline, journal.base)
+            for _, event in events(journal.decisions(base)):
+                if isinstance(event, Declaration):
+                    adjustments.append(event.adjustment)
+            for batch in batches(event for _, event in events(journal.records(base), pipeline.revision)):
+                adjustments += [e.adjustment for e in batch if isinstance(e, Declaration)]
+                warm += [_frame(map(_row, e.bars)) for e in batch if isinstance(e, Warmup)]
+                rows = (_row(bar) for e in batch if isinstance(e, Arrival) for bar in e.bars)
+                came.append(_frame(rows).unique([*KEY, *VALUES], keep="first", maintain_order=True))
+    finally:
+        journal.close()
+    first_wins = pl.concat(warm).unique(KEY, keep="first", maintain_order=True)
+    return first_wins, _corrected(pl.concat(came), superseded(pipeline.windows)), adjustments
+
+
+def batches(recorded: Iterable[Event]) -> Iterator[list[Event]]:
+    """Events in lists of about `AT_ONCE` bars."""
+    batch, count = list[Event](), 0
+    for event in recorded:
+        batch.append(event)
+        count += len(event.bars) if isinstance(event, Arrival) else 1
+        if count >= AT_ONCE:
+            yield batch
+            batch, count = [], 0
+    yield batch
+
+
+def _corrected(came: pl.DataFrame, seen: Seen) -> pl.DataFrame:
+    """Each bar once, of all payloads that came in this order and those seen before."""
+    before = _frame((s, time, *values, None, None) for s, time, own in seen for values in own)
+    both = pl.concat([before.with_columns(old=True), came.with_columns(old=False)])
+    first = both.unique([*KEY, *VALUES], keep="first", maintain_order=True)
+    return first.filter(~pl.col("old")).drop("old").unique(KEY, keep="last", maintain_order=True)
+
+
+def _row(bar: Bar) -> tuple[object, ...]:
+    vwap = None if bar.vwap is None else float(bar.vwap)
+    return (bar.symbol, bar.close_time, *map(float, bar.values), bar.trades, vwap)
+
+
+def _frame(rows: Iterable[tuple[object, ...]]) -> pl.DataFrame:
+    whole = SCHEMA | {"close_time": pl.Int64()}
+    frame = pl.DataFrame(list(rows), whole, orient="row")
+    return frame.with_columns(pl.from_epoch("close_time", "ns").dt.replace_time_zone("UTC")).select(
+        pl.col(name).cast(dtype) for name, dtype in SCHEMA.items()
+    )
+
+
+def serves_nothing(*_: object) -> Forecaster:
+    """Stands for the models of a path that forecasts nothing."""
+    raise RuntimeError("nothing is forecast here")

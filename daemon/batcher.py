@@ -1,7 +1,8 @@
 """Which symbols are forecast together, decided from recorded arrival times alone."""
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from barcast.daemon.ports import Group
 from barcast.models import Bar
@@ -13,13 +14,20 @@ Open = Callable[[Collection[str], int], set[str]]
 """Those of some symbols of which a bar closes at a time: nobody waits for a market that is shut."""
 
 
-@dataclass(slots=True)
-class _Waiting:
+class _Waiting(msgspec.Struct):
     """A group that is not due yet: until when it waits, who came, whom it waits for."""
 
     deadline: int
     came: set[str]
     missing: set[str]
+
+
+class BatcherState(msgspec.Struct, frozen=True):
+    """All that a batcher knows, to be stored: see `Batcher`."""
+
+    waiting: dict[int, _Waiting]
+    missed: dict[str, int]
+    closed: int
 
 
 class Batcher:
@@ -43,6 +51,15 @@ class Batcher:
         self._waiting: dict[int, _Waiting] = {}
         self._missed: dict[str, int] = {}
         self._closed = -1
+
+    @property
+    def state(self) -> BatcherState:
+        """Everything known; not a copy."""
+        return BatcherState(self._waiting, self._missed, self._closed)
+
+    @state.setter
+    def state(self, state: BatcherState) -> None:
+        self._waiting, self._missed, self._closed = state.waiting, state.missed, state.closed
 
     def reconfigure(self, symbols: Iterable[str], max_wait: int, open_at: Open) -> None:
         """Expect other symbols, or wait longer or shorter, for the groups that are still to begin."""

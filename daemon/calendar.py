@@ -78,6 +78,10 @@ class Calendar:
             self._covered[count] = (min(first, time), max(last, time))
         return True
 
+    def closes_before(self, close_time: int, count: int) -> int:
+        """The `count`-th bar close before another. Raise `DataError` where no sessions are known."""
+        return self._closes.preceding(close_time, count)
+
     def missing_between(self, previous_close: int, close_time: int) -> int:
         """How many bars close strictly between: a hole inside sessions. A closure counts nothing."""
         if close_time <= previous_close:

@@ -235,6 +235,7 @@ class Config(BaseSettings):
     symbols: list[Symbol] = []
     max_wait: Duration = 2 * 10**9
     max_jump: float = Field(default=MAX_JUMP, gt=0, allow_inf_nan=False)
+    keep: Duration = 90 * _UNITS["d"]
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     mqtt: Mqtt = Mqtt()
     model: Model = Model()

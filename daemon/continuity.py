@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from barcast.daemon.calendar import Calendar
@@ -9,8 +10,7 @@ from barcast.daemon.ports import Hole
 from barcast.models import Bar, Window
 
 
-@dataclass(slots=True)
-class _Run:
+class Run(msgspec.Struct):
     """The newest close and price of a symbol, and how many of its bars up to it followed without a fault."""
 
     close_time: int
@@ -35,17 +35,17 @@ class Continuity:
     """Knows which symbols' bars follow each other, and finds the faults of the others.
 
     A window need only be searched where it is not known to be sound: a symbol without faults costs next to
-    nothing. The state is one `_Run` for each symbol.
+    nothing. The state is one `Run` for each symbol.
     """
 
     def __init__(self) -> None:
-        self._runs: dict[str, _Run] = {}
+        self.runs: dict[str, Run] = {}
 
     def newest(self, bar: Bar, calendar: Calendar, max_jump: float) -> None:
         """Take note of a bar that is the newest of its symbol."""
-        run = self._runs.get(bar.symbol)
+        run = self.runs.get(bar.symbol)
         if run is None:
-            self._runs[bar.symbol] = _Run(bar.close_time, bar.close, 1)
+            self.runs[bar.symbol] = Run(bar.close_time, bar.close, 1)
             return
         most = 1 + max_jump
         follows = (
@@ -58,12 +58,12 @@ class Continuity:
 
     def disturbed(self, symbol: str) -> None:
         """Something in the past of a symbol changed: its next windows must be searched."""
-        if symbol in self._runs:
-            self._runs[symbol].bars = 0
+        if symbol in self.runs:
+            self.runs[symbol].bars = 0
 
     def sound(self, symbol: str, close_time: int, length: int) -> bool:
         """Whether the last `length` bars up to this one are known to have followed each other."""
-        run = self._runs.get(symbol)
+        run = self.runs.get(symbol)
         return run is not None and run.bars >= length and run.close_time == close_time
 
     def faults(self, window: Window, length: int, calendar: Calendar, max_jump: float) -> Faults:

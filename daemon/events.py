@@ -6,8 +6,8 @@ import msgspec
 
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.journal import Kind, Record
-from barcast.daemon.pipeline import Settings
+from barcast.daemon.journal import Journal, Kind, Record
+from barcast.daemon.pipeline import Pipeline, PipelineState, Settings
 from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Warmup
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, Bar, ConfigError
@@ -17,11 +17,13 @@ class Warmth(msgspec.Struct, frozen=True):
     """The payload of a warm-up: the history's content hash, how many bars a symbol took of it, the bars.
 
     The bars are part of the journal, so that a replay needs no file that an operator may have changed since.
+    With a symbol it is the warm-up of that one, which appeared while the daemon ran.
     """
 
     digest: str
     length: int
     bars: tuple[Bar, ...]
+    symbol: str | None = None
 
     def encode(self) -> bytes:
         """As msgpack."""
@@ -34,7 +36,7 @@ class Warmth(msgspec.Struct, frozen=True):
 
     def event(self, time: int) -> Warmup:
         """The event that this payload is."""
-        return Warmup(time, self.digest, self.bars)
+        return Warmup(time, self.digest, self.bars, self.symbol)
 
 
 class Champion(msgspec.Struct, frozen=True):
@@ -59,13 +61,16 @@ class Champion(msgspec.Struct, frozen=True):
         return Activation(time, self.model, self.fingerprint, self.window)
 
 
-def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
+def events(records: Iterable[Record], settings: Settings | None = None) -> Iterator[tuple[int, Event]]:
     """Decode records in order; yield each event with its number.
 
     Bars are decoded under the settings that were in force when they were received, as the live daemon
-    decoded them. Raise ConfigError for a decision that cannot be read.
+    decoded them; `settings` are those before the first record. Raise ConfigError for a decision that cannot
+    be read.
     """
     root, calendars = "", Calendars("24x7", Timeframe.parse("1m"))
+    if settings is not None:
+        root, calendars = settings.root, settings.bar_calendars()
     for record in records:
         try:
             event = _event(record, root, calendars)
@@ -78,6 +83,29 @@ def events(records: Iterable[Record]) -> Iterator[tuple[int, Event]]:
                 "or use the version of barcast that wrote it"
             ) from error
         yield record.seq, event
+
+
+def restore(journal: Journal, pipeline: Pipeline, upto: int) -> int:
+    """Give a new path the state of the newest snapshot that is not after record `upto`.
+
+    Return the number of the record after which it was taken, 0 without one. Raise ConfigError when it cannot
+    be read.
+    """
+    found = journal.snapshot(upto)
+    if found is None:
+        if journal.base:
+            raise ConfigError(
+                f"{journal.path}: the snapshot after record {journal.base} is missing; restore a copy"
+            )
+        return 0
+    try:
+        pipeline.restore(PipelineState.decode(found.state))
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ConfigError(
+            f"{journal.path}: the snapshot after record {found.seq} cannot be read ({error}); restore a copy, "
+            "or use the version of barcast that wrote it"
+        ) from error
+    return found.seq
 
 
 def _event(record: Record, root: str, calendars: Calendars) -> Event:
@@ -93,7 +121,7 @@ def _event(record: Record, root: str, calendars: Calendars) -> Event:
             raise ValueError(found.reason)
         case Kind.REVISION:
             return Revision(record.time, record.payload)
-        case Kind.WARMUP:
+        case Kind.WARMUP | Kind.NEWCOMER:
             return Warmth.decode(record.payload).event(record.time)
         case Kind.ACTIVATION:
             return Champion.decode(record.payload).event(record.time)

@@ -56,13 +56,16 @@ def scan(
     symbols: Sequence[str] | None = None,
     since: int | None = None,
     until: int | None = None,
+    *,
+    may_lack: bool = False,
 ) -> pl.LazyFrame:
     """The bars in `paths` (files, or folders of them), sorted by close time and symbol.
 
     The columns are `symbol`, `close_time` (datetime[ns, UTC]) and open, high, low, close, volume (float64).
     Only `symbols` are kept, and closes with since <= close < until (nanoseconds). The selected rows are
     checked here, so that reading the frame finds no fault; equal rows are kept once. Raise `DataError` for
-    anything that cannot be used, naming the file, column, row, value and remedy.
+    anything that cannot be used, naming the file, column, row, value and remedy; also where there is no bar of
+    a symbol, unless it `may_lack`.
     """
     checked, found = [], files(paths)
     for path in found:
@@ -78,7 +81,7 @@ def scan(
     close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
     known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
     known = known.unique(COLUMNS, keep="any").sort("close_time", "symbol")
-    _check_together(known, symbols, found)
+    _check_together(known, symbols, found, may_lack)
     return known.select(COLUMNS)
 
 
@@ -435,7 +438,9 @@ def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendars: Calendars) -
     )
 
 
-def _check_together(bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Sequence[Path]) -> None:
+def _check_together(
+    bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Sequence[Path], may_lack: bool
+) -> None:
     twice = bars.filter(pl.struct("symbol", "close_time").is_duplicated()).collect()
     if twice.height:
         one, other = twice.head(2).rows(named=True)
@@ -447,6 +452,8 @@ def _check_together(bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Se
             f"column {column!r} is {one[column]} and {other[column]}; keep the right one."
             + (f" In all {count} bars are there twice." if count > 1 else "")
         )
+    if may_lack:
+        return
     known = set(bars.select(pl.col("symbol").unique()).collect().to_series())
     named = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     if missing := sorted(set(symbols or ()) - known):

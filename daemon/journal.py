@@ -1,20 +1,22 @@
 """The journal: every arrival and decision in order, and the outbox of what is due to subscribers.
 
 SQLite in WAL mode with synchronous=FULL: what a commit returned from survives the process and the power.
-One row holds one accepted message with its raw payload; a replay decodes it by the same code.
+One row holds one accepted message with its raw payload; a replay decodes it by the same code. What is old
+leaves: the state of the path after a record, a snapshot, stands for the messages up to it.
 """
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 from pathlib import Path
 
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 
-VERSION = 1
+VERSION = 2
 _SCHEMA = """
 CREATE TABLE record (
   seq INTEGER PRIMARY KEY, time INTEGER NOT NULL, kind TEXT NOT NULL, topic TEXT NOT NULL,
@@ -28,6 +30,24 @@ CREATE INDEX outbox_pending ON outbox (topic, n) WHERE state = 0;
 CREATE TABLE progress (one INTEGER PRIMARY KEY CHECK (one = 1), seq INTEGER NOT NULL, clock INTEGER NOT NULL);
 INSERT INTO progress VALUES (1, 0, 0);
 """
+# Version 2. The records up to `base` have left, or are about to; a snapshot is whole once it has a row.
+_RETENTION = """
+CREATE TABLE IF NOT EXISTS base (one INTEGER PRIMARY KEY CHECK (one = 1), seq INTEGER NOT NULL);
+INSERT OR IGNORE INTO base VALUES (1, 0);
+CREATE TABLE IF NOT EXISTS snapshot (seq INTEGER PRIMARY KEY, size INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS snapshot_part (
+  seq INTEGER NOT NULL, part INTEGER NOT NULL, body BLOB NOT NULL, PRIMARY KEY (seq, part)
+);
+"""
+
+READ = 1000
+"""Records read at once."""
+BUSY_SECONDS = 60.0
+"""How long a commit waits for one of the other process, at most: each of them takes milliseconds."""
+LEAVING, LEAVING_BYTES = 500, 1_000_000
+"""Rows, and bytes, that leave or are written in one commit of a compaction, at most."""
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""What SQLite says when the disk, or the quota, is full."""
 
 # From topic to topic by the index: grouping would read all that is pending, and a flood of dead letters is
 # pending on one topic.
@@ -52,6 +72,7 @@ class Kind:
     ADJUSTMENT = "adjustment"
     REVISION = "revision"
     WARMUP = "warmup"
+    NEWCOMER = "newcomer"
     ACTIVATION = "activation"
 
 
@@ -83,6 +104,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of the path right after a record."""
+
+    seq: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Queued:
     """A message of the outbox that is not delivered yet."""
 
@@ -102,21 +131,29 @@ class Journal:
         self.path = path
         uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
         with self._reading():
-            self._db = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(
+                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
+            )
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             empty = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
-        if version == 0 and empty and not readonly:
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version == 0:
+        if version == 0 and (readonly or not empty):
             what = "is empty" if empty else "is another program's database"
             raise ConfigError(f"{path}: not a journal (it {what}); move it away or restore a copy")
-        elif version != VERSION:
+        if version not in (0, 1, VERSION):
             raise ConfigError(
                 f"{path}: journal version {version}, not {VERSION}; use the version of barcast that wrote "
                 "it, or move it away"
             )
-        self._db.execute("PRAGMA synchronous = FULL")
+        self._compacted = version == VERSION or not readonly
+        if readonly:
+            return
+        with self._reading():
+            if version == 0:
+                self._db.execute("PRAGMA journal_mode = WAL")
+            if version != VERSION:
+                tables = ("" if version else _SCHEMA) + _RETENTION
+                self._db.executescript(f"BEGIN; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
+            self._db.execute("PRAGMA synchronous = FULL")
 
     def append(
         self, records: Sequence[tuple[int, str, str, bytes]], outgoing: Sequence[Outgoing] = ()
@@ -150,27 +187,182 @@ class Journal:
     def records(self, after: int = 0, upto: int | None = None) -> Iterator[Record]:
         """Records in order, those numbered above `after` and not above `upto`."""
         limit = upto if upto is not None else (1 << 62)
-        with self._reading():
-            rows = self._db.execute(
-                "SELECT seq, time, kind, topic, payload FROM record WHERE seq > ? AND seq <= ? ORDER BY seq",
-                (after, limit),
-            )
+        while True:
+            with self._reading():
+                rows = self._db.execute(
+                    "SELECT seq, time, kind, topic, payload FROM record WHERE seq > ? AND seq <= ? "
+                    "ORDER BY seq LIMIT ?",
+                    (after, limit, READ),
+                ).fetchall()
             for row in rows:
                 yield Record(*row)
+            if len(rows) < READ:
+                return
+            after = rows[-1][0]
 
-    def last(self, kind: str) -> Record | None:
-        """The newest record of a kind."""
+    def decisions(self, upto: int) -> Iterator[Record]:
+        """The records up to a number that are not bars, in order: they stay when bars leave."""
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT seq, time, kind, topic, payload FROM record WHERE seq <= ? AND kind != ? ORDER BY seq",
+                (upto, Kind.BARS),
+            ).fetchall()
+        return (Record(*row) for row in rows)
+
+    def of_kind(self, kind: str) -> Iterator[Record]:
+        """All records of a kind that is not bars, in order."""
+        return (record for record in self.decisions(1 << 62) if record.kind == kind)
+
+    def last(self, kind: str, upto: int = 1 << 62) -> Record | None:
+        """The newest record of a kind, of those up to a number."""
         with self._reading():
             row = self._db.execute(
-                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq DESC LIMIT 1",
-                (kind,),
+                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? AND seq <= ? "
+                "ORDER BY seq DESC LIMIT 1",
+                (kind, upto),
             ).fetchone()
         return None if row is None else Record(*row)
 
     def last_time(self) -> int:
-        """The time of the newest record, 0 in an empty journal."""
+        """The time of the newest record, 0 in an empty journal: times never go back."""
         with self._reading():
-            return int(self._db.execute("SELECT COALESCE(MAX(time), 0) FROM record").fetchone()[0])
+            row = self._db.execute("SELECT time FROM record ORDER BY seq DESC LIMIT 1").fetchone()
+        return int(row[0]) if row else 0
+
+    @property
+    def base(self) -> int:
+        """The number up to which records have left: the snapshot after it stands for them. 0: none have."""
+        if not self._compacted:
+            return 0
+        with self._reading():
+            return int(self._db.execute("SELECT seq FROM base").fetchone()[0])
+
+    def snapshot(self, upto: int) -> Snapshot | None:
+        """The newest snapshot after a record that is not above `upto`."""
+        if not self._compacted:
+            return None
+        with self._reading():
+            row = self._db.execute(
+                "SELECT seq, size FROM snapshot WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (upto,)
+            ).fetchone()
+            if row is None:
+                return None
+            parts = self._db.execute("SELECT body FROM snapshot_part WHERE seq = ? ORDER BY part", row[:1])
+            state = b"".join(body for (body,) in parts)
+        if len(state) != row[1]:
+            raise ConfigError(
+                f"{self.path}: the snapshot after record {row[0]} is damaged ({len(state)} of {row[1]} "
+                "bytes); restore a copy"
+            )
+        return Snapshot(row[0], state)
+
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """Let all that is read inside be of one moment, whatever others write meanwhile."""
+        with self._reading():
+            self._db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("COMMIT")
+
+    def write(self) -> None:
+        """Change nothing, in a commit: it fails where none can be made."""
+        with _transaction(self._db) as db:
+            db.execute("UPDATE progress SET seq = seq")
+
+    # The verbs of a compaction. Each commit is small, and `rest` is called after it, so that those of a running
+    # daemon need not wait; none is fsynced, as all can be done again.
+
+    def begin_compaction(self) -> None:
+        """Make commits without an fsync from now on."""
+        self._db.execute("PRAGMA synchronous = NORMAL")
+
+    def put_snapshot(self, snapshot: Snapshot, rest: Callable[[], None]) -> None:
+        """Write a snapshot piece by piece; it counts when all of it is there."""
+        seq, state = snapshot.seq, snapshot.state
+        for part, start in enumerate(range(0, len(state), LEAVING_BYTES)):
+            with _transaction(self._db) as db:
+                if part == 0:
+                    db.execute("DELETE FROM snapshot WHERE seq = ?", (seq,))
+                piece = state[start : start + LEAVING_BYTES]
+                db.execute("INSERT OR REPLACE INTO snapshot_part VALUES (?, ?, ?)", (seq, part, piece))
+            rest()
+        with _transaction(self._db) as db:
+            last = -(-len(state) // LEAVING_BYTES)
+            db.execute("DELETE FROM snapshot_part WHERE seq = ? AND part >= ?", (seq, last))
+            db.execute("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", (seq, len(state)))
+        rest()
+
+    def rebase(self, base: int, newest: int) -> None:
+        """Let the snapshot after `base` stand for the records up to it, and forget all but the newest."""
+        with _transaction(self._db) as db:
+            db.execute("UPDATE base SET seq = ?", (base,))
+            db.execute("DELETE FROM snapshot WHERE seq NOT IN (?, ?)", (base, newest))
+
+    def drop_snapshots(self, rest: Callable[[], None]) -> None:
+        """Remove the pieces of snapshots that do not count."""
+        rows = self._db.execute(
+            "SELECT seq, part FROM snapshot_part WHERE seq NOT IN (SELECT seq FROM snapshot)"
+        ).fetchall()
+        for row in rows:
+            with _transaction(self._db) as db:
+                db.execute("DELETE FROM snapshot_part WHERE seq = ? AND part = ?", row)
+            rest()
+
+    def drop_bars(self, rest: Callable[[], None]) -> int:
+        """Remove the messages with bars before the base; return how many.
+
+        The last record before the base stays in its place: numbers are never given twice.
+        """
+        count = 0
+        while True:
+            rows = self._db.execute(
+                "SELECT seq, LENGTH(payload) FROM record WHERE seq < ? AND kind = ? ORDER BY seq LIMIT ?",
+                (self.base, Kind.BARS, LEAVING),
+            ).fetchall()
+            if not rows:
+                return count
+            for first, last in pairwise(_portions(rows)):
+                with _transaction(self._db) as db:
+                    count += db.execute(
+                        "DELETE FROM record WHERE seq >= ? AND seq < ? AND kind = ?", (first, last, Kind.BARS)
+                    ).rowcount
+                rest()
+
+    def shorten(self, seq: int, payload: bytes) -> None:
+        """Put another payload into a record, the bars of which are in a snapshot."""
+        with _transaction(self._db) as db:
+            db.execute("UPDATE record SET payload = ? WHERE seq = ?", (payload, seq))
+
+    def drop_messages(self, before: int, rest: Callable[[], None]) -> int:
+        """Remove what was delivered or expired from the outbox, up to the first that was valid at `before`.
+
+        The last message stays in its place. Return how many were removed.
+        """
+        row = (
+            self._db.execute(
+                "SELECT n FROM outbox WHERE expires > ? ORDER BY n LIMIT 1", (before,)
+            ).fetchone()
+            or self._db.execute("SELECT MAX(n) FROM outbox").fetchone()
+        )
+        end, count, first = row[0] or 0, 0, 0
+        while True:
+            rows = self._db.execute(
+                "SELECT n, LENGTH(payload) FROM outbox WHERE n >= ? AND n < ? AND state != ? "
+                "ORDER BY n LIMIT ?",
+                (first, end, State.PENDING, LEAVING),
+            ).fetchall()
+            if not rows:
+                return count
+            for low, high in pairwise(_portions(rows)):
+                with _transaction(self._db) as db:
+                    count += db.execute(
+                        "DELETE FROM outbox WHERE n >= ? AND n < ? AND state != ?", (low, high, State.PENDING)
+                    ).rowcount
+                rest()
+            first = rows[-1][0] + 1
 
     def pending(self, limit: int) -> list[Queued]:
         """The oldest undelivered message of each topic, at most `limit` of them, oldest first."""
@@ -198,6 +390,8 @@ class Journal:
         try:
             yield
         except sqlite3.DatabaseError as error:
+            if is_full(error):
+                raise
             raise ConfigError(
                 f"{self.path}: not a journal, or damaged ({error}); move it away or restore a copy"
             ) from error
@@ -214,7 +408,28 @@ class _transaction:  # noqa: N801
         return self.db
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.db.execute("ROLLBACK" if kind else "COMMIT")
+        try:
+            if kind is None:
+                self.db.execute("COMMIT")
+        finally:
+            if self.db.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
+                self.db.execute("ROLLBACK")
+
+
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether SQLite found no room on the disk."""
+    return getattr(error, "sqlite_errorcode", None) in NO_ROOM
+
+
+def _portions(rows: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """Bounds of portions of rows (number, bytes), each of at most `LEAVING_BYTES` or one row."""
+    size = 0
+    for k, (number, length) in enumerate(rows):
+        if k == 0 or size + length > LEAVING_BYTES:
+            size = 0
+            yield number
+        size += length
+    yield rows[-1][0] + 1
 
 
 def _enqueue(db: sqlite3.Connection, outgoing: Sequence[Outgoing]) -> None:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from barcast.daemon.batcher import Batcher
-from barcast.daemon.calendar import Calendars, iso
-from barcast.daemon.continuity import Continuity, Faults
+from barcast.daemon.batcher import Batcher, BatcherState
+from barcast.daemon.calendar import Calendar, Calendars, iso
+from barcast.daemon.continuity import Continuity, Faults, Run
 from barcast.daemon.ports import (
     Activation,
     Arrival,
@@ -27,7 +27,8 @@ from barcast.daemon.ports import (
     Warmup,
 )
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar, Card, Forecast, Forecaster, Verdict, Window, Windows, usable
+from barcast.models import Bar, Card, DataError, Forecast, Forecaster, Verdict, Window, Windows, usable
+from barcast.models.window import WindowsState
 from barcast.strategies import Strategy, build
 
 HOLES_WITHHELD = 0.1
@@ -95,24 +96,73 @@ class Counts:
     straggler: int = 0
 
 
+class PipelineState(msgspec.Struct, frozen=True):
+    """All that the path knows, to be stored. A field that is added later needs a default."""
+
+    settings: Settings | None
+    model: str | None
+    counts: Counts
+    windows: WindowsState
+    runs: dict[str, Run]
+    batcher: BatcherState
+    newcomers: dict[str, None]
+    lacking: dict[str, int]
+
+    def encode(self) -> bytes:
+        """As msgpack."""
+        return msgspec.msgpack.encode(self, order="deterministic")
+
+    @classmethod
+    def decode(cls, state: bytes) -> "PipelineState":
+        """Read what `encode` wrote."""
+        return msgspec.msgpack.decode(state, type=cls)
+
+
 class Pipeline:
     """Batcher, windows, forecaster and strategies: what turns events into outcomes.
 
     The state is the windows, the continuity of their bars, the batcher, the settings and the model in force,
-    and counters. The first event must be a `Revision`; a model is opened when the first group needs it.
+    and counters; `newcomers`, the symbols that came without a history since, in order; and `lacking`, of those
+    whose history was looked up after that, the newest close then. The first event must be a `Revision`; a
+    model is opened when the first group needs it.
     """
 
     def __init__(self, open_model: OpenModel) -> None:
         self.counts = Counts()
         self.model: str | None = None
-        self._revision: Settings | None = None
+        self.revision: Settings | None = None
         self.windows = Windows(1)
         self.continuity = Continuity()
         self.calendars = Calendars("24x7", Timeframe.parse("1m"))
         self.batcher = Batcher((), 0, self.calendars.open)
         self.strategies: tuple[Strategy, ...] = ()
+        self.newcomers: dict[str, None] = {}
+        self.lacking: dict[str, int] = {}
         self._open_model = open_model
         self._forecaster: Forecaster | None = None
+
+    @property
+    def state(self) -> PipelineState:
+        """Everything that what comes depends on; in parts not a copy: encode it before the next event."""
+        return PipelineState(
+            self.revision,
+            self.model,
+            self.counts,
+            self.windows.state,
+            self.continuity.runs,
+            self.batcher.state,
+            self.newcomers,
+            self.lacking,
+        )
+
+    def restore(self, state: PipelineState) -> None:
+        """Go on from a state, which is this pipeline's from now on."""
+        if state.settings is not None:
+            self._revise(state.settings)
+        self.model, self._forecaster, self.counts = state.model, None, state.counts
+        self.windows = Windows.of(state.windows)
+        self.continuity.runs, self.batcher.state = state.runs, state.batcher
+        self.newcomers, self.lacking = state.newcomers, state.lacking
 
     @property
     def deadline(self) -> int | None:
@@ -132,9 +182,9 @@ class Pipeline:
     @property
     def settings(self) -> Settings:
         """The settings in force."""
-        if self._revision is None:
+        if self.revision is None:
             raise RuntimeError("an event came before the first revision")
-        return self._revision
+        return self.revision
 
     def due(self, now: int) -> Iterable[Group]:
         """Groups whose wait ended at or before `now`."""
@@ -152,8 +202,12 @@ class Pipeline:
                         sink.adjusted(adjustment)
             case Revision():
                 self._revise(Settings.decode(event.settings))
-            case Warmup(_, _, bars):
+            case Warmup(_, _, bars, symbol):
                 self.windows.warm(bars)
+                for name in [symbol] if symbol else {bar.symbol for bar in bars} & self.newcomers.keys():
+                    self.newcomers.pop(name, None)
+                if symbol:
+                    self.lacking[symbol] = self.windows.newest(symbol)
             case Activation():
                 self.model, self._forecaster = event.model, None
                 self.windows.lengthen(event.window)
@@ -165,7 +219,7 @@ class Pipeline:
         windows: list[Window] = []
         degraded: dict[str, tuple[str, ...]] = {}
         withheld: dict[str, str] = {}
-        holes: dict[str, Hole] = {}
+        holes: dict[str, tuple[Hole, ...]] = {}
         terms = self._terms(group, card.horizons)
         for symbol in group.symbols:
             if not terms[symbol].ends:
@@ -173,15 +227,20 @@ class Pipeline:
                 withheld[symbol] = f"the calendar {name} ends before the horizons; install a newer one"
                 continue
             window = self.windows.cut(symbol, group.close_time, card.window)
-            if window is None or len(window) < card.min_window:
-                have = 0 if window is None else len(window)
-                withheld[symbol] = f"{have} of at least {card.min_window} bars"
+            if window is None:
+                withheld[symbol] = f"0 of at least {card.min_window} bars"
                 continue
+            calendar, faults = self.calendars.of(symbol), None
             if not self.continuity.sound(symbol, group.close_time, length) and len(window) > 1:
-                calendar = self.calendars.of(symbol)
                 faults = self.continuity.faults(window, length, calendar, settings.max_jump)
                 if faults.hole:
-                    holes[symbol] = faults.hole
+                    holes[symbol] = (faults.hole,)
+            if len(window) < card.min_window:
+                withheld[symbol] = f"{len(window)} of at least {card.min_window} bars"
+                if before := self._unasked(window, calendar, card.window - len(window)):
+                    holes[symbol] = (before, *holes.get(symbol, ()))
+                continue
+            if faults is not None:
                 if faults.missing > HOLES_WITHHELD * length:
                     withheld[symbol] = f"{faults.missing} of the last {length} bars are missing"
                     continue
@@ -209,6 +268,22 @@ class Pipeline:
             terms=terms,
         )
 
+    def _unasked(self, window: Window, calendar: Calendar, bars: int) -> Hole | None:
+        """What a new symbol lacks before its first bar, to be asked for once.
+
+        That is with its first bar after its history was looked up: a function of the state, so that a group
+        that is formed again, and not forecast again, changes nothing.
+        """
+        symbol, first = window.symbol, int(window.close_times[0])
+        if len(window) < 2 or self.lacking.get(symbol) != int(window.close_times[-2]):
+            return None
+        try:
+            after = calendar.closes_before(first, bars + 1)
+        except DataError:  # the exchange's sessions are not known for so long
+            return None
+        missing = calendar.missing_between(after, first)
+        return Hole(after, first, missing) if missing else None
+
     def _take_bars(self, bars: Iterable[Bar], time: int, sink: Sink | None) -> Iterator[Group]:
         counts, settings, symbol = self.counts, self.settings, ""
         calendar, oldest = self.calendars.default, 0
@@ -220,6 +295,8 @@ class Pipeline:
                     self.continuity.disturbed(bar.symbol)
                 continue
             counts.newest += 1
+            if bar.symbol not in self.continuity.runs and self.windows.count(bar.symbol) == 1:
+                self.newcomers[bar.symbol] = None
             if bar.symbol != symbol:
                 symbol = bar.symbol
                 calendar = self.calendars.of(symbol)
@@ -237,7 +314,7 @@ class Pipeline:
                 yield group
 
     def _revise(self, settings: Settings) -> None:
-        self._revision, self._forecaster = settings, None
+        self.revision, self._forecaster = settings, None
         self.calendars = settings.bar_calendars()
         # What followed under other hours, or within another jump, proves nothing.
         self.continuity = Continuity()
@@ -289,6 +366,14 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
     )
     for strategy in strategies:
         strategy.on_forecasts(0, {"TRIAL": trial})
+
+
+def pass_over(pipeline: Pipeline, event: Event) -> None:
+    """Let the path take an event, without forecasting the groups that it completes."""
+    for _ in pipeline.due(event.time):
+        pass
+    for _ in pipeline.take(event):
+        pass
 
 
 async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor | None = None) -> None:

@@ -37,11 +37,15 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Warmup:
-    """History put into the windows: the SHA-256 of what was read, and the bars."""
+    """History put into the windows: the SHA-256 of what was read, and the bars.
+
+    With a symbol it is what was found of this one, after its first bar came; it may be nothing.
+    """
 
     time: int
     digest: str
     bars: tuple[Bar, ...]
+    symbol: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Hole:
-    """Bars that should have closed between two neighbours of a symbol (nanoseconds), and how many."""
+    """Bars that should have closed between two closes of a symbol (nanoseconds), and how many."""
 
     after: int
     before: int
@@ -101,8 +105,8 @@ class Outcome:
 
     `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not, and
     `degraded` what is wrong with the bars of those that were. `holes` are the gaps right before the bars of
-    this group, to be asked for again. `targets` is strategy -> symbol -> wanted exposure, empty for a
-    straggler. `root` is the root topic it is published under.
+    this group, and before the first bar of a new symbol, to be asked for. `targets` is strategy -> symbol ->
+    wanted exposure, empty for a straggler. `root` is the root topic it is published under.
     """
 
     root: str
@@ -112,7 +116,7 @@ class Outcome:
     forecasts: Mapping[str, Forecast]
     degraded: Mapping[str, tuple[str, ...]]
     withheld: Mapping[str, str]
-    holes: Mapping[str, Hole]
+    holes: Mapping[str, tuple[Hole, ...]]
     targets: Mapping[str, Mapping[str, float]]
     terms: Mapping[str, Term]
 

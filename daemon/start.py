@@ -11,10 +11,10 @@ import structlog
 
 from barcast.daemon import wire
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Warmth, events
+from barcast.daemon.events import Champion, Warmth, events, restore
 from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind, Record
-from barcast.daemon.pipeline import Pipeline, Settings, try_strategies
+from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategies
 from barcast.daemon.ports import Event
 from barcast.daemon.store import ModelStore
 from barcast.models import ConfigError
@@ -93,29 +93,28 @@ def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
     Starting and recovering from a crash are the same: groups that were settled are formed again, so
     that the batcher knows them, and not forecast again.
     """
-    settled = journal.progress()
     backlog: list[tuple[int, Event]] = []
-    clock = 0
-    for seq, event in events(journal.records()):
-        if seq > settled.seq:
-            backlog.append((seq, event))
-            continue
-        clock = event.time
-        for _ in pipeline.due(event.time):
-            pass
-        for _ in pipeline.take(event):
-            pass
+    clock = read = 0
+    with journal.one_moment():
+        settled = journal.progress()
+        after = restore(journal, pipeline, settled.seq)
+        for seq, event in events(journal.records(after), pipeline.revision):
+            if seq > settled.seq:
+                backlog.append((seq, event))
+                continue
+            clock, read = event.time, read + 1
+            pass_over(pipeline, event)
     # A timer released groups after the last event, at a time that no event has.
     if settled.clock > clock:
         for _ in pipeline.due(settled.clock):
             pass
-    log.info("recovered", records=settled.seq, backlog=len(backlog))
+    log.info("recovered", records=read, snapshot=after, backlog=len(backlog))
     return backlog
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold a lock on the state directory, so that no second instance writes the same journal."""
+def only_one(path: Path, who: str = "instance") -> Iterator[None]:
+    """Hold a lock file of the state directory, so that no second one is at the same work."""
     try:
         file = path.open("w")
     except OSError as error:
@@ -125,7 +124,7 @@ def only_one(path: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
-                f"state_dir: {path.parent} is in use by another instance; stop it or name another directory"
+                f"state_dir: {path.parent} is in use by another {who}; stop it or name another directory"
             ) from error
         file.write(f"{os.getpid()}\n")
         file.flush()

@@ -645,7 +645,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
         retain=False,
         expires=last,
     )
-    for name, hole in outcome.holes.items():
+    for name, hole in ((name, hole) for name, own in outcome.holes.items() for hole in own):
         yield _outgoing(
             Backfill(
                 schema=SCHEMA,

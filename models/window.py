@@ -6,6 +6,7 @@ from copy import copy
 from enum import Enum
 from operator import attrgetter
 from struct import Struct
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -62,6 +63,22 @@ class Verdict(Enum):
     FORGOTTEN = "forgotten"
 
 
+class RingState(msgspec.Struct, frozen=True):
+    """The bars of one symbol: closes as `<i8`, values as `<f8` (N, 5), and payloads that were corrected."""
+
+    times: bytes
+    values: bytes
+    superseded: dict[int, set[tuple[float, float, float, float, float]]]
+
+
+class WindowsState(msgspec.Struct, frozen=True):
+    """All that windows know, to be stored."""
+
+    length: int
+    rings: dict[str, RingState]
+    adjustments: dict[str, list[Adjustment]]
+
+
 class Windows:
     """The newest bars of each symbol, as they were received, and what is declared about their basis.
 
@@ -73,6 +90,20 @@ class Windows:
         self.length = length
         self._rings: dict[str, _Ring] = {}
         self._adjustments: dict[str, list[Adjustment]] = {}
+
+    @property
+    def state(self) -> WindowsState:
+        """Everything known, by value."""
+        rings = {symbol: ring.state for symbol, ring in self._rings.items()}
+        return WindowsState(self.length, rings, {s: list(known) for s, known in self._adjustments.items()})
+
+    @classmethod
+    def of(cls, state: WindowsState) -> "Windows":
+        """The windows that had this state."""
+        windows = cls(state.length)
+        windows._rings = {s: _Ring.of(ring, state.length + SLACK) for s, ring in state.rings.items()}
+        windows._adjustments = {symbol: list(known) for symbol, known in state.adjustments.items()}
+        return windows
 
     def put(self, bar: Bar) -> Verdict:
         """Give a bar its place.
@@ -102,6 +133,11 @@ class Windows:
         """The close of a symbol's newest bar in nanoseconds, -1 without one."""
         ring = self._rings.get(symbol)
         return -1 if ring is None else ring.newest
+
+    def count(self, symbol: str) -> int:
+        """How many bars of a symbol are kept."""
+        ring = self._rings.get(symbol)
+        return 0 if ring is None else ring.stop - ring.start
 
     def adjust(self, adjustment: Adjustment) -> bool:
         """Take note of another price basis; False when it was declared before.
@@ -223,6 +259,26 @@ class _Ring:
         self._stamps, self._rows = times.data, values.data.cast("B")
         self.times, self.values = times, values
         self.times.flags.writeable = self.values.flags.writeable = False
+
+    @property
+    def state(self) -> RingState:
+        """The bars and what they were corrected from."""
+        kept = slice(self.start, self.stop)
+        times, values = self.times[kept].astype("<i8"), self.values[kept].astype("<f8")
+        known: Any = {time: set(payloads) for time, payloads in self.superseded.items()}
+        return RingState(times.tobytes(), values.tobytes(), known)
+
+    @classmethod
+    def of(cls, state: RingState, capacity: int) -> "_Ring":
+        """The ring that had this state."""
+        ring = cls(capacity)
+        times = np.frombuffer(state.times, "<i8").astype(np.int64)
+        ring.times, ring.values = times, np.frombuffer(state.values, "<f8").astype(float).reshape(-1, 5)
+        ring.start, ring.stop = 0, len(times)
+        ring.newest = int(times[-1])
+        ring.superseded = {time: set(payloads) for time, payloads in state.superseded.items()}
+        ring.allocate(capacity)
+        return ring
 
     def copy(self, capacity: int) -> "_Ring":
         """The same bars in a room of their own, for at least `capacity`."""

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from barcast.backtest.replay import Recording, replay
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.events import Champion, events
+from barcast.daemon.events import Champion, events, restore
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
@@ -203,9 +203,10 @@ class Instance:
 
     def replayed(self) -> list[Outgoing]:
         """What a replay of the journal says, to its end."""
-        recording = Recording()
-        recorded = events(self.journal.records())
-        replay((event for _, event in recorded), Pipeline(self._open_model), recording)
+        recording, pipeline = Recording(), Pipeline(self._open_model)
+        base = restore(self.journal, pipeline, self.journal.base)
+        recorded = events(self.journal.records(base), pipeline.revision)
+        replay((event for _, event in recorded), pipeline, recording)
         return recording.messages
 
     def image(self) -> sqlite3.Connection:

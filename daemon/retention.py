@@ -1,0 +1,141 @@
+"""What is old leaves the journal: its bars go into the archive, the state of the path into a snapshot.
+
+Two snapshots are kept. The one after the last record that left is where a replay begins; the newest one is
+where a start begins. A compaction that is killed leaves a journal that recovers and replays as before, and the
+next one ends its work.
+"""
+
+import re
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from barcast.daemon import bars
+from barcast.daemon.events import Champion, Warmth, events, restore
+from barcast.daemon.journal import Journal, Kind, Snapshot
+from barcast.daemon.pipeline import Pipeline, pass_over
+from barcast.daemon.ports import Arrival, Event
+from barcast.daemon.start import only_one
+from barcast.models import ConfigError
+
+_MODEL = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.partial")
+
+
+@dataclass(frozen=True, slots=True)
+class Compacted:
+    """What a compaction did: how many messages with bars and messages of the outbox left, which models.
+
+    `base` is the record up to which messages have left, `newest` the one after which a start reads on, `days`
+    how many files of the archive changed.
+    """
+
+    records: int
+    messages: int
+    days: int
+    base: int
+    newest: int
+    models: tuple[str, ...]
+
+    def sentence(self) -> str:
+        """What a person wants to know."""
+        return (
+            f"{self.records} messages with bars left for {self.days} files of the archive, {self.messages} "
+            f"left the outbox, {len(self.models)} models were removed; a start reads on after record "
+            f"{self.newest}, a replay after {self.base}"
+        )
+
+
+def compact(
+    state_dir: Path, now: int, keep: int, named: Collection[str], rest: Callable[[], None]
+) -> Compacted:
+    """Let leave what is older than `keep` nanoseconds at `now`; a daemon may be at work.
+
+    What it has not settled yet stays in any case, and so do decisions, settings and adjustments, which are
+    small. `named` are the models that the configuration names. `rest` is called after each commit. Raise
+    ConfigError while another compaction is at work.
+    """
+    if not (state_dir / "journal.db").is_file():
+        raise ConfigError(f"{state_dir}/journal.db: no journal there; run the daemon first")
+    with only_one(state_dir / "compaction.lock", "compaction"):
+        journal = Journal(state_dir / "journal.db")
+        try:
+            return _compact(journal, state_dir, now, keep, named, rest)
+        finally:
+            journal.close()
+
+
+def _compact(
+    journal: Journal, state_dir: Path, now: int, keep: int, named: Collection[str], rest: Callable[[], None]
+) -> Compacted:
+    journal.begin_compaction()
+    before, settled = now - keep, journal.progress().seq
+    pipeline = Pipeline(bars.serves_nothing)
+    base = restore(journal, pipeline, journal.base)
+    days = 0
+
+    def old() -> Iterator[Event]:
+        nonlocal base
+        for seq, event in events(journal.records(base, settled), pipeline.revision):
+            if event.time > before:
+                return
+            base = seq
+            yield event
+
+    for batch in bars.batches(old()):
+        seen = list(bars.superseded(pipeline.windows))
+        came = bars.received((bar for e in batch if isinstance(e, Arrival) for bar in e.bars), seen)
+        if came.height:
+            days += bars.write_days(came, state_dir / "archive", pipeline.settings.timeframe)
+        for event in batch:
+            pass_over(pipeline, event)
+    if base > journal.base:
+        journal.put_snapshot(Snapshot(base, pipeline.state.encode()), rest)
+    newest = _bring_up(journal, pipeline, base, settled, rest)
+    journal.rebase(base, newest)
+    rest()
+    journal.drop_snapshots(rest)
+    records = journal.drop_bars(rest)
+    for record in journal.decisions(base):
+        if record.kind in (Kind.WARMUP, Kind.NEWCOMER) and (warmth := Warmth.decode(record.payload)).bars:
+            journal.shorten(record.seq, msgspec.structs.replace(warmth, bars=()).encode())
+            rest()
+    messages = journal.drop_messages(before, rest)
+    models = tuple(_collect(state_dir / "models", {*named, *_referenced(journal, base)}, before))
+    return Compacted(records, messages, days, base, newest, models)
+
+
+def _bring_up(journal: Journal, pipeline: Pipeline, base: int, settled: int, rest: Callable[[], None]) -> int:
+    """Take the snapshot that a start begins with, after the last record that is settled."""
+    found = journal.snapshot(settled)
+    if found is not None and found.seq > base:
+        base = restore(journal, pipeline, settled)
+    position = base
+    for position, event in events(journal.records(base, settled), pipeline.revision):
+        pass_over(pipeline, event)
+    if position > base:
+        journal.put_snapshot(Snapshot(position, pipeline.state.encode()), rest)
+    return position
+
+
+def _referenced(journal: Journal, base: int) -> Iterator[str]:
+    """The models that a replay needs, and the one before them: the way back from a bad activation."""
+    activations = list(journal.of_kind(Kind.ACTIVATION))
+    since = sum(record.seq <= base for record in activations)
+    for record in activations[max(0, since - 2) :]:
+        yield Champion.decode(record.payload).model
+
+
+def _collect(models: Path, needed: Collection[str], before: int) -> Iterator[str]:
+    """Remove the models that nothing refers to and nobody has changed since `before`; yield their names."""
+    for folder in sorted(models.iterdir()) if models.is_dir() else ():
+        at = folder.stat()  # a copy has the old time of its source, and a new one of its own
+        if (
+            _MODEL.fullmatch(folder.name)
+            and folder.name not in needed
+            and max(at.st_mtime_ns, at.st_ctime_ns) < before
+        ):
+            shutil.rmtree(folder)
+            yield folder.name
