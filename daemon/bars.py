@@ -112,7 +112,7 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
     for (day,), own in bars.group_by(pl.col("close_time").dt.date().alias("day"), maintain_order=True):
         path = folder / f"bars-{day}.parquet"
         known = _read(path, None, timeframe) if path.is_file() else pl.DataFrame(schema=SCHEMA)
-        whole = latest([known, own.select(SCHEMA)]).sort(*KEY)
+        whole = latest([known, own.select(*SCHEMA)]).sort(*KEY)
         if whole.equals(known):
             continue
         partial = folder / f".{path.name}.partial"
@@ -140,7 +140,7 @@ def _read(path: Path, symbols: Sequence[str] | None, timeframe: str | None = Non
         if symbols is not None:
             rows = rows.filter(pl.col("symbol").is_in(list(symbols)))
         found = rows.select(*SCHEMA, "timeframe").collect()
-        bars = found.select(SCHEMA).match_to_schema(SCHEMA)
+        bars = found.select(*SCHEMA).match_to_schema(SCHEMA)
     except UNREADABLE as error:
         raise DataError(
             f"{path} cannot be read as bars ({str(error).splitlines()[0]}): restore a copy, or move it away."
@@ -160,7 +160,7 @@ def _history(
     missing = [
         pl.lit(None, dtype).alias(name) for name, dtype in SCHEMA.items() if name in ("trades", "vwap")
     ]
-    return frame.with_columns(*missing).select(SCHEMA).collect()
+    return frame.with_columns(*missing).select(*SCHEMA).collect()
 
 
 def _journalled(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment]]:

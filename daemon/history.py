@@ -64,8 +64,8 @@ def scan(
     The columns are `symbol`, `close_time` (datetime[ns, UTC]) and open, high, low, close, volume (float64).
     Only `symbols` are kept, and closes with since <= close < until (nanoseconds). The selected rows are
     checked here, so that reading the frame finds no fault; equal rows are kept once. Raise `DataError` for
-    anything that cannot be used, naming the file, column, row, value and remedy; also where there is no bar of
-    a symbol, unless it `may_lack`.
+    anything that cannot be used, naming the file, column, row, value and remedy; also where there is no bar
+    of a symbol, unless it `may_lack`.
     """
     checked, found = [], files(paths)
     for path in found:

@@ -204,7 +204,8 @@ class Journal:
         """The records up to a number that are not bars, in order: they stay when bars leave."""
         with self._reading():
             rows = self._db.execute(
-                "SELECT seq, time, kind, topic, payload FROM record WHERE seq <= ? AND kind != ? ORDER BY seq",
+                "SELECT seq, time, kind, topic, payload FROM record "
+                "WHERE seq <= ? AND kind != ? ORDER BY seq",
                 (upto, Kind.BARS),
             ).fetchall()
         return (Record(*row) for row in rows)
@@ -272,8 +273,8 @@ class Journal:
         with _transaction(self._db) as db:
             db.execute("UPDATE progress SET seq = seq")
 
-    # The verbs of a compaction. Each commit is small, and `rest` is called after it, so that those of a running
-    # daemon need not wait; none is fsynced, as all can be done again.
+    # The verbs of a compaction. Each commit is small, and `rest` is called after it, so that those of a
+    # running daemon need not wait; none is fsynced, as all can be done again.
 
     def begin_compaction(self) -> None:
         """Make commits without an fsync from now on."""

@@ -110,7 +110,7 @@ class PipelineState(msgspec.Struct, frozen=True):
 
     def encode(self) -> bytes:
         """As msgpack."""
-        return msgspec.msgpack.encode(self, order="deterministic")
+        return msgspec.msgpack.encode(self)
 
     @classmethod
     def decode(cls, state: bytes) -> "PipelineState":
@@ -122,9 +122,9 @@ class Pipeline:
     """Batcher, windows, forecaster and strategies: what turns events into outcomes.
 
     The state is the windows, the continuity of their bars, the batcher, the settings and the model in force,
-    and counters; `newcomers`, the symbols that came without a history since, in order; and `lacking`, of those
-    whose history was looked up after that, the newest close then. The first event must be a `Revision`; a
-    model is opened when the first group needs it.
+    and counters; `newcomers`, the symbols that came without a history since, in order; and `lacking`, of
+    those whose history was looked up after that, the newest close then. The first event must be a `Revision`;
+    a model is opened when the first group needs it.
     """
 
     def __init__(self, open_model: OpenModel) -> None:

@@ -1,8 +1,8 @@
 """What is old leaves the journal: its bars go into the archive, the state of the path into a snapshot.
 
 Two snapshots are kept. The one after the last record that left is where a replay begins; the newest one is
-where a start begins. A compaction that is killed leaves a journal that recovers and replays as before, and the
-next one ends its work.
+where a start begins. A compaction that is killed leaves a journal that recovers and replays as before, and
+the next one ends its work.
 """
 
 import re
@@ -87,10 +87,10 @@ def _compact(
     for batch in bars.batches(old()):
         seen = list(bars.superseded(pipeline.windows))
         came = bars.received((bar for e in batch if isinstance(e, Arrival) for bar in e.bars), seen)
-        if came.height:
-            days += bars.write_days(came, state_dir / "archive", pipeline.settings.timeframe)
         for event in batch:
             pass_over(pipeline, event)
+        if came.height:
+            days += bars.write_days(came, state_dir / "archive", pipeline.settings.timeframe)
     if base > journal.base:
         journal.put_snapshot(Snapshot(base, pipeline.state.encode()), rest)
     newest = _bring_up(journal, pipeline, base, settled, rest)
@@ -113,8 +113,9 @@ def _bring_up(journal: Journal, pipeline: Pipeline, base: int, settled: int, res
     if found is not None and found.seq > base:
         base = restore(journal, pipeline, settled)
     position = base
-    for position, event in events(journal.records(base, settled), pipeline.revision):
+    for seq, event in events(journal.records(base, settled), pipeline.revision):
         pass_over(pipeline, event)
+        position = seq
     if position > base:
         journal.put_snapshot(Snapshot(position, pipeline.state.encode()), rest)
     return position
