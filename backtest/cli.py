@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from barcast.models import LEVELS, BarcastError, ConfigError, DataError, default_horizons
+from barcast.models import LEVELS, BarcastError, ConfigError, DataError, DiskFullError, default_horizons
 
 if TYPE_CHECKING:
     from barcast.backtest.evaluate import Evaluation
@@ -39,6 +39,9 @@ err = Console(stderr=True)
 
 EX_CONFIG = 78
 """Exit status for a fault that a person must mend: systemd does not restart on it."""
+
+EX_IOERR = 74
+"""Exit status for a full disk: it is worth trying again."""
 
 HELD_OUT_SHARE = 0.1
 """Of the newest bars, which a challenger does not learn from: the gate judges on them."""
@@ -162,7 +165,8 @@ def main() -> None:
         err.print("error: ", style="bold red", end="")
         err.print(str(fault), highlight=False, markup=False, soft_wrap=True)
     if faults:
-        sys.exit(EX_CONFIG)
+        again = all(isinstance(fault, DiskFullError) for fault in faults)
+        sys.exit(EX_IOERR if again else EX_CONFIG)
 
 
 @app.command()
@@ -174,7 +178,7 @@ def run(config: ConfigFile) -> None:
 
     settings = load(config)
     log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
-    serve(settings, Commands(**_children(config)))
+    serve(settings, Commands(**_children(config), compact=_child(config, "compact")))
 
 
 @app.command()
@@ -1005,8 +1009,12 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
 
 def _children(config: Path) -> dict[str, list[str]]:
     """The argument lists that begin the processes which train and judge for an instance."""
-    me = [sys.executable, "-m", "barcast.backtest.cli"]
-    return {"train": [*me, "retrain", str(config)], "gate": [*me, "gate", str(config)]}
+    return {"train": _child(config, "retrain"), "gate": _child(config, "gate")}
+
+
+def _child(config: Path, command: str) -> list[str]:
+    """The argument list of a process of ours for an instance."""
+    return [sys.executable, "-m", "barcast.backtest.cli", command, str(config)]
 
 
 def _others(given: list[str] | None) -> dict[str, str]:

@@ -22,6 +22,7 @@ from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
+from barcast.daemon.room import room
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
@@ -62,10 +63,14 @@ def rehearsal(start: datetime, speed: float, delay: float = 0.0) -> Rehearsal:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """How the daemon starts its subprocesses: the argument lists that train and judge a challenger."""
+    """How the daemon starts its subprocesses: argument lists.
+
+    The first two train and judge a challenger, the third lets leave what is old.
+    """
 
     train: Sequence[str]
     gate: Sequence[str]
+    compact: Sequence[str]
 
 
 def serve(config: Config, commands: Commands) -> None:
@@ -98,12 +103,16 @@ class Daemon:
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
         config = self.config
-        try:
-            config.state_dir.mkdir(parents=True, exist_ok=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
+        with room(config.state_dir):
+            try:
+                config.state_dir.mkdir(parents=True, exist_ok=True)
+            except ValueError as error:
+                raise ConfigError(f"state_dir: {error}; name another directory") from error
         with only_one(config.state_dir / "lock"):
-            self.scribe = Scribe(Journal(config.state_dir / "journal.db"))
+            with room(config.state_dir):
+                journal = Journal(config.state_dir / "journal.db")
+                journal.write()
+            self.scribe = Scribe(journal)
             self.forecasts = ThreadPoolExecutor(1, "forecast")
             try:
                 async with AsyncExitStack() as stack:
@@ -211,13 +220,20 @@ class Daemon:
     async def _heartbeat(self) -> None:
         """Publish the status again and again while bars are processed; a path that is stuck falls silent."""
         while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self.scribe.turned.wait()
+            self.scribe.turned.clear()
             if self.state == "ready" and self.link.connected.is_set() and self.vitals.moving:
                 await self._announce()
 
     async def _announce(self) -> None:
         now, processed = self.clock.now(), self.sink.processed
-        state: wire.State = "deaf" if self.state == "ready" and self.link.deaf else self.state
+        state = self.state
+        if state == "ready" and self.scribe.full:
+            state = "full"
+        elif state == "ready" and self.link.deaf:
+            state = "deaf"
         status = wire.Status(
             state=state,
             instance=self.config.instance,

@@ -102,8 +102,8 @@ def restore(journal: Journal, pipeline: Pipeline, upto: int) -> int:
         pipeline.restore(PipelineState.decode(found.state))
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(
-            f"{journal.path}: the snapshot after record {found.seq} cannot be read ({error}); restore a copy, "
-            "or use the version of barcast that wrote it"
+            f"{journal.path}: the snapshot after record {found.seq} cannot be read ({error}); restore a "
+            "copy, or use the version of barcast that wrote it"
         ) from error
     return found.seq
 

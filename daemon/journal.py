@@ -13,6 +13,7 @@ from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 
+from barcast.daemon.room import is_full
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 
@@ -46,8 +47,6 @@ BUSY_SECONDS = 60.0
 """How long a commit waits for one of the other process, at most: each of them takes milliseconds."""
 LEAVING, LEAVING_BYTES = 500, 1_000_000
 """Rows, and bytes, that leave or are written in one commit of a compaction, at most."""
-NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
-"""What SQLite says when the disk, or the quota, is full."""
 
 # From topic to topic by the index: grouping would read all that is pending, and a flood of dead letters is
 # pending on one topic.
@@ -415,11 +414,6 @@ class _transaction:  # noqa: N801
         finally:
             if self.db.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
                 self.db.execute("ROLLBACK")
-
-
-def is_full(error: sqlite3.Error) -> bool:
-    """Whether SQLite found no room on the disk."""
-    return getattr(error, "sqlite_errorcode", None) in NO_ROOM
 
 
 def _portions(rows: Sequence[tuple[int, int]]) -> Iterator[int]:

@@ -1,6 +1,8 @@
 """The live rim of the path: arrivals from the broker by way of the journal, outcomes by way of its outbox."""
 
 import asyncio
+import sqlite3
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from barcast.daemon.distribution import Distribution
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
 from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.ports import Arrival, Declaration, Event, Outcome
+from barcast.daemon.room import free_bytes, is_full
 from barcast.daemon.wire import Outgoing, Reject
 from barcast.models import Adjustment, Bar, Coverage
 
@@ -27,6 +30,8 @@ PROGRESS_EVERY = 1000
 """Records after which progress is noted even when nothing is due to subscribers."""
 AT_ONCE = 256
 """Publications under way at once."""
+ROOM_SECONDS = 1.0
+"""How often it is tried whether there is room on a full disk again."""
 RETRY_SECONDS = 1.0
 """Pause after a publication failed, unless something new is due."""
 LATE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
@@ -63,20 +68,64 @@ class Decision:
 
 
 class Scribe:
-    """The one thread that touches the journal, so that commits never block the event loop."""
+    """The one thread that touches the journal, so that commits never block the event loop.
+
+    Without room on the disk it tries again until there is some: nothing is acknowledged and nothing acts
+    meanwhile, as all that would follows a commit. The state is `full`, whether that is so now; `turned` is
+    set when it changes.
+    """
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
+        self.full = False
+        self.turned = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "journal")
+        self._closing = threading.Event()
 
     def __call__(self, verb: Callable[..., T], *args: object) -> asyncio.Future[T]:
         """Call a method of the journal on its thread, in the order of the calls."""
-        return asyncio.get_running_loop().run_in_executor(self._thread, lambda: verb(*args))
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._thread, lambda: self._until_there_is_room(loop, verb, *args))
 
     def close(self) -> None:
-        """Finish what is under way and close the journal."""
+        """Finish what is under way, but wait for no room, and close the journal."""
+        self._closing.set()
         self._thread.submit(self.journal.close).result()
         self._thread.shutdown()
+
+    def _until_there_is_room(
+        self, loop: asyncio.AbstractEventLoop, verb: Callable[..., T], *args: object
+    ) -> T:
+        while True:
+            try:
+                done = verb(*args)
+            except sqlite3.OperationalError as error:
+                if not is_full(error):
+                    raise
+                self._turn(loop, error)
+                if self._closing.wait(ROOM_SECONDS):
+                    raise
+            else:
+                self._turn(loop, None)
+                return done
+
+    def _turn(self, loop: asyncio.AbstractEventLoop, error: sqlite3.Error | None) -> None:
+        """Say once that there is no room, and once that there is some again."""
+        if self.full == (error is not None):
+            return
+        self.full = error is not None
+        path = self.journal.path
+        if error is not None:
+            log.error(
+                "disk_full",
+                path=str(path),
+                reason=str(error),
+                free_bytes=free_bytes(path.parent),
+                remedy=f"make room on the disk of {path.parent}: no bar is taken or acknowledged until then",
+            )
+        else:
+            log.info("disk_has_room", path=str(path), free_bytes=free_bytes(path.parent))
+        loop.call_soon_threadsafe(self.turned.set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +176,11 @@ class LiveSource:
         self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
         self._writing: _Commit | None = None
         self._stamped = stamped
+
+    @property
+    def full(self) -> bool:
+        """Whether everything waits for room on the disk: a known wait, not a hang."""
+        return self._scribe.full
 
     def now(self) -> int:
         """The time, never before a stamp that was given."""

@@ -286,6 +286,8 @@ class Link:
         return await answer
 
     def _open(self) -> aiomqtt.Client:
+        if len(self.inbox) > RECEIVE_MAXIMUM:
+            self._forget_copies()
         self.connection += 1
         self._heard.clear()
         a = self._address
@@ -318,6 +320,14 @@ class Link:
         # granted: what is not acknowledged then takes room in its window for as long as we are connected.
         self._receiving = client
         return client
+
+    def _forget_copies(self) -> None:
+        """Keep the last of deliveries that came again, so that no number of connections fills the memory.
+
+        While nothing can be taken, each connection brings all that was not acknowledged once more.
+        """
+        last = {(d.mid, d.topic, d.payload): d for d in self.inbox if d.qos}
+        self.inbox = deque(d for d in self.inbox if not d.qos or last[d.mid, d.topic, d.payload] is d)
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
         if not self._heard.is_set() and self._proves_hearing(message.topic):

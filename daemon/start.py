@@ -16,6 +16,7 @@ from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategies
 from barcast.daemon.ports import Event
+from barcast.daemon.room import room
 from barcast.daemon.store import ModelStore
 from barcast.models import ConfigError
 
@@ -115,10 +116,8 @@ def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
 @contextmanager
 def only_one(path: Path, who: str = "instance") -> Iterator[None]:
     """Hold a lock file of the state directory, so that no second one is at the same work."""
-    try:
+    with room(path.parent):
         file = path.open("w")
-    except OSError as error:
-        raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -126,6 +125,7 @@ def only_one(path: Path, who: str = "instance") -> Iterator[None]:
             raise ConfigError(
                 f"state_dir: {path.parent} is in use by another {who}; stop it or name another directory"
             ) from error
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        with room(path.parent):
+            file.write(f"{os.getpid()}\n")
+            file.flush()
         yield

@@ -4,6 +4,7 @@ import re
 import shutil
 from pathlib import Path
 
+from barcast.daemon.room import room
 from barcast.models import BASELINES, CheckpointError, ConfigError, Forecaster, open_model
 
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -40,11 +41,19 @@ class ModelStore:
 
         model = load(source).model
         if not (self.directory / model).is_dir():
-            self.directory.mkdir(parents=True, exist_ok=True)
+            with room(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
             partial = self.directory / f".{model}.partial"
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial)
-            partial.rename(self.directory / model)
+            try:
+                with room(self.directory):
+                    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+                        target = partial / file.relative_to(source)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        shutil.copyfile(file, target)
+                partial.rename(self.directory / model)
+            finally:  # half a copy takes room
+                shutil.rmtree(partial, ignore_errors=True)
         return model
 
     def resolve(self, name: str, first: str, champion: str | None) -> str:

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class Vitals:
-    """Measures the loop and feeds the watchdog while the path takes events, or waits for them.
+    """Measures the loop and feeds the watchdog while the path takes events, or waits for them or for room.
 
     The state is the lags measured last (seconds), how often they were how large, and when the path was last
     seen to move.
@@ -54,6 +54,6 @@ class Vitals:
                 before, counts, told = counts, asdict(self._counts), loop.time()
                 if counts != before:
                     log.info("bars", **counts)
-            if self._source.waiting or self._source.position != position:
+            if self._source.waiting or self._source.full or self._source.position != position:
                 position, self._moved = self._source.position, loop.time()
                 self._notifier.send("WATCHDOG=1")

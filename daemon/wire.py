@@ -260,7 +260,7 @@ class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
-State = Literal["starting", "ready", "deaf", "stopped", "lost"]
+State = Literal["starting", "ready", "deaf", "full", "stopped", "lost"]
 """What an instance says of itself."""
 
 
@@ -275,8 +275,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     state: Annotated[
         State,
         _of(
-            "ready; starting; deaf: no bars come by its subscription, though it asked for them; stopped: it "
-            "was told to; lost: its connection ended otherwise, said by the broker as its last will."
+            "ready; starting; deaf: no bars come by its subscription, though it asked for them; full: its disk "
+            "is, and it takes no bar until there is room; stopped: it was told to; lost: its connection ended otherwise, said by the broker as its last will."
         ),
     ]
     instance: Annotated[str, _of("The instance's name.")]

@@ -8,7 +8,7 @@ from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.calibration import Calibrated
 from barcast.models.catalog import BASELINES, check_sampled, open_model
-from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError
+from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError, DiskFullError
 from barcast.models.evaluation import Scores, compare, even_stride, score
 from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Card, Coverage, Forecast, Forecaster, default_horizons, usable
@@ -27,6 +27,7 @@ __all__ = [
     "ConfigError",
     "Coverage",
     "DataError",
+    "DiskFullError",
     "FilteredHistoricalSimulation",
     "Forecast",
     "Forecaster",

@@ -70,9 +70,13 @@ def save(trained: Model, directory: Path) -> str:
     model, files = _files(trained)
     fresh = directory.with_name(f".{directory.name}.{model}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    for name, content in files.items():
-        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-        _write(fresh / name, content)
+    try:
+        for name, content in files.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(fresh / name, content)
+    except OSError:  # such as a full disk: what is there of it would only take room
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if directory.exists():
         old = directory.with_name(f".{directory.name}.{model}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -5,6 +5,10 @@ class BarcastError(Exception):
     """A fault that the user can mend. The message names the file or field, the value and the remedy."""
 
 
+class DiskFullError(BarcastError):
+    """No room where something must be written: it may go on when there is some, without anybody's doing."""
+
+
 class ConfigError(BarcastError):
     """A setting, a missing file or a combination that cannot work."""
 

@@ -33,7 +33,7 @@ def start(folder, text=LEAST):
     """A daemon as it is before it serves: its journal is open, its decisions are not taken."""
     path = folder / "barcast.toml"
     path.write_text(text)
-    daemon = Daemon(load(path), Commands([], []), asyncio.Event(), None)
+    daemon = Daemon(load(path), Commands([], [], []), asyncio.Event(), None)
     daemon.config.state_dir.mkdir(exist_ok=True)
     daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
     daemon.store = ModelStore(daemon.config.state_dir / "models", daemon.config.timeframe)
