@@ -20,8 +20,10 @@ from barcast.daemon.journal import Journal
 from barcast.daemon.live import Courier, LiveSink, LiveSource, Scribe
 from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
+from barcast.daemon.newcomers import Newcomers
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
+from barcast.daemon.retention import daily
 from barcast.daemon.room import room
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.start import only_one, opening, recover
@@ -151,6 +153,7 @@ class Daemon:
         )
         self.sink = LiveSink(self.scribe, self.source, self.courier)
         self.vitals = Vitals(self.source, self.pipeline.counts, self.notifier)
+        self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)
         self.succession = Succession(
             config,
             self.clock,
@@ -187,6 +190,8 @@ class Daemon:
                 group.create_task(self.vitals.run(), name="vitals"),
                 group.create_task(self._heartbeat(), name="heartbeat"),
                 group.create_task(self.succession.prepare_champion(), name="prepare"),
+                group.create_task(self.newcomers.run(), name="newcomers"),
+                group.create_task(daily(self.commands.compact), name="compaction"),
             ]
             path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
             retrain = self.config.retrain

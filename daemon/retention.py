@@ -5,13 +5,16 @@ where a start begins. A compaction that is killed leaves a journal that recovers
 the next one ends its work.
 """
 
+import asyncio
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from asyncio.subprocess import DEVNULL, PIPE, STDOUT
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from barcast.daemon import bars
 from barcast.daemon.events import Champion, Warmth, events, restore
@@ -21,6 +24,10 @@ from barcast.daemon.ports import Arrival, Event
 from barcast.daemon.start import only_one
 from barcast.models import ConfigError
 
+FIRST_SECONDS, EVERY_SECONDS = 600.0, 86_400.0
+"""How long after a start the daemon compacts its journal, and how often from then on."""
+
+log = structlog.get_logger()
 _MODEL = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.partial")
 
 
@@ -65,6 +72,31 @@ def compact(
             return _compact(journal, state_dir, now, keep, named, rest)
         finally:
             journal.close()
+
+
+async def daily(command: Sequence[str]) -> None:
+    """Run a compaction some minutes after the start and then each day, in a process of its own."""
+    await asyncio.sleep(FIRST_SECONDS)
+    while True:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT
+            )
+        except OSError as error:  # such as no memory for another process
+            log.error("compaction_failed", reason=str(error))
+        else:
+            try:
+                out, _ = await process.communicate()
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+            last_words = "\n".join(out.decode("utf-8", "replace").strip().splitlines()[-5:])
+            if process.returncode:
+                log.error("compaction_failed", exit_status=process.returncode, last_words=last_words)
+            else:
+                log.info("compacted", said=last_words)
+        await asyncio.sleep(EVERY_SECONDS)
 
 
 def _compact(
