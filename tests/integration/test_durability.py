@@ -3,22 +3,26 @@
 import itertools
 import json
 import random
+import shutil
 import sqlite3
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import paho.mqtt.client as paho
+import polars as pl
 import pytest
 
 from barcast.backtest.replay import replay_journal
+from barcast.daemon.bars import read_archive
 from barcast.daemon.events import events
 from barcast.daemon.journal import Journal, State
 from barcast.daemon.mqtt import HEAR_SECONDS
@@ -27,7 +31,7 @@ from barcast.daemon.wire import encode_bars, to_text
 from barcast.models import Bar
 from tests.garch import simulate
 from tests.integration.broker import SHIPPED, SHIPPED_ACL, Mosquitto
-from tests.integration.instance import Instance, Subscriber, client, write_history
+from tests.integration.instance import BARCAST, Instance, Subscriber, client, write_history
 
 MINUTE = 60 * 10**9
 HISTORY = 150
@@ -504,3 +508,184 @@ def test_two_daemons_of_one_name_are_told(broker: Mosquitto, stage: Stage) -> No
     assert len({line["event"] for line in said()}) == len(said())
     assert {(line["level"], line["client_id"]) for line in said()} == {("warning", "barcast-test")}
     assert all("another `instance`" in str(line["remedy"]) for line in said())
+
+
+HALF_AN_HOUR = 200 * 30
+"""Messages of half an hour: a bar a minute of two hundred symbols."""
+
+
+def test_half_an_hour_of_absence_loses_nothing(broker: Mosquitto, stage: Stage) -> None:
+    """The daemon is away for as many messages as 200 symbols send in 30 minutes, the broker restarts amid it.
+
+    Half of the bars are sent before the restart, half after it; what the broker acknowledged is all taken.
+    """
+    instance, current = stage.instance(broker, 2)
+    begin(instance)
+    assert instance.stop() == 0
+    feed = stage.feed(instance, current, rate=0)
+    bars = list(itertools.islice(old_bars(instance.start), HALF_AN_HOUR))
+    feed.send(*bars[: HALF_AN_HOUR // 2])
+    feed.finish()
+    broker.stop()
+    broker.start()
+    feed.send(*bars[HALF_AN_HOUR // 2 :])
+    feed.finish()
+    began = time.monotonic()
+    instance.launch()
+    settle(instance, feed)
+    kept = bars_kept(instance, feed)
+    print(
+        f"\n{HALF_AN_HOUR} bars while the daemon was away: {kept}, {time.monotonic() - began:.1f} s to take"
+    )
+    assert kept == Kept(acknowledged=HALF_AN_HOUR + 1, lost=0, again=0)
+
+
+def test_compaction_beside_a_daemon_changes_nothing(broker: Mosquitto, stage: Stage) -> None:
+    """Compacted by hand under load, and killed amid it, the journal loses no bar; what is left replays."""
+    instance, current = stage.instance(broker, 24)
+    subscriber = stage.subscriber(broker)
+    begin(instance)
+    feed = stage.feed(instance, current, RATE)
+    feed.start()
+    until(lambda: len(feed.sent) >= 4000 and len(subscriber.of("groups")) >= 3, "there is something to leave")
+    config = instance.write()
+    config.write_text(f'keep = "2m"\n{config.read_text()}')
+    command = [sys.executable, "-m", "barcast.backtest.cli", "compact", str(config)]
+    killed = subprocess.Popen(command)
+    time.sleep(1.5)
+    killed.kill()
+    killed.wait()
+    before = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    instance.kill()
+    instance.launch()
+    instance.wait_for("broker_connected", count=2)
+    snapshot = instance.wait_for("recovered", count=2)["snapshot"]
+    until(lambda: len(subscriber.of("groups")) >= 6, "it goes on")
+    after = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    settle(instance, feed)
+    until(lambda: subscriber.states()[-1:] == ["stopped"], "the subscriber has everything")
+    print(f"\n{before}{after}")
+    assert isinstance(snapshot, int)
+    assert snapshot > 0
+    taken = set(stored(instance)) | archived(instance)
+    assert set(feed.acknowledged()) <= taken
+    replayed = {(m.topic, m.payload) for m in replay_journal(instance.state / "journal.db")}
+    seen = {pair for kind in KINDS for pair in subscriber.of(kind)}
+    assert len(replayed & seen) > 20
+    gone = seen - replayed
+    first = min(json.loads(payload)["close_time"] for _, payload in replayed if b'"group"' in payload)
+    assert all(json.loads(payload)["close_time"] <= first for _, payload in gone)
+
+
+def archived(instance: Instance) -> set[Bar]:
+    """The bars that left the journal."""
+    frame = read_archive(instance.state / "archive")
+    return {
+        Bar(symbol, time_, *values)
+        for symbol, time_, *values in frame.with_columns(pl.col("close_time").to_physical()).iter_rows()
+    }
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A small disk, mounted where only this process and who enters its namespace see it."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    @property
+    def enter(self) -> tuple[str, ...]:
+        """What begins a command that sees the disk."""
+        return ("nsenter", "-m", "-t", str(self.process.pid), "--")
+
+    def fill(self) -> None:
+        """Write until there is no room."""
+        with suppress(OSError), (self.seen / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def empty(self) -> None:
+        """Make room again."""
+        (self.seen / "filler").unlink()
+
+    @property
+    def seen(self) -> Path:
+        """The disk as others may look at it."""
+        return Path(f"/proc/{self.process.pid}/root{self.folder}")
+
+    def ask(self, question: str) -> Any:
+        """Look into the journal on it: SQLite follows links, and would not find it."""
+        code = (
+            "import json, sqlite3, sys; db = sqlite3.connect(sys.argv[1]); "
+            "print(json.dumps(db.execute(sys.argv[2]).fetchall()))"
+        )
+        command = [*self.enter, sys.executable, "-c", code, str(self.folder / "journal.db"), question]
+        return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+@pytest.fixture
+def disks(stage: Stage) -> Iterator[Callable[[Instance], Disk]]:
+    """Puts the state of an instance on a disk of 24 MB. It takes root."""
+    made = []
+
+    def small(instance: Instance) -> Disk:
+        mount = f'mount -t tmpfs -o size=24m tmpfs "{instance.state}"'
+        if subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode:
+            pytest.skip("no disk can be mounted here: it takes root")
+        saved = shutil.copytree(instance.state / "history", instance.folder / "saved")
+        stay = f'{mount} && cp -r "{saved}" "{instance.state}/history" && exec sleep 300'
+        made.append(Disk(subprocess.Popen(["unshare", "-m", "sh", "-c", stay]), instance.state))
+        until(lambda: (made[-1].seen / "history" / "from0.parquet").is_file(), "the disk is there")
+        return made[-1]
+
+    yield small
+    stage.end()
+    for disk in made:
+        disk.process.kill()
+        disk.process.wait()
+
+
+def test_daemon_outlives_a_full_disk(
+    broker: Mosquitto, stage: Stage, disks: Callable[[Instance], Disk]
+) -> None:
+    """On a full disk nothing is taken, as the status says, and with room all is; a start may be tried again."""
+    instance, current = stage.instance(broker, 2)
+    subscriber = stage.subscriber(broker)
+    disk = disks(instance)
+    instance.command = (*disk.enter, *BARCAST)
+    begin(instance)
+    feed = stage.feed(instance, current, RATE)
+    feed.start()
+    until(lambda: len(subscriber.of("groups")) >= 1, "it works")
+    disk.fill()
+    full = instance.wait_for("disk_full")
+    until(lambda: subscriber.states()[-1:] == ["full"], "the status says it")
+    records = disk.ask("SELECT COUNT(*) FROM record")
+    time.sleep(2)
+    assert disk.ask("SELECT COUNT(*) FROM record") == records
+    disk.empty()
+    instance.wait_for("disk_has_room")
+    until(lambda: subscriber.states()[-1:] == ["ready"], "the status says it")
+    disk.fill()
+    instance.wait_for("disk_full", count=2)
+    instance.kill()
+    disk.fill()
+    refused = subprocess.run([*instance.command, "run", str(instance.write())], capture_output=True)
+    disk.empty()
+    instance.launch()
+    instance.wait_for("broker_connected", count=2)
+    until(lambda: len(feed.sent) >= 4000, "there is enough to look at")
+    feed.finish()
+    feed.send(Bar("END", instance.start - 600 * MINUTE, 1.0, 1.0, 1.0, 1.0, 1.0))
+    feed.finish()
+    until(lambda: disk.ask("SELECT 1 FROM record WHERE topic LIKE '%/END'") != [], "the last is taken")
+    assert instance.stop() == 0
+    shutil.copy(disk.seen / "journal.db", instance.state)
+    kept = bars_kept(instance, feed)
+    print(f"\na disk that was full twice: {kept}")
+    assert refused.returncode == 74, refused.stderr.decode()
+    assert b"make room on its disk" in refused.stderr
+    assert full["level"] == "error"
+    assert int(str(full["free_bytes"])) < 100_000
+    assert kept.acknowledged >= 4000
+    assert kept.lost == 0
