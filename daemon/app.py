@@ -24,7 +24,7 @@ from barcast.daemon.newcomers import Newcomers
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.retention import daily
-from barcast.daemon.room import room
+from barcast.daemon.room import check_room, room
 from barcast.daemon.schedule import Retrainer, scheduler
 from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
@@ -114,6 +114,7 @@ class Daemon:
             with room(config.state_dir):
                 journal = Journal(config.state_dir / "journal.db")
                 journal.write()
+            check_room(config.state_dir)
             self.scribe = Scribe(journal)
             self.forecasts = ThreadPoolExecutor(1, "forecast")
             try:

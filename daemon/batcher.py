@@ -59,6 +59,7 @@ class Batcher:
 
     @state.setter
     def state(self, state: BatcherState) -> None:
+        """Go on from there; the state is this batcher's from now on."""
         self._waiting, self._missed, self._closed = state.waiting, state.missed, state.closed
 
     def reconfigure(self, symbols: Iterable[str], max_wait: int, open_at: Open) -> None:

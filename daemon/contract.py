@@ -276,7 +276,7 @@ def _examples(root: str) -> dict[str, list[Any]]:
         forecasts={"BTCUSD": forecast},
         degraded={"BTCUSD": ("2 of the last 85 bars are missing",)},
         withheld={"ETHUSD": "40 of at least 85 bars"},
-        holes={"BTCUSD": Hole(close - 3 * hour, close, 2)},
+        holes={"BTCUSD": (Hole(close - 3 * hour, close, 2),)},
         targets={"drift": {"BTCUSD": 0.25}},
         terms=dict.fromkeys(
             ("BTCUSD", "ETHUSD"), Term((close + hour, close + 4 * hour), close + hour, close + 2 * hour)

@@ -5,6 +5,7 @@ One row holds one accepted message with its raw payload; a replay decodes it by 
 leaves: the state of the path after a record, a snapshot, stands for the messages up to it.
 """
 
+import errno
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 
-from barcast.daemon.room import is_full
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 
@@ -45,6 +45,8 @@ READ = 1000
 """Records read at once."""
 BUSY_SECONDS = 60.0
 """How long a commit waits for one of the other process, at most: each of them takes milliseconds."""
+NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
+"""What SQLite says when the disk, or the quota, is full: here it is an OSError, as of any file."""
 LEAVING, LEAVING_BYTES = 500, 1_000_000
 """Rows, and bytes, that leave or are written in one commit of a compaction, at most."""
 
@@ -390,30 +392,33 @@ class Journal:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            if is_full(error):
-                raise
+            if (full := _no_room(error)) is not None:
+                raise full from error
             raise ConfigError(
                 f"{self.path}: not a journal, or damaged ({error}); move it away or restore a copy"
             ) from error
 
 
-class _transaction:  # noqa: N801
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the body raises."""
+@contextmanager
+def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the body or the commit raises."""
+    try:
+        db.execute("BEGIN IMMEDIATE")
+        yield db
+        db.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        if (full := _no_room(error)) is not None:
+            raise full from error
+        raise
+    finally:
+        if db.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
+            db.execute("ROLLBACK")
 
-    def __init__(self, db: sqlite3.Connection) -> None:
-        self.db = db
 
-    def __enter__(self) -> sqlite3.Connection:
-        self.db.execute("BEGIN IMMEDIATE")
-        return self.db
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.db.execute("COMMIT")
-        finally:
-            if self.db.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
-                self.db.execute("ROLLBACK")
+def _no_room(error: sqlite3.DatabaseError) -> OSError | None:
+    """The fault of a full disk, if it is one."""
+    full = getattr(error, "sqlite_errorcode", None) in NO_ROOM
+    return OSError(errno.ENOSPC, str(error)) if full else None
 
 
 def _portions(rows: Sequence[tuple[int, int]]) -> Iterator[int]:

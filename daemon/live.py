@@ -1,7 +1,6 @@
 """The live rim of the path: arrivals from the broker by way of the journal, outcomes by way of its outbox."""
 
 import asyncio
-import sqlite3
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -99,7 +98,7 @@ class Scribe:
         while True:
             try:
                 done = verb(*args)
-            except sqlite3.OperationalError as error:
+            except OSError as error:
                 if not is_full(error):
                     raise
                 self._turn(loop, error)
@@ -109,7 +108,7 @@ class Scribe:
                 self._turn(loop, None)
                 return done
 
-    def _turn(self, loop: asyncio.AbstractEventLoop, error: sqlite3.Error | None) -> None:
+    def _turn(self, loop: asyncio.AbstractEventLoop, error: OSError | None) -> None:
         """Say once that there is no room, and once that there is some again."""
         if self.full == (error is not None):
             return

@@ -2,22 +2,19 @@
 
 import errno
 import shutil
-import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from barcast.models import ConfigError, DiskFullError
 
-NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
-"""What SQLite says when the disk, or the quota, is full."""
+LEAST_FREE = 1_000_000
+"""Bytes that a start needs."""
 
 
-def is_full(error: OSError | sqlite3.Error) -> bool:
-    """Whether there was no room on the disk."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return getattr(error, "sqlite_errorcode", None) in NO_ROOM
+def is_full(error: OSError) -> bool:
+    """Whether there was no room on the disk, or in the quota."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def free_bytes(folder: Path) -> int:
@@ -26,17 +23,24 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
+def check_room(folder: Path) -> None:
+    """Raise DiskFullError where a start would soon stand still: a journal may have some pages left."""
+    if (free := free_bytes(folder)) < LEAST_FREE:
+        raise DiskFullError(
+            f"{folder}: {free} bytes are free, and a start needs {LEAST_FREE}: make room on its disk, then "
+            "start again"
+        )
+
+
 @contextmanager
 def room(folder: Path) -> Iterator[None]:
     """Say in a sentence what keeps us from writing: DiskFullError where it is room, else ConfigError."""
     try:
         yield
-    except (OSError, sqlite3.OperationalError) as error:
+    except OSError as error:
         if is_full(error):
             raise DiskFullError(
                 f"{folder}: {error}; {free_bytes(folder)} bytes are free: make room on its disk, then start "
                 "again"
             ) from error
-        if isinstance(error, sqlite3.Error):
-            raise
         raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error

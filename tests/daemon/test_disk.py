@@ -17,7 +17,7 @@ from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.pipeline import Counts
-from barcast.daemon.room import room
+from barcast.daemon.room import check_room, room
 from barcast.daemon.store import ModelStore
 from barcast.daemon.vitals import Vitals
 from barcast.models import ConfigError, DiskFullError
@@ -143,17 +143,15 @@ def test_what_is_said_waits_for_room_as_well(tmp_path):
 
 
 def no_room(*_):
-    """What SQLite says of a full disk."""
-    error = sqlite3.OperationalError("database or disk is full")
-    error.sqlite_errorcode = sqlite3.SQLITE_FULL
-    raise error
+    """What the journal says of a full disk."""
+    raise OSError(errno.ENOSPC, "database or disk is full")
 
 
 def test_failed_commit_leaves_the_journal_usable(tmp_path):
     """After a commit that found no room the next one works, also where SQLite has rolled back by itself."""
     with closing(Journal(tmp_path / "journal.db")) as journal:
         fill(journal)
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        with pytest.raises(OSError, match="full"):
             journal.append([(1, Kind.BARS, "t", bytes(100_000))])
         assert not journal._db.in_transaction
         journal.settle(Progress(0, 1), [])
@@ -187,7 +185,7 @@ def test_stopping_waits_for_no_room(tmp_path):
         written = scribe(scribe.journal.append, [])
         await until(lambda: scribe.full)
         await asyncio.get_running_loop().run_in_executor(None, scribe.close)
-        with pytest.raises(sqlite3.OperationalError, match="full"):
+        with pytest.raises(OSError, match="full"):
             await written
 
     play(stops())
@@ -272,6 +270,14 @@ def test_start_on_a_full_disk_is_worth_another_try(tmp_path, monkeypatch, capsys
     assert "bytes are free: make room on its disk" in said
     assert "state" in said
     assert "Traceback" not in said
+
+
+def test_start_needs_more_than_a_page(tmp_path, monkeypatch):
+    """Some room left in the journal's own files is not enough to begin with."""
+    check_room(tmp_path)
+    monkeypatch.setattr("barcast.daemon.room.free_bytes", lambda _: 4096)
+    with pytest.raises(DiskFullError, match="4096 bytes are free, and a start needs 1000000"):
+        check_room(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -648,7 +648,7 @@ def disks(stage: Stage) -> Iterator[Callable[[Instance], Disk]]:
 def test_daemon_outlives_a_full_disk(
     broker: Mosquitto, stage: Stage, disks: Callable[[Instance], Disk]
 ) -> None:
-    """On a full disk nothing is taken, as the status says, and with room all is; a start may be tried again."""
+    """On a full disk nothing is taken, as the status says, and with room all is; a start may be retried."""
     instance, current = stage.instance(broker, 2)
     subscriber = stage.subscriber(broker)
     disk = disks(instance)
@@ -670,7 +670,8 @@ def test_daemon_outlives_a_full_disk(
     instance.wait_for("disk_full", count=2)
     instance.kill()
     disk.fill()
-    refused = subprocess.run([*instance.command, "run", str(instance.write())], capture_output=True)
+    command = [*instance.command, "run", str(instance.write())]
+    refused = subprocess.run(command, capture_output=True, timeout=60)
     disk.empty()
     instance.launch()
     instance.wait_for("broker_connected", count=2)
