@@ -276,8 +276,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         State,
         _of(
             "ready; starting; deaf: no bars come by its subscription, though it asked for them; full: it "
-            "takes no bar until there is room on its disk; stopped: it was told to; lost: its connection ended "
-            "otherwise, said by the broker as its last will."
+            "takes no bar until there is room on its disk; stopped: it was told to; lost: its connection "
+            "ended otherwise, said by the broker as its last will."
         ),
     ]
     instance: Annotated[str, _of("The instance's name.")]
