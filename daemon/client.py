@@ -39,6 +39,7 @@ UNFINISHED = 1_000
 HALTS = {
     "starting": "the daemon is starting",
     "deaf": "the daemon hears no bars",
+    "full": "the disk of the daemon is full",
     "stopped": "the daemon was stopped",
     "lost": "the daemon lost its connection, or its life",
 }

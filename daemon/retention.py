@@ -21,6 +21,7 @@ from barcast.daemon.events import Champion, Warmth, events, restore
 from barcast.daemon.journal import Journal, Kind, Snapshot
 from barcast.daemon.pipeline import Pipeline, pass_over
 from barcast.daemon.ports import Arrival, Event
+from barcast.daemon.room import room
 from barcast.daemon.start import only_one
 from barcast.models import ConfigError
 
@@ -66,7 +67,7 @@ def compact(
     """
     if not (state_dir / "journal.db").is_file():
         raise ConfigError(f"{state_dir}/journal.db: no journal there; run the daemon first")
-    with only_one(state_dir / "compaction.lock", "compaction"):
+    with only_one(state_dir / "compaction.lock", "compaction"), room(state_dir):
         journal = Journal(state_dir / "journal.db")
         try:
             return _compact(journal, state_dir, now, keep, named, rest)

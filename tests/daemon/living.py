@@ -26,7 +26,7 @@ def daemon(folder: Path, text: str = LEAST, clock: int | None = None) -> Daemon:
         text += f"[rehearsal]\nstart = {start}\nat = {datetime.now(UTC).isoformat()}\nspeed = 1\n"
     path = folder / "barcast.toml"
     path.write_text(text)
-    made = Daemon(load(path), Commands([], []), asyncio.Event(), None)
+    made = Daemon(load(path), Commands([], [], []), asyncio.Event(), None)
     made.config.state_dir.mkdir(exist_ok=True)
     return made
 

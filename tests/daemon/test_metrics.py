@@ -198,7 +198,7 @@ def test_retrainings_have_a_result():
 def test_a_retraining_that_dies_is_counted(tmp_path):
     """The scheduled job ends without a verdict: it failed, and the model in force stays."""
     made = daemon(tmp_path, LEAST + '[retrain]\ncron = "0 3 * * *"\n', START)
-    made.commands = Commands(["false"], ["false"])
+    made.commands = Commands(["false"], ["false"], ["false"])
 
     async def story():
         async with at_work(made):

@@ -1,6 +1,8 @@
 """What is old leaves, and nobody notices: recovery and replay go on from snapshots as from the records."""
 
+import errno
 import json
+import os
 import random
 import sqlite3
 from contextlib import closing
@@ -10,7 +12,9 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from barcast.backtest import cli
 from barcast.daemon import journal as journal_module
 from barcast.daemon.bars import every_bar, known_bars, read_archive
 from barcast.daemon.events import Champion, Warmth
@@ -20,7 +24,7 @@ from barcast.daemon.pipeline import Pipeline, PipelineState
 from barcast.daemon.ports import Activation, Arrival, Declaration, Revision, Warmup
 from barcast.daemon.retention import compact
 from barcast.daemon.wire import Outgoing, encode_bars, messages
-from barcast.models import Adjustment, Bar, ConfigError
+from barcast.models import Adjustment, Bar, ConfigError, DataError, DiskFullError
 from tests.checks import open_model, serve, story
 from tests.fakes import MINUTE, START, Spread, bar, opening
 from tests.fakes import settings as path_settings
@@ -434,3 +438,98 @@ def test_journal_of_version_1_is_read_and_taken_over(tmp_path):
         assert list(journal.records()) == before
     with closing(Instance(file, World(time=START), open_model)) as instance:  # and forward again
         assert instance.replayed() == said
+
+
+# Export.
+
+
+def command(*arguments):
+    """Run the command line; return what it printed."""
+    result = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.output
+
+
+def instance(folder):
+    """The configuration of an instance whose state is in this folder."""
+    path = folder / "barcast.toml"
+    path.write_text('instance = "x"\nstate_dir = "."\ntimeframe = "1m"\nkeep = "1d"\n')
+    return path
+
+
+def test_export_is_read_by_every_command_and_may_be_repeated(tmp_path):
+    """All bars are there, by day, with all that a feed said; a second time nothing is written."""
+    filled(tmp_path, range(3), 50)
+    with closing(Journal(tmp_path / "journal.db")) as journal:
+        rich = msgspec.structs.replace(plain(bar("C", 2 * 1440)), trades=7, vwap=99.5)
+        row = (START + 3 * DAY, Kind.BARS, "t/bars/1m/C", encode_bars([rich]))
+        journal.settle(Progress(journal.append([row])[0], START + 3 * DAY), [])
+    compact(tmp_path, START + 3 * DAY, DAY, (), nothing)
+    config, out = instance(tmp_path), tmp_path / "out"
+    said = command("export", config, "--out", out)
+    assert "301 bars in 3 files, 3 of them written" in said
+    assert "301 bars in 3 files, 0 of them written" in command("export", config, "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == [f"bars-2023-11-{d}.parquet" for d in (14, 15, 16)]
+    frame = pl.read_parquet(out / "bars-2023-11-16.parquet")
+    assert frame.columns == [
+        *("symbol", "close_time", "open", "high", "low", "close", "volume", "trades", "vwap", "timeframe")
+    ]
+    assert frame.filter(symbol="C").row(0, named=True)["vwap"] == 99.5
+    assert frame["timeframe"].unique().to_list() == ["1m"]
+    known = known_bars(tmp_path, MINUTELY, START + 9 * DAY)
+    read = read_windows(scan([out], "close", MINUTELY))
+    assert list(read) == list(known)
+    assert all((read[s].values == known[s].values).all() for s in read)
+    part = command("export", config, "--out", tmp_path / "part", "--since", "2023-11-15T22:20:00Z")
+    assert "in 2 files" in part
+    assert command("export", config, "--out", out, "--until", "2023-11-15").startswith(
+        "100 bars in 1 files, 0"
+    )
+
+
+def test_export_says_what_is_in_the_way(tmp_path):
+    """No bars, bars of another timeframe, and a folder that is a file end in one sentence."""
+    config, out = instance(tmp_path), tmp_path / "out"
+    with pytest.raises(DataError, match=r"neither history/, archive/ nor journal\.db holds a bar"):
+        command("export", config, "--out", out)
+    filled(tmp_path, range(1), 5)
+    with pytest.raises(DataError, match="no bar closes in that time"):
+        command("export", config, "--out", out, "--since", "2030-01-01")
+    command("export", config, "--out", out)
+    config.write_text(config.read_text().replace("1m", "5m"))
+    with pytest.raises(DataError, match="holds bars of 1m, not 5m"):
+        command("export", config, "--out", out)
+    with pytest.raises(ConfigError, match="--out"):
+        command("export", instance(tmp_path), "--out", config)
+
+
+def test_archive_on_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
+    """What cannot be archived does not leave the journal, and no file is half there."""
+    filled(tmp_path, range(3), 20)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(DiskFullError, match="make room"):
+            compact(tmp_path, START + 3 * DAY, DAY, (), nothing)
+    assert list((tmp_path / "archive").iterdir()) == []
+    with closing(Journal(tmp_path / "journal.db")) as journal:
+        assert (journal.base, len(list(journal.records()))) == (0, 122)
+    config = instance(tmp_path)
+    assert "messages with bars left" in command("compact", config)
+    with closing(Journal(tmp_path / "journal.db")) as journal:
+        assert journal.base == 122
+
+
+def test_damaged_archive_is_named(tmp_path):
+    """A file of the archive that cannot be read is named before anything leaves."""
+    filled(tmp_path, range(3), 20)
+    compact(tmp_path, START + 2 * DAY, DAY, (), nothing)
+    (tmp_path / "archive" / "bars-2023-11-15.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"bars-2023-11-15\.parquet cannot be read as bars"):
+        known_bars(tmp_path, MINUTELY, START + 9 * DAY)
+    with pytest.raises(DataError, match=r"bars-2023-11-15\.parquet"):
+        compact(tmp_path, START + 3 * DAY, DAY, (), nothing)
