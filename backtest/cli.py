@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
@@ -415,8 +415,6 @@ def retrain(
 
     It has the champion's horizons, so that the gate can compare them.
     """
-    import os
-
     from barcast.daemon.app import WallClock
     from barcast.daemon.bars import known_bars
     from barcast.daemon.config import load
@@ -425,7 +423,7 @@ def retrain(
     settings = load(config)
     job = settings.retrain
     if job:
-        os.nice(job.nice)
+        _yield_to_others(job.nice)
     histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
     card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
     _train(
@@ -448,8 +446,6 @@ def gate(
 
     Prints the verdict as JSON; a refusal is a verdict, not a failure: exit status 0.
     """
-    import os
-
     import msgspec
 
     from barcast.daemon.app import WallClock
@@ -460,7 +456,7 @@ def gate(
 
     settings = load(config)
     if settings.retrain:
-        os.nice(settings.retrain.nice)
+        _yield_to_others(settings.retrain.nice)
     histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
     serving = ModelStore(settings.state_dir / "models", settings.timeframe).path(champion)
     margin = settings.retrain.margin if settings.retrain else 0.0
@@ -483,14 +479,12 @@ def compact(config: ConfigFile) -> None:
     The daemon does so once a day; by hand it may be done while the daemon runs. It takes no more than idle
     processor time.
     """
-    import os
-
     from barcast.daemon.app import WallClock
     from barcast.daemon.config import load
     from barcast.daemon.retention import compact as do
 
     settings = load(config)
-    os.nice(19)
+    _yield_to_others(19)
     model = settings.model
     done = do(
         settings.state_dir,
@@ -1005,6 +999,12 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
             cells += [f"{1e4 * score.crps[h]:.2f}", f"{100 * inside:.1f} %"]
         table.add_row(score.model, *cells)
     err.print(table)
+
+
+def _yield_to_others(nice: int) -> None:
+    """Take less of the processor. A sandbox may forbid to ask for that, and has limits of its own then."""
+    with suppress(PermissionError):
+        os.nice(nice)
 
 
 def _children(config: Path) -> dict[str, list[str]]:

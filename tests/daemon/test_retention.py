@@ -1,5 +1,6 @@
 """What is old leaves, and nobody notices: recovery and replay go on from snapshots as from the records."""
 
+import asyncio
 import errno
 import json
 import os
@@ -10,19 +11,21 @@ from contextlib import closing
 import msgspec
 import polars as pl
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from barcast.backtest import cli
 from barcast.daemon import journal as journal_module
+from barcast.daemon import retention
 from barcast.daemon.bars import every_bar, known_bars, read_archive
 from barcast.daemon.events import Champion, Warmth
 from barcast.daemon.history import read_windows, scan
 from barcast.daemon.journal import Journal, Kind, Progress, State
 from barcast.daemon.pipeline import Pipeline, PipelineState
 from barcast.daemon.ports import Activation, Arrival, Declaration, Revision, Warmup
-from barcast.daemon.retention import compact
+from barcast.daemon.retention import compact, daily
 from barcast.daemon.wire import Outgoing, encode_bars, messages
 from barcast.models import Adjustment, Bar, ConfigError, DataError, DiskFullError
 from tests.checks import open_model, serve, story
@@ -119,8 +122,6 @@ def recorded(folder, minutes=range(1, 13), symbols="AB", keep_going=True):
     script = story() if minutes is None else None
     world.script.extend(script or [])
     with closing(Instance(folder / "journal.db", world, open_model)) as instance:
-        import asyncio
-
         asyncio.run(instance.run())
         instance.journal.mark([(n, State.DELIVERED) for n in range(1, 10_000)])
         return outbox(instance.journal)
@@ -451,6 +452,11 @@ def command(*arguments):
     return result.output
 
 
+def forbidden(_):
+    """What a sandbox says to who asks for another priority."""
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
 def instance(folder):
     """The configuration of an instance whose state is in this folder."""
     path = folder / "barcast.toml"
@@ -518,8 +524,8 @@ def test_archive_on_a_full_disk_leaves_no_half_file(tmp_path, monkeypatch):
     assert list((tmp_path / "archive").iterdir()) == []
     with closing(Journal(tmp_path / "journal.db")) as journal:
         assert (journal.base, len(list(journal.records()))) == (0, 122)
-    config = instance(tmp_path)
-    assert "messages with bars left" in command("compact", config)
+    monkeypatch.setattr(os, "nice", forbidden)
+    assert "messages with bars left" in command("compact", instance(tmp_path))
     with closing(Journal(tmp_path / "journal.db")) as journal:
         assert journal.base == 122
 
@@ -533,3 +539,46 @@ def test_damaged_archive_is_named(tmp_path):
         known_bars(tmp_path, MINUTELY, START + 9 * DAY)
     with pytest.raises(DataError, match=r"bars-2023-11-15\.parquet"):
         compact(tmp_path, START + 3 * DAY, DAY, (), nothing)
+
+
+# The daemon's part.
+
+
+def daily_lines(monkeypatch, script, enough):
+    """The log lines of a daemon that compacts again and again by a shell script, until there are enough."""
+    monkeypatch.setattr(retention, "FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(retention, "EVERY_SECONDS", 0.01)
+
+    async def runs():
+        task = asyncio.create_task(daily(["sh", "-c", script]))
+        for _ in range(1000):
+            if enough():
+                break
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled()
+
+    asyncio.run(runs())
+
+
+def test_daemon_compacts_again_and_again_and_outlives_a_failure(tmp_path, monkeypatch):
+    """What a compaction says is a line of the log, and one that fails is told and tried again."""
+    with structlog.testing.capture_logs() as said:
+        script = f'cd "{tmp_path}"; mkdir once 2>&- && echo went wrong && exit 74; echo 7 left'
+        daily_lines(monkeypatch, script, lambda: len(said) >= 3)
+    assert said[0] == {
+        "event": "compaction_failed",
+        "log_level": "error",
+        "exit_status": 74,
+        "last_words": "went wrong",
+    }
+    assert said[1] == said[2] == {"event": "compacted", "log_level": "info", "said": "7 left"}
+
+
+def test_compaction_ends_with_the_daemon(tmp_path, monkeypatch):
+    """A daemon that stops leaves no compaction behind: the next one ends its work."""
+    mark = tmp_path / "pid"
+    daily_lines(monkeypatch, f'echo $$ > "{mark}"; exec sleep 60', lambda: mark.exists() and mark.read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(mark.read_text()), 0)
