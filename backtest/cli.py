@@ -810,14 +810,14 @@ def replay(
     ] = None,
 ) -> None:
     """Compute every message of a recorded live run again, from its journal and the models beside it."""
-    from barcast.backtest.replay import compare, read_capture, replay_journal
+    from barcast.backtest.replay import compare, left_until, read_capture, replay_journal
 
     captured = read_capture(capture) if capture else None
     messages = replay_journal(journal)
     signals = sum("/signals/" in m.topic for m in messages)
     out.print(f"{len(messages)} messages replayed, {signals} of them signals")
     if captured is not None:
-        difference = compare(messages, captured)
+        difference = compare(messages, captured, left_until(journal))
         out.print(difference.sentence())
         if difference.differing or not difference.signals:
             raise typer.Exit(1)

@@ -17,6 +17,7 @@ from barcast.backtest.ledger import Ledger
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
 from barcast.daemon import wire
+from barcast.daemon.bars import serves_nothing
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import events, restore
 from barcast.daemon.history import Stamp, bars, digest, scan
@@ -324,34 +325,75 @@ def _same_machine(
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Replayed messages beside captured ones, as (topic, payload), each counted once."""
+    """Replayed messages beside captured ones, as (topic, payload), each counted once.
+
+    `older` is how many captured ones are of closes that have left the journal: nothing is said of them.
+    """
 
     signals: int
     differing: tuple[tuple[str, bytes], ...]
     missing: tuple[Outgoing, ...]
+    older: int = 0
 
     def sentence(self) -> str:
         """What a person wants to know."""
         return (
             f"{self.signals} signals captured, {len(self.differing)} messages differ from the replay, "
             f"{len(self.missing)} of the replay were not captured"
+            + (f"; {self.older} are older than what the journal still holds" if self.older else "")
         )
 
 
-def compare(replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]]) -> Difference:
+def compare(
+    replayed: Iterable[Outgoing], captured: Iterable[tuple[str, bytes]], left: int = -1
+) -> Difference:
     """Compare signals, targets, groups and requests for bars byte by byte.
 
     At-least-once delivery may have brought a message twice: it counts once. What a replay does not say, such
-    as a status, is left out.
+    as a status, is left out, and so is what is of closes up to `left` (nanoseconds), which has left the
+    journal.
     """
     kinds = ("/signals/", "/targets/", "/groups/", "/backfill/")
     seen = dict.fromkeys(pair for pair in captured if any(kind in pair[0] for kind in kinds))
     again = {(m.topic, m.payload): m for m in replayed}
+    older = [key for key in seen if key not in again and 0 <= _close(key[1]) <= left]
+    for key in older:
+        del seen[key]
     return Difference(
         sum("/signals/" in topic for topic, _ in seen),
         tuple(key for key in seen if key not in again),
         tuple(m for key, m in again.items() if key not in seen),
+        len(older),
     )
+
+
+class _Closed(msgspec.Struct):
+    """Of a message, the close that it is of: a request for bars names it as their end."""
+
+    close_time: datetime | None = None
+    before: datetime | None = None
+
+
+def _close(payload: bytes) -> int:
+    """The close that a message is of in nanoseconds, -1 where it names none."""
+    try:
+        found = msgspec.json.decode(payload, type=_Closed)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return -1
+    close = found.close_time or found.before
+    return -1 if close is None or close.tzinfo is None else wire.to_ns(close)
+
+
+def left_until(journal: Path) -> int:
+    """The close (nanoseconds) up to which groups have left a journal, -1 where none has."""
+    reader = Journal(journal, readonly=True)
+    try:
+        with reader.one_moment():
+            pipeline = Pipeline(serves_nothing)
+            restore(reader, pipeline, reader.base)
+            return pipeline.batcher.state.closed
+    finally:
+        reader.close()
 
 
 def read_capture(path: Path) -> list[tuple[str, bytes]]:

@@ -109,7 +109,7 @@ class Daemon:
             try:
                 config.state_dir.mkdir(parents=True, exist_ok=True)
             except ValueError as error:
-                raise ConfigError(f"state_dir: {error}; name another directory") from error
+                raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
         with only_one(config.state_dir / "lock"):
             with room(config.state_dir):
                 journal = Journal(config.state_dir / "journal.db")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from barcast.backtest import cli
+from barcast.backtest.replay import compare, left_until
 from barcast.daemon import journal as journal_module
 from barcast.daemon import retention
 from barcast.daemon.bars import every_bar, known_bars, read_archive
@@ -142,6 +143,23 @@ def test_compacted_journal_replays_what_it_still_holds(tmp_path):
         assert rest == whole[-len(rest) :]
         said = {json.loads(m.payload)["close_time"] for m in rest if "/groups/" in m.topic}
         assert min(said) >= f"2023-11-14T22:{14 + minute}:00Z"
+
+
+def test_capture_of_what_left_is_no_difference(tmp_path):
+    """What a subscriber wrote down of closes that have left is counted apart; a wrong byte is still found."""
+    whole = path_of(recorded(tmp_path, None))
+    captured = [(m.topic, m.payload) for m in whole]
+    assert left_until(tmp_path / "journal.db") == -1
+    compact(tmp_path, START + 7 * MINUTE + 30 * SECOND + DAY, DAY, (), nothing)
+    with closing(Instance(tmp_path / "journal.db", World(time=START), open_model)) as instance:
+        rest = instance.replayed()
+    found = compare(rest, captured, left_until(tmp_path / "journal.db"))
+    assert (found.differing, found.missing) == ((), ())
+    assert found.older == len(whole) - len(rest) > 0
+    assert f"{found.older} are older than what the journal still holds" in found.sentence()
+    spoilt = [*captured[:-1], (captured[-1][0], captured[-1][1].replace(b"22:", b"23:"))]
+    assert len(compare(rest, spoilt, left_until(tmp_path / "journal.db")).differing) == 1
+    assert len(compare(rest, [("t/signals/1m/A", b"no")], 10**19).differing) == 1
 
 
 class Killed(Exception):  # noqa: N818 - kill -9, not an error
