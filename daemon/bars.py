@@ -18,7 +18,7 @@ from barcast.daemon.history import bars as bars_of_frame
 from barcast.daemon.journal import Journal
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Declaration, Event, Warmup
-from barcast.models import Adjustment, Bar, DataError, Forecaster, Window, Windows
+from barcast.models import Adjustment, Bar, DataError, Forecaster, Window
 
 SCHEMA = {
     "symbol": pl.String(),
@@ -86,13 +86,6 @@ def received(bars: Iterable[Bar], seen: Seen) -> pl.DataFrame:
 def latest(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
     """Each bar once: of several, that of the last frame that has it."""
     return pl.concat(frames).unique(KEY, keep="last", maintain_order=True)
-
-
-def superseded(windows: Windows) -> Seen:
-    """What was corrected of the bars that are kept."""
-    for symbol, ring in windows.state.rings.items():
-        for time, payloads in ring.superseded.items():
-            yield symbol, time, payloads
 
 
 def read_archive(folder: Path, symbols: Sequence[str] | None = None) -> pl.DataFrame:
@@ -185,7 +178,7 @@ def _journalled(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment
     finally:
         journal.close()
     first_wins = pl.concat(warm).unique(KEY, keep="first", maintain_order=True)
-    return first_wins, _corrected(pl.concat(came), superseded(pipeline.windows)), adjustments
+    return first_wins, _corrected(pl.concat(came), pipeline.windows.superseded()), adjustments
 
 
 def batches(recorded: Iterable[Event]) -> Iterator[list[Event]]:

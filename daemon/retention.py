@@ -118,7 +118,7 @@ def _compact(
             yield event
 
     for batch in bars.batches(old()):
-        seen = list(bars.superseded(pipeline.windows))
+        seen = list(pipeline.windows.superseded())
         came = bars.received((bar for e in batch if isinstance(e, Arrival) for bar in e.bars), seen)
         for event in batch:
             pass_over(pipeline, event)

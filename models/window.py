@@ -1,7 +1,7 @@
 """The last bars of every symbol, and windows cut from them at a close time."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from copy import copy
 from enum import Enum
 from operator import attrgetter
@@ -180,6 +180,12 @@ class Windows:
     def symbols(self) -> list[str]:
         """The symbols of which there are bars."""
         return list(self._rings)
+
+    def superseded(self) -> Iterator[tuple[str, int, frozenset[tuple[float, ...]]]]:
+        """Of the bars that are kept and were corrected: symbol, close, and what they were before."""
+        for symbol, ring in self._rings.items():
+            for time, payloads in ring.superseded.items():
+                yield symbol, time, frozenset(payloads)
 
     def foreseen(self, symbol: str, length: int, history: Iterable[Bar]) -> Window | None:
         """A copy of the symbol's newest window, as it would be with `length` bars and warmed by a history.
