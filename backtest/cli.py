@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from barcast.backtest.evaluate import Evaluation
     from barcast.backtest.result import BacktestResult
     from barcast.daemon.calendar import Calendars
+    from barcast.daemon.config import Config
     from barcast.models import Window
     from barcast.models.optimiser import Progress as Stand
 
@@ -82,6 +83,7 @@ class Precision(StrEnum):
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
+Parent = Annotated[int | None, typer.Option(hidden=True, help="The process to end with.")]
 Files = Annotated[list[Path], typer.Argument(help="Parquet or CSV files with bars, or folders of them.")]
 ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the instance.")]
 Stamped = Annotated[
@@ -173,12 +175,14 @@ def main() -> None:
 def run(config: ConfigFile) -> None:
     """Run the daemon: bars from the broker in, signals out, until SIGTERM or Ctrl-C."""
     from barcast.daemon import log
-    from barcast.daemon.app import Commands, serve
+    from barcast.daemon.app import serve
     from barcast.daemon.config import load
 
     settings = load(config)
     log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
-    serve(settings, Commands(**_children(config), compact=_child(config, "compact")))
+    parent = ["--parent", str(os.getpid())]
+    commands = {verb: [*command, *parent] for verb, command in _children(config).items()}
+    serve(settings, commands | {"compact": _child(config, "compact")})
 
 
 @app.command()
@@ -222,11 +226,22 @@ def check(config: ConfigFile) -> None:
         ("symbols", ", ".join(settings.symbols) or "those that come"),
         ("model", f"{settings.model.name}, at first {settings.model.first}"),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
-        ("retraining", settings.retrain.cron + " UTC" if settings.retrain else "never"),
+        ("retraining", _occasions(settings)),
         ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
     ):
         table.add_row(name, str(value))
     out.print(table)
+
+
+def _occasions(settings: "Config") -> str:
+    """When a training is wanted."""
+    asked = settings.retrain
+    if asked is None:
+        return "never"
+    when = [f"{asked.cron} UTC"] if asked.cron else []
+    when += [f"at an age of {asked.max_age / 86_400e9:g} days"] if asked.max_age else []
+    when += ["at drift"] if asked.drift else []
+    return ", ".join([*when, "on demand"])
 
 
 @app.command()
@@ -408,30 +423,70 @@ def train(
 @app.command()
 def retrain(
     config: ConfigFile,
+    now: Annotated[bool, typer.Option("--now", help="Ask the running daemon for a training.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With --now: follow it, and say what came of it.")
+    ] = False,
+) -> None:
+    """Say which model serves and how trainings went, or ask the running daemon for one with --now."""
+    from barcast.daemon.config import load
+    from barcast.daemon.control import Order, ask
+
+    if wait and not now:
+        raise typer.BadParameter("--wait goes with --now")
+    settings = load(config)
+    done = ask(settings.state_dir, Order("retrain" if now else "state", wait=wait), _say)
+    if done is None:
+        raise ConfigError(f"no daemon runs on {settings.state_dir}: start `barcast run {config}`")
+    out.print(done, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def rollback(
+    config: ConfigFile,
+    to: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model id of the store, or a baseline.")
+    ] = None,
+) -> None:
+    """Let the model that served before serve again, or the one of --to. Twice goes back two models.
+
+    A running daemon changes within a bar; without one the next start does.
+    """
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.config import load
+    from barcast.daemon.control import Order, ask
+
+    settings = load(config)
+    done = ask(settings.state_dir, Order("rollback", to=to), _say)
+    if done is None:
+        from barcast.daemon.succession import rollback_journal
+
+        done = rollback_journal(settings, WallClock(settings).now(), to)
+    out.print(done, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(hidden=True)
+def train_challenger(
+    config: ConfigFile,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory to write the challenger into.")],
     champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+    parent: Parent = None,
 ) -> None:
-    """Train a challenger on all bars that an instance knows. The daemon's scheduled job calls this.
+    """Train a challenger on all bars that an instance knows. The daemon runs this.
 
     It has the champion's horizons, so that the gate can compare them.
     """
-    from barcast.daemon.app import WallClock
-    from barcast.daemon.bars import known_bars
-    from barcast.daemon.config import load
     from barcast.daemon.store import ModelStore
 
-    settings = load(config)
-    job = settings.retrain
-    if job:
-        _yield_to_others(job.nice)
-    histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
+    settings, histories = _known(config, parent)
     card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
     _train(
         histories,
         out_dir,
         settings.timeframe,
         horizons=card.horizons,
-        steps=job.steps if job else None,
+        levels=card.levels,
+        steps=settings.retrain.steps if settings.retrain else None,
         hold_out=HELD_OUT_SHARE,
     )
 
@@ -441,33 +496,35 @@ def gate(
     config: ConfigFile,
     challenger: Annotated[Path, typer.Argument(help="Checkpoint directory of the challenger.")],
     champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Share of CRPS that must be gained; default: [retrain].", min=0, max=1),
+    ] = None,
+    parent: Parent = None,
 ) -> None:
-    """Judge a challenger against the champion on bars it has not learnt from.
+    """Judge a challenger against the champion and the baselines on bars it has not learnt from.
 
     Prints the verdict as JSON; a refusal is a verdict, not a failure: exit status 0.
     """
     import msgspec
 
-    from barcast.daemon.app import WallClock
-    from barcast.daemon.bars import known_bars
-    from barcast.daemon.config import load
+    from barcast.daemon.config import Retrain
     from barcast.daemon.gate import judge
     from barcast.daemon.store import ModelStore
 
-    settings = load(config)
-    if settings.retrain:
-        _yield_to_others(settings.retrain.nice)
-    histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
-    serving = ModelStore(settings.state_dir / "models", settings.timeframe).path(champion)
-    margin = settings.retrain.margin if settings.retrain else 0.0
+    settings, histories = _known(config, parent)
+    if margin is None:
+        margin = (settings.retrain or Retrain()).margin
+    say = _now_and_then()
     verdict = judge(
         challenger,
-        serving,
+        ModelStore(settings.state_dir / "models", settings.timeframe).path(champion),
         histories,
         settings.timeframe,
         margin,
         settings.model.sampler,
         settings.model.steps,
+        lambda done, count, window: say(f"judging: {done} of {count} forecasts, {window.symbol}"),
     )
     print(msgspec.json.encode(verdict).decode())
 
@@ -840,6 +897,36 @@ def demo(
     Demo(folder, broker, seconds, out).run()
 
 
+def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]]":
+    """The settings of an instance and all bars that it knows, in a process that gives way to all others."""
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.bars import known_bars
+    from barcast.daemon.config import Retrain, load
+    from barcast.daemon.trainer import give_way
+
+    settings = load(config)
+    give_way((settings.retrain or Retrain()).nice, parent)
+    histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
+    return settings, histories
+
+
+def _say(line: str) -> None:
+    err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _now_and_then() -> Callable[[str], None]:
+    """Says a line every few seconds: whoever listens takes silence for a fault."""
+    said = time.monotonic()
+
+    def say(line: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            _say(line)
+
+    return say
+
+
 def _train(
     histories: Any,
     out_dir: Path,
@@ -848,6 +935,7 @@ def _train(
     kind: Kind = Kind.sssd,
     members: Sequence[str] = (),
     horizons: tuple[int, ...] | None = None,
+    levels: tuple[float, ...] = LEVELS,
     steps: int | None = None,
     minutes: float | None = None,
     init_from: Path | None = None,
@@ -874,7 +962,7 @@ def _train(
         start = first.model, first.trained
     bars = list(histories.values())
     outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
-    outputs |= {"levels": LEVELS, "hold_out": hold_out}
+    outputs |= {"levels": levels, "hold_out": hold_out}
     trained: Model
     state = out_dir.with_name(f".{out_dir.name}.training")
     if kind == Kind.sssd:
@@ -1008,8 +1096,9 @@ def _yield_to_others(nice: int) -> None:
 
 
 def _children(config: Path) -> dict[str, list[str]]:
-    """The argument lists that begin the processes which train and judge for an instance."""
-    return {"train": _child(config, "retrain"), "gate": _child(config, "gate")}
+    """Verbs of the daemon's processes about an instance, and the argument list that begins each."""
+    names = {"train": "train-challenger", "gate": "gate"}
+    return {verb: _child(config, name) for verb, name in names.items()}
 
 
 def _child(config: Path, command: str) -> list[str]:

@@ -5,30 +5,34 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import structlog
 
-from barcast.daemon import http, wire
-from barcast.daemon.config import Config, Rehearsal
+from barcast.daemon import control, http, wire
+from barcast.daemon.config import Config, Rehearsal, Retrain
+from barcast.daemon.control import Order
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Courier, LiveSink, LiveSource, Scribe
+from barcast.daemon.lookout import Lookout
 from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.newcomers import Newcomers
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.retention import daily
+from barcast.daemon.retraining import Retraining, Serving
 from barcast.daemon.room import check_room, room
-from barcast.daemon.schedule import Retrainer, scheduler
+from barcast.daemon.schedule import scheduler
 from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
-from barcast.daemon.succession import Runs, Succession
+from barcast.daemon.succession import Succession
+from barcast.daemon.trainer import children, worker
 from barcast.daemon.vitals import Vitals
 from barcast.models import ConfigError
 
@@ -36,6 +40,10 @@ FAREWELL_SECONDS = 5.0
 """How long a stopping daemon goes on delivering what is in its outbox."""
 HEARTBEAT_SECONDS = 10.0
 """How often the status is published while bars are processed."""
+
+VERBS = ("state", "retrain", "rollback")
+"""What an operator may order."""
+ASKED = "an operator asked"
 
 log = structlog.get_logger()
 
@@ -63,16 +71,8 @@ def rehearsal(start: datetime, speed: float, delay: float = 0.0) -> Rehearsal:
     return Rehearsal(start=start, at=datetime.now(UTC) + timedelta(seconds=delay), speed=speed)
 
 
-@dataclass(frozen=True, slots=True)
-class Commands:
-    """How the daemon starts its subprocesses: argument lists.
-
-    The first two train and judge a challenger, the third lets leave what is old.
-    """
-
-    train: Sequence[str]
-    gate: Sequence[str]
-    compact: Sequence[str]
+Commands = Mapping[str, Sequence[str]]
+"""The argument list that begins each subprocess: `train`, `gate` and `compact`."""
 
 
 def serve(config: Config, commands: Commands) -> None:
@@ -100,7 +100,6 @@ class Daemon:
         self.state: wire.State = "starting"
         self.boot = secrets.token_hex(4)
         self.metrics = Metrics(config, self.clock)
-        self.retraining = Runs()
 
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
@@ -155,6 +154,7 @@ class Daemon:
         self.sink = LiveSink(self.scribe, self.source, self.courier)
         self.vitals = Vitals(self.source, self.pipeline.counts, self.notifier)
         self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)
+        retrain = config.retrain or Retrain()
         self.succession = Succession(
             config,
             self.clock,
@@ -165,6 +165,16 @@ class Daemon:
             self.courier,
             self.forecasts,
             await asyncio.to_thread(opening, config, journal, self.store, self.clock.now()),
+        )
+        self.lookout = Lookout(config, self.clock, self.succession, self.pipeline)
+        self.retraining = Retraining(
+            config.state_dir,
+            worker(retrain.socket) if retrain.socket else children(self.commands, os.environ),
+            self._serving,
+            retrain.timeout / 1e9,
+            retrain.stall / 1e9,
+            self.succession.promote,
+            self.succession.refuse,
         )
         self.metrics.watch(
             Parts(
@@ -177,6 +187,7 @@ class Daemon:
                 self.vitals,
                 self.succession,
                 self.retraining,
+                self.lookout,
             )
         )
 
@@ -192,11 +203,14 @@ class Daemon:
                 group.create_task(self._heartbeat(), name="heartbeat"),
                 group.create_task(self.succession.prepare_champion(), name="prepare"),
                 group.create_task(self.newcomers.run(), name="newcomers"),
-                group.create_task(daily(self.commands.compact), name="compaction"),
+                group.create_task(daily(self.commands["compact"]), name="compaction"),
+                group.create_task(self._retrain(), name="retrain"),
+                group.create_task(self.lookout.run(self.retraining), name="lookout"),
+                group.create_task(control.serve(self.config.state_dir, VERBS, self._order), name="control"),
             ]
             path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
             retrain = self.config.retrain
-            planner = scheduler(retrain.cron, self._retrain) if retrain else None
+            planner = scheduler(retrain.cron, self._scheduled) if retrain and retrain.cron else None
             if planner:
                 planner.start()
             self.state = "ready"
@@ -255,34 +269,47 @@ class Daemon:
         if fault and self.link.connected.is_set():
             log.warning("status_not_published", reason=fault)
 
+    async def _scheduled(self) -> None:
+        assert self.config.retrain is not None
+        self.retraining.ask(f"schedule: {self.config.retrain.cron}")
+
     async def _retrain(self) -> None:
-        """The scheduled job, and what the event loop noticed of it."""
-        config, succession = self.config, self.succession
-        assert config.retrain is not None
-        retrainer = Retrainer(
-            config.state_dir,
-            lambda: [*self.commands.train, "--champion", succession.champion.model],
-            lambda: [*self.commands.gate, "--champion", succession.champion.model],
-            config.retrain.timeout / 1e9,
-            succession.promote,
-            succession.refuse,
-        )
-        self.vitals.lags.clear()
-        promoted, refused = succession.promoted, succession.refused
-        began = asyncio.get_running_loop().time()
-        try:
-            await retrainer.run()
-        except asyncio.CancelledError:
-            if not self.stop.is_set():
-                raise
-            log.info("retrain_stopped")  # with the daemon; the scheduler would tell it as a fault
-            return
-        seconds = asyncio.get_running_loop().time() - began
-        self.retraining.ended(succession.promoted - promoted, succession.refused - refused, seconds)
-        lags = np.array(self.vitals.lags or [0.0]) * 1e3
-        log.info(
-            "retrain_ended",
-            seconds=round(seconds, 1),
-            loop_lag_p99_ms=round(float(np.quantile(lags, 0.99)), 1),
-            loop_lag_max_ms=round(float(lags.max()), 1),
-        )
+        """Train as often as it is wanted, and log what the event loop noticed of it."""
+        retraining = self.retraining
+        while True:
+            reasons = await retraining.wanted()
+            self.vitals.lags.clear()
+            result = await retraining.run(reasons)
+            lags = np.array(self.vitals.lags or [0.0]) * 1e3
+            log.info(
+                "retrain_ended",
+                result=result,
+                seconds=round(retraining.seconds, 1),
+                loop_lag_p99_ms=round(float(np.quantile(lags, 0.99)), 1),
+                loop_lag_max_ms=round(float(lags.max()), 1),
+            )
+
+    def _serving(self) -> Serving:
+        """What a challenger is up against: one that is no worse may follow a champion that is too old."""
+        champion, retrain = self.succession.champion, self.config.retrain
+        margin = 0.0 if retrain is None or self.lookout.old else retrain.margin
+        return Serving(champion.model, margin, champion.left)
+
+    async def _order(self, order: Order, tell: Callable[[str], None]) -> str:
+        """What an operator wants of the daemon. Raise ConfigError for what it cannot do."""
+        retrain, retraining, champion = self.config.retrain, self.retraining, self.succession.champion
+        if order.verb == "rollback":
+            return await self.succession.rollback(order.to)
+        if order.verb == "state":
+            since = wire.to_text(self.succession.activated)
+            runs = ", ".join(f"{count} {result}" for result, count in retraining.runs.items()) or "none"
+            work = "a training is under way" if retraining.running else "no training is under way"
+            serves = f"{champion.model} serves since {since}: {champion.reason}"
+            return f"{serves}\n{work}; trainings since the start: {runs}"
+        if retrain is None:
+            raise ConfigError("the configuration has no [retrain]: add it and restart the daemon")
+        if not order.wait:
+            retraining.ask(ASKED)
+            return "asked for; the log and the model's topic will say what comes of it"
+        result = await retraining.follow(ASKED, tell)
+        return f"{result}; {self.succession.champion.model} serves"

@@ -27,6 +27,7 @@ from pydantic_settings import (
 )
 
 from barcast.daemon.calendar import Calendar, Calendars
+from barcast.daemon.gate import MARGIN
 from barcast.daemon.mqtt import Address
 from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
@@ -187,18 +188,36 @@ class StrategyTable(_Section):
         return self
 
 
+class DriftBands(_Section):
+    """How far the champion may be from what it promised.
+
+    `coverage` is that of the share of outcomes inside an interval from its nominal one, `crps` the share by
+    which the CRPS may be above the one in its verdict.
+    """
+
+    coverage: float = Field(default=0.05, gt=0, lt=1)
+    crps: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+
+
 class Retrain(_Section):
     """When a challenger is trained, and what it must achieve. Cron fields are in UTC.
 
-    Five fields are minute, hour, day, month, weekday; six begin with the second. `margin` is the share by
-    which the challenger's CRPS must be below the champion's.
+    Five fields are minute, hour, day, month, weekday; six begin with the second. Without it, trainings are
+    asked for by an operator, by `max_age`, the age of the champion, or by `drift`. `margin` is the share by
+    which the challenger's CRPS must be below the champion's, as long as that is not older than `max_age`. A
+    training is killed after `timeout`, and when it says nothing for as long as `stall`. With a `socket`, a
+    worker that listens there trains, else a child of the daemon.
     """
 
-    cron: Annotated[str, AfterValidator(_cron)]
+    cron: Annotated[str, AfterValidator(_cron)] | None = None
+    max_age: Duration | None = None
+    drift: DriftBands | None = None
     steps: int | None = Field(default=None, ge=1)
-    margin: float = Field(default=0.0, ge=0, lt=1)
+    margin: float = Field(default=MARGIN, ge=0, lt=1)
     timeout: Duration = 3600 * 10**9
+    stall: Duration = 600 * 10**9
     nice: int = Field(default=10, ge=0, le=19)
+    socket: Path | None = None
 
 
 class Http(_Section):
@@ -377,6 +396,9 @@ def load(path: Path) -> Config:
         for key in ("password_file", "ca_file"):
             if isinstance(mqtt.get(key), str):
                 mqtt[key] = base / mqtt[key]
+    retrain = values.get("retrain")
+    if isinstance(retrain, dict) and isinstance(retrain.get("socket"), str):
+        retrain["socket"] = base / retrain["socket"]
     model = values.get("model")
     if isinstance(model, dict):
         for key in ("name", "first"):

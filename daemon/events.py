@@ -10,7 +10,10 @@ from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.pipeline import Pipeline, PipelineState, Settings
 from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Warmup
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Adjustment, Bar, ConfigError
+from barcast.models import Adjustment, Bar, Card, ConfigError
+
+REMEMBERED = 16
+"""Models that a champion stands on, and those left behind, of which an activation tells."""
 
 
 class Warmth(msgspec.Struct, frozen=True):
@@ -39,13 +42,71 @@ class Warmth(msgspec.Struct, frozen=True):
         return Warmup(time, self.digest, self.bars, self.symbol)
 
 
+class Reign(msgspec.Struct, frozen=True):
+    """A model that served: its id, its CRPS in the verdict it came by, and the newest bar that it knew.
+
+    CRPS is divided by the mean absolute outcome, None without a verdict; the bar's close is in nanoseconds, 0
+    where no training says.
+    """
+
+    model: str
+    crps: float | None = None
+    until: int = 0
+
+
 class Champion(msgspec.Struct, frozen=True):
-    """The payload of an activation: the model, the fingerprint it serves under, its window in bars, why."""
+    """The payload of an activation: the model, the fingerprint it serves under, its window in bars, why.
+
+    `crps` and `until` are those of `Reign`. `before` are the models that it stands on, the newest last: where
+    a rollback leads to. `left` are those that were rolled back from: no verdict brings them back.
+    """
 
     model: str
     fingerprint: str
     window: int
     reason: str
+    crps: float | None = None
+    until: int = 0
+    before: tuple[Reign, ...] = ()
+    left: tuple[str, ...] = ()
+
+    @property
+    def reign(self) -> Reign:
+        """What is remembered of it under its successor."""
+        return Reign(self.model, self.crps, self.until)
+
+    def succeeded_by(self, reign: Reign, card: Card, reason: str) -> "Champion":
+        """Another model in its place, on top of it."""
+        before = self.before if reign.model == self.model else (*self.before, self.reign)[-REMEMBERED:]
+        left = tuple(model for model in self.left if model != reign.model)
+        return Champion(
+            reign.model, card.fingerprint, card.window, reason, reign.crps, reign.until, before, left
+        )
+
+    def behind(self, to: str | None) -> Reign | None:
+        """The model to roll back to: the one below, or the newest one of that id; None if there is none."""
+        return next((reign for reign in reversed(self.before) if to in (None, reign.model)), None)
+
+    def rolled_back(self, reign: Reign, card: Card, reason: str) -> "Champion":
+        """The model of `behind` in its place: all above that is left behind.
+
+        One that it does not stand on is put on top, and only the champion is left behind.
+        """
+        below = [k for k, one in enumerate(self.before) if one == reign]
+        above = [one.model for one in self.before[below[-1] + 1 :]] if below else []
+        before = self.before[: below[-1]] if below else (*self.before, self.reign)[-REMEMBERED:]
+        left = dict.fromkeys([*self.left, *above, self.model])
+        left.pop(reign.model, None)
+        return Champion(
+            reign.model,
+            card.fingerprint,
+            card.window,
+            reason,
+            reign.crps,
+            reign.until,
+            before,
+            tuple(left)[-REMEMBERED:],
+        )
 
     def encode(self) -> bytes:
         """As JSON."""

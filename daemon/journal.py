@@ -372,6 +372,19 @@ class Journal:
             rows = self._db.execute(_PENDING, (limit,)).fetchall()
         return [Queued(n, Outgoing(i, t, p, bool(r), e)) for n, i, t, p, r, e in rows]
 
+    def sent(self, prefix: str, rows: int) -> Iterator[tuple[str, bytes]]:
+        """Topic and payload of what went out under topics that begin with `prefix`, newest first.
+
+        Only the last `rows` messages of the outbox are looked at.
+        """
+        with self._reading():
+            found = self._db.execute(
+                "SELECT topic, payload FROM outbox WHERE n > (SELECT COALESCE(MAX(n), 0) FROM outbox) - ? "
+                "AND topic >= ? AND topic < ? ORDER BY n DESC",
+                (rows, prefix, prefix + "\U0010ffff"),
+            )
+            yield from found
+
     def outbox_counts(self) -> dict[State, int]:
         """How many messages are pending, delivered and expired."""
         rows = self._db.execute("SELECT state, COUNT(*) FROM outbox GROUP BY state")

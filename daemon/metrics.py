@@ -23,9 +23,11 @@ from prometheus_client.registry import Collector
 from barcast.daemon.config import Config
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.live import Clock, Courier, LiveSink, LiveSource, Scribe
+from barcast.daemon.lookout import Lookout
 from barcast.daemon.mqtt import Link
 from barcast.daemon.pipeline import Counts, Pipeline
-from barcast.daemon.succession import Runs, Succession
+from barcast.daemon.retraining import Result, Retraining
+from barcast.daemon.succession import Succession
 from barcast.daemon.vitals import Vitals
 from barcast.models import DataError
 
@@ -47,7 +49,8 @@ class Parts:
     pipeline: Pipeline
     vitals: Vitals
     succession: Succession
-    retraining: Runs
+    retraining: Retraining
+    lookout: Lookout
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +252,33 @@ class Metrics(Collector):
             "Whether the configuration has a retraining.",
             self._config.retrain is not None,
         )
-        results = {(result,): retraining.runs[result] for result in ("promoted", "refused", "failed")}
+        results = {(result.value,): retraining.runs[result] for result in Result}
         yield _counter(
             "retrain_runs", "Retrainings since the start, by the best they led to.", results, "result"
         )
         took = {(): retraining.seconds} if retraining.runs else {}
         yield _gauge("retrain_seconds", "How long the last retraining took.", took)
+        reading = p.lookout.reading
+        shares = (
+            {}
+            if reading is None
+            else {
+                (str(bars), f"{nominal:g}"): share.value
+                for (nominal, bars), share in reading.coverage.items()
+            }
+        )
+        yield _gauge(
+            "drift_coverage_ratio",
+            "Share of the champion's newest matured outcomes inside its published intervals.",
+            shares,
+            "horizon",
+            "interval",
+        )
+        yield _gauge(
+            "drift_crps",
+            "CRPS of the champion's newest matured signals over the mean absolute outcome.",
+            {} if reading is None else {(): reading.crps.value},
+        )
 
     def _machine(self, p: Parts) -> Iterator[Metric]:
         storage = self._storage

@@ -159,7 +159,9 @@ def _referenced(journal: Journal, base: int) -> Iterator[str]:
     activations = list(journal.of_kind(Kind.ACTIVATION))
     since = sum(record.seq <= base for record in activations)
     for record in activations[max(0, since - 2) :]:
-        yield Champion.decode(record.payload).model
+        champion = Champion.decode(record.payload)
+        yield champion.model
+        yield from (reign.model for reign in champion.before)  # where a rollback leads to
 
 
 def _collect(models: Path, needed: Collection[str], before: int) -> Iterator[str]:

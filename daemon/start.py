@@ -11,7 +11,7 @@ import structlog
 
 from barcast.daemon import wire
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Warmth, events, restore
+from barcast.daemon.events import Champion, Reign, Warmth, events, restore
 from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategies
@@ -63,15 +63,43 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     model = store.resolve(config.model.name, config.model.first, known.model if known else None)
     card = store.open(model, config.model.sampler, config.model.steps).card
     try_strategies(settings.build(), card)
-    champion, activated = Champion(model, card.fingerprint, card.window, "the configuration names it"), None
+    reason, activated = "the configuration names it", None
     if record and known and (known.model, known.fingerprint) == (model, card.fingerprint):
         champion, activated = known, record.time
+    elif known and known.model == model:
+        champion = known.succeeded_by(known.reign, card, "the machine has another fingerprint")
+    else:
+        reign = Reign(model, until=store.known_until(model))
+        nobody = Champion(model, card.fingerprint, card.window, reason, until=reign.until)
+        champion = known.succeeded_by(reign, card, reason) if known else nobody
     return Opening(
         settings.encode() if last is None or before != settings else None,
         champion,
         activated,
         warmth(config, card.window, journal.last(Kind.WARMUP), now),
     )
+
+
+def way_back(config: Config, champion: Champion, store: ModelStore, to: str | None) -> Reign:
+    """The model that a rollback leads to. Raise ConfigError where there is none."""
+    if config.model.name != "champion":
+        raise ConfigError(
+            f"model.name = {config.model.name!r} pins the model, so that a rollback would change nothing; "
+            "name another model there and restart"
+        )
+    if to == champion.model:
+        raise ConfigError(f"{to} serves already; name another model")
+    reign = champion.behind(to)
+    if reign is None and to is None:
+        raise ConfigError(
+            f"no model served before {champion.model}, and none is named: nothing to roll back to"
+        )
+    found = reign or Reign(str(to))
+    if not store.has(found.model):
+        raise ConfigError(
+            f"{found.model}: no such model in {store.directory}; name one of its folders, or a baseline"
+        )
+    return found if reign else Reign(found.model, until=store.known_until(found.model))
 
 
 def warmth(config: Config, length: int, record: Record | None, now: int) -> Warmth | None:

@@ -56,6 +56,18 @@ class ModelStore:
                 shutil.rmtree(partial, ignore_errors=True)
         return model
 
+    def has(self, model: str) -> bool:
+        """Whether it is a baseline, or an id of the store."""
+        return model in BASELINES or (_ID.fullmatch(model) is not None and (self.directory / model).is_dir())
+
+    def known_until(self, model: str) -> int:
+        """The newest close that a model of the store knew at its training, in nanoseconds; baselines: 0."""
+        if model in BASELINES:
+            return 0
+        from barcast.models.checkpoint import load
+
+        return load(self.directory / model).trained.record.until
+
     def resolve(self, name: str, first: str, champion: str | None) -> str:
         """The id that `model.name` means: a baseline, an id, a directory, or `champion`.
 
@@ -66,7 +78,7 @@ class ModelStore:
         return self._known("name", name)
 
     def _known(self, key: str, name: str) -> str:
-        if name in BASELINES or (_ID.fullmatch(name) and (self.directory / name).is_dir()):
+        if self.has(name):
             return name
         if Path(name).is_dir():
             return self.adopt(Path(name))

@@ -1,8 +1,7 @@
 """Which model serves: a better challenger takes over by an event of the journal, and subscribers are told."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -12,42 +11,25 @@ import structlog
 
 from barcast.daemon import wire
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Warmth
+from barcast.daemon.events import Champion, Reign, Warmth
 from barcast.daemon.gate import Verdict
-from barcast.daemon.journal import Kind
+from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
-from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.pipeline import Pipeline, try_strategies
 from barcast.daemon.ports import Revision
-from barcast.daemon.start import Opening, warmth
+from barcast.daemon.start import Opening, only_one, warmth, way_back
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
-from barcast.models import Bar, Forecaster
+from barcast.models import Bar, Card, ConfigError, Forecaster
 
 log = structlog.get_logger()
-
-
-class Runs:
-    """What retrainings since the start came to.
-
-    The state is how many `runs` had which result, and how many `seconds` the last one took (0: none yet). A
-    run is `promoted` when a challenger took over, else `refused` when one was judged, else `failed`.
-    """
-
-    def __init__(self) -> None:
-        self.runs: Counter[str] = Counter()
-        self.seconds = 0.0
-
-    def ended(self, promoted: int, refused: int, seconds: float) -> None:
-        """A run of so many verdicts ended after so long."""
-        self.runs["promoted" if promoted else "refused" if refused else "failed"] += 1
-        self.seconds = seconds
 
 
 class Succession:
     """Activates models, and prepares each for its symbols before it serves them.
 
-    The state is the champion, since when it serves (nanoseconds), how long it took to prepare a model last
-    (seconds, None: none was yet), and how many challengers took over and were refused since the start.
+    The state is the champion, since when it serves (nanoseconds), the one that was decided on last, and how
+    long it took to prepare a model last (seconds, None: none was yet).
     """
 
     def __init__(
@@ -64,7 +46,7 @@ class Succession:
     ) -> None:
         self.champion, self.activated = found.champion, found.activated or 0
         self.prepared: float | None = None
-        self.promoted = self.refused = 0
+        self._latest = found.champion
         self._config, self._clock, self._scribe, self._store = config, clock, scribe, store
         self._pipeline, self._source, self._courier = pipeline, source, courier
         self._forecasts = forecasts
@@ -85,31 +67,66 @@ class Succession:
         await self._source.caught_up.wait()
         await self._prepare(self._pipeline.forecaster, ())
 
-    async def promote(self, challenger: Path, verdict: Verdict) -> None:
-        """Load and prepare the model beside the serving one, then let the activation take its place."""
+    async def promote(self, challenger: Path, verdict: Verdict, champion: str) -> bool:
+        """Load and prepare the model beside the serving one, then let the activation take its place.
+
+        Say no when `champion`, which it was judged against, is not in force any more by then.
+        """
+        model = await asyncio.to_thread(self._store.adopt, challenger)
+        until = await asyncio.to_thread(self._store.known_until, model)
+        reign = Reign(model, verdict.challenger_crps, until)
+
+        def follows(card: Card) -> Champion | None:
+            latest = self._latest
+            return latest.succeeded_by(reign, card, verdict.reason) if latest.model == champion else None
+
+        return await self._take_over(model, follows, verdict) is not None
+
+    async def rollback(self, to: str | None) -> str:
+        """Let the model that served before, or `to`, serve again; return a sentence. Raise ConfigError."""
+        champion = self._latest
+        reign = way_back(self._config, champion, self._store, to)
+
+        def follows(card: Card) -> Champion | None:
+            if self._latest is not champion:
+                return None
+            return champion.rolled_back(reign, card, f"rolled back from {champion.model}")
+
+        after = await self._take_over(reign.model, follows, rolled_back(champion.model, reign.model))
+        if after is None:
+            raise ConfigError(f"{self._latest.model} took over meanwhile; look, and ask again")
+        return f"{after.model} serves again; {champion.model} is left behind"
+
+    async def _take_over(
+        self, model: str, follows: Callable[[Card], Champion | None], verdict: Verdict
+    ) -> Champion | None:
+        """Prepare a model of the store and activate it, unless nobody is to follow by then."""
         settings, store = self._config.model, self._store
-        model = await asyncio.to_thread(store.adopt, challenger)
         forecaster = await asyncio.to_thread(store.open, model, settings.sampler, settings.steps)
         card = forecaster.card
-        champion = Champion(model, card.fingerprint, card.window, verdict.reason)
+        try_strategies(self._config.settings().build(), card)
         # A model that looks back further than its predecessor finds the history in its windows, too.
         last = await self._scribe(self._scribe.journal.last, Kind.WARMUP)
         found = await asyncio.to_thread(warmth, self._config, card.window, last, self._clock.now())
         await self._prepare(forecaster, found.bars if found else ())
+        champion = follows(card)
+        if champion is None:
+            return None
         written = self._source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
         if found:
             written = self._source.decide(_warmup(found))
         await written
-        self.promoted += 1
+        return champion
 
     async def refuse(self, verdict: Verdict) -> None:
         """Tell subscribers of a verdict that changes nothing."""
-        self.refused += 1
         notice = self._notice(msgspec.to_builtins(verdict), self._clock.now())
         await self._scribe(self._scribe.journal.append, [], [notice])
         self._courier.wake()
 
     def _activation(self, champion: Champion, verdict: dict[str, Any]) -> Decision:
+        self._latest = champion
+
         def notices(time: int) -> list[Outgoing]:
             self.champion, self.activated = champion, time
             return [self._notice(verdict, time)]
@@ -144,3 +161,42 @@ class Succession:
 
 def _warmup(found: Warmth) -> Decision:
     return Decision(Kind.WARMUP, found.encode(), found.event)
+
+
+def rolled_back(champion: str, to: str) -> Verdict:
+    """What subscribers are told of a rollback, in the form of a verdict."""
+    reason = f"rolled back from {champion}"
+    return Verdict(accepted=True, reason=reason, challenger=to, champion=champion, triggers=("rollback",))
+
+
+def rollback_journal(config: Config, now: int, to: str | None) -> str:
+    """Roll back an instance that does not run: the next start serves the model. Return a sentence.
+
+    Raise ConfigError when it runs, and where there is nothing to roll back to.
+    """
+    with only_one(config.state_dir / "lock"):
+        path = config.state_dir / "journal.db"
+        if not path.is_file():
+            raise ConfigError(f"{path}: no journal there, so there is nothing to roll back")
+        journal = Journal(path)
+        try:
+            record = journal.last(Kind.ACTIVATION)
+            if record is None:
+                raise ConfigError(
+                    f"{journal.path}: no model was ever activated, so there is nothing to roll back"
+                )
+            champion = Champion.decode(record.payload)
+            store = ModelStore(config.state_dir / "models", config.timeframe)
+            reign = way_back(config, champion, store, to)
+            card = store.open(reign.model, config.model.sampler, config.model.steps).card
+            try_strategies(config.settings().build(), card)
+            after = champion.rolled_back(reign, card, f"rolled back from {champion.model}")
+            time = max(now, journal.last_time(), journal.progress().clock)
+            verdict = msgspec.to_builtins(rolled_back(champion.model, after.model))
+            notice = wire.model_notice(
+                after.model, time, after.fingerprint, verdict, time, config.topics.models
+            )
+            journal.append([(time, Kind.ACTIVATION, "", after.encode())], [notice])
+        finally:
+            journal.close()
+    return f"{after.model} will serve from the next start on; {champion.model} is left behind"

@@ -256,7 +256,8 @@ class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
     time: Annotated[Text, _of("When this was said.")]
     fingerprint: Annotated[str, _of("Under what its forecasts are the same to the bit.")]
     verdict: Annotated[
-        dict[str, Any], _of("What the gate said of the challenger; empty when it was not the gate's doing.")
+        dict[str, Any],
+        _of("What the gate said, or of a rollback the same; empty where the settings named the model."),
     ]
 
 

@@ -528,7 +528,7 @@ CASES |= {
         f"models/0123456789abcdef | holds the model {ID} | copy 0123456789abcdef back",
     ),
     "model: a damaged champion, for the trainer": (
-        stored(ID, tensors(lambda t: t.pop("noise")), "retrain", "--out", "new", *CHAMPION),
+        stored(ID, tensors(lambda t: t.pop("noise")), "train-challenger", "--out", "new", *CHAMPION),
         f"models/{ID}/{WEIGHTS} | tensor noise | missing | train again",
     ),
     "model: a damaged champion, for the gate": (

@@ -268,7 +268,7 @@ def test_retraining_leaves_a_halted_symbol_out_and_says_so(run, tmp_path):
         '[retrain]\ncron = "0 3 * * *"\nsteps = 1\nnice = 0\n'
     )
     out = tmp_path / "new"
-    status, _, err = run("retrain", str(config), "--out", str(out), "--champion", "fhs")
+    status, _, err = run("train-challenger", str(config), "--out", str(out), "--champion", "fhs")
     assert status == 0, err
     assert "left out, as too short or standing still: HALT, NEW" in err
     record = json.loads((out / "model.json").read_text())["record"]
@@ -323,3 +323,31 @@ def test_nothing_that_is_read_is_written_over(run, tmp_path, monkeypatch, argume
     status, _, err = run(*named, *DAILY)
     assert (status, words in " ".join(err.replace("│", " ").split())) == (2, True)
     assert (bars.read_bytes(), origins.read_bytes()) == (b"years of bars", b"origins")
+
+
+def test_orders_without_a_daemon_are_refused(run, tmp_path):
+    """Who serves is the daemon's to say, and a training is its to do; a rollback needs something below."""
+    config = tmp_path / "barcast.toml"
+    config.write_text('instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n')
+    for options in ([], ["--now"], ["--now", "--wait"]):
+        status, _, err = run("retrain", str(config), *options)
+        assert (status, "no daemon runs on" in err) == (78, True)
+    assert run("retrain", str(config), "--wait")[0] == 2
+    status, _, err = run("rollback", str(config))
+    assert status == 78, err
+    assert not (tmp_path / "state").exists()
+    (tmp_path / "state").mkdir()
+    status, _, err = run("rollback", str(config))
+    assert (status, "no journal there, so there is nothing to roll back" in " ".join(err.split())) == (
+        78,
+        True,
+    )
+
+
+def test_check_says_when_a_training_is_wanted(run, tmp_path):
+    """Schedule, age, drift and demand, as the configuration has them."""
+    config = tmp_path / "barcast.toml"
+    config.write_text(
+        'instance = "x"\nstate_dir = "s"\ntimeframe = "1m"\n[retrain]\nmax_age = "30d"\ndrift = {}\n'
+    )
+    assert "at an age of 30 days, at drift, on demand" in run("check", str(config))[1]

@@ -275,7 +275,7 @@ def test_broad_handlers_are_found() -> None:
 def test_one_broad_handler() -> None:
     """There is one handler for whatever goes wrong: around the scheduled job."""
     found = [name for name, source in SOURCES.items() for _ in broad_handlers(source)]
-    assert found == ["daemon/schedule.py"]
+    assert found == ["daemon/retraining.py"]
 
 
 def test_only_scripts_print() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.bench import cost, ingest, latency, memory, oracle, replay, scrape, sizing
+from tests.bench import cost, ingest, latency, memory, oracle, replay, retraining, scrape, sizing
 from tests.bench.report import Section, machine, sentence
 from tests.integration.broker import executable
 
@@ -24,6 +24,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "latency": latency.measure,
     "memory": memory.measure,
     "scrape": scrape.measure,
+    "retraining": retraining.measure,
     "cost": cost.measure,
     "oracle": oracle.measure,
 }

@@ -202,10 +202,12 @@ def test_bar_closes_that_do_not_exist_are_refused(write, text, key, parts):
         ("max_wait = 2\n", ("max_wait", "2", "number and a unit")),
         ('symbols = "A"\n', ("symbols", "'A'", "list")),
         ('strategy = "median-drift"\n', ("strategy", "list")),
-        ("[retrain]\nsteps = 5\n", ("retrain.cron", "missing")),
         ("[http]\n", ("http.port", "missing")),
         ("[http]\nport = 0\n", ("http.port", "greater than 0")),
         ('[http]\nport = 9464\nhost = ""\n', ("http.host", "at least 1")),
+        ("[retrain]\ndrift = { coverage = 0 }\n", ("retrain.drift.coverage", "greater than 0")),
+        ('[retrain]\nmax_age = "2 weeks"\n', ("retrain.max_age", "such as 500ms")),
+        ("[retrain]\ndrift = { crp = 0.1 }\n", ("retrain.drift.crp", "did you mean 'crps'")),
     ],
 )
 def test_fault_is_said_with_its_remedy(write, text, parts):

@@ -7,7 +7,8 @@ from barcast.daemon.config import load
 ROOT = Path(__file__).parents[2]
 
 
-DEFAULTS = ("max_wait", "log_level", "root", "name", "first", "sampler", "steps", "margin", "timeout", "nice")
+DEFAULTS = ("max_wait", "log_level", "root", "name", "first", "margin", "timeout", "stall", "nice")
+SHOWN = ("sampler", "steps", "max_age", "drift")
 
 
 def test_example_configuration_is_in_order(tmp_path):
@@ -16,14 +17,16 @@ def test_example_configuration_is_in_order(tmp_path):
     path = tmp_path / "barcast.toml"
     path.write_text(shown)
     plain = load(path)
-    for key in DEFAULTS:
+    for key in DEFAULTS + SHOWN:
         assert f"# {key} = " in shown
         shown = shown.replace(f"# {key} = ", f"{key} = ")
     path.write_text(shown)
     explicit = load(path)
     changed = {
         "model": explicit.model.model_copy(update={"sampler": None, "steps": None}),
-        "retrain": explicit.retrain.model_copy(update={"steps": None}),
+        "retrain": explicit.retrain.model_copy(update={"steps": None, "max_age": None, "drift": None}),
     }
     assert explicit.model_copy(update=changed) == plain
     assert (explicit.model.sampler, explicit.model.steps, explicit.retrain.steps) == ("dpmpp", 8, 300)
+    assert explicit.retrain.max_age == 30 * 86_400 * 10**9
+    assert explicit.retrain.drift.model_dump() == {"coverage": 0.05, "crps": 0.1}

@@ -6,7 +6,9 @@ import pytest
 
 from barcast.daemon import gate
 from barcast.daemon.gate import MIN_ORIGINS, Verdict, judge
-from barcast.models import CheckpointError, ConfigError, Window, compare
+from barcast.models import CheckpointError, ConfigError, Window
+from barcast.models.baselines import HistoricalSimulation
+from barcast.models.evaluation import collect
 from tests.garch import simulate
 
 HORIZONS, LEVELS = (1, 4, 16), (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
@@ -41,8 +43,9 @@ def models(tmp_path_factory, histories):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Score about a hundred origins: enough for a verdict between models that differ much."""
+    """Score about a hundred origins, beside two baselines: enough for models that differ much."""
     monkeypatch.setattr(gate, "MAX_ORIGINS", 100)
+    monkeypatch.setattr(gate, "RIVALS", ("hs", "ewma"))
 
 
 def held_out(models):
@@ -74,11 +77,12 @@ def test_better_challenger_is_accepted(models, histories):
 
 @pytest.mark.usefixtures("few")
 @pytest.mark.parametrize("kind", ["trees", "mix"])
-def test_kinds_are_judged_against_each_other(models, histories, tmp_path, kind):
+def test_kinds_are_judged_against_each_other(models, histories, tmp_path, kind, monkeypatch):
     """Trees and ensembles are challengers and champions like the network; the sampler is for what has one."""
     from barcast.models.checkpoint import load, save
     from tests import kinds
 
+    monkeypatch.setattr(gate, "RIVALS", ())
     network = load(models / "good").trained
     if kind == "mix":
         save(kinds.ensemble(tmp_path, network), tmp_path / "mix")
@@ -123,10 +127,10 @@ def test_a_verdict_is_on_all_hours_of_the_day(models, histories, monkeypatch):
     judged = []
 
     def noted(*args, **options):
-        judged.extend(compare(*args, **options))
-        return judged
+        judged.append(collect(*args, **options))
+        return judged[0]
 
-    monkeypatch.setattr(gate, "compare", noted)
+    monkeypatch.setattr(gate, "collect", noted)
     bars = sum(int((w.close_times >= held_out(models)).sum()) for w in histories.values())
     monkeypatch.setattr(gate, "MAX_ORIGINS", bars // 5)  # every sixth bar would meet four hours
     judge(models / "good", "hs", histories, "1h", 0.0)
@@ -187,15 +191,14 @@ def test_no_forecast_at_all_is_refused(models, histories):
 @pytest.mark.usefixtures("few")
 def test_bars_learnt_from_do_not_count(models, histories, monkeypatch):
     """Every forecast that is scored was made after the challenger's training and validation."""
-    scored, compare = [], gate.compare
+    scored = []
 
     def spy(*args, **kwargs):
-        scored.extend(compare(*args, **kwargs))
-        return scored
+        scored.append(collect(*args, **kwargs))
+        return scored[0]
 
-    monkeypatch.setattr(gate, "compare", spy)
+    monkeypatch.setattr(gate, "collect", spy)
     judge(models / "good", "hs", histories, "1h", 0.0)
-    assert len(scored) == 2
     assert min(scored[0].close_times) >= held_out(models)
     assert set(scored[0].symbols) == {"S0", "S1"}
     assert len(scored[0].close_times) <= 2 * 100
@@ -216,3 +219,78 @@ def test_verdict_survives_the_pipe(models, histories):
     """The gate's process prints the verdict as JSON, and the daemon reads the same verdict."""
     verdict = judge(models / "spoiled", "hs", histories, "1h", 0.0)
     assert msgspec.json.decode(msgspec.json.encode(verdict), type=Verdict) == verdict
+
+
+@pytest.mark.usefixtures("few")
+def test_challenger_behind_a_baseline_is_refused_by_name(models, histories, monkeypatch):
+    """To be better than a bad champion is not enough where a baseline is better than both."""
+    plain = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
+    assert plain.accepted
+    assert set(plain.baselines) == set(gate.RIVALS)
+
+    class Knows:
+        """In the place of a baseline: it forecasts what happened."""
+
+        def __init__(self, timeframe, horizons, levels):
+            self.inner = HistoricalSimulation(timeframe, horizons, levels)
+            self.card = self.inner.card
+
+        def forecast(self, windows):
+            return [self._knowing(f) for f in self.inner.forecast(windows)]
+
+        def _knowing(self, forecast):
+            own = histories[forecast.symbol]
+            at, price = np.searchsorted(own.close_times, forecast.close_time), np.log(own.values[:, 3])
+            happened = np.array([[price[at + h] - price[at]] for h in HORIZONS])
+            return msgspec.structs.replace(forecast, quantiles=happened + 0.2 * forecast.quantiles)
+
+    monkeypatch.setitem(gate.BASELINES, "ewma", Knows)
+    verdict = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert verdict.baselines["ewma"] < 0.5 * plain.challenger_crps
+    assert verdict.reason.endswith("% above that of the baseline ewma")
+    beside = judge(models / "good", "hs", histories, "1h", 0.0).baselines
+    assert set(beside) == set(gate.RIVALS) - {"hs"}
+
+
+@pytest.mark.usefixtures("few")
+def test_verdict_says_how_sure_its_gain_is(models, histories):
+    """The paired gain is that of the two CRPS; a clear one is many of its errors, none has none."""
+    verdict = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
+    assert verdict.gain == pytest.approx(1 - verdict.challenger_crps / verdict.champion_crps, abs=1e-4)
+    assert verdict.gain > 5 * verdict.gain_error > 0
+    assert verdict.since[:10] == str(np.datetime64(held_out(models), "ns"))[:10]
+    same = judge(models / "good", str(models / "good"), histories, "1h", 0.0)
+    assert (same.gain, same.gain_error) == (0, 0)
+
+
+@pytest.mark.usefixtures("few")
+def test_challenger_that_forecasts_no_price_is_refused(models, histories, tmp_path):
+    """Forecasts that would be withheld are not left out of the score of whoever makes them."""
+    import torch
+
+    from barcast.models.checkpoint import load, save
+
+    wild = load(models / "good").trained
+    with torch.no_grad():
+        wild.net.map.static.mul_(1e6)
+    save(wild, tmp_path / "wild")
+    verdict = judge(tmp_path / "wild", str(models / "good"), histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert verdict.reason.endswith("of its forecasts can be no price")
+    over = judge(models / "good", str(tmp_path / "wild"), histories, "1h", 0.0)
+    assert over.origins == 0 or over.accepted
+
+
+def test_other_levels_and_bars_are_refused(models, histories, tmp_path):
+    """A model of other levels is refused with both, one of other bars is a fault of its file."""
+    from dataclasses import replace
+
+    from barcast.models.checkpoint import load, save
+
+    good = load(models / "good").trained
+    save(replace(good, levels=(0.1, 0.5, 0.9)), tmp_path / "levels")
+    verdict = judge(tmp_path / "levels", str(models / "good"), histories, "1h", 0.0)
+    assert not verdict.accepted
+    assert "levels" in verdict.reason
+    assert "(0.1, 0.5, 0.9)" in verdict.reason

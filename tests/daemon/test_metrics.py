@@ -7,12 +7,10 @@ import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from barcast.daemon import metrics
-from barcast.daemon.app import Commands
+from barcast.daemon import metrics, retraining
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.live import LiveSink
 from barcast.daemon.ports import Group, Outcome
-from barcast.daemon.succession import Runs
 from barcast.models import Coverage
 from tests.daemon.living import LEAST, at_work, daemon, deliver, until
 from tests.fakes import MINUTE, START, Spread, bar
@@ -187,23 +185,16 @@ def test_coverage_is_that_of_all_symbols(tmp_path):
     assert [s for family in made._coverage(sink) for s in family.samples] == []
 
 
-def test_retrainings_have_a_result():
-    """A run is what its best challenger was; without a verdict it failed."""
-    runs = Runs()
-    for promoted, refused in ((1, 2), (0, 1), (0, 0), (0, 0)):
-        runs.ended(promoted, refused, 3.0)
-    assert (runs.runs, runs.seconds) == ({"promoted": 1, "refused": 1, "failed": 2}, 3.0)
-
-
-def test_a_retraining_that_dies_is_counted(tmp_path):
+def test_a_retraining_that_dies_is_counted(tmp_path, monkeypatch):
     """The scheduled job ends without a verdict: it failed, and the model in force stays."""
     made = daemon(tmp_path, LEAST + '[retrain]\ncron = "0 3 * * *"\n', START)
-    made.commands = Commands(["false"], ["false"], ["false"])
+    made.commands = {"train": ["false"], "gate": ["false"]}
+    monkeypatch.setattr(retraining, "RETRY_SECONDS", ())
 
     async def story():
         async with at_work(made):
             before = await scraped(made)
-            await made._retrain()
+            await made.retraining.run([])
             return before, await scraped(made)
 
     before, after = play(story())

@@ -9,19 +9,17 @@ import polars as pl
 import pytest
 
 from barcast.backtest.replay import replay_journal
-from barcast.daemon.app import Commands, Daemon, WallClock
+from barcast.daemon.app import Daemon, WallClock
 from barcast.daemon.bars import known_bars
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
-from barcast.daemon.pipeline import Counts, Pipeline
-from barcast.daemon.schedule import Retrainer
+from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.start import opening, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
-from barcast.daemon.vitals import Vitals
 from barcast.daemon.wire import encode_bars
 from barcast.models import Adjustment, Bar, ConfigError, Windows
 from tests.fakes import MINUTE, START, Spread, bar
@@ -33,7 +31,7 @@ def start(folder, text=LEAST):
     """A daemon as it is before it serves: its journal is open, its decisions are not taken."""
     path = folder / "barcast.toml"
     path.write_text(text)
-    daemon = Daemon(load(path), Commands([], [], []), asyncio.Event(), None)
+    daemon = Daemon(load(path), {}, asyncio.Event(), None)
     daemon.config.state_dir.mkdir(exist_ok=True)
     daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
     daemon.store = ModelStore(daemon.config.state_dir / "models", daemon.config.timeframe)
@@ -298,9 +296,10 @@ def test_challenger_is_asked_before_it_takes_over_of_all_that_it_will_see(tmp_pa
         assert kept < 800
         model = Asked(daemon.source, window=800)
         daemon.store.adopt = lambda _: "spread"
+        daemon.store.known_until = lambda _: START
         daemon.store.open = lambda *_: model
         await daemon.succession.promote(
-            tmp_path / "x", Verdict(accepted=True, reason="better", challenger="x", champion="y")
+            tmp_path / "x", Verdict(accepted=True, reason="better", challenger="x", champion="y"), "fhs"
         )
         asked.extend(model.asked)
         assert daemon.source.kinds == [Kind.ACTIVATION, Kind.WARMUP]
@@ -325,26 +324,3 @@ def test_foreseen_window_is_a_copy_on_the_basis_of_its_newest_bar():
     assert len(windows.cut("A", START + 7 * MINUTE, 9)) == 3
     assert windows.foreseen("B", 4, []) is None
     assert windows.foreseen("B", 4, [bar("B", 1)]).symbol == "B"
-
-
-@pytest.mark.parametrize("stopping", [True, False])
-def test_retraining_ends_with_the_daemon_and_no_fault(tmp_path, monkeypatch, stopping):
-    """Cancelled while the daemon stops, the job ends; a cancellation for another reason goes on."""
-    text = LEAST + '[retrain]\ncron = "0 3 * * *"\n'
-    daemon = start(tmp_path, text)
-    decide(daemon)
-    monkeypatch.setattr(Retrainer, "run", lambda _: asyncio.sleep(9))
-
-    async def main():
-        daemon.succession = succession(daemon, Decided())
-        daemon.vitals = Vitals(None, Counts(), None)
-        job = asyncio.create_task(daemon._retrain())
-        await asyncio.sleep(0)
-        if stopping:
-            daemon.stop.set()
-        job.cancel()
-        await asyncio.wait([job])
-        assert job.cancelled() is not stopping
-
-    asyncio.run(main())
-    daemon.scribe.close()

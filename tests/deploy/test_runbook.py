@@ -70,5 +70,5 @@ def test_events_of_the_runbook_are_logged_somewhere():
         for event in re.findall(r"`([a-z_0-9]+)`", row)
     ]
     assert len(events) > 10
-    made = {f"{what}_{how}" for what in ("train", "gate") for how in ("failed", "timed_out")}
+    made = {f"{what}_{how}" for what in ("train", "gate") for how in ("failed", "timed_out", "stalled")}
     assert [event for event in events if f'"{event}"' not in sources and event not in made] == []

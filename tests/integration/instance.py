@@ -75,6 +75,7 @@ class Instance:
     speed: float
     sampler: str | None = "dpmpp"
     cron: str | None = None
+    retrain: str = ""
     user: str | None = None
     http: int | None = None
     command: Sequence[str] = BARCAST
@@ -102,7 +103,7 @@ class Instance:
             + (f'sampler = "{self.sampler}"\n' if self.sampler else "")
             + '[[strategy]]\nkind = "median-drift"\n'
             f"[rehearsal]\nstart = {begin.isoformat()}\nat = {self.at.isoformat()}\nspeed = {self.speed}\n"
-            + (f'[retrain]\ncron = "{self.cron}"\nsteps = 8\n' if self.cron else "")
+            + (f'[retrain]\ncron = "{self.cron}"\nsteps = 8\nmargin = 0.0\n' if self.cron else self.retrain)
             + (f"[http]\nport = {self.http}\n" if self.http else "")
         )
         return path
@@ -134,6 +135,12 @@ class Instance:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
+
+    def order(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of an operator on this instance's configuration."""
+        verb, *options = words
+        command = [*BARCAST, verb, str(self.folder / "barcast.toml"), *options]
+        return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
     def stop(self) -> int:
         """SIGTERM; return the exit status."""

@@ -45,7 +45,9 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     trainer = None
     for _ in range(100):
         found = subprocess.run(
-            ["pgrep", "-P", str(instance.process.pid), "-f", "retrain"], capture_output=True, text=True
+            ["pgrep", "-P", str(instance.process.pid), "-f", "train-challenger"],
+            capture_output=True,
+            text=True,
         )
         if found.stdout:
             trainer = int(found.stdout.split()[0])

@@ -1,0 +1,149 @@
+"""Orders to a running daemon: a Unix socket in its state directory, one JSON object a line.
+
+A client sends one `Order`. It is answered with `{"line": ...}` any number of times, and at last with
+`{"done": ...}` or `{"refused": ...}`.
+"""
+
+import asyncio
+import os
+import socket
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+import structlog
+
+from barcast.models import BarcastError, ConfigError
+
+NAME = "control"
+LINE_BYTES = 2**16
+"""Longest line."""
+ORDER_SECONDS = 5.0
+"""How long whoever connects may take to say what it wants."""
+
+log = structlog.get_logger()
+
+
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What is wanted: `retrain`, with `wait` to the end of it, `rollback`, `to` a model, or `state`."""
+
+    verb: str
+    wait: bool = False
+    to: str | None = None
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A line on the way, the result, or why there is none: one of the three is set."""
+
+    line: str | None = None
+    done: str | None = None
+    refused: str | None = None
+
+
+CarryOut = Callable[[Order, Callable[[str], None]], Awaitable[str]]
+"""Carries out an order and returns a sentence; what it tells meanwhile goes to the client."""
+
+
+@contextmanager
+def _reachable(state_dir: Path) -> Iterator[str]:
+    """The socket's path, short however long that of the directory is: addresses hold 107 bytes."""
+    folder = os.open(state_dir, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{NAME}"
+    finally:
+        os.close(folder)
+
+
+async def serve(state_dir: Path, verbs: Collection[str], carry_out: CarryOut) -> None:
+    """Take orders until cancelled. Whoever may not write as this user cannot connect.
+
+    Raise ConfigError for a directory that takes no socket.
+    """
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.fchmod(listener.fileno(), 0o600)  # before bind, so that there is no moment without it
+        try:
+            with _reachable(state_dir) as address:
+                (state_dir / NAME).unlink(missing_ok=True)  # of a daemon that was killed: the lock is ours
+                listener.bind(address)
+        except OSError as error:
+            raise ConfigError(f"state_dir: {state_dir} takes no socket ({error}); name another") from error
+
+        async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await _client(reader, writer, verbs, carry_out)
+
+        server = await asyncio.start_unix_server(client, sock=listener, limit=LINE_BYTES)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            server.close()
+            (state_dir / NAME).unlink(missing_ok=True)
+
+
+async def _client(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, verbs: Collection[str], carry_out: CarryOut
+) -> None:
+    def tell(line: str) -> None:
+        if not writer.is_closing():
+            _send(writer, Answer(line=line))
+
+    try:
+        _send(writer, await _answer(reader, verbs, carry_out, tell))
+        await writer.drain()
+    except ConnectionError:
+        log.info("control_left")  # what it ordered is done all the same
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def _answer(
+    reader: asyncio.StreamReader,
+    verbs: Collection[str],
+    carry_out: CarryOut,
+    tell: Callable[[str], None],
+) -> Answer:
+    try:
+        async with asyncio.timeout(ORDER_SECONDS):
+            order = msgspec.json.decode(await reader.readline(), type=Order)
+    except (TimeoutError, ValueError) as error:
+        return Answer(refused=f'no order ({error}); send one line such as {{"verb": "state"}}')
+    if order.verb not in verbs:
+        return Answer(refused=f"verb {order.verb!r} is none of {', '.join(verbs)}")
+    log.info("ordered", **msgspec.to_builtins(order))
+    try:
+        return Answer(done=await carry_out(order, tell))
+    except (BarcastError, OSError) as error:
+        return Answer(refused=str(error))
+
+
+def _send(writer: asyncio.StreamWriter, answer: Answer) -> None:
+    writer.write(msgspec.json.encode(answer) + b"\n")
+
+
+def ask(state_dir: Path, order: Order, on_line: Callable[[str], None]) -> str | None:
+    """Give an order and wait for its result; None when no daemon runs on the directory.
+
+    Raise ConfigError when it refuses, or ends before it has answered.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            with _reachable(state_dir) as address:
+                connection.connect(address)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return None
+        except PermissionError as error:
+            raise ConfigError(
+                f"{state_dir / NAME}: {error.strerror}; ask as the user of the daemon"
+            ) from error
+        connection.sendall(msgspec.json.encode(order) + b"\n")
+        with connection.makefile("rb") as lines:
+            for line in lines:
+                answer = msgspec.json.decode(line, type=Answer)
+                if answer.refused is not None:
+                    raise ConfigError(answer.refused)
+                if answer.done is not None:
+                    return answer.done
+                on_line(answer.line or "")
+    raise ConfigError(f"{state_dir}: the daemon ended before it had answered; its log says why")

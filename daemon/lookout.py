@@ -1,0 +1,137 @@
+"""Looks now and then whether the champion is too old, or not what it promised any more."""
+
+import asyncio
+from collections.abc import Container, Iterable, Iterator, Mapping
+
+import msgspec
+import structlog
+
+from barcast.daemon.config import Config
+from barcast.daemon.drift import TIMES, Reading, Said, chosen, measure
+from barcast.daemon.journal import Journal
+from barcast.daemon.live import Clock
+from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.retraining import Retraining, tried
+from barcast.daemon.succession import Succession
+from barcast.models import Card, Window
+
+LOOK_SECONDS = 600.0
+"""How often it looks."""
+REST = 86_400 * 10**9
+"""How long age and drift rest after they asked, in nanoseconds: what did not help yesterday may today."""
+ROWS = 200_000
+"""Newest messages of the outbox that signals are looked for in."""
+BARS = 1000
+"""Bars of a symbol that outcomes are looked for in."""
+
+log = structlog.get_logger()
+
+
+class Age:
+    """Asks for a training when the champion is older than `most` nanoseconds, once a `REST`."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._asked: int | None = None
+
+    def over(self, since: int, now: int) -> bool:
+        """Whether a champion that knows the bars up to `since` is too old."""
+        return now - since > self._most
+
+    def due(self, since: int, now: int) -> str | None:
+        """The reason to train now, if there is one."""
+        if not self.over(since, now) or (self._asked is not None and now - self._asked < REST):
+            return None
+        self._asked = now
+        return f"age: the newest bar that the champion knew is {(now - since) / 86_400e9:.1f} days old"
+
+
+class Drifted:
+    """Asks for a training when a reading leaves its bands, once a `REST`."""
+
+    def __init__(self, coverage: float, crps: float) -> None:
+        self._coverage, self._crps = coverage, crps
+        self._asked: int | None = None
+
+    def due(self, reading: Reading, held_out: float | None, now: int) -> str | None:
+        """The reason to train now, if there is one; `held_out` is the CRPS in the champion's verdict."""
+        reason = reading.beyond(self._coverage, self._crps, held_out)
+        if reason is None or (self._asked is not None and now - self._asked < REST):
+            return None
+        self._asked = now
+        return reason
+
+
+class Lookout:
+    """Tells the triggers the time and what they need to know, and passes their reasons on.
+
+    The state is the triggers, and the last `reading`: None where drift is not looked for, or nothing has
+    matured yet. What it reads is in the journal, so that it knows as much after a restart.
+    """
+
+    def __init__(self, config: Config, clock: Clock, succession: Succession, pipeline: Pipeline) -> None:
+        retrain = config.retrain
+        self.reading: Reading | None = None
+        self._config, self._clock = config, clock
+        self._succession, self._pipeline = succession, pipeline
+        self._age = Age(retrain.max_age) if retrain and retrain.max_age else None
+        self._drifted = (
+            Drifted(retrain.drift.coverage, retrain.drift.crps) if retrain and retrain.drift else None
+        )
+
+    @property
+    def since(self) -> int:
+        """The newest close that the champion knew, or else when it took over, in nanoseconds."""
+        return self._succession.champion.until or self._succession.activated
+
+    @property
+    def old(self) -> bool:
+        """Whether the champion is older than `max_age`."""
+        return self._age is not None and self._age.over(self.since, self._clock.now())
+
+    async def run(self, retraining: Retraining) -> None:
+        """Look until cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            reasons = await tried(self.look(), "lookout_failed")
+            for reason in [] if isinstance(reasons, Exception) else reasons:
+                retraining.ask(reason)
+
+    async def look(self) -> list[str]:
+        """The reasons to train now."""
+        reasons = [self._age.due(self.since, self._clock.now()) if self._age else None]
+        if self._drifted:
+            champion = self._succession.champion
+            closes: dict[str, Window] = {}
+            for symbol in chosen(self._pipeline.windows.symbols):
+                window = self._pipeline.windows.foreseen(symbol, BARS, ())
+                if window is not None:
+                    closes[symbol] = window
+                await asyncio.sleep(0)  # a copy takes a moment: bars come first
+            self.reading = None
+            if self._pipeline.model == champion.model:  # else it takes over at this moment
+                self.reading = await asyncio.to_thread(self._read, self._pipeline.forecaster.card, closes)
+            if self.reading is not None:
+                log.info("drift", **self.reading.plain())
+                reasons.append(self._drifted.due(self.reading, champion.crps, self._clock.now()))
+        return [reason for reason in reasons if reason is not None]
+
+    def _read(self, card: Card, closes: Mapping[str, Window]) -> Reading | None:
+        journal = Journal(self._config.state_dir / "journal.db", readonly=True)
+        try:
+            topics = f"{self._config.mqtt.root}/signals/{self._config.timeframe}/"
+            return measure(_reign(journal.sent(topics, ROWS), card, closes), closes)
+        finally:
+            journal.close()
+
+
+def _reign(sent: Iterable[tuple[str, bytes]], card: Card, symbols: Container[str]) -> Iterator[Said]:
+    """The signals of some symbols, newest first, back to the first of another model, or as many as matter."""
+    closes: set[str] = set()
+    for topic, payload in sent:
+        if topic.rpartition("/")[2] in symbols:
+            said = msgspec.json.decode(payload, type=Said)
+            closes.add(said.close_time)
+            if said.model != card.model or len(closes) > TIMES + max(card.horizons):
+                return
+            yield said

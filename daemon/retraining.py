@@ -1,0 +1,279 @@
+"""Retraining: what is asked for, what a run does, and what becomes of challengers."""
+
+import asyncio
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import structlog
+
+from barcast.daemon.gate import Verdict
+from barcast.daemon.trainer import Run
+
+RETRY_SECONDS = (60.0, 300.0, 1500.0)
+"""Pauses after which a run that failed is tried again; after the last it waits for the next reason."""
+WORDS = 5
+"""Last lines of a process that are logged."""
+
+log = structlog.get_logger()
+T = TypeVar("T")
+
+
+class Result(StrEnum):
+    """How a run ended."""
+
+    promoted = "promoted"
+    refused = "refused"
+    failed = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What a challenger is up against: the champion's id, the margin, and the models that must not return."""
+
+    model: str
+    margin: float
+    left: Sequence[str]
+
+
+class _FailedError(Exception):
+    """A process ended without a result. `final`: a person must mend it, so that trying again is vain."""
+
+    def __init__(self, final: bool) -> None:
+        super().__init__("final" if final else "worth another try")
+        self.final = final
+
+
+@dataclass(slots=True)
+class _Job:
+    """One run: why, which of those judged were accepted, and whether the trained one was judged."""
+
+    reasons: tuple[str, ...]
+    accepted: list[bool] = field(default_factory=list)
+    trained: bool = False
+
+
+class Retraining:
+    """Takes requests, and runs a training for those that came, one after the other.
+
+    Requests that come during a run cause one more, not more. A checkpoint that somebody puts into
+    `challengers/` is judged first, like one trained here. An accepted one is handed to `promote`, which says
+    no when another model took over meanwhile: then it is judged again. One that is refused, that cannot be
+    opened, or that could not take over is kept in `refused/`, with the verdict beside it, until the next of
+    its name.
+
+    `run` runs the verbs `train` and `gate`. A process is killed `timeout` seconds after its start, and after
+    `stall` seconds without a word. The state is the two folders, the reasons that wait, whether a run is
+    under way, and what metrics are made of: `runs` by result, the `seconds` of the last (0: none yet).
+    """
+
+    def __init__(
+        self,
+        state_dir: Path,
+        run: Run,
+        serving: Callable[[], Serving],
+        timeout: float,
+        stall: float,
+        promote: Callable[[Path, Verdict, str], Awaitable[bool]],
+        refuse: Callable[[Verdict], Awaitable[None]],
+    ) -> None:
+        self.inbox, self.refused = state_dir / "challengers", state_dir / "refused"
+        self.running = False
+        self.runs: Counter[Result] = Counter()
+        self.seconds = 0.0
+        self._process, self._serving, self._promote, self._refuse = run, serving, promote, refuse
+        self._timeout, self._stall = timeout, stall
+        self._reasons: list[str] = []
+        self._asked = asyncio.Event()
+        self._pausing = False
+        self._listeners: set[Callable[[str | Result], None]] = set()
+
+    def ask(self, reason: str) -> None:
+        """Want a training, for a reason; a run that waits to try again does so at once."""
+        log.info("retrain_asked", reason=reason, running=self.running)
+        if reason not in self._reasons:
+            self._reasons.append(reason)
+        self._asked.set()
+
+    async def follow(self, reason: str, on_line: Callable[[str], None]) -> Result:
+        """Want a training and follow it to its end; the lines are those of its processes and verdicts."""
+        said: asyncio.Queue[str | Result] = asyncio.Queue()
+        before = self.running and not self._pausing  # the run under way is not the one that is asked for
+        self._listeners.add(said.put_nowait)
+        try:
+            self.ask(reason)
+            while True:
+                word = await said.get()
+                if not isinstance(word, Result):
+                    on_line(word)
+                elif not before:
+                    return word
+                else:
+                    before = False
+        finally:
+            self._listeners.discard(said.put_nowait)
+
+    async def wanted(self) -> tuple[str, ...]:
+        """Wait until a training is wanted; return the reasons, which wait no more."""
+        await self._asked.wait()
+        return self._take()
+
+    async def run(self, reasons: Sequence[str]) -> Result:
+        """Judge what is offered, train, judge that; try again where a process failed. Raises nothing."""
+        loop = asyncio.get_running_loop()
+        began, self.running = loop.time(), True
+        log.info("retrain_started", reasons=list(reasons))
+        job = _Job(tuple(reasons))
+        try:
+            await self._attempts(job)
+        finally:
+            self.running, self._pausing, self.seconds = False, False, loop.time() - began
+        ended = Result.refused if job.trained else Result.failed
+        result = Result.promoted if any(job.accepted) else ended
+        self.runs[result] += 1
+        self._tell(result)
+        return result
+
+    def _take(self) -> tuple[str, ...]:
+        reasons, self._reasons = tuple(self._reasons), []
+        self._asked.clear()
+        return reasons
+
+    def _tell(self, word: str | Result) -> None:
+        for listener in list(self._listeners):
+            listener(word)
+
+    async def _attempts(self, job: _Job) -> None:
+        for pause in (*RETRY_SECONDS, None):
+            fault = await tried(self._attempt(job), "retrain_failed")
+            if fault is None or (isinstance(fault, _FailedError) and fault.final):
+                return
+            if pause is None:
+                log.error("retrain_given_up", tries=len(RETRY_SECONDS) + 1)
+                return
+            log.warning("retrain_waits", seconds=pause)
+            self._tell(f"failed; the next try is in {pause:g} s")
+            self._pausing = True
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._asked.wait()
+            self._pausing = False
+            job.reasons = tuple(dict.fromkeys([*job.reasons, *self._take()]))
+
+    async def _attempt(self, job: _Job) -> None:
+        """Do what is left to do. Raise _FailedError when some of it has to be tried again."""
+        trained, failed = self.inbox / "trained", None
+        for challenger in self._offered():
+            try:
+                await self._judge(challenger, job)
+            except _FailedError as error:  # a fault of the history or the champion leaves it where it is
+                failed = None if error.final else error
+        if not job.trained:
+            if not (trained / "model.json").is_file():
+                await self._call("train", ["--champion", self._serving().model, "--out", str(trained)])
+            await self._judge(trained, job)
+            job.trained = True
+        if failed is not None:
+            raise failed
+
+    def _offered(self) -> list[Path]:
+        self.inbox.mkdir(parents=True, exist_ok=True)
+        found = sorted(path for path in self.inbox.iterdir() if (path / "model.json").is_file())
+        return [path for path in found if path.name != "trained"]
+
+    async def _judge(self, challenger: Path, job: _Job) -> None:
+        """Have it judged and act on the verdict. Raise _FailedError without one."""
+        while True:
+            serving = self._serving()
+            against = ["--champion", serving.model, "--margin", repr(serving.margin)]
+            answer = await self._call("gate", [*against, str(challenger)], challenger)
+            if answer is None:
+                return
+            verdict = msgspec.json.decode(answer, type=Verdict)
+            verdict = msgspec.structs.replace(verdict, triggers=job.reasons)
+            if verdict.accepted and verdict.challenger in serving.left:
+                verdict = _refused(verdict, "it was rolled back from; `barcast rollback --to` brings it back")
+            log.info("challenger_judged", name=challenger.name, **msgspec.to_builtins(verdict))
+            word = "accepted" if verdict.accepted else "refused"
+            self._tell(f"challenger {verdict.challenger}: {word}; {verdict.reason}")
+            if not verdict.accepted:
+                break
+            taken = await tried(self._promote(challenger, verdict, serving.model), "promotion_failed")
+            if isinstance(taken, Exception):
+                verdict = _refused(verdict, f"it could not take over: {taken or type(taken).__name__}")
+                break
+            if taken:
+                job.accepted.append(True)
+                shutil.rmtree(challenger)
+                return
+        job.accepted.append(False)
+        self._set_aside(challenger, msgspec.json.encode(verdict))
+        await self._refuse(verdict)
+
+    def _set_aside(self, challenger: Path, why: bytes) -> None:
+        self.refused.mkdir(exist_ok=True)
+        kept = self.refused / challenger.name
+        shutil.rmtree(kept, ignore_errors=True)
+        challenger.rename(kept)
+        kept.with_name(f"{kept.name}.json").write_bytes(why)
+
+    async def _call(self, verb: str, arguments: Sequence[str], judged: Path | None = None) -> bytes | None:
+        """Run a verb to its end; return what it printed. Raise _FailedError when it failed, died or hung.
+
+        A fault names its file: where that is the `judged` one, it is set aside, as the next run would find it
+        the same, and nothing is returned.
+        """
+        loop = asyncio.get_running_loop()
+        end, words, blamed = loop.time() + self._timeout, deque[str](maxlen=WORDS), False
+        try:
+            async with asyncio.timeout_at(min(end, loop.time() + self._stall)) as limit:
+
+                def on_line(line: str) -> None:
+                    nonlocal blamed
+                    if not limit.expired():
+                        limit.reschedule(min(end, loop.time() + self._stall))
+                    words.append(line)
+                    blamed |= judged is not None and str(judged) in line
+                    self._tell(line)
+
+                status, out = await self._process(verb, arguments, on_line)
+        except TimeoutError as error:
+            if loop.time() >= end:
+                log.error(f"{verb}_timed_out", seconds=self._timeout)
+            else:
+                log.error(f"{verb}_stalled", seconds=self._stall, last_words="\n".join(words))
+            raise _FailedError(final=False) from error
+        last_words = "\n".join(words)
+        if status == 0:
+            if words:
+                log.info(f"{verb}_said", last_words=last_words)
+            return out
+        if judged is not None and status == os.EX_CONFIG and blamed:
+            self._set_aside(judged, msgspec.json.encode({"reason": last_words}))
+            kept = str(self.refused / judged.name)
+            log.error("challenger_unusable", name=judged.name, kept_in=kept, last_words=last_words)
+            return None
+        log.error(f"{verb}_failed", exit_status=status, last_words=last_words)
+        raise _FailedError(final=status == os.EX_CONFIG)
+
+
+def _refused(verdict: Verdict, reason: str) -> Verdict:
+    return msgspec.structs.replace(verdict, accepted=False, reason=reason)
+
+
+async def tried(work: Awaitable[T], event: str) -> T | Exception:
+    """The one broad handler: what goes wrong beside the path is logged, and changes nothing in it."""
+    try:
+        return await work
+    except _FailedError as error:
+        return error  # told where it happened
+    except Exception as error:
+        log.exception(event)
+        return error

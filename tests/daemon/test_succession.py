@@ -1,0 +1,148 @@
+"""Who serves: activations form a stack, rollbacks go down it, and what was left behind stays there."""
+
+import pytest
+
+from barcast.daemon.config import load
+from barcast.daemon.events import Champion, Reign, events
+from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.start import only_one
+from barcast.daemon.succession import rollback_journal
+from barcast.models import ConfigError
+from tests.fakes import START, Spread
+
+CARD = Spread().card
+LEAST = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n'
+
+
+def stacked(*models):
+    """A champion that took over from others, one after the other."""
+    champion = Champion(models[0], "numpy", 8, "first")
+    for k, model in enumerate(models[1:]):
+        champion = champion.succeeded_by(Reign(model, 0.5 + k / 10, START + k), CARD, "better")
+    return champion
+
+
+def back(champion, to=None):
+    """The champion after a rollback."""
+    return champion.rolled_back(champion.behind(to), CARD, "back")
+
+
+def test_rolling_back_twice_goes_back_two_models():
+    """Not forth again: what was rolled back from is not below."""
+    champion = stacked("a", "b", "c")
+    once = back(champion)
+    twice = back(once)
+    assert [champion.model, once.model, twice.model] == ["c", "b", "a"]
+    assert (once.crps, once.until) == (0.5, START)
+    assert twice.behind(None) is None
+    assert set(twice.left) == {"b", "c"}
+
+
+def test_model_further_down_takes_all_above_away():
+    """With a name, everything above it is left behind at once."""
+    after = back(stacked("a", "b", "c", "d"), "b")
+    assert (after.model, [r.model for r in after.before], set(after.left)) == ("b", ["a"], {"c", "d"})
+    assert after.behind("d") is None
+
+
+def test_next_activation_is_on_top_of_what_was_rolled_back_to():
+    """A later challenger is one step above the model that serves again; who returns is not left behind."""
+    after = back(stacked("a", "b")).succeeded_by(Reign("c"), CARD, "better")
+    assert ([r.model for r in after.before], after.left) == (["a"], ("b",))
+    again = after.rolled_back(Reign("b"), CARD, "named")
+    assert ([r.model for r in again.before], again.left) == (["a", "c"], ("c",))
+
+
+def test_same_model_again_does_not_stand_on_itself():
+    """Another fingerprint, after an update, is no step to go back."""
+    champion = stacked("a", "b")
+    assert champion.succeeded_by(champion.reign, CARD, "fingerprint").before == champion.before
+
+
+def test_what_is_remembered_is_bounded():
+    """An instance that lives for years does not journal an ever longer list."""
+    champion = stacked(*(f"m{k}" for k in range(50)))
+    assert [r.model for r in champion.before] == [f"m{k}" for k in range(33, 49)]
+
+
+def test_activation_of_an_older_version_is_read():
+    """Journals that know no stack yet are decoded as before."""
+    old = b'{"model":"fhs","fingerprint":"numpy","window":645,"reason":"the configuration names it"}'
+    champion = Champion.decode(old)
+    assert (champion.model, champion.crps, champion.before, champion.left) == ("fhs", None, (), ())
+    assert Champion.decode(champion.encode()) == champion
+
+
+@pytest.fixture
+def instance(tmp_path):
+    """A configuration, and a journal in which `ewma` took over from `fhs`, and that from `hs`."""
+    path = tmp_path / "barcast.toml"
+    path.write_text(LEAST)
+    (tmp_path / "state").mkdir()
+    journal = Journal(tmp_path / "state" / "journal.db")
+    journal.append([(START, Kind.ACTIVATION, "", stacked("hs", "fhs", "ewma").encode())])
+    journal.close()
+    return path
+
+
+def serving(path):
+    """The newest activation of the journal, and how many messages wait."""
+    journal = Journal(path.parent / "state" / "journal.db", readonly=True)
+    try:
+        last = journal.last(Kind.ACTIVATION)
+        return Champion.decode(last.payload), last.time, len(journal.pending(10))
+    finally:
+        journal.close()
+
+
+def test_rollback_of_an_instance_that_is_down(instance):
+    """The decision is journalled and told, and stamped after all that is in the journal."""
+    settings = load(instance)
+    assert rollback_journal(settings, START - 5, None).startswith(
+        "fhs will serve from the next start on; ewma"
+    )
+    champion, time, waiting = serving(instance)
+    assert (champion.model, champion.window, time, waiting) == ("fhs", 645, START, 1)
+    rollback_journal(settings, START + 5, None)
+    champion, time, _ = serving(instance)
+    assert (champion.model, time) == ("hs", START + 5)
+    journal = Journal(instance.parent / "state" / "journal.db", readonly=True)
+    assert [event.model for _, event in events(journal.records())] == ["ewma", "fhs", "hs"]
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "to", "said"),
+    [
+        ('[model]\nname = "fhs"\n', None, "model.name = 'fhs' pins the model"),
+        ("", "ewma", "ewma serves already"),
+        ("", "0123456789abcdef", "0123456789abcdef: no such model in"),
+        ("", "../../etc", "no such model in"),
+        ('[[strategy]]\nkind = "quantile-band"\nparams = { horizon = 7 }\n', None, "horizon"),
+    ],
+)
+def test_rollback_that_leads_nowhere_is_refused(instance, text, to, said):
+    """In one sentence, and nothing is journalled."""
+    instance.write_text(LEAST + text)
+    with pytest.raises(ConfigError, match=said):
+        rollback_journal(load(instance), START, to)
+    assert serving(instance)[0].model == "ewma"
+
+
+def test_nothing_to_roll_back_to_is_said(instance):
+    """The first model of an instance has none before it."""
+    settings = load(instance)
+    for _ in range(2):
+        rollback_journal(settings, START, None)
+    with pytest.raises(ConfigError, match="no model served before hs"):
+        rollback_journal(settings, START, None)
+
+
+def test_rollback_beside_a_running_instance_is_refused(instance):
+    """Two never write one journal: without its socket, a running daemon is left alone."""
+    settings = load(instance)
+    with (
+        only_one(settings.state_dir / "lock"),
+        pytest.raises(ConfigError, match="in use by another instance"),
+    ):
+        rollback_journal(settings, START, None)
