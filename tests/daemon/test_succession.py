@@ -5,6 +5,7 @@ import pytest
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion, Reign, events
 from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.retention import _referenced
 from barcast.daemon.start import only_one
 from barcast.daemon.succession import rollback_journal
 from barcast.models import ConfigError
@@ -146,3 +147,10 @@ def test_rollback_beside_a_running_instance_is_refused(instance):
         pytest.raises(ConfigError, match="in use by another instance"),
     ):
         rollback_journal(settings, START, None)
+
+
+def test_models_below_the_champion_stay_in_the_store(instance):
+    """What is old leaves the state directory, but not the models that a rollback leads to."""
+    journal = Journal(instance.parent / "state" / "journal.db", readonly=True)
+    assert set(_referenced(journal, journal.base)) == {"hs", "fhs", "ewma"}
+    journal.close()
