@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from importlib.metadata import version
@@ -181,8 +181,7 @@ def run(config: ConfigFile) -> None:
     settings = load(config)
     log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
     parent = ["--parent", str(os.getpid())]
-    commands = {verb: [*command, *parent] for verb, command in _children(config).items()}
-    serve(settings, commands | {"compact": _child(config, "compact")})
+    serve(settings, {verb: [*command, *parent] for verb, command in _children(config).items()})
 
 
 @app.command()
@@ -206,7 +205,7 @@ def worker(config: ConfigFile) -> None:
         listening = 0
     if not listening:
         raise ConfigError("standard input is no listening socket; let systemd start barcast-retrain@.socket")
-    work(listener, _children(config))
+    work(listener, {verb: _children(config)[verb] for verb in ("train", "gate")})
 
 
 @app.command()
@@ -530,7 +529,7 @@ def gate(
 
 
 @app.command()
-def compact(config: ConfigFile) -> None:
+def compact(config: ConfigFile, parent: Parent = None) -> None:
     """Let leave what is older than `keep`: bars into the archive, messages and models that nothing needs.
 
     The daemon does so once a day; by hand it may be done while the daemon runs. It takes no more than idle
@@ -539,9 +538,10 @@ def compact(config: ConfigFile) -> None:
     from barcast.daemon.app import WallClock
     from barcast.daemon.config import load
     from barcast.daemon.retention import compact as do
+    from barcast.daemon.trainer import give_way
 
     settings = load(config)
-    _yield_to_others(19)
+    give_way(19, parent)
     model = settings.model
     done = do(
         settings.state_dir,
@@ -906,7 +906,13 @@ def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]
 
     settings = load(config)
     give_way((settings.retrain or Retrain()).nice, parent)
-    histories = known_bars(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
+    say = _now_and_then()
+    histories = known_bars(
+        settings.state_dir,
+        settings.bar_calendars(),
+        WallClock(settings).now(),
+        lambda count: say(f"reading the bars: {count} of the journal"),
+    )
     return settings, histories
 
 
@@ -1089,21 +1095,11 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
     err.print(table)
 
 
-def _yield_to_others(nice: int) -> None:
-    """Take less of the processor. A sandbox may forbid to ask for that, and has limits of its own then."""
-    with suppress(PermissionError):
-        os.nice(nice)
-
-
 def _children(config: Path) -> dict[str, list[str]]:
     """Verbs of the daemon's processes about an instance, and the argument list that begins each."""
-    names = {"train": "train-challenger", "gate": "gate"}
-    return {verb: _child(config, name) for verb, name in names.items()}
-
-
-def _child(config: Path, command: str) -> list[str]:
-    """The argument list of a process of ours for an instance."""
-    return [sys.executable, "-m", "barcast.backtest.cli", command, str(config)]
+    names = {"train": "train-challenger", "gate": "gate", "compact": "compact"}
+    me = [sys.executable, "-m", "barcast.backtest.cli"]
+    return {verb: [*me, name, str(config)] for verb, name in names.items()}
 
 
 def _others(given: list[str] | None) -> dict[str, str]:

@@ -244,7 +244,7 @@ class Daemon:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self.scribe.turned.wait()
             self.scribe.turned.clear()
-            if self.state == "ready" and self.link.connected.is_set() and self.vitals.moving:
+            if self.state == "ready" and self.link.greeted and self.vitals.moving:
                 await self._announce()
 
     async def _announce(self) -> None:

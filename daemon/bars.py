@@ -5,7 +5,7 @@ day of closes each, with the prices as they were received.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import polars as pl
@@ -36,23 +36,34 @@ Seen = Iterable[tuple[str, int, Iterable[tuple[float, ...]]]]
 """Symbol, close, and payloads that were seen and corrected before."""
 
 
-def known_bars(state_dir: Path, calendars: Calendars, now: int) -> dict[str, Window]:
+def known_bars(
+    state_dir: Path,
+    calendars: Calendars,
+    now: int,
+    progress: Callable[[int], None] = lambda _bars: None,
+) -> dict[str, Window]:
     """Every bar of each symbol that closed by `now`, one window for each: what a model may learn from.
 
     The journal may be in use by a running daemon. All prices of a symbol are on the basis of its newest bar.
+    `progress` is told how many bars of the journal were read.
     """
-    bars, adjustments = every_bar(state_dir, calendars, now)
+    bars, adjustments = every_bar(state_dir, calendars, now, progress)
     return adjusted(read_windows(bars.lazy()), adjustments)
 
 
-def every_bar(state_dir: Path, calendars: Calendars, now: int) -> tuple[pl.DataFrame, list[Adjustment]]:
+def every_bar(
+    state_dir: Path,
+    calendars: Calendars,
+    now: int,
+    progress: Callable[[int], None] = lambda _bars: None,
+) -> tuple[pl.DataFrame, list[Adjustment]]:
     """Every bar that closed by `now`, in the columns of `SCHEMA` and as received, and what was declared.
 
     A corrected bar has its last values, and a payload that comes again after its correction changes nothing:
     the rule of the windows. Raise DataError where nothing is known.
     """
     # The journal first: what leaves it meanwhile is in the archive before.
-    warm, own, adjustments = _journalled(state_dir / "journal.db")
+    warm, own, adjustments = _journalled(state_dir / "journal.db", progress)
     older = [warm, _history(state_dir, calendars, now), read_archive(state_dir / "archive")]
     bars = latest([*older, own])
     if bars.is_empty():
@@ -156,12 +167,14 @@ def _history(
     return frame.with_columns(*missing).select(*SCHEMA).collect()
 
 
-def _journalled(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment]]:
+def _journalled(
+    path: Path, progress: Callable[[int], None]
+) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment]]:
     """The bars of warm-ups, the bars that were received since the base, and every declaration."""
     if not path.is_file():
         return _frame([]), _frame([]), []
     adjustments: list[Adjustment] = []
-    warm, came = [_frame([])], [_frame([])]
+    warm, came, count = [_frame([])], [_frame([])], 0
     journal = Journal(path, readonly=True)
     try:
         with journal.one_moment():
@@ -175,6 +188,8 @@ def _journalled(path: Path) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment
                 warm += [_frame(map(_row, e.bars)) for e in batch if isinstance(e, Warmup)]
                 rows = (_row(bar) for e in batch if isinstance(e, Arrival) for bar in e.bars)
                 came.append(_frame(rows).unique([*KEY, *VALUES], keep="first", maintain_order=True))
+                count += len(came[-1])
+                progress(count)
     finally:
         journal.close()
     first_wins = pl.concat(warm).unique(KEY, keep="first", maintain_order=True)

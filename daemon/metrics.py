@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -27,12 +26,11 @@ from barcast.daemon.lookout import Lookout
 from barcast.daemon.mqtt import Link
 from barcast.daemon.pipeline import Counts, Pipeline
 from barcast.daemon.retraining import Result, Retraining
+from barcast.daemon.room import free_bytes
 from barcast.daemon.succession import Succession
 from barcast.daemon.vitals import Vitals
 from barcast.models import DataError
 
-FULL_BYTES = 64 << 20
-"""A state directory with less room than that is full: a journal needs some to be written at all."""
 ANSWER_SECONDS = 1.0
 """How long the journal's thread may be busy until its disk is taken to stand still."""
 
@@ -135,9 +133,9 @@ class Metrics(Collector):
             "recovered": p is not None,
             "serving": self.serving,
             "connected": p is not None and p.link.connected.is_set(),
-            "hearing": p is not None and not p.link.deaf,
+            "hearing": p is not None and p.link.greeted and not p.link.deaf,
             "moving": p is not None and p.vitals.moving,
-            "journal": self._answered and self._storage.free >= FULL_BYTES,
+            "journal": self._answered and p is not None and not p.scribe.full,
             "model": p is not None and p.pipeline.model is not None,
         }
 
@@ -285,12 +283,12 @@ class Metrics(Collector):
         yield _histogram("loop_lag_seconds", "How late the event loop wakes a sleeper.", p.vitals.lag)
         yield _gauge("journal_size_bytes", "The journal's files.", storage.journal)
         yield _gauge("state_dir_free_bytes", "Room on the state directory's disk.", storage.free)
-        yield _gauge("disk_full", "Whether there is too little to go on.", storage.free < FULL_BYTES)
+        yield _gauge("disk_full", "Whether all waits for room on that disk.", p.scribe.full)
 
 
 def _storage(pending: int, journal: Path, state_dir: Path) -> Storage:
     files = (journal, journal.with_name(f"{journal.name}-wal"))
-    return Storage(pending, sum(f.stat().st_size for f in files if f.exists()), disk_usage(state_dir).free)
+    return Storage(pending, sum(f.stat().st_size for f in files if f.exists()), free_bytes(state_dir))
 
 
 Values = float | Mapping[Any, float]

@@ -107,9 +107,9 @@ class Link:
     session for `session` seconds while we are away.
 
     The state is the client that receives, the same client once it has its subscriptions and may publish (None
-    while there is none), the number of the connection and whether anything came by it, the deliveries that
-    wait to be taken, the publications that wait for their PUBACK, how many messages of QoS 0 were dropped and
-    of how many the log told, and what was said that is said only once.
+    while there is none), the number of the connection, whether anything came by it, whether that is known by
+    now (`greeted`), the deliveries that wait to be taken, the publications that wait for their PUBACK, how
+    many messages of QoS 0 were dropped and of how many the log told, and what was said that is said once.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Link:
         self.arrived = asyncio.Event()
         self.connected = asyncio.Event()
         self.connection = 0
-        self.deaf = False
+        self.greeted = self.deaf = False
         self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
         self._canary = canary
@@ -207,6 +207,7 @@ class Link:
     async def _greet(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
         """Call `on_connect` when it is known whether anything is heard, and again when a deaf link hears."""
         self.deaf = not await self._hears()
+        self.greeted = True
         if self.deaf:
             filters = ", ".join(self._subscriptions)
             log.error(
@@ -373,6 +374,7 @@ class Link:
         self._receiving = self._client = None
         self._tell_shed()
         self.connected.clear()
+        self.greeted = False
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_result(NOT_CONNECTED)

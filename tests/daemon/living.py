@@ -53,6 +53,7 @@ async def at_work(made: Daemon) -> AsyncIterator[list[Outgoing]]:
         made.succession.open()
         made.link.publish = publish  # type: ignore[method-assign]
         made.link.connected.set()
+        made.link.greeted = True
         made.metrics.serving = True
         tasks = [
             asyncio.create_task(run(made.source, made.pipeline, made.sink, made.forecasts)),

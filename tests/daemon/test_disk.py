@@ -231,7 +231,7 @@ def test_status_says_that_the_disk_is_full(tmp_path):
     said = []
 
     class Broker:
-        deaf, inbox, connected = False, (), asyncio.Event()
+        greeted, deaf, inbox = True, False, ()
 
         async def publish(self, message, _now):
             said.append(json.loads(message.payload)["state"])
@@ -243,7 +243,6 @@ def test_status_says_that_the_disk_is_full(tmp_path):
         daemon = configured(tmp_path)
         daemon.config.state_dir.mkdir()
         daemon.link, daemon.vitals, daemon.sink, daemon.state = Broker(), Alive(), Alive(), "ready"
-        daemon.link.connected.set()
         daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
         task = asyncio.create_task(daemon._heartbeat())
         append, daemon.scribe.journal.append = daemon.scribe.journal.append, no_room

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 
 import paho.mqtt.client as paho
@@ -54,8 +55,9 @@ class Subscriber:
         return [(t, p) for t, p in self.seen if t.startswith(f"barcast/v1/{kind}/")]
 
     def states(self) -> list[str]:
-        """The daemon's states as they were announced."""
-        return [json.loads(payload)["state"] for _, payload in self.of("status")]
+        """The daemon's states as they were announced, each as often as it changed to it."""
+        said = [json.loads(payload)["state"] for _, payload in self.of("status")]
+        return [state for state, _ in groupby(said)]
 
     def close(self) -> None:
         """Leave the broker."""
