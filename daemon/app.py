@@ -152,7 +152,7 @@ class Daemon:
             stamped=max(journal.last_time(), journal.progress().clock),
         )
         self.sink = LiveSink(self.scribe, self.source, self.courier)
-        self.vitals = Vitals(self.source, self.pipeline.counts, self.notifier)
+        self.vitals = Vitals(self.source, self.pipeline, self.notifier)
         self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)
         retrain = config.retrain or Retrain()
         self.succession = Succession(

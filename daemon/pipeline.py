@@ -34,6 +34,8 @@ from barcast.strategies import Strategy, build
 HOLES_WITHHELD = 0.1
 """The share of missing bars in the shortest usable window above which no forecast is made."""
 
+AT_ONCE = 16
+"""Windows that the model is asked about at once: each time a group of many symbols is seen to move on."""
 
 MAX_JUMP = 0.3
 """How far a price may be from the close before it, as a share, without a declared split or roll."""
@@ -123,12 +125,13 @@ class Pipeline:
 
     The state is the windows, the continuity of their bars, the batcher, the settings and the model in force,
     and counters; `newcomers`, the symbols that came without a history since, in order; and `lacking`, of
-    those whose history was looked up after that, the newest close then. The first event must be a `Revision`;
-    a model is opened when the first group needs it.
+    those whose history was looked up after that, the newest close then. `forecasts` counts how often the
+    model was asked, for whoever watches. The first event must be a `Revision`; a model is opened when the
+    first group needs it.
     """
 
     def __init__(self, open_model: OpenModel) -> None:
-        self.counts = Counts()
+        self.counts, self.forecasts = Counts(), 0
         self.model: str | None = None
         self.revision: Settings | None = None
         self.windows = Windows(1)
@@ -247,7 +250,10 @@ class Pipeline:
                 if reasons := _reasons(faults, length):
                     degraded[symbol] = reasons
             windows.append(window)
-        made = self.forecaster.forecast(windows)
+        made: list[Forecast] = []
+        for first in range(0, len(windows), AT_ONCE):
+            made += self.forecaster.forecast(windows[first : first + AT_ONCE])
+            self.forecasts += 1
         forecasts = {f.symbol: f for f, good in zip(made, usable(made, card), strict=True) if good}
         for forecast in made:
             if forecast.symbol not in forecasts:

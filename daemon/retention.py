@@ -23,10 +23,14 @@ from barcast.daemon.pipeline import Pipeline, pass_over
 from barcast.daemon.ports import Arrival, Event
 from barcast.daemon.room import room
 from barcast.daemon.start import only_one
+from barcast.daemon.timeframe import DAY, Timeframe
 from barcast.models import ConfigError
 
 FIRST_SECONDS, EVERY_SECONDS = 600.0, 86_400.0
 """How long after a start the daemon compacts its journal, and how often from then on."""
+
+SIGNALS_KEPT = 500
+"""Bars for which messages stay in the outbox: drift is seen by signals whose outcomes are known by now."""
 
 log = structlog.get_logger()
 _MODEL = re.compile(r"[0-9a-f]{16}|\.[0-9a-f]{16}\.partial")
@@ -135,7 +139,8 @@ def _compact(
         if record.kind in (Kind.WARMUP, Kind.NEWCOMER) and (warmth := Warmth.decode(record.payload)).bars:
             journal.shorten(record.seq, msgspec.structs.replace(warmth, bars=()).encode())
             rest()
-    messages = journal.drop_messages(before, rest)
+    bar = Timeframe.parse(pipeline.settings.timeframe).duration or DAY
+    messages = journal.drop_messages(min(before, now - SIGNALS_KEPT * bar), rest)
     models = tuple(_collect(state_dir / "models", {*named, *_referenced(journal, base)}, before))
     return Compacted(records, messages, days, base, newest, models)
 

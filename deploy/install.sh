@@ -59,6 +59,7 @@ configure() {
       -e "s,^state_dir = .*,state_dir = \"/var/lib/barcast/$1\"," \
       -e 's,^# username = ,username = ,' \
       -e "s,^# password_file = .*,password_file = \"$1.password\"," \
+      -e "s,^# socket = [^#]*#.*,socket = \"/run/barcast-retrain/$1\"  # trains in a service of its own," \
       "$home/$2/deploy/barcast.toml" >"$etc/$1.toml.new"
     mv "$etc/$1.toml.new" "$etc/$1.toml"
     echo "written: $etc/$1.toml"

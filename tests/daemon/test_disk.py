@@ -16,7 +16,7 @@ from barcast.daemon.config import load
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import Delivery, Link
-from barcast.daemon.pipeline import Counts
+from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.room import check_room, room
 from barcast.daemon.store import ModelStore
 from barcast.daemon.vitals import Vitals
@@ -205,7 +205,8 @@ def test_wait_for_room_is_no_hang(tmp_path, monkeypatch):
             fed.append(text)
 
     async def watches():
-        watch = Vitals(Still, Counts(), Watchdog())
+        path = Pipeline(lambda *_: None)
+        watch = Vitals(Still, path, Watchdog())
         task = asyncio.create_task(watch.run())
         await until(lambda: len(fed) > 3)
         assert watch.moving
@@ -214,6 +215,8 @@ def test_wait_for_room_is_no_hang(tmp_path, monkeypatch):
         count = len(fed)
         await asyncio.sleep(0.05)
         assert len(fed) == count
+        path.forecasts += 1  # some symbols of a large group are done
+        await until(lambda: len(fed) == count + 1)
         task.cancel()
 
     asyncio.run(watches())

@@ -256,3 +256,19 @@ def test_calendar_that_ends_withholds_and_does_not_raise():
     assert said(messages, "signals") == []
     for _, group in said(messages, "groups")[3:]:
         assert "the calendar XSHG ends before the horizons" in group["withheld"]["A"]
+
+
+def test_many_symbols_are_asked_about_some_at_once():
+    """A large group is forecast in parts, all of it and in order, so that it can be seen to move on."""
+    asked = []
+
+    class Asked(Spread):
+        def forecast(self, windows):
+            asked.append(len(windows))
+            return super().forecast(windows)
+
+    symbols = [f"S{i:02d}" for i in range(40)]
+    minutes = [Arrival(START + m * MINUTE, tuple(bar(s, m) for s in symbols)) for m in range(1, 5)]
+    messages = outgoing([*opening(symbols), *minutes], spread=Asked())
+    assert asked[-3:] == [16, 16, 8]
+    assert [topic.rsplit("/", 1)[1] for topic, _ in said(messages, "signals")][-40:] == symbols

@@ -390,6 +390,14 @@ def test_messages_leave_the_outbox_when_they_are_as_old(tmp_path):
         assert journal._db.execute("SELECT MAX(n) FROM outbox").fetchone() == (801,)
 
 
+def test_signals_of_the_last_bars_stay_for_what_judges_them(tmp_path):
+    """However short `keep` is, messages of the last 500 bars stay: their outcomes are looked at."""
+    filled(tmp_path, range(4))
+    compact(tmp_path, START + (3 * 1440 + 200) * MINUTE, MINUTE, (), nothing)
+    with closing(Journal(tmp_path / "journal.db")) as journal:
+        assert [m.id for m in outbox(journal)] == [f"3 {k}" for k in range(200)]
+
+
 def test_models_that_nothing_needs_are_removed(tmp_path):
     """A replay's models, the one before them, those that the configuration names, and young ones stay."""
     names = {name: f"{k:016x}" for k, name in enumerate(("first", "before", "base", "now", "stray", "named"))}
