@@ -132,7 +132,7 @@ def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
         '[retrain]\ncron = "0 3 * * *"\nsteps = 2\nnice = 0\n'
     )
     challenger = tmp_path / "state" / "challengers" / "trained"
-    arguments = ("retrain", str(config), "--out", str(challenger), "--champion", "fhs")
+    arguments = ("train-challenger", str(config), "--out", str(challenger), "--champion", "fhs")
     known.head(700).write_parquet(history / "bars.parquet")
     assert run(*arguments)[0] == 0
     state = challenger.with_name(".trained.training")
