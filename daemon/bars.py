@@ -62,16 +62,20 @@ def every_bar(
     A corrected bar has its last values, and a payload that comes again after its correction changes nothing:
     the rule of the windows. Raise DataError where nothing is known.
     """
-    # The journal first: what leaves it meanwhile is in the archive before.
-    warm, own, adjustments = _journalled(state_dir / "journal.db", progress)
-    older = [warm, _history(state_dir, calendars, now), read_archive(state_dir / "archive")]
-    bars = latest([*older, own])
+    bars, adjustments = _every_bar(state_dir, calendars, now, progress)
     if bars.is_empty():
         raise DataError(
             f"{state_dir}: neither history/, archive/ nor journal.db holds a bar; let the daemon collect "
             "some first"
         )
     return bars.sort("close_time", "symbol"), adjustments
+
+
+def last_bars(state_dir: Path, calendars: Calendars, now: int, length: int) -> Iterator[tuple[Bar, ...]]:
+    """The last `length` bars of each symbol that closed by `now`, as they were received."""
+    bars, _ = _every_bar(state_dir, calendars, now, lambda _count: None)
+    for _, own in bars.group_by("symbol", maintain_order=True):
+        yield tuple(bars_of_frame(own.sort("close_time").tail(length).lazy()))
 
 
 def bars_of(
@@ -136,6 +140,15 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
         finally:
             os.close(directory)
     return changed
+
+
+def _every_bar(
+    state_dir: Path, calendars: Calendars, now: int, progress: Callable[[int], None]
+) -> tuple[pl.DataFrame, list[Adjustment]]:
+    # The journal first: what leaves it meanwhile is in the archive before.
+    warm, own, adjustments = _journalled(state_dir / "journal.db", progress)
+    older = [warm, _history(state_dir, calendars, now), read_archive(state_dir / "archive")]
+    return latest([*older, own]), adjustments
 
 
 def _read(path: Path, symbols: Sequence[str] | None, timeframe: str | None = None) -> pl.DataFrame:

@@ -16,7 +16,7 @@ from barcast.daemon.calendar import Calendars
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
 from barcast.daemon.mqtt import Delivery, Link
-from barcast.daemon.ports import Arrival, Declaration, Event, Outcome
+from barcast.daemon.ports import Arrival, Declaration, Event, Outcome, Warmup
 from barcast.daemon.room import free_bytes, is_full
 from barcast.daemon.wire import Outgoing, Reject
 from barcast.models import Adjustment, Bar, Coverage
@@ -203,6 +203,8 @@ class LiveSource:
                 self._writing = self._begin()
             if self._ready:
                 self.position, event = self._ready.popleft()
+                if isinstance(event, Warmup):
+                    await asyncio.sleep(0)  # one after another would hold up the event loop
                 return event
             if self._writing is not None:
                 await self._finish(self._writing)

@@ -2,7 +2,7 @@
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from barcast.daemon import wire
+from barcast.daemon.bars import last_bars
 from barcast.daemon.config import Config
 from barcast.daemon.events import Champion, Reign, Warmth, events, restore
 from barcast.daemon.history import bars, digest, history_files, scan
@@ -18,10 +19,13 @@ from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategie
 from barcast.daemon.ports import Event
 from barcast.daemon.room import room
 from barcast.daemon.store import ModelStore
-from barcast.models import ConfigError
+from barcast.models import Bar, ConfigError
 
 CLOCK_BACK = 86_400 * 10**9
 """How far the clock may be behind the newest record of the journal at a start, in nanoseconds."""
+
+PART_BARS = 10_000
+"""Bars in one record of a warm-up, about: the event loop takes them at once."""
 
 log = structlog.get_logger()
 
@@ -30,14 +34,14 @@ log = structlog.get_logger()
 class Opening:
     """What a start finds: who serves since when, and what differs from the journal's last.
 
-    `settings` and `warmth` are None where the journal has them already; `activated` is None for a champion
-    that is still to be activated.
+    `settings` is None where the journal has them already, `activated` for a champion that is still to be
+    activated; `warmth` is what the windows lack.
     """
 
     settings: bytes | None
     champion: Champion
     activated: int | None
-    warmth: Warmth | None
+    warmth: Sequence[Warmth]
 
 
 def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Opening:
@@ -58,25 +62,27 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
             f"timeframe, calendar: {config.state_dir} holds {before.timeframe} bars on "
             f"{before.calendar}, not {settings.timeframe} on {settings.calendar}; name another state_dir"
         )
-    record = journal.last(Kind.ACTIVATION)
-    known = Champion.decode(record.payload) if record else None
+    served = [(record.time, Champion.decode(record.payload)) for record in journal.of_kind(Kind.ACTIVATION)]
+    since, known = served[-1] if served else (None, None)
     model = store.resolve(config.model.name, config.model.first, known.model if known else None)
     card = store.open(model, config.model.sampler, config.model.steps).card
     try_strategies(settings.build(), card)
-    reason, activated = "the configuration names it", None
-    if record and known and (known.model, known.fingerprint) == (model, card.fingerprint):
-        champion, activated = known, record.time
+    reason = "the configuration names it"
+    activated: int | None = None
+    if known and (known.model, known.fingerprint) == (model, card.fingerprint):
+        champion, activated = known, since
     elif known and known.model == model:
         champion = known.succeeded_by(known.reign, card, "the machine has another fingerprint")
     else:
         reign = Reign(model, until=store.known_until(model))
         nobody = Champion(model, card.fingerprint, card.window, reason, until=reign.until)
         champion = known.succeeded_by(reign, card, reason) if known else nobody
+    have = max((champion.window for _, champion in served), default=0)
     return Opening(
         settings.encode() if last is None or before != settings else None,
         champion,
         activated,
-        warmth(config, card.window, journal.last(Kind.WARMUP), now),
+        warmth(config, card.window, have, journal.last(Kind.WARMUP), now),
     )
 
 
@@ -102,18 +108,30 @@ def way_back(config: Config, champion: Champion, store: ModelStore, to: str | No
     return found if reign else Reign(found.model, until=store.known_until(found.model))
 
 
-def warmth(config: Config, length: int, record: Record | None, now: int) -> Warmth | None:
-    """The last `length` bars of each symbol's history, if `record` did not take them from these files."""
+def warmth(config: Config, length: int, have: int, record: Record | None, now: int) -> list[Warmth]:
+    """What the windows, which keep `have` bars, lack of what is known: in parts, of whole symbols each.
+
+    A model that looks back over more, `length` bars, gets as many of each symbol from journal, archive and
+    history. One that does not gets those of the history alone, and only if `record`, the last warm-up, is not
+    of the files that are there.
+    """
     files = history_files(config.state_dir / "history")
-    if not files:
-        return None
-    found = digest(files)
-    if record is not None:
-        taken = Warmth.decode(record.payload)
-        if taken.digest == found and taken.length >= length:
-            return None
-    frame = scan(files, "close", config.bar_calendars(), until=now + 1)
-    return Warmth(found, length, tuple(bars(frame.group_by("symbol").tail(length))))
+    found, calendars = digest(files) if files else "", config.bar_calendars()
+    changed = bool(files) and (record is None or Warmth.decode(record.payload).digest != found)
+    if length > have:
+        own = last_bars(config.state_dir, calendars, now, length)
+    elif changed:
+        frame = scan(files, "close", calendars, until=now + 1).collect()
+        own = (tuple(bars(group.tail(length).lazy())) for _, group in frame.group_by("symbol"))
+    else:
+        return []
+    parts: list[list[Bar]] = [[]]
+    for symbol in own:
+        if len(parts[-1]) + len(symbol) > PART_BARS and parts[-1]:
+            parts.append([])
+        parts[-1] += symbol
+    # Without a bar as well: the next start then knows that it has seen these files.
+    return [Warmth(found, length, tuple(part)) for part in parts if part or changed]
 
 
 def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:

@@ -1,7 +1,7 @@
 """Which model serves: a better challenger takes over by an event of the journal, and subscribers are told."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from barcast.daemon import wire
 from barcast.daemon.config import Config
 from barcast.daemon.events import Champion, Reign, Warmth
 from barcast.daemon.gate import Verdict
-from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
 from barcast.daemon.pipeline import Pipeline, try_strategies
 from barcast.daemon.ports import Revision
@@ -59,13 +59,13 @@ class Succession:
             self._source.decide(Decision(Kind.REVISION, settings, lambda time: Revision(time, settings)))
         if found.activated is None:
             self._source.decide(self._activation(found.champion, {}))
-        if found.warmth:
-            self._source.decide(_warmup(found.warmth))
+        for part in found.warmth:
+            self._source.decide(_warmup(part))
 
     async def prepare_champion(self) -> None:
         """Prepare the model in force once the path has taken what was there at the start."""
         await self._source.caught_up.wait()
-        await self._prepare(self._pipeline.forecaster, ())
+        await self._prepare(self._pipeline.forecaster, {})
 
     async def promote(self, challenger: Path, verdict: Verdict, champion: str) -> bool:
         """Load and prepare the model beside the serving one, then let the activation take its place.
@@ -105,16 +105,18 @@ class Succession:
         forecaster = await asyncio.to_thread(store.open, model, settings.sampler, settings.steps)
         card = forecaster.card
         try_strategies(self._config.settings().build(), card)
-        # A model that looks back further than its predecessor finds the history in its windows, too.
+        # A model that looks back further than its predecessor finds windows as long as it likes.
         last = await self._scribe(self._scribe.journal.last, Kind.WARMUP)
-        found = await asyncio.to_thread(warmth, self._config, card.window, last, self._clock.now())
-        await self._prepare(forecaster, found.bars if found else ())
+        have, now = self._pipeline.windows.length, self._clock.now()
+        warmups, older = await asyncio.to_thread(_lacking, self._config, card.window, have, last, now)
+        await self._prepare(forecaster, older)
         champion = follows(card)
         if champion is None:
             return None
+        # In one commit, as all decisions that wait together are.
         written = self._source.decide(self._activation(champion, msgspec.to_builtins(verdict)))
-        if found:
-            written = self._source.decide(_warmup(found))
+        for warmup in warmups:
+            written = self._source.decide(warmup)
         await written
         return champion
 
@@ -139,17 +141,14 @@ class Succession:
             champion.model, self.activated, champion.fingerprint, verdict, time, self._config.topics.models
         )
 
-    async def _prepare(self, forecaster: Forecaster, history: Iterable[Bar]) -> None:
-        """Let a model forecast each symbol once, warmed by a history that the windows do not have yet.
+    async def _prepare(self, forecaster: Forecaster, older: Mapping[str, Sequence[Bar]]) -> None:
+        """Let a model forecast each symbol once, warmed by older bars that the windows do not have yet.
 
         What it does but once, such as to calibrate by the past, is done then, on the thread of the forecasts:
         symbol by symbol, so that a group waits for one of them at most.
         """
         loop, card, windows = asyncio.get_running_loop(), forecaster.card, self._pipeline.windows
         began, count = loop.time(), 0
-        older: dict[str, list[Bar]] = {}
-        for bar in history:
-            older.setdefault(bar.symbol, []).append(bar)
         for symbol in self._pipeline.settings.symbols or dict.fromkeys([*windows.symbols, *older]):
             window = windows.foreseen(symbol, card.window, older.get(symbol, ()))
             if window is not None and len(window) >= max(2, card.min_window):
@@ -157,6 +156,18 @@ class Succession:
                 count += 1
         self.prepared = loop.time() - began
         log.info("prepared", model=card.model, symbols=count, seconds=round(self.prepared, 1))
+
+
+def _lacking(
+    config: Config, length: int, have: int, record: Record | None, now: int
+) -> tuple[list[Decision], dict[str, list[Bar]]]:
+    """What windows lack for a model that looks back over `length` bars: as decisions, and by symbol."""
+    parts = warmth(config, length, have, record, now)
+    older: dict[str, list[Bar]] = {}
+    for part in parts:
+        for bar in part.bars:
+            older.setdefault(bar.symbol, []).append(bar)
+    return [_warmup(part) for part in parts], older
 
 
 def _warmup(found: Warmth) -> Decision:

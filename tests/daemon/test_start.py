@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from barcast.backtest.replay import replay_journal
+from barcast.daemon import start as daemon_start
 from barcast.daemon.app import Daemon, WallClock
 from barcast.daemon.bars import known_bars
 from barcast.daemon.config import load
@@ -126,8 +127,34 @@ def test_model_that_looks_back_further_is_warmed_from_the_same_history(tmp_path)
     length = Warmth.decode(warmup.payload).length
     last = daemon.scribe.journal.last(Kind.WARMUP)
     now = daemon.clock.now()
-    assert warmth(daemon.config, length, last, now) is None
-    assert len(warmth(daemon.config, length + 50, last, now).bars) == length + 50
+    assert warmth(daemon.config, length, length, last, now) == []
+    [more] = warmth(daemon.config, length + 50, length, last, now)
+    assert len(more.bars) == length + 50
+    daemon.scribe.close()
+
+
+def test_model_that_looks_back_further_finds_all_that_is_known(tmp_path, monkeypatch):
+    """Its windows go on from the history through the journal without a splice; a record has whole symbols."""
+    monkeypatch.setattr(daemon_start, "PART_BARS", 1000)
+    history(tmp_path, range(1, 301))
+    daemon = start(tmp_path)
+    decide(daemon)
+    rows = [
+        (
+            bar(symbol, m, 99.0).close_time,
+            Kind.BARS,
+            f"barcast/v1/bars/1m/{symbol}",
+            encode_bars([bar(symbol, m, 99.0)]),
+        )
+        for m in range(301, 1001)
+        for symbol in ("A", "B")
+    ]
+    daemon.scribe.journal.append(rows)
+    last = daemon.scribe.journal.last(Kind.WARMUP)
+    parts = warmth(daemon.config, 900, 709, last, START + 2000 * MINUTE)
+    minutes = [[(b.symbol, (b.close_time - START) // MINUTE) for b in part.bars] for part in parts]
+    assert minutes == [[("A", m) for m in range(101, 1001)], [("B", m) for m in range(301, 1001)]]
+    assert warmth(daemon.config, 709, 709, last, START + 2000 * MINUTE) == []
     daemon.scribe.close()
 
 
