@@ -14,7 +14,7 @@
 set -eu
 umask 022
 PYTHON=${PYTHON:-python3} EXTRAS=${EXTRAS:-} PREFIX=${PREFIX:-/opt/barcast} DESTDIR=${DESTDIR:-}
-home=$DESTDIR$PREFIX etc=$DESTDIR/etc/barcast units=$DESTDIR/etc/systemd/system
+home=$DESTDIR$PREFIX command=$DESTDIR/usr/local/bin/barcast etc=$DESTDIR/etc/barcast units=$DESTDIR/etc/systemd/system
 here=$(cd "$(dirname "$0")/.." && pwd)
 
 fail() { echo "install.sh: $*" >&2; exit 1; }
@@ -31,8 +31,15 @@ verify() {
   "$home/$1/bin/barcast" --version >/dev/null || fail "$1 does not start; nothing was changed"
   for file in "$etc"/*.toml; do
     [ -e "$file" ] || continue
-    "$home/$1/bin/barcast" check "$file" >/dev/null ||
+    # What is in the current release will be in this one. Beside the file, as paths are relative to it.
+    trial=$etc/.${file##*/}.trial
+    sed "s,$PREFIX/current/,$home/$1/,g" "$file" >"$trial"
+    said=$("$home/$1/bin/barcast" check "$trial" 2>&1 >/dev/null) || {
+      rm "$trial"
+      echo "$said" | sed "s,$trial,$file,g" >&2
       fail "$1 cannot work with $file, as said above; nothing was changed"
+    }
+    rm "$trial"
   done
 }
 
@@ -48,6 +55,8 @@ switch() {
     [ -z "$before" ] || point "$before" "$home/previous"
     point "$1" "$home/current"
   fi
+  mkdir -p "$DESTDIR/usr/local/bin"
+  if [ -L "$command" ] || [ ! -e "$command" ]; then point "$PREFIX/current/bin/barcast" "$command"; fi
   reload
 }
 
@@ -142,18 +151,25 @@ rollback() {
 }
 
 uninstall() {
+  enabled=$(cd "$units" && ls -d ./*.wants/barcast@*.service 2>/dev/null | sed 's,.*/,,' | tr '\n' ' ')
   if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then
     systemctl stop 'barcast@*.service' 'barcast-retrain@*.socket' 'barcast-retrain@*.service'
   fi
   rm -f "$units"/barcast@.service "$units"/barcast-retrain@.service "$units"/barcast-retrain@.socket \
     "$units"/barcast-retrain.slice "$units"/*.wants/barcast@*.service
+  [ "$(readlink "$command" || true)" != "$PREFIX/current/bin/barcast" ] || rm "$command"
   rm -rf "$home/releases" "$home/current" "$home/previous"
   rmdir "$home" 2>/dev/null || true
   reload
+  [ -z "$enabled" ] || echo "no longer enabled: $enabled"
   echo "removed; configurations stay in $etc, state in $DESTDIR/var/lib/barcast"
 }
 
 if [ -z "$DESTDIR" ] && [ "$(id -u)" != 0 ]; then fail "run this as root"; fi
+case ${1:-} in
+rollback | uninstall) [ $# = 1 ] ||
+  fail "$1 is of the program and all instances; for one, say systemctl disable --now barcast@$2, or barcast rollback" ;;
+esac
 case ${1:-} in
 install)
   case ${2:-} in

@@ -1,22 +1,25 @@
-"""A reader to begin with: print what may be acted on, and when to stop. See barcast.daemon.client.
+"""A reader to begin with: print what may be acted on, and when to stop. See barcast.daemon.client."""
 
-python consumer.py HOST PORT INSTANCE
-"""
-
+import argparse
 import asyncio
-import sys
+import ssl
+from pathlib import Path
 
 from barcast.daemon import log
 from barcast.daemon.client import Client
 
 
-async def main(host: str, port: str, instance: str) -> None:
+async def main(given: argparse.Namespace) -> None:
     """Print the groups of an instance until interrupted."""
     log.configure("warning")
     async with Client(
-        host,
-        int(port),
-        instance=instance,
+        given.host,
+        given.port,
+        instance=given.instance,
+        root=given.root,
+        username=given.user,
+        password=given.password_file.read_text().strip() if given.password_file else None,
+        tls=ssl.create_default_context(cafile=given.ca) if given.ca else None,
         on_halt=lambda reason: print("halt:", reason, flush=True),  # here: go flat, or open nothing new
         on_resume=lambda: print("resume", flush=True),
         on_gap=lambda gap: print("gap:", gap, flush=True),
@@ -29,4 +32,12 @@ async def main(host: str, port: str, instance: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("instance", help="its name, as in its configuration")
+    options.add_argument("--host", default="127.0.0.1", help="the broker")
+    options.add_argument("--port", type=int, default=1883, help="8883 with --ca, as a rule")
+    options.add_argument("--root", default="barcast/v1", help="root topic")
+    options.add_argument("--user")
+    options.add_argument("--password-file", type=Path)
+    options.add_argument("--ca", help="turns TLS on: the broker's authority")
+    asyncio.run(main(options.parse_args()))

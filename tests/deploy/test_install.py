@@ -145,6 +145,36 @@ def test_failed_installation_leaves_nothing(host):
     shutil.copy(ROOT / "pyproject.toml", host.tree)
 
 
+def test_configuration_may_name_what_the_current_release_holds(host):
+    """It is checked with what it will find then; what is wrong with it is said of the file itself."""
+    inside = "lib/python{}.{}/site-packages/barcast/backtest/sample/checkpoint".format(*sys.version_info)
+    mine = host.etc / "mine.toml"
+    text = 'instance = "mine"\nstate_dir = "x"\ntimeframe = "session"\ncalendar = "XNYS"\n'
+    text += f'[model]\nfirst = "/opt/barcast/current/{inside}"\n'
+    mine.write_text(text)
+    status, said = host.do("install")
+    assert status == 0, said
+    mine.write_text(text.replace("checkpoint", "nothing"))
+    status, said = host.do("install")
+    assert (status, f"{mine}: model.first" in said, ".trial" in said) == (1, True, False), said
+    mine.unlink()
+    assert list(host.etc.glob(".*.trial")) == []
+
+
+def test_program_is_found_by_its_name(host):
+    """The command of the current release is on the path of whoever operates it."""
+    assert os.readlink(host.root / "usr/local/bin/barcast") == "/opt/barcast/current/bin/barcast"
+
+
+@pytest.mark.parametrize("verb", ["uninstall", "rollback"])
+def test_verb_of_the_whole_is_not_taken_for_one_of_an_instance(host, verb):
+    """Whoever names an instance does not mean all of them: nothing is done."""
+    before = host.link("current"), host.releases
+    status, said = host.do(verb, "desk")
+    assert (status, "systemctl disable --now barcast@desk" in said) == (1, True)
+    assert (host.link("current"), host.releases) == before
+
+
 @pytest.mark.parametrize("name", ["Desk", "desk.toml", "../desk", "-desk", "a" * 21])
 def test_name_that_no_user_can_have_is_refused(host, name):
     """The service's user is named after the instance."""

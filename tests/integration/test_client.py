@@ -185,10 +185,10 @@ def test_examples_show_what_may_be_acted_on(broker, tmp_path, request):
     feed.publish("barcast/v1/status/desk", json.dumps(examples["Status"]), 1, retain=True).wait_for_publish(5)
 
     port = str(broker.port)
-    consumer = [sys.executable, str(EXAMPLES / "consumer.py"), "127.0.0.1", port, "desk"]
+    consumer = [sys.executable, str(EXAMPLES / "consumer.py"), "desk", "--port", port]
     python = Process(consumer, tmp_path / "consumer")
     request.addfinalizer(python.end)
-    shell = Process(["sh", str(EXAMPLES / "watch.sh"), "127.0.0.1", port], tmp_path / "watch")
+    shell = Process(["sh", str(EXAMPLES / "watch.sh"), "barcast/v1", "-p", port], tmp_path / "watch")
     request.addfinalizer(shell.end)
     python.wait_for(lambda: "resume" in python.lines())
     feed.publish("barcast/v1/groups/1h", json.dumps(group), 1)
