@@ -92,7 +92,6 @@ def train(
     training = _Training(data, tuple(levels), seed, steps, state)
     cap = inf if seconds is None else seconds / 2
     trained = training.run(accelerator, cap, None if seconds is None else clock, init_from, progress)
-    accelerator.free_memory()
     accelerator.end_training()
     return trained
 
