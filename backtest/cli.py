@@ -417,6 +417,10 @@ def train(
     )
     if hold_out:
         _print_held_out(histories, out_dir, timeframe)
+    if kind == Kind.sssd:
+        from barcast.models import optimiser
+
+        optimiser.leave()
 
 
 @app.command()
@@ -987,7 +991,7 @@ def _train(
                 progress=stand,
             )
         if not optimiser.is_main():
-            raise typer.Exit
+            optimiser.leave()
     else:
         with _progress("training", None) as advance:
 

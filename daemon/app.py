@@ -76,14 +76,27 @@ Commands = Mapping[str, Sequence[str]]
 
 
 def serve(config: Config, commands: Commands) -> None:
-    """Run the daemon until SIGTERM or SIGINT."""
+    """Run the daemon until SIGTERM or SIGINT, and end the process then.
+
+    Threads that still read, such as a long history, are not waited for: a start only reads, and at the end
+    of a stop the journal is closed.
+    """
 
     async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+        daemon = Daemon(config, commands, stop, os.environ.get("NOTIFY_SOCKET"))
+
+        def asked() -> None:
+            if daemon.state == "starting":
+                log.info("stopped", starting=True)
+                os._exit(0)
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        await Daemon(config, commands, stop, os.environ.get("NOTIFY_SOCKET")).run()
+            loop.add_signal_handler(number, asked)
+        await daemon.run()
+        os._exit(0)
 
     asyncio.run(main())
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from barcast.daemon.retraining import tried
+from barcast.daemon.worker import LINE_BYTES, receive, send
 from barcast.models import BarcastError, ConfigError
 
 NAME = "control"
-LINE_BYTES = 2**16
-"""Longest line."""
-ORDER_SECONDS = 5.0
-"""How long whoever connects may take to say what it wants."""
+UNREAD_BYTES = 1_000_000
+"""A client that leaves more lines unread is let go."""
 
 log = structlog.get_logger()
 
@@ -31,6 +31,13 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verb: str
     wait: bool = False
     to: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what would be ignored."""
+        if self.wait and self.verb != "retrain":
+            raise ValueError(f"`wait` goes with the verb retrain, not {self.verb}")
+        if self.to is not None and self.verb != "rollback":
+            raise ValueError(f"`to` goes with the verb rollback, not {self.verb}")
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -57,6 +64,8 @@ def _reachable(state_dir: Path) -> Iterator[str]:
 
 async def serve(state_dir: Path, verbs: Collection[str], carry_out: CarryOut) -> None:
     """Take orders until cancelled. Whoever may not write as this user cannot connect.
+
+    No client holds up the end: one that does not read is let go.
 
     Raise ConfigError for a directory that takes no socket.
     """
@@ -85,17 +94,23 @@ async def _client(
 ) -> None:
     def tell(line: str) -> None:
         if not writer.is_closing():
-            _send(writer, Answer(line=line))
+            send(writer, Answer(line=line))
+            if writer.transport.get_write_buffer_size() > UNREAD_BYTES:
+                writer.transport.abort()
 
     try:
-        _send(writer, await _answer(reader, verbs, carry_out, tell))
-        await writer.drain()
-    except ConnectionError:
-        log.info("control_left")  # what it ordered is done all the same
-    finally:
-        writer.close()
+        try:
+            send(writer, await _answer(reader, verbs, carry_out, tell))
+            await writer.drain()
+        except ConnectionError:
+            log.info("control_left")  # what it ordered is done all the same
+        finally:
+            writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
+    except asyncio.CancelledError:
+        writer.transport.abort()  # which has no more time for what is not read
+        raise
 
 
 async def _answer(
@@ -105,21 +120,22 @@ async def _answer(
     tell: Callable[[str], None],
 ) -> Answer:
     try:
-        async with asyncio.timeout(ORDER_SECONDS):
-            order = msgspec.json.decode(await reader.readline(), type=Order)
-    except (TimeoutError, ValueError) as error:
-        return Answer(refused=f'no order ({error}); send one line such as {{"verb": "state"}}')
-    if order.verb not in verbs:
-        return Answer(refused=f"verb {order.verb!r} is none of {', '.join(verbs)}")
-    log.info("ordered", **msgspec.to_builtins(order))
-    try:
-        return Answer(done=await carry_out(order, tell))
-    except (BarcastError, OSError) as error:
+        order = await receive(reader, Order, verbs, '{"verb": "state"}')
+    except ValueError as error:
         return Answer(refused=str(error))
+    log.info("ordered", **msgspec.to_builtins(order))
 
+    async def carried() -> Answer:
+        try:
+            return Answer(done=await carry_out(order, tell))
+        except (BarcastError, OSError) as error:
+            return Answer(refused=str(error))
 
-def _send(writer: asyncio.StreamWriter, answer: Answer) -> None:
-    writer.write(msgspec.json.encode(answer) + b"\n")
+    answer = await tried(carried(), "order_failed")
+    if isinstance(answer, Answer):
+        return answer
+    fault = f"{type(answer).__name__}: {answer}"
+    return Answer(refused=f"{order.verb} failed: {fault}; the daemon's log has more, report it")
 
 
 def ask(state_dir: Path, order: Order, on_line: Callable[[str], None]) -> str | None:

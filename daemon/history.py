@@ -12,6 +12,7 @@ import re
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -181,6 +182,17 @@ def read_origins(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame
     return origins
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Say in a sentence which file or folder this user may not read."""
+    try:
+        yield
+    except OSError as error:
+        fault = f"{error.filename}: {error.strerror}"
+        raise DataError(f"{fault}: let the user of this program read it.") from error
+
+
+@_readable()
 def digest(paths: Sequence[Path]) -> str:
     """The SHA-256 of the files' contents, in hex. Names and order do not matter."""
     hashes = []
@@ -190,11 +202,13 @@ def digest(paths: Sequence[Path]) -> str:
     return hashlib.sha256("\n".join(sorted(hashes)).encode()).hexdigest()
 
 
+@_readable()
 def history_files(folder: Path) -> list[Path]:
     """The Parquet and CSV files of a state directory's history; none if there is no such folder."""
     return files([folder]) if folder.is_dir() and any(folder.iterdir()) else []
 
 
+@_readable()
 def files(paths: Sequence[Path]) -> list[Path]:
     """The Parquet and CSV files meant by `paths`: each file, and those in each folder, in order of name."""
     found = []

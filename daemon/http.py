@@ -11,13 +11,14 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from barcast.models import ConfigError
 
 AT_ONCE = 32
 """Connections at once; one more is answered with 503."""
 IDLE_SECONDS = 30
-"""How long a connection may wait for its next request: longer than between two scrapes, mostly."""
+"""How long a connection may take until its first or next request: longer than between two scrapes, mostly."""
 
 
 class _Server(uvicorn.Server):
@@ -26,6 +27,25 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+class _Protocol(H11Protocol):
+    """Closes a connection whose request does not come; uvicorn waits for the first one for good."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_request()
+
+    def _await_request(self) -> None:
+        self.loop.call_later(IDLE_SECONDS, self._expire, self.cycle)
+
+    def _expire(self, last: object) -> None:
+        if self.cycle is last:
+            self.transport.abort()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -81,7 +101,7 @@ async def _serve(listening: socket.socket, what: Starlette) -> None:
         uvicorn.Config(
             what,
             loop="none",
-            http="h11",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             log_config=None,

@@ -28,7 +28,7 @@ from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
-from barcast.daemon.wire import Outgoing
+from barcast.daemon.wire import MOST_BYTES, Outgoing
 from barcast.models import ConfigError
 
 RECEIVE_MAXIMUM = 1000
@@ -49,6 +49,10 @@ HEAR_SECONDS = 10.0
 """How long a canary may take to come back; then the next one is sent."""
 INBOX = 100_000
 """Messages that may wait before more of QoS 0 are dropped. Of QoS 1, the broker holds back the rest."""
+INBOX_BYTES = 64_000_000
+"""Bytes of payload that may wait before more of QoS 0 are dropped."""
+LONGEST_PACKET = MOST_BYTES + 100_000
+"""Bytes of a packet: a broker drops what is longer, so that it costs no memory here."""
 SHED_SECONDS = 5.0
 """How long dropped messages are counted before the log says how many."""
 AT_ONCE = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -108,8 +112,9 @@ class Link:
 
     The state is the client that receives, the same client once it has its subscriptions and may publish (None
     while there is none), the number of the connection, whether anything came by it, whether that is known by
-    now (`greeted`), the deliveries that wait to be taken, the publications that wait for their PUBACK, how
-    many messages of QoS 0 were dropped and of how many the log told, and what was said that is said once.
+    now (`greeted`), the deliveries that wait to be taken and the sizes of those and of some that were taken,
+    the publications that wait for their PUBACK, how many messages of QoS 0 were dropped and of how many the
+    log told, and what was said that is said once.
     """
 
     def __init__(
@@ -134,6 +139,8 @@ class Link:
         self._client: aiomqtt.Client | None = None
         self._leaving = False
         self._heard = asyncio.Event()
+        self._sizes: deque[int] = deque()
+        self._bytes = 0
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
         self._shed_told = 0
         self._said: set[str] = set()
@@ -295,6 +302,7 @@ class Link:
         connect = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         connect.SessionExpiryInterval = self._session
         connect.ReceiveMaximum = RECEIVE_MAXIMUM
+        connect.MaximumPacketSize = LONGEST_PACKET
         w = self._will
         will = None if w is None else aiomqtt.Will(w.topic, w.payload, 1, w.retain)
         client = aiomqtt.Client(
@@ -329,13 +337,19 @@ class Link:
         """
         last = {(d.mid, d.topic, d.payload): d for d in self.inbox if d.qos}
         self.inbox = deque(d for d in self.inbox if not d.qos or last[d.mid, d.topic, d.payload] is d)
+        self._sizes = deque(len(d.payload) for d in self.inbox)
+        self._bytes = sum(self._sizes)
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
         if not self._heard.is_set() and self._proves_hearing(message.topic):
             self._heard.set()
-        if message.qos == 0 and len(self.inbox) >= INBOX:
+        while len(self._sizes) > len(self.inbox):  # they were taken, in their order
+            self._bytes -= self._sizes.popleft()
+        if message.qos == 0 and (len(self.inbox) >= INBOX or self._bytes >= INBOX_BYTES):
             self._drop()
             return
+        self._sizes.append(len(message.payload))
+        self._bytes += self._sizes[-1]
         canary = message.payload == NO_BARS and _is_canary(message)
         self.inbox.append(
             Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection, canary)

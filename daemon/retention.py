@@ -10,6 +10,7 @@ import re
 import shutil
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from barcast.models import ConfigError
 FIRST_SECONDS, EVERY_SECONDS = 600.0, 86_400.0
 """How long after a start the daemon compacts its journal, and how often from then on."""
 
+LONGEST_SECONDS = 6 * 3600.0
+"""How long a compaction may take before it is killed: the first one of a large journal takes many minutes."""
 SIGNALS_KEPT = 500
 """Bars for which messages stay in the outbox: drift is seen by signals whose outcomes are known by now."""
 
@@ -90,14 +93,19 @@ async def daily(command: Sequence[str]) -> None:
         except OSError as error:  # such as no memory for another process
             log.error("compaction_failed", reason=str(error))
         else:
+            out = b""
             try:
-                out, _ = await process.communicate()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LONGEST_SECONDS):
+                        out, _ = await process.communicate()
             finally:
-                if process.returncode is None:
+                if late := process.returncode is None:
                     process.kill()
                     await process.wait()
             last_words = "\n".join(out.decode("utf-8", "replace").strip().splitlines()[-5:])
-            if process.returncode:
+            if late:
+                log.error("compaction_failed", reason=f"no end after {LONGEST_SECONDS:.0f} s; it was killed")
+            elif process.returncode:
                 log.error("compaction_failed", exit_status=process.returncode, last_words=last_words)
             else:
                 log.info("compacted", said=last_words)

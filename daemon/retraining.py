@@ -15,7 +15,9 @@ import msgspec
 import structlog
 
 from barcast.daemon.gate import Verdict
+from barcast.daemon.room import is_full
 from barcast.daemon.trainer import Run
+from barcast.models import DataError, DiskFullError
 
 RETRY_SECONDS = (60.0, 300.0, 1500.0)
 """Pauses after which a run that failed is tried again; after the last it waits for the next reason."""
@@ -44,7 +46,7 @@ class Serving:
 
 
 class _FailedError(Exception):
-    """A process ended without a result. `final`: a person must mend it, so that trying again is vain."""
+    """There is no result, as was logged. `final`: a person must mend it, so that trying again is vain."""
 
     def __init__(self, final: bool) -> None:
         super().__init__("final" if final else "worth another try")
@@ -67,9 +69,10 @@ class Retraining:
     `challengers/` is judged first, like one trained here. An accepted one is handed to `promote`, which says
     no when another model took over meanwhile: then it is judged again. One that is refused, that cannot be
     opened, or that could not take over is kept in `refused/`, with the verdict beside it, until the next of
-    its name.
+    its name. Where the disk or the history kept it from taking over, it stays and is judged again. Names that
+    begin with a dot are left alone: they are not complete.
 
-    `run` runs the verbs `train` and `gate`. A process is killed `timeout` seconds after its start, and after
+    `process` runs the verbs `train` and `gate`. One is killed `timeout` seconds after its start, and after
     `stall` seconds without a word. The state is the two folders, the reasons that wait, whether a run is
     under way, and what metrics are made of: `runs` by result, the `seconds` of the last (0: none yet).
     """
@@ -77,7 +80,7 @@ class Retraining:
     def __init__(
         self,
         state_dir: Path,
-        run: Run,
+        process: Run,
         serving: Callable[[], Serving],
         timeout: float,
         stall: float,
@@ -88,7 +91,7 @@ class Retraining:
         self.running = False
         self.runs: Counter[Result] = Counter()
         self.seconds = 0.0
-        self._process, self._serving, self._promote, self._refuse = run, serving, promote, refuse
+        self._process, self._serving, self._promote, self._refuse = process, serving, promote, refuse
         self._timeout, self._stall = timeout, stall
         self._reasons: list[str] = []
         self._asked = asyncio.Event()
@@ -174,7 +177,7 @@ class Retraining:
             try:
                 await self._judge(challenger, job)
             except _FailedError as error:  # a fault of the history or the champion leaves it where it is
-                failed = None if error.final else error
+                failed = failed if error.final else error
         if not job.trained:
             if not (trained / "model.json").is_file():
                 await self._call("train", ["--champion", self._serving().model, "--out", str(trained)])
@@ -185,8 +188,15 @@ class Retraining:
 
     def _offered(self) -> list[Path]:
         self.inbox.mkdir(parents=True, exist_ok=True)
-        found = sorted(path for path in self.inbox.iterdir() if (path / "model.json").is_file())
-        return [path for path in found if path.name != "trained"]
+        found = []
+        for path in sorted(self.inbox.iterdir()):
+            if path.name != "trained" and not path.name.startswith("."):
+                try:
+                    if (path / "model.json").is_file():
+                        found.append(path)
+                except OSError as error:
+                    self._stuck(path, error)
+        return found
 
     async def _judge(self, challenger: Path, job: _Job) -> None:
         """Have it judged and act on the verdict. Raise _FailedError without one."""
@@ -205,24 +215,51 @@ class Retraining:
             self._tell(f"challenger {verdict.challenger}: {word}; {verdict.reason}")
             if not verdict.accepted:
                 break
-            taken = await tried(self._promote(challenger, verdict, serving.model), "promotion_failed")
+            taken = await tried(self._take_over(challenger, verdict, serving.model), "promotion_failed")
+            if isinstance(taken, _FailedError):
+                raise taken
             if isinstance(taken, Exception):
                 verdict = _refused(verdict, f"it could not take over: {taken or type(taken).__name__}")
                 break
             if taken:
                 job.accepted.append(True)
-                shutil.rmtree(challenger)
+                try:
+                    shutil.rmtree(challenger)
+                except OSError as error:
+                    self._stuck(challenger, error)
                 return
         job.accepted.append(False)
         self._set_aside(challenger, msgspec.json.encode(verdict))
         await self._refuse(verdict)
 
+    async def _take_over(self, challenger: Path, verdict: Verdict, champion: str) -> bool:
+        try:
+            return await self._promote(challenger, verdict, champion)
+        except (DataError, DiskFullError, OSError) as error:  # no fault of the challenger's
+            log.error("promotion_postponed", name=challenger.name, reason=str(error))
+            raise _FailedError(final=False) from error
+
     def _set_aside(self, challenger: Path, why: bytes) -> None:
-        self.refused.mkdir(exist_ok=True)
+        """Move it into `refused/`. Without room for the verdict raise _FailedError, and leave it there."""
         kept = self.refused / challenger.name
-        shutil.rmtree(kept, ignore_errors=True)
-        challenger.rename(kept)
-        kept.with_name(f"{kept.name}.json").write_bytes(why)
+        try:
+            self.refused.mkdir(exist_ok=True)
+            kept.with_name(f"{kept.name}.json").write_bytes(why)
+            shutil.rmtree(kept, ignore_errors=True)
+            challenger.rename(kept)
+        except OSError as error:
+            self._stuck(challenger, error)
+            if is_full(error):
+                raise _FailedError(final=False) from error
+
+    def _stuck(self, challenger: Path, error: OSError) -> None:
+        """One that cannot be read, moved or removed, as whoever laid it there is another user."""
+        log.error(
+            "challenger_stuck",
+            name=challenger.name,
+            reason=str(error),
+            remedy=f"remove {challenger}, or give it to the daemon's user; else each run finds it again",
+        )
 
     async def _call(self, verb: str, arguments: Sequence[str], judged: Path | None = None) -> bytes | None:
         """Run a verb to its end; return what it printed. Raise _FailedError when it failed, died or hung.

@@ -10,13 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from barcast.daemon.worker import call
+from barcast.daemon.worker import call, lines
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
 """Variables that bound the threads of what a training uses; one, as its bits are those of one thread."""
-CHUNK = 65536
-LINE_KEPT = 2000
-"""Characters of a line that are handed on."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -38,13 +35,17 @@ def children(commands: Mapping[str, Sequence[str]], environment: Mapping[str, st
     bounded = {**environment, **dict.fromkeys(THREADS, "1")}
 
     async def run(verb: str, arguments: Sequence[str], on_line: Callable[[str], None]) -> tuple[int, bytes]:
+        async def hear(stream: asyncio.StreamReader) -> None:
+            async for line in lines(stream):
+                on_line(line)
+
         child = await asyncio.create_subprocess_exec(
             *commands[verb], *arguments, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, env=bounded
         )
         try:
             assert child.stdout is not None
             assert child.stderr is not None
-            out, _ = await asyncio.gather(child.stdout.read(), _lines(child.stderr, on_line))
+            out, _ = await asyncio.gather(child.stdout.read(), hear(child.stderr))
             return await child.wait(), out
         finally:
             await _end(child)
@@ -66,18 +67,6 @@ async def _end(child: Process) -> None:
         with suppress(ProcessLookupError):
             child.kill()
         await child.wait()
-
-
-async def _lines(stream: asyncio.StreamReader, on_line: Callable[[str], None]) -> None:
-    """Hand on the lines of a stream, however long they are."""
-    rest = b""
-    while chunk := await stream.read(CHUNK):
-        *whole, rest = (rest + chunk).split(b"\n")
-        rest = rest[-CHUNK:]
-        for line in whole:
-            on_line(line[:LINE_KEPT].decode("utf-8", "replace").rstrip())
-    if rest:
-        on_line(rest[:LINE_KEPT].decode("utf-8", "replace").rstrip())
 
 
 def give_way(nice: int, parent: int | None) -> None:

@@ -13,6 +13,8 @@ from barcast.daemon.pipeline import Pipeline
 
 LAG_SECONDS = 0.05
 """How often the event loop's lag is measured."""
+FEED_SECONDS = 1.0
+"""How often the watchdog is fed."""
 LAGS_KEPT = 20_000
 """Lag measurements kept, at most."""
 COUNT_SECONDS = 30.0
@@ -46,7 +48,7 @@ class Vitals:
     async def run(self) -> None:
         """Watch until cancelled."""
         loop, source, pipeline, stand = asyncio.get_running_loop(), self._source, self._pipeline, (-1, -1)
-        told, counts = loop.time(), asdict(pipeline.counts)
+        told, fed, counts = loop.time(), 0.0, asdict(pipeline.counts)
         while True:
             asleep = loop.time()
             await asyncio.sleep(LAG_SECONDS)
@@ -59,4 +61,6 @@ class Vitals:
             now = (source.position, pipeline.forecasts)
             if source.waiting or source.full or now != stand:
                 stand, self._moved = now, loop.time()
-                self._notifier.send("WATCHDOG=1")
+                if self._moved - fed >= FEED_SECONDS:
+                    fed = self._moved
+                    self._notifier.send("WATCHDOG=1")

@@ -11,20 +11,36 @@ import signal
 import socket
 import struct
 from asyncio.subprocess import DEVNULL, PIPE
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import msgspec
 import structlog
 
 LINE_BYTES = 2**20
-"""Longest line of a request, an answer or a child."""
+"""Longest line of a request or an answer."""
 REQUEST_SECONDS = 10.0
 """How long whoever connects may take to say what it wants."""
+CHUNK = 65536
+LINE_KEPT = 2000
+"""Characters of a child's line that are handed on."""
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 log = structlog.get_logger()
+
+
+class Wish(Protocol):
+    """What is sent to a socket: JSON on one line, with a verb."""
+
+    @property
+    def verb(self) -> str:
+        """What is to be done."""
+        ...
+
+
+W = TypeVar("W", bound=Wish)
 
 
 class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -62,7 +78,8 @@ async def call(
     """
     reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES)
     try:
-        await _send(writer, Request(verb, list(arguments)))
+        send(writer, Request(verb, list(arguments)))
+        await writer.drain()
         while said := await reader.readline():
             answer = msgspec.json.decode(said, type=Answer)
             if answer.refused is not None:
@@ -86,14 +103,16 @@ async def _work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) 
     reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LINE_BYTES)
     try:
         try:
-            request = await _request(reader, commands)
+            example = f'{{"verb": "{next(iter(commands))}", "arguments": []}}'
+            request = await receive(reader, Request, commands, example)
             if uid not in (0, os.getuid()):
                 raise PermissionError(
                     f"user {uid} may not ask for anything here; ask as {os.getuid()} or as root"
                 )
         except (PermissionError, ValueError) as refusal:
             log.warning("refused", reason=str(refusal))
-            await _send(writer, Answer(refused=str(refusal)))
+            send(writer, Answer(refused=str(refusal)))
+            await writer.drain()
             return
         log.info("asked", verb=request.verb, arguments=request.arguments)
         await _run([*commands[request.verb], *request.arguments], reader, writer)
@@ -105,9 +124,12 @@ async def _work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) 
             await writer.wait_closed()
 
 
-async def _request(reader: asyncio.StreamReader, commands: Mapping[str, Sequence[str]]) -> Request:
-    """Read one request. Raise ValueError that says what is wrong with it."""
-    wanted = f'send one line such as {{"verb": "{next(iter(commands))}", "arguments": []}}'
+async def receive(reader: asyncio.StreamReader, kind: type[W], verbs: Collection[str], example: str) -> W:
+    """Read one line with a verb.
+
+    Raise ValueError that says what is wrong with it, and ConnectionError where nothing comes.
+    """
+    wanted = f"send one line such as {example}"
     try:
         async with asyncio.timeout(REQUEST_SECONDS):
             said = await reader.readline()
@@ -118,18 +140,18 @@ async def _request(reader: asyncio.StreamReader, commands: Mapping[str, Sequence
     if not said:
         raise ConnectionResetError
     try:
-        request = msgspec.json.decode(said, type=Request)
+        wish = msgspec.json.decode(said, type=kind)
     except msgspec.DecodeError as error:
         raise ValueError(f"{error}; {wanted}") from error
-    if request.verb not in commands:
-        raise ValueError(f"verb {request.verb!r} is none of {', '.join(commands)}; {wanted}")
-    return request
+    if wish.verb not in verbs:
+        raise ValueError(f"verb {wish.verb!r} is none of {', '.join(verbs)}; {wanted}")
+    return wish
 
 
 async def _run(command: Sequence[str], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Run a child to its end. Raise ConnectionError when whoever asked goes first; the child is dead then."""
     child = await asyncio.create_subprocess_exec(
-        *command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True, limit=LINE_BYTES
+        *command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
     )
     assert child.stdout is not None
     assert child.stderr is not None
@@ -140,7 +162,8 @@ async def _run(command: Sequence[str], reader: asyncio.StreamReader, writer: asy
         if not telling.done():
             raise ConnectionResetError
         out = telling.result()
-        await _send(writer, Answer(exit=await child.wait(), stdout=out.decode("utf-8", "replace")))
+        send(writer, Answer(exit=await child.wait(), stdout=out.decode("utf-8", "replace")))
+        await writer.drain()
     finally:
         for task in (telling, leaving):
             task.cancel()
@@ -153,15 +176,27 @@ async def _tell(err: asyncio.StreamReader, out: asyncio.StreamReader, writer: as
     """Pass the child's lines on, to the log as well; return what it wrote to its standard output."""
     printed = asyncio.create_task(out.read(), name="printed")
     try:
-        while said := await err.readline():
-            line = said.decode("utf-8", "replace").rstrip("\n")
+        async for line in lines(err):
             log.info("said", line=line)
-            await _send(writer, Answer(line=line))
+            send(writer, Answer(line=line))
+            await writer.drain()
         return await printed
     finally:
         printed.cancel()
 
 
-async def _send(writer: asyncio.StreamWriter, message: msgspec.Struct) -> None:
+async def lines(stream: asyncio.StreamReader) -> AsyncIterator[str]:
+    """The lines of a child, however long they are, each to its first `LINE_KEPT` characters."""
+    rest = b""
+    while chunk := await stream.read(CHUNK):
+        *whole, rest = (rest + chunk).split(b"\n")
+        rest = rest[:CHUNK]
+        for line in whole:
+            yield line[:LINE_KEPT].decode("utf-8", "replace").rstrip()
+    if rest:
+        yield rest[:LINE_KEPT].decode("utf-8", "replace").rstrip()
+
+
+def send(writer: asyncio.StreamWriter, message: msgspec.Struct) -> None:
+    """Write a message as one line."""
     writer.write(msgspec.json.encode(message) + b"\n")
-    await writer.drain()

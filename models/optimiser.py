@@ -9,6 +9,7 @@ parts of one process.
 
 import io
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from hashlib import sha256
@@ -151,6 +152,18 @@ class StateFile:
 def is_main() -> bool:
     """Whether this process, of those that train together, is the one that speaks and writes."""
     return bool(PartialState(cpu=True).is_main_process)
+
+
+def leave() -> None:
+    """End this process at once, after the last of its work, if it has trained together with others.
+
+    torch keeps the group of a spread model, and gloo's threads with it, beyond the end of the group. Where
+    they see the interpreter's end they abort the process now and then.
+    """
+    if PartialState(cpu=True).num_processes > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def processes(precision: str, accumulate: int, batch: int) -> Accelerator:

@@ -3,10 +3,12 @@
 import asyncio
 import socket
 import stat
+import time
 
 import pytest
+from structlog.testing import capture_logs
 
-from barcast.daemon import control
+from barcast.daemon import control, worker
 from barcast.daemon.control import Order, ask, serve
 from barcast.models import ConfigError
 
@@ -68,6 +70,70 @@ def test_refusal_is_a_fault_of_the_order(tmp_path):
     ordered(tmp_path, [order], refuses)
 
 
+def test_fault_that_nobody_foresaw_is_an_answer(tmp_path):
+    """Whoever orders learns what went wrong; the log has the traceback, and the daemon goes on."""
+
+    async def breaks(order, tell):
+        if order.verb == "state":
+            return "here"
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    def order():
+        with pytest.raises(
+            ConfigError, match=r"^rollback failed: RuntimeError: mat1 .*; the daemon's log has"
+        ):
+            ask(tmp_path, Order("rollback"), print)
+
+    with capture_logs() as logs:
+        found = ordered(tmp_path, [order, lambda: ask(tmp_path, Order("state"), print)], breaks)
+    assert found[1] == "here"
+    assert ("order_failed", True) in [(line["event"], line.get("exc_info")) for line in logs]
+
+
+def unread(folder, connections):
+    """Order something and read nothing of it."""
+    connections.append(socket.socket(socket.AF_UNIX))
+    connections[0].connect(str(folder / "control"))
+    connections[0].sendall(b'{"verb": "rollback"}\n')
+    time.sleep(0.3)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["under way", "done"])
+def test_who_does_not_read_does_not_hold_up_the_end(tmp_path, last):
+    """A stop does not wait for what a client has not read."""
+    connections = []
+
+    async def talks(order, tell):
+        for _ in range(3000):
+            tell("x" * 100)
+        if not last:
+            await asyncio.Event().wait()
+        return "done"
+
+    ordered(tmp_path, [lambda: unread(tmp_path, connections)], talks)
+    connections[0].close()
+
+
+def test_who_does_not_read_for_long_is_let_go(tmp_path):
+    """The lines for one client take so much memory, and no more."""
+    connections, said = [], []
+
+    async def talks(order, tell):
+        for _ in range(5 * control.UNREAD_BYTES // 1000):
+            tell("x" * 1000)
+        await asyncio.sleep(0)
+        return "done"
+
+    def then_reads():
+        unread(tmp_path, connections)
+        with connections[0] as s:
+            said.append(b"".join(iter(lambda: s.recv(1 << 20), b"")))
+
+    ordered(tmp_path, [then_reads], talks)
+    assert len(said[0]) < control.UNREAD_BYTES + 300_000
+    assert b"done" not in said[0]
+
+
 def test_nobody_there_is_told_apart(tmp_path):
     """Without a daemon there is no answer, also where one that was killed left its socket behind."""
     assert ask(tmp_path, Order("state"), print) is None
@@ -93,7 +159,9 @@ def raw(folder, payload):
         (b"state\n", b"send one line such as"),
         (b'{"verb": "stop"}\n', b"none of state, rollback"),
         (b'{"verb": "state", "now": 1}\n', b"unknown field"),
-        (b"x" * 200_000 + b"\n", b"refused"),
+        (b"x" * (worker.LINE_BYTES + 2), b"refused"),
+        (b'{"verb": "state", "to": "fhs"}\n', b"`to` goes with the verb rollback, not state"),
+        (b'{"verb": "rollback", "wait": true}\n', b"`wait` goes with the verb retrain, not rollback"),
     ],
 )
 def test_nonsense_is_refused(tmp_path, payload, said):
@@ -107,7 +175,7 @@ def test_nonsense_is_refused(tmp_path, payload, said):
 
 def test_silence_is_not_waited_for(tmp_path, monkeypatch):
     """Whoever connects and says nothing is sent away."""
-    monkeypatch.setattr(control, "ORDER_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "REQUEST_SECONDS", 0.1)
     assert b"refused" in ordered(tmp_path, [lambda: raw(tmp_path, b"")], echo)[0]
 
 
@@ -126,5 +194,5 @@ def test_who_leaves_does_not_stop_what_was_ordered(tmp_path):
             s.connect(str(tmp_path / "control"))
             s.sendall(b'{"verb": "rollback"}\n')
 
-    ordered(tmp_path, [leaves, lambda: __import__("time").sleep(0.4)], slow)
+    ordered(tmp_path, [leaves, lambda: time.sleep(0.4)], slow)
     assert done == ["rollback"]

@@ -194,6 +194,7 @@ def test_stopping_waits_for_no_room(tmp_path):
 def test_wait_for_room_is_no_hang(tmp_path, monkeypatch):
     """The watchdog is fed while the disk is full, and the status says so; a hang is still one."""
     monkeypatch.setattr(vitals, "LAG_SECONDS", 0.001)
+    monkeypatch.setattr(vitals, "FEED_SECONDS", 0.0)
 
     class Still:
         waiting, position, full = False, 7, True

@@ -1,4 +1,5 @@
 import datetime as dt
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,16 @@ import pytest
 
 from barcast.backtest.sample import sample_bars
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.history import Stamp, bars, digest, find_timeframe, read_windows, scan
+from barcast.daemon.history import (
+    Stamp,
+    bars,
+    digest,
+    files,
+    find_timeframe,
+    history_files,
+    read_windows,
+    scan,
+)
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import DataError
 
@@ -231,6 +241,22 @@ def test_file_faults(tmp_path: Path) -> None:
     for paths, stamp, message in cases:
         with pytest.raises(DataError, match=message):
             scan(paths, stamp, HOURS)
+
+
+@pytest.mark.parametrize("what", [files, digest])
+def test_what_may_not_be_read_is_a_fault_of_the_data(tmp_path, monkeypatch, what):
+    """A folder or file of another user is named with its remedy."""
+    written(tmp_path, table())
+
+    def may_not(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir" if what is files else "open", may_not)
+    with pytest.raises(DataError, match=r"Permission denied: let the user of this program read it\.$"):
+        what([tmp_path])
+    if what is files:
+        with pytest.raises(DataError, match="Permission denied"):
+            history_files(tmp_path)
 
 
 def test_digest(tmp_path: Path) -> None:

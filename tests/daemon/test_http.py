@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 
+from barcast.daemon import http
 from barcast.daemon.http import AT_ONCE, listen, page, serving
 from barcast.models import ConfigError
 from tests.rim import play
@@ -128,6 +129,28 @@ def test_nobody_who_asks_delays_the_end():
     play(story())
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), 1)
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /healthz HT", b"GET / HTTP/1.1\r\nhost: me\r\n\r\nGET /"])
+def test_a_silent_crowd_is_sent_away(monkeypatch, said):
+    """Connections that never finish a first or a next request do not keep the others out for good."""
+    monkeypatch.setattr(http, "IDLE_SECONDS", 0.2)
+
+    async def story():
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        async with serving(listening, pages()):
+            crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(AT_ONCE)]
+            for _, writer in crowd:
+                writer.write(said)
+            for reader, writer in crowd:
+                with suppress(ConnectionResetError):
+                    await reader.read()
+                writer.close()
+            status, _, _ = await get(port, "/healthz")
+            return status
+
+    assert play(story()) == 200
 
 
 def test_a_crowd_is_turned_away():

@@ -182,6 +182,7 @@ def test_session_is_kept_and_flow_is_bounded():
     assert not flags & 0x02  # clean start
     assert b"\x11" + mqtt.SESSION_SECONDS.to_bytes(4, "big") in connect
     assert b"\x21" + mqtt.RECEIVE_MAXIMUM.to_bytes(2, "big") in connect
+    assert b"\x27" + mqtt.LONGEST_PACKET.to_bytes(4, "big") in connect
 
 
 def test_backlog_is_acknowledged_before_the_subscription_is_granted():
@@ -419,3 +420,21 @@ def test_flood_of_quality_0_is_bounded_counted_and_named(monkeypatch):
     told = [line for line in logs if line["event"] == "qos0_shed"]
     assert [line["count"] for line in told] == [15, 2]
     assert all("QoS 1" in line["remedy"] for line in told)
+
+
+def test_flood_of_long_messages_is_bounded_by_their_bytes(monkeypatch):
+    """Few messages may take much memory; what was taken makes room again."""
+    monkeypatch.setattr(mqtt, "INBOX_BYTES", 100)
+
+    async def floods(connection, greeted, _logs):
+        await until(lambda: greeted)
+        for _ in range(2):
+            shed = connection.shed
+            broker.writer.write(publication(BARS, b"0" * 50) * 5)
+            await until(lambda dropped=shed + 3: connection.shed == dropped)
+            assert len(connection.inbox) == 2
+            connection.inbox.popleft()
+            connection.inbox.popleft()
+
+    broker = Broker()
+    hearing(broker, None, floods)

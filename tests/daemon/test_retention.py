@@ -602,6 +602,19 @@ def test_daemon_compacts_again_and_again_and_outlives_a_failure(tmp_path, monkey
     assert said[1] == said[2] == {"event": "compacted", "log_level": "info", "said": "7 left"}
 
 
+def test_compaction_that_hangs_is_killed(tmp_path, monkeypatch):
+    """One that does not end in its time is told of, and the next one takes place."""
+    monkeypatch.setattr(retention, "LONGEST_SECONDS", 0.3)
+    mark = tmp_path / "pid"
+    with structlog.testing.capture_logs() as said:
+        daily_lines(monkeypatch, f'echo $$ >> "{mark}"; exec sleep 60', lambda: len(said) >= 2)
+    assert {line["event"] for line in said} == {"compaction_failed"}
+    assert "it was killed" in said[0]["reason"]
+    for pid in mark.read_text().split():
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid), 0)
+
+
 def test_compaction_ends_with_the_daemon(tmp_path, monkeypatch):
     """A daemon that stops leaves no compaction behind: the next one ends its work."""
     mark = tmp_path / "pid"

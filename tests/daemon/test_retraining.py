@@ -1,11 +1,14 @@
 """Retraining: it promotes what the gate accepted, and survives whatever its subprocesses do."""
 
 import asyncio
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -15,6 +18,7 @@ from barcast.daemon import retraining
 from barcast.daemon.gate import Verdict
 from barcast.daemon.retraining import Result, Retraining, Serving
 from barcast.daemon.trainer import children
+from barcast.models import DataError, DiskFullError
 
 TRAINS = (
     "import pathlib, sys; out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
@@ -232,15 +236,112 @@ def test_challenger_that_cannot_take_over_is_set_aside(tmp_path):
     job = Job(tmp_path, EXITS, says(ACCEPTED))
 
     async def fails(challenger, verdict, champion):
-        raise OSError("disk full")
+        raise RuntimeError("shapes cannot be multiplied")
 
     job.promote = fails
     assert job.run() == ["retrain_started", "challenger_judged", "promotion_failed", "train_failed"]
-    reason = "it could not take over: disk full"
+    reason = "it could not take over: shapes cannot be multiplied"
     assert [(v.accepted, v.reason) for v in job.refused] == [(False, reason)]
     assert json.loads((tmp_path / "refused" / "a.json").read_bytes())["reason"] == reason
     assert (tmp_path / "refused" / "a" / "model.json").is_file()
     assert list((tmp_path / "challengers").iterdir()) == []
+
+
+def counted(path):
+    """A trainer that notes each of its runs."""
+    return f"open({str(path)!r}, 'a').write('x')\n{TRAINS}"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [DiskFullError("no room"), OSError(errno.ENOSPC, "no room"), DataError("history/b.csv, row 1: ...")],
+    ids=["disk", "copy", "history"],
+)
+def test_challenger_waits_for_what_is_no_fault_of_its_own(tmp_path, monkeypatch, fault):
+    """Without room, or with a history that cannot be read, it stays and is judged again, none is trained."""
+    monkeypatch.setattr(retraining, "RETRY_SECONDS", (0.01,) * 3)
+    count = tmp_path / "trainings"
+    job = Job(tmp_path, counted(count), says(ACCEPTED))
+    asked = []
+
+    async def fails_twice(challenger, verdict, champion):
+        asked.append(challenger.name)
+        if len(asked) < 3:
+            raise fault
+        return True
+
+    job.promote = fails_twice
+    events = job.run()
+    assert asked == ["trained"] * 3
+    assert count.read_text() == "x"
+    assert job.result == Result.promoted
+    assert events.count("promotion_postponed") == 2
+    assert (job.refused, list((tmp_path / "challengers").iterdir())) == ([], [])
+
+
+def test_verdict_waits_for_room(tmp_path, monkeypatch):
+    """On a full disk a refused challenger stays; with room it is judged again, told of and set aside."""
+    monkeypatch.setattr(retraining, "RETRY_SECONDS", (0.01,))
+    count, write, faults = tmp_path / "trainings", Path.write_bytes, [OSError(errno.ENOSPC, "no room")]
+
+    def full(path, what):
+        if faults:
+            raise faults.pop()
+        return write(path, what)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    job = Job(tmp_path, counted(count), says(REFUSED))
+    job.run()
+    assert count.read_text() == "x"
+    assert job.refused == [REFUSED]
+    assert sorted(p.name for p in (tmp_path / "refused").iterdir()) == ["trained", "trained.json"]
+
+
+@pytest.mark.parametrize("verdict", [ACCEPTED, REFUSED], ids=["accepted", "refused"])
+def test_challenger_that_cannot_be_moved_is_named_and_passed_over(tmp_path, monkeypatch, verdict):
+    """One that another user laid there is told of; the training that was asked for takes place."""
+    offer(tmp_path, "a")
+
+    def of_others(function):
+        def may_not(path, *given, **named):
+            if path.name == "a":
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return function(path, *given, **named)
+
+        return may_not
+
+    monkeypatch.setattr(Path, "rename", of_others(Path.rename))
+    monkeypatch.setattr(shutil, "rmtree", of_others(shutil.rmtree))
+    job = Job(tmp_path, gate=says(verdict))
+    events = job.run()
+    assert events.count("challenger_judged") == 2
+    line = job.logs["challenger_stuck"]
+    assert (line["name"], line["log_level"]) == ("a", "error")
+    assert "give it to the daemon's user" in line["remedy"]
+    assert [p.name for p in (tmp_path / "challengers").iterdir()] == ["a"]
+
+
+def test_folder_that_cannot_be_looked_into_is_passed_over(tmp_path, monkeypatch):
+    """One that only another user may read is told of, too."""
+    offer(tmp_path, "a")
+    looks = Path.is_file
+
+    def may_not(path):
+        if path.parent.name == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looks(path)
+
+    monkeypatch.setattr(Path, "is_file", may_not)
+    job = Job(tmp_path, gate=says(ACCEPTED))
+    assert job.run() == ["retrain_started", "challenger_stuck", "challenger_judged"]
+
+
+def test_half_written_checkpoint_is_not_judged(tmp_path):
+    """A name that begins with a dot is that of a copy under way, or of one that was killed."""
+    offer(tmp_path, ".trained.0123456789abcdef.new")
+    job = Job(tmp_path, gate=says(ACCEPTED))
+    job.run()
+    assert [name for name, _, _ in job.promoted] == ["trained"]
 
 
 def test_challenger_is_judged_again_when_another_model_took_over_meanwhile(tmp_path):

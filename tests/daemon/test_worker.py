@@ -81,6 +81,16 @@ def test_lines_and_result_come_back(tmp_path):
     assert served.ended() == ["asked", "said", "said", "said", "ended"]
 
 
+def test_line_without_an_end_is_cut(tmp_path):
+    """However long a child's line is, it is handed on as far as one of a training in the daemon's service."""
+    program = "import sys; sys.stderr.write('x' * 3_000_000 + '\\nend')"
+    served = Worker(tmp_path, train=program)
+    lines, result = served.call("train")
+    assert [len(line) for line in lines] == [worker.LINE_KEPT, 3]
+    assert result == (0, b"")
+    served.ended()
+
+
 def test_lines_come_while_the_child_works(tmp_path):
     """A line is there before the child ends: nothing waits for the end."""
     go = tmp_path / "go"
