@@ -151,6 +151,18 @@ def test_nothing_is_passed_over_where_nothing_waits(state):
     assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 3]
 
 
+def test_operator_reads_one_sentence(state, run, capsys):
+    """The command says what it did, and how much it passed over; what it read is no news."""
+    lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))], bars(7, 8))
+    capsys.readouterr()
+    assert run("rollback", str(state.parent / "barcast.toml")) == (
+        0,
+        f"fhs will serve from the next start on; {BAD} is left behind; 2 groups of bars, in 5 records, are "
+        "passed over without a forecast\n",
+        "",
+    )
+
+
 @pytest.mark.parametrize("kept", range(2, 9))
 def test_compaction_keeps_what_was_passed_over(state, kept):
     """Wherever the journal then begins, a replay says the end of what was sent, and a start reads on."""
