@@ -10,7 +10,7 @@ import pytest
 
 from barcast.backtest.replay import replay_journal
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Reign
+from barcast.daemon.events import Champion, Reign, Warmth
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Decision
 from barcast.daemon.retention import compact
@@ -37,7 +37,7 @@ class Raises(Spread):
 @pytest.fixture
 def state(tmp_path, monkeypatch):
     """The state directory of a configuration; its store has the model BAD, and `fhs` is a fake, too."""
-    known = {"fhs": Spread("fhs"), BAD: Raises(BAD)}
+    known = {"fhs": Spread("fhs"), "hs": Spread("hs", window=20), BAD: Raises(BAD)}
 
     def open_model(path, *_):
         if "/" in path and not Path(path).is_dir():
@@ -83,9 +83,9 @@ def lived(state, steps, waiting=()):
         return journal.append([(time, Kind.BARS, m.topic, m.payload) for time, m in came])[-1:]
 
 
-def back(state, now):
+def back(state, now, to=None):
     """Roll back; say what the operator reads."""
-    return rollback_journal(load(state.parent / "barcast.toml"), now, None)
+    return rollback_journal(load(state.parent / "barcast.toml"), now, to)
 
 
 def closes(messages):
@@ -149,6 +149,21 @@ def test_nothing_is_passed_over_where_nothing_waits(state):
     lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))])
     assert "passed over" not in back(state, START + 7 * MINUTE)
     assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 3]
+
+
+def test_model_that_looks_back_further_finds_its_bars(state):
+    """What is known goes with the activation, as when a running daemon rolls back; the replay has it, too."""
+    lived(state, [*bars(1, 40), (START + 41 * MINUTE, activate(BAD, "fhs"))])
+    back(state, START + 42 * MINUTE, "hs")
+    assert kinds(state)[-2:] == [Kind.ACTIVATION, Kind.WARMUP]
+    with closing(Journal(state / "journal.db", readonly=True)) as journal:
+        warmth = Warmth.decode(journal.last(Kind.WARMUP).payload)
+    assert [bar.symbol for bar in warmth.bars].count("A") == 20
+    sent = serve(state, START + 42 * MINUTE, bars(41, 41))
+    assert closes(sent)[-1] == (41, "hs")
+    signals = [json.loads(m.payload) for m in sent if "/signals/" in m.topic]
+    assert (signals[-1]["model"], signals[-1].get("warming", False)) == ("hs", False)
+    assert replay_journal(state / "journal.db") == sent
 
 
 def test_operator_reads_one_sentence(state, run, capsys):
