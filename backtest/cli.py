@@ -462,8 +462,10 @@ def rollback(
     settings = load(config)
     done = ask(settings.state_dir, Order("rollback", to=to), _say)
     if done is None:
+        from barcast.daemon import log
         from barcast.daemon.succession import rollback_journal
 
+        log.configure("warning")
         done = rollback_journal(settings, WallClock(settings).now(), to)
     out.print(done, highlight=False, markup=False, soft_wrap=True)
 

@@ -22,7 +22,7 @@ from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import events, restore
 from barcast.daemon.history import Stamp, bars, digest, scan
 from barcast.daemon.journal import Journal, Kind
-from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
+from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, pass_over, run
 from barcast.daemon.ports import (
     Activation,
     Arrival,
@@ -31,13 +31,23 @@ from barcast.daemon.ports import (
     Event,
     Outcome,
     Revision,
+    Shed,
     Sink,
     Warmup,
 )
 from barcast.daemon.store import ModelStore
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
-from barcast.models import BASELINES, Adjustment, Bar, ConfigError, DataError, check_sampled, open_model
+from barcast.models import (
+    BASELINES,
+    Adjustment,
+    Bar,
+    ConfigError,
+    DataError,
+    Forecaster,
+    check_sampled,
+    open_model,
+)
 
 Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
@@ -46,11 +56,12 @@ Moment = int | str | datetime
 class ReplaySource:
     """Events in order of their time, and a clock that jumps from one to the next.
 
-    After the last event the clock jumps from deadline to deadline, so that no group stays behind.
+    After the last event the clock jumps from deadline to deadline, so that no group stays behind; with `end`
+    (nanoseconds), not beyond that.
     """
 
-    def __init__(self, events: Iterable[Event]) -> None:
-        self._events = iter(events)
+    def __init__(self, events: Iterable[Event], end: int | None = None) -> None:
+        self._events, self._end = iter(events), end
         self._ahead: Event | None = next(self._events, None)
         self._now = 0
 
@@ -61,11 +72,14 @@ class ReplaySource:
     async def next(self, deadline: int | None) -> Event | None:
         """See `Source.next`."""
         event = self._ahead
-        if deadline is not None and (event is None or deadline < event.time):
+        if event is None:
+            if deadline is None or (self._end is not None and deadline > self._end):
+                raise EndOfSource
             self._now = deadline
             return None
-        if event is None:
-            raise EndOfSource
+        if deadline is not None and deadline < event.time:
+            self._now = deadline
+            return None
         self._now, self._ahead = event.time, next(self._events, None)
         return event
 
@@ -106,9 +120,9 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
     raise RuntimeError("a replay waited for something outside of it")
 
 
-def replay(source: Iterable[Event], pipeline: Pipeline, sink: Sink) -> None:
-    """Drive the path with events until their end."""
-    drive(run(ReplaySource(source), pipeline, sink))
+def replay(source: Iterable[Event], pipeline: Pipeline, sink: Sink, end: int | None = None) -> None:
+    """Drive the path with events until their end, and on to the last group that waits, or is due by `end`."""
+    drive(run(ReplaySource(source, end), pipeline, sink))
 
 
 class _Digest:
@@ -283,8 +297,9 @@ def learnt_warning(model: str, first: int) -> str:
 def replay_journal(journal: Path) -> list[Outgoing]:
     """Compute again every signal, target and group message from a journal, as far as it reaches back.
 
-    Models are those of the journal's state directory. Raise ConfigError when the journal has no settings
-    in it, CheckpointError when a model is missing or changed.
+    Models are those of the journal's state directory; one that forecasts nothing in it is not opened. What
+    was passed over live is passed over. Raise ConfigError when the journal has no settings in it, or a model
+    another fingerprint here than it was activated under, CheckpointError when a model is missing or changed.
     """
     reader = Journal(journal, readonly=True)
     try:
@@ -293,34 +308,35 @@ def replay_journal(journal: Path) -> list[Outgoing]:
             if revision is None:
                 raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
             list(events([revision]))  # names the record if it is damaged
-            settings = Settings.decode(revision.payload)
-            store = ModelStore(journal.parent / "models", settings.timeframe)
-            recording, pipeline = Recording(), Pipeline(store.open)
+            store = ModelStore(journal.parent / "models", Settings.decode(revision.payload).timeframe)
+
+            def open_same(model: str, sampler: str | None, steps: int | None) -> Forecaster:
+                forecaster = store.open(model, sampler, steps)
+                if (mine := forecaster.card.fingerprint) != pipeline.fingerprint:
+                    raise ConfigError(
+                        f"{journal}: recorded under {pipeline.fingerprint!r}, here it is {mine!r}; bytes are "
+                        "promised within one fingerprint: replay where it was recorded"
+                    )
+                return forecaster
+
+            recording, pipeline = Recording(), Pipeline(open_same)
             base = restore(reader, pipeline, reader.base)
-            before = [reader.last(kind, base) for kind in (Kind.REVISION, Kind.ACTIVATION)]
-            list(_same_machine(events(record for record in before if record), store, journal))
-            recorded = events(reader.records(base), pipeline.revision)
-            replay(_same_machine(recorded, store, journal, pipeline.revision), pipeline, recording)
+            active = reader.last(Kind.ACTIVATION, base)
+            for _, event in events([active] if active else []):  # a snapshot knows no fingerprint
+                list(pipeline.take(event))
+            for seq, shed in events(reader.of_kind(Kind.SHED)):
+                if seq > base and isinstance(shed, Shed):
+                    until = events(reader.records(base, shed.after), pipeline.revision)
+                    replay((event for _, event in until), pipeline, recording, shed.clock)
+                    passed = events(reader.records(max(base, shed.after), seq), pipeline.revision)
+                    for _, event in passed:
+                        pass_over(pipeline, event)
+                    base = seq
+            rest = events(reader.records(base), pipeline.revision)
+            replay((event for _, event in rest), pipeline, recording)
             return recording.messages
     finally:
         reader.close()
-
-
-def _same_machine(
-    recorded: Iterable[tuple[int, Event]], store: ModelStore, journal: Path, settings: Settings | None = None
-) -> Iterator[Event]:
-    """The events, as long as each model has the fingerprint here that it was activated under."""
-    for _, event in recorded:
-        if isinstance(event, Revision):
-            settings = Settings.decode(event.settings)
-        if isinstance(event, Activation) and settings is not None:
-            mine = store.open(event.model, settings.sampler, settings.steps).card.fingerprint
-            if mine != event.fingerprint:
-                raise ConfigError(
-                    f"{journal}: recorded under {event.fingerprint!r}, here it is {mine!r}; bytes are "
-                    "promised within one fingerprint: replay where it was recorded"
-                )
-        yield event
 
 
 @dataclass(frozen=True, slots=True)

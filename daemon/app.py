@@ -303,9 +303,13 @@ class Daemon:
             )
 
     def _serving(self) -> Serving:
-        """What a challenger is up against: one that is no worse may follow a champion that is too old."""
+        """What a challenger is up against: one that is no worse may follow a champion that is too old.
+
+        Not one that somebody went back to: a training on much the same bars would undo that.
+        """
         champion, retrain = self.succession.champion, self.config.retrain
-        margin = 0.0 if retrain is None or self.lookout.old else retrain.margin
+        eased = self.lookout.old and not champion.returned
+        margin = 0.0 if retrain is None or eased else retrain.margin
         return Serving(champion.model, margin, champion.left)
 
     async def _order(self, order: Order, tell: Callable[[str], None]) -> str:

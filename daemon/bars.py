@@ -18,6 +18,7 @@ from barcast.daemon.history import bars as bars_of_frame
 from barcast.daemon.journal import Journal
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Declaration, Event, Warmup
+from barcast.daemon.room import flush, make
 from barcast.models import Adjustment, Bar, DataError, Forecaster, Window
 
 SCHEMA = {
@@ -115,7 +116,7 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
     A file is written beside and renamed, so that there is never half a file. Raise DataError for a folder
     with bars of another timeframe.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make(folder)
     changed = 0
     for (day,), own in bars.group_by(pl.col("close_time").dt.date().alias("day"), maintain_order=True):
         path = folder / f"bars-{day}.parquet"
@@ -134,11 +135,7 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
             partial.unlink(missing_ok=True)
         changed += 1
     if changed:
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        flush(folder)
     return changed
 
 

@@ -6,9 +6,9 @@ import msgspec
 
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.journal import Journal, Kind, Record
+from barcast.daemon.journal import Journal, Kind, Progress, Record
 from barcast.daemon.pipeline import Pipeline, PipelineState, Settings
-from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Warmup
+from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Shed, Warmup
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, Bar, Card, ConfigError
 
@@ -58,7 +58,8 @@ class Champion(msgspec.Struct, frozen=True):
     """The payload of an activation: the model, the fingerprint it serves under, its window in bars, why.
 
     `crps` and `until` are those of `Reign`. `before` are the models that it stands on, the newest last: where
-    a rollback leads to. `left` are those that were rolled back from: no verdict brings them back.
+    a rollback leads to. `left` are those that were rolled back from: no verdict brings them back. `returned`
+    says that a rollback brought this one, whose age then counts from its return.
     """
 
     model: str
@@ -69,6 +70,7 @@ class Champion(msgspec.Struct, frozen=True):
     until: int = 0
     before: tuple[Reign, ...] = ()
     left: tuple[str, ...] = ()
+    returned: bool = False
 
     @property
     def reign(self) -> Reign:
@@ -76,11 +78,18 @@ class Champion(msgspec.Struct, frozen=True):
         return Reign(self.model, self.crps, self.until)
 
     def succeeded_by(self, reign: Reign, card: Card, reason: str) -> "Champion":
-        """Another model in its place, on top of it."""
-        before = self.before if reign.model == self.model else (*self.before, self.reign)[-REMEMBERED:]
-        left = tuple(model for model in self.left if model != reign.model)
+        """Another model in its place, on top of it, or the same under another fingerprint."""
+        same = reign.model == self.model
         return Champion(
-            reign.model, card.fingerprint, card.window, reason, reign.crps, reign.until, before, left
+            reign.model,
+            card.fingerprint,
+            card.window,
+            reason,
+            reign.crps,
+            reign.until,
+            before=self.before if same else (*self.before, self.reign)[-REMEMBERED:],
+            left=tuple(model for model in self.left if model != reign.model),
+            returned=same and self.returned,
         )
 
     def behind(self, to: str | None) -> Reign | None:
@@ -106,6 +115,7 @@ class Champion(msgspec.Struct, frozen=True):
             reign.until,
             before,
             tuple(left)[-REMEMBERED:],
+            returned=True,
         )
 
     def encode(self) -> bytes:
@@ -186,4 +196,7 @@ def _event(record: Record, root: str, calendars: Calendars) -> Event:
             return Warmth.decode(record.payload).event(record.time)
         case Kind.ACTIVATION:
             return Champion.decode(record.payload).event(record.time)
+        case Kind.SHED:
+            began = msgspec.json.decode(record.payload, type=Progress)
+            return Shed(record.time, began.seq, began.clock)
     raise ValueError(f"kind {record.kind!r} is unknown")

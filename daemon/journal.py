@@ -14,6 +14,8 @@ from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
 
+import msgspec
+
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 
@@ -75,6 +77,7 @@ class Kind:
     WARMUP = "warmup"
     NEWCOMER = "newcomer"
     ACTIVATION = "activation"
+    SHED = "shed"
 
 
 class State(IntEnum):
@@ -161,11 +164,7 @@ class Journal:
     ) -> list[int]:
         """Write records (time, kind, topic, payload) and messages in one commit; return the numbers."""
         with _transaction(self._db) as db:
-            seqs = [
-                db.execute("INSERT INTO record (time, kind, topic, payload) VALUES (?, ?, ?, ?)", r).lastrowid
-                or 0
-                for r in records
-            ]
+            seqs = _insert(db, records)
             _enqueue(db, outgoing)
         return seqs
 
@@ -173,7 +172,21 @@ class Journal:
         """Put messages into the outbox and note how far the path has come, in one commit."""
         with _transaction(self._db) as db:
             _enqueue(db, outgoing)
-            db.execute("UPDATE progress SET seq = ?, clock = ?", (progress.seq, progress.clock))
+            _come(db, progress)
+
+    def shed(
+        self, time: int, records: Sequence[tuple[int, str, str, bytes]], outgoing: Sequence[Outgoing]
+    ) -> None:
+        """Append, behind the record that all before it is done with at `time`, unforecast, in one commit.
+
+        That record holds the progress until then.
+        """
+        with _transaction(self._db) as db:
+            began = msgspec.json.encode(Progress(*db.execute("SELECT seq, clock FROM progress").fetchone()))
+            [seq] = _insert(db, [(time, Kind.SHED, "", began)])
+            _come(db, Progress(seq, time))
+            _insert(db, records)
+            _enqueue(db, outgoing)
 
     def mark(self, states: Iterable[tuple[int, State]]) -> None:
         """Record what became of messages: (number in the outbox, state)."""
@@ -213,7 +226,11 @@ class Journal:
 
     def of_kind(self, kind: str) -> Iterator[Record]:
         """All records of a kind that is not bars, in order."""
-        return (record for record in self.decisions(1 << 62) if record.kind == kind)
+        with self._reading():
+            rows = self._db.execute(
+                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq", (kind,)
+            ).fetchall()
+        return (Record(*row) for row in rows)
 
     def last(self, kind: str, upto: int = 1 << 62) -> Record | None:
         """The newest record of a kind, of those up to a number."""
@@ -443,6 +460,17 @@ def _portions(rows: Sequence[tuple[int, int]]) -> Iterator[int]:
             yield number
         size += length
     yield rows[-1][0] + 1
+
+
+def _insert(db: sqlite3.Connection, records: Iterable[tuple[int, str, str, bytes]]) -> list[int]:
+    """Write records; return their numbers."""
+    into = "INSERT INTO record (time, kind, topic, payload) VALUES (?, ?, ?, ?)"
+    return [db.execute(into, record).lastrowid or 0 for record in records]
+
+
+def _come(db: sqlite3.Connection, progress: Progress) -> None:
+    """Note how far the path has come."""
+    db.execute("UPDATE progress SET seq = ?, clock = ?", (progress.seq, progress.clock))
 
 
 def _enqueue(db: sqlite3.Connection, outgoing: Sequence[Outgoing]) -> None:

@@ -27,46 +27,55 @@ BARS = 1000
 log = structlog.get_logger()
 
 
-class Age:
+class Rests:
+    """Lets a reason to train pass, and then none for a `REST`; the state is when one passed last."""
+
+    def __init__(self) -> None:
+        self._passed: int | None = None
+
+    def passes(self, reason: str | None, now: int) -> str | None:
+        """The reason, if there is one and it need not rest."""
+        if reason is None or (self._passed is not None and now - self._passed < REST):
+            return None
+        self._passed = now
+        return reason
+
+
+class Age(Rests):
     """Asks for a training when the champion is older than `most` nanoseconds, once a `REST`."""
 
     def __init__(self, most: int) -> None:
+        super().__init__()
         self._most = most
-        self._asked: int | None = None
 
     def over(self, since: int, now: int) -> bool:
-        """Whether a champion that knows the bars up to `since` is too old."""
+        """Whether a champion whose age counts from `since` is too old."""
         return now - since > self._most
 
     def due(self, since: int, now: int) -> str | None:
         """The reason to train now, if there is one."""
-        if not self.over(since, now) or (self._asked is not None and now - self._asked < REST):
-            return None
-        self._asked = now
-        return f"age: the newest bar that the champion knew is {(now - since) / 86_400e9:.1f} days old"
+        old = f"age: the champion is {(now - since) / 86_400e9:.1f} days old"
+        return self.passes(old if self.over(since, now) else None, now)
 
 
-class Drifted:
+class Drifted(Rests):
     """Asks for a training when a reading leaves its bands, once a `REST`."""
 
     def __init__(self, coverage: float, crps: float) -> None:
+        super().__init__()
         self._coverage, self._crps = coverage, crps
-        self._asked: int | None = None
 
     def due(self, reading: Reading, held_out: float | None, now: int) -> str | None:
         """The reason to train now, if there is one; `held_out` is the CRPS in the champion's verdict."""
-        reason = reading.beyond(self._coverage, self._crps, held_out)
-        if reason is None or (self._asked is not None and now - self._asked < REST):
-            return None
-        self._asked = now
-        return reason
+        return self.passes(reading.beyond(self._coverage, self._crps, held_out), now)
 
 
 class Lookout:
     """Tells the triggers the time and what they need to know, and passes their reasons on.
 
     The state is the triggers, and the last `reading`: None where drift is not looked for, or nothing has
-    matured yet. What it reads is in the journal, so that it knows as much after a restart.
+    matured yet. What it reads is in the journal, so that a reading is the same after a restart; when it asked
+    last is not, so that it may ask again.
     """
 
     def __init__(self, config: Config, clock: Clock, succession: Succession, pipeline: Pipeline) -> None:
@@ -81,8 +90,12 @@ class Lookout:
 
     @property
     def since(self) -> int:
-        """The newest close that the champion knew, or else when it took over, in nanoseconds."""
-        return self._succession.champion.until or self._succession.activated
+        """The newest close that the champion knew, or else when it took over, in nanoseconds.
+
+        When it took over, too, where a rollback brought it: who went back wants the older one.
+        """
+        champion, activated = self._succession.champion, self._succession.activated
+        return max(champion.until, activated) if champion.returned else champion.until or activated
 
     @property
     def old(self) -> bool:

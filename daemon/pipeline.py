@@ -124,15 +124,16 @@ class Pipeline:
     """Batcher, windows, forecaster and strategies: what turns events into outcomes.
 
     The state is the windows, the continuity of their bars, the batcher, the settings and the model in force,
-    and counters; `newcomers`, the symbols that came without a history since, in order; and `lacking`, of
-    those whose history was looked up after that, the newest close then. `forecasts` counts how often the
-    model was asked, for whoever watches. The first event must be a `Revision`; a model is opened when the
-    first group needs it.
+    with the `fingerprint` that it was activated under (None after a restore), and counters; `newcomers`, the
+    symbols that came without a history since, in order; and `lacking`, of those whose history was looked up
+    after that, the newest close then. `forecasts` counts how often the model was asked, for whoever watches.
+    The first event must be a `Revision`; a model is opened when the first group needs it.
     """
 
     def __init__(self, open_model: OpenModel) -> None:
         self.counts, self.forecasts = Counts(), 0
         self.model: str | None = None
+        self.fingerprint: str | None = None
         self.revision: Settings | None = None
         self.windows = Windows(1)
         self.continuity = Continuity()
@@ -212,7 +213,7 @@ class Pipeline:
                 if symbol:
                     self.lacking[symbol] = self.windows.newest(symbol)
             case Activation():
-                self.model, self._forecaster = event.model, None
+                self.model, self.fingerprint, self._forecaster = event.model, event.fingerprint, None
                 self.windows.lengthen(event.window)
 
     def outcome(self, group: Group) -> Outcome:

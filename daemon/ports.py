@@ -58,7 +58,19 @@ class Activation:
     window: int
 
 
-Event = Arrival | Declaration | Revision | Warmup | Activation
+@dataclass(frozen=True, slots=True)
+class Shed:
+    """What came after record `after`, and was due after `clock` (nanoseconds), is not forecast, up to now.
+
+    Bars are in the windows all the same. The path itself does nothing: recovery and replay pass over it.
+    """
+
+    time: int
+    after: int
+    clock: int
+
+
+Event = Arrival | Declaration | Revision | Warmup | Activation | Shed
 
 
 @dataclass(frozen=True, slots=True)

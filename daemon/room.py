@@ -1,6 +1,7 @@
-"""Room on the disk: where it is all that is missing, a fault is one that passes."""
+"""The disk: what is written stays, and a fault is one that passes where room is all that is missing."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,23 @@ def check_room(folder: Path) -> None:
             f"{folder}: {free} bytes are free, and a start needs {LEAST_FREE}: make room on its disk, then "
             "start again"
         )
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or what a folder lists, to the disk itself."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def make(folder: Path) -> None:
+    """Make a folder, and those above it, so that a lost power does not take them away."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        flush(path.parent)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What a start does before it serves: holds the state directory, recovers, and decides what has changed."""
 
 import fcntl
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,28 +85,6 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     )
 
 
-def way_back(config: Config, champion: Champion, store: ModelStore, to: str | None) -> Reign:
-    """The model that a rollback leads to. Raise ConfigError where there is none."""
-    if config.model.name != "champion":
-        raise ConfigError(
-            f"model.name = {config.model.name!r} pins the model, so that a rollback would change nothing; "
-            "name another model there and restart"
-        )
-    if to == champion.model:
-        raise ConfigError(f"{to} serves already; name another model")
-    reign = champion.behind(to)
-    if reign is None and to is None:
-        raise ConfigError(
-            f"no model served before {champion.model}, and none is named: nothing to roll back to"
-        )
-    found = reign or Reign(str(to))
-    if not store.has(found.model):
-        raise ConfigError(
-            f"{found.model}: no such model in {store.directory}; name one of its folders, or a baseline"
-        )
-    return found if reign else Reign(found.model, until=store.known_until(found.model))
-
-
 def warmth(config: Config, length: int, have: int, record: Record | None, now: int) -> list[Warmth]:
     """What the windows, which keep `have` bars, lack of what is known: in parts, of whole symbols each.
 
@@ -163,7 +140,7 @@ def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
 def only_one(path: Path, who: str = "instance") -> Iterator[None]:
     """Hold a lock file of the state directory, so that no second one is at the same work."""
     with room(path.parent):
-        file = path.open("w")
+        file = path.open("a")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +148,4 @@ def only_one(path: Path, who: str = "instance") -> Iterator[None]:
             raise ConfigError(
                 f"state_dir: {path.parent} is in use by another {who}; stop it or name another directory"
             ) from error
-        with room(path.parent):
-            file.write(f"{os.getpid()}\n")
-            file.flush()
         yield

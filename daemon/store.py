@@ -1,10 +1,11 @@
 """The models of one state directory, by content id."""
 
+import os
 import re
 import shutil
 from pathlib import Path
 
-from barcast.daemon.room import room
+from barcast.daemon.room import flush, make, room
 from barcast.models import BASELINES, CheckpointError, ConfigError, Forecaster, open_model
 
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -36,25 +37,48 @@ class ModelStore:
         return forecaster
 
     def adopt(self, source: Path) -> str:
-        """Copy a checkpoint into the store under its id; return the id. Raise CheckpointError if damaged."""
+        """Copy a checkpoint into the store under its id; return the id. Raise CheckpointError if damaged.
+
+        The copy is on the disk then, whatever becomes of the power: its source may be removed.
+        """
         from barcast.models.checkpoint import load
 
         model = load(source).model
-        if not (self.directory / model).is_dir():
-            with room(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.hold(model):
             partial = self.directory / f".{model}.partial"
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 with room(self.directory):
+                    make(self.directory)
                     for file in sorted(path for path in source.rglob("*") if path.is_file()):
                         target = partial / file.relative_to(source)
                         target.parent.mkdir(parents=True, exist_ok=True)
                         shutil.copyfile(file, target)
-                partial.rename(self.directory / model)
+                        flush(target)
+                    for folder in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+                        flush(folder)
+                    partial.rename(self.directory / model)
             finally:  # half a copy takes room
                 shutil.rmtree(partial, ignore_errors=True)
+        with room(self.directory):
+            flush(self.directory)
         return model
+
+    def hold(self, model: str) -> bool:
+        """Say whether the store has a model that is about to serve, and let no compaction take it until then.
+
+        One spares the folders that were changed lately.
+        """
+        if not self.has(model):
+            return False
+        if model not in BASELINES:
+            try:
+                os.utime(self.directory / model)
+            except FileNotFoundError:  # it was just taken
+                return False
+            except PermissionError:  # another user's: we could not remove it, either
+                pass
+        return True
 
     def has(self, model: str) -> bool:
         """Whether it is a baseline, or an id of the store."""

@@ -1,7 +1,7 @@
 """Which model serves: a better challenger takes over by an event of the journal, and subscribers are told."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
@@ -10,14 +10,16 @@ import msgspec
 import structlog
 
 from barcast.daemon import wire
+from barcast.daemon.bars import serves_nothing
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Reign, Warmth
+from barcast.daemon.events import Champion, Reign, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
 from barcast.daemon.pipeline import Pipeline, try_strategies
-from barcast.daemon.ports import Revision
-from barcast.daemon.start import Opening, only_one, warmth, way_back
+from barcast.daemon.ports import Event, Revision
+from barcast.daemon.room import room
+from barcast.daemon.start import Opening, only_one, recover, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, ConfigError, Forecaster
@@ -180,12 +182,36 @@ def rolled_back(champion: str, to: str) -> Verdict:
     return Verdict(accepted=True, reason=reason, challenger=to, champion=champion, triggers=("rollback",))
 
 
+def way_back(config: Config, champion: Champion, store: ModelStore, to: str | None) -> Reign:
+    """The model that a rollback leads to. Raise ConfigError where there is none."""
+    if config.model.name != "champion":
+        raise ConfigError(
+            f"model.name = {config.model.name!r} pins the model, so that a rollback would change nothing; "
+            "name another model there and restart"
+        )
+    if to == champion.model:
+        raise ConfigError(f"{to} serves already; name another model")
+    reign = champion.behind(to)
+    if reign is None and to is None:
+        raise ConfigError(
+            f"no model served before {champion.model}, and none is named: nothing to roll back to"
+        )
+    found = reign or Reign(str(to))
+    if not store.hold(found.model):
+        raise ConfigError(
+            f"{found.model}: no such model in {store.directory}; name one of its folders, or a baseline"
+        )
+    return found if reign else Reign(found.model, until=store.known_until(found.model))
+
+
 def rollback_journal(config: Config, now: int, to: str | None) -> str:
     """Roll back an instance that does not run: the next start serves the model. Return a sentence.
 
-    Raise ConfigError when it runs, and where there is nothing to roll back to.
+    What has come and is not forecast yet is passed over, by a decision of its own: the champion may be the
+    one that cannot. Raise ConfigError when the instance runs, where there is nothing to roll back to and for
+    a journal that cannot be read, DiskFullError without room.
     """
-    with only_one(config.state_dir / "lock"):
+    with only_one(config.state_dir / "lock"), room(config.state_dir):
         path = config.state_dir / "journal.db"
         if not path.is_file():
             raise ConfigError(f"{path}: no journal there, so there is nothing to roll back")
@@ -196,6 +222,7 @@ def rollback_journal(config: Config, now: int, to: str | None) -> str:
                 raise ConfigError(
                     f"{journal.path}: no model was ever activated, so there is nothing to roll back"
                 )
+            list(events([record]))  # names the record if it is damaged
             champion = Champion.decode(record.payload)
             store = ModelStore(config.state_dir / "models", config.timeframe)
             reign = way_back(config, champion, store, to)
@@ -207,7 +234,29 @@ def rollback_journal(config: Config, now: int, to: str | None) -> str:
             notice = wire.model_notice(
                 after.model, time, after.fingerprint, verdict, time, config.topics.models
             )
-            journal.append([(time, Kind.ACTIVATION, "", after.encode())], [notice])
+            pipeline = Pipeline(serves_nothing)
+            backlog = recover(journal, pipeline)
+            groups = _formed(pipeline, backlog, time)
+            have, last = pipeline.windows.length, journal.last(Kind.WARMUP)
+            warmups, _ = _lacking(config, card.window, have, last, time)
+            records = [(time, Kind.ACTIVATION, "", after.encode())]
+            records += [(time, warmup.kind, "", warmup.payload) for warmup in warmups]
+            if groups:
+                journal.shed(time, records, [notice])
+            else:
+                journal.append(records, [notice])
         finally:
             journal.close()
-    return f"{after.model} will serve from the next start on; {champion.model} is left behind"
+    passed = f"; {groups} groups of bars, in {len(backlog)} records, are passed over without a forecast"
+    return f"{after.model} will serve from the next start on; {champion.model} is left behind" + (
+        passed if groups else ""
+    )
+
+
+def _formed(pipeline: Pipeline, backlog: Iterable[tuple[int, Event]], now: int) -> int:
+    """How many groups leave until `now` while the path takes events."""
+    groups = 0
+    for _, event in backlog:
+        groups += sum(1 for _ in pipeline.due(event.time))
+        groups += sum(1 for _ in pipeline.take(event))
+    return groups + sum(1 for _ in pipeline.due(now))

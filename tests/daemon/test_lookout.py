@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
+from barcast.daemon.app import Daemon
 from barcast.daemon.config import load
 from barcast.daemon.drift import LEAST, Bars, Said
 from barcast.daemon.events import Champion
@@ -27,7 +28,7 @@ def test_old_champion_asks_once_a_day():
     """It asks when it is too old, and again only after a rest; a younger one does not ask."""
     age = Age(30 * DAY)
     assert age.due(START, START + 30 * DAY) is None
-    assert age.due(START, START + 31 * DAY) == "age: the newest bar that the champion knew is 31.0 days old"
+    assert age.due(START, START + 31 * DAY) == "age: the champion is 31.0 days old"
     assert age.due(START, START + 31 * DAY + REST - 1) is None
     assert age.due(START, START + 32 * DAY) is not None
     assert age.over(START, START + 31 * DAY)
@@ -93,10 +94,34 @@ def test_age_counts_from_the_newest_bar_that_was_known(tmp_path):
     """Without a training it counts from the activation; an old champion asks for no margin."""
     lookout, journal, succession = instance(tmp_path, 'max_age = "36h"\n', SIGMA)
     assert (lookout.since, lookout.old) == (START, True)
-    assert asyncio.run(lookout.look()) == ["age: the newest bar that the champion knew is 2.0 days old"]
+    assert asyncio.run(lookout.look()) == ["age: the champion is 2.0 days old"]
     succession.champion = Champion("spread", "numpy", 8, "test", until=START + DAY)
     assert not lookout.old
     journal.close()
+
+
+def test_model_that_was_gone_back_to_is_as_old_as_its_return(tmp_path):
+    """Else the daemon would undo a rollback by itself, with a training on much the same bars."""
+    lookout, journal, succession = instance(tmp_path, 'max_age = "36h"\n', SIGMA)
+    succession.champion = Champion("spread", "numpy", 8, "back", until=START - 9 * DAY, returned=True)
+    assert (lookout.since, lookout.old) == (START, True)
+    succession.activated = START + DAY
+    assert (lookout.since, lookout.old) == (START + DAY, False)
+    assert asyncio.run(lookout.look()) == []
+    journal.close()
+
+
+@pytest.mark.parametrize(
+    ("old", "returned", "margin"), [(False, False, 0.1), (True, False, 0.0), (True, True, 0.1)]
+)
+def test_margin_is_waived_for_an_old_champion_only(tmp_path, old, returned, margin):
+    """And not for one that somebody went back to."""
+    (tmp_path / "barcast.toml").write_text(TEXT + "margin = 0.1\n")
+    daemon = Daemon(load(tmp_path / "barcast.toml"), {}, asyncio.Event(), None)
+    champion = Champion("spread", "numpy", 8, "test", returned=returned)
+    daemon.succession = SimpleNamespace(champion=champion)
+    daemon.lookout = SimpleNamespace(old=old)
+    assert daemon._serving().margin == margin
 
 
 def test_nothing_is_looked_for_unasked(tmp_path):

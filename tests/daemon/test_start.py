@@ -232,6 +232,8 @@ def test_replay_under_another_fingerprint_is_refused(tmp_path):
     journal = Journal(path)
     elsewhere = Champion("fhs", "numpy=0.1", 8, "test").encode()
     journal.append([(START + 1, Kind.ACTIVATION, "", elsewhere)])
+    assert replay_journal(path) == []  # nothing was forecast under it
+    journal.append([(START + MINUTE, Kind.BARS, "barcast/v1/bars/1m/A", encode_bars([bar("A", 1, 100.0)]))])
     journal.close()
     with pytest.raises(ConfigError, match=r"numpy=0\.1.*replay where it was recorded"):
         replay_journal(path)

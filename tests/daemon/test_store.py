@@ -1,20 +1,81 @@
 """Models are opened by name; a store holds the one that was opened last, and no other."""
 
 import gc
+import os
+import time
 from pathlib import Path
 from weakref import ref
 
 import pytest
 
+from barcast.backtest import cli
 from barcast.backtest.replay import Recording, replay
+from barcast.daemon.bars import received, write_days
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Activation, Arrival, Revision, Warmup
+from barcast.daemon.retention import _collect
 from barcast.daemon.store import ModelStore
 from barcast.models import BASELINES, Bar, ConfigError, open_model
 from tests.fakes import MINUTE, START, settings
 from tests.garch import simulate
 
 WARM, LIVE = 300, 8
+SAMPLE = next(Path(cli.__file__).parent.glob("sample/*/model.json")).parent
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was brought to the disk, by its path then, and what was renamed, in order."""
+    said: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+
+    def brought(number: int) -> None:
+        fsync(number)
+        said.append(os.readlink(f"/proc/self/fd/{number}"))
+
+    def renamed(source: Path, target: Path) -> Path:
+        said.append(f"renamed to {target}")
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", brought)
+    monkeypatch.setattr(Path, "rename", renamed)
+    return said
+
+
+def test_adopted_model_is_on_the_disk_before_its_source_may_go(tmp_path: Path, disk: list[str]) -> None:
+    """Its files, then the folders that list them, then, under its name, the one that lists it."""
+    models = tmp_path / "state" / "models"
+    model = ModelStore(models, "session").adopt(SAMPLE)
+    partial = models / f".{model}.partial"
+    copied = [partial / path.relative_to(SAMPLE) for path in SAMPLE.rglob("*")]
+    at = disk.index(f"renamed to {models / model}")
+    assert {*map(str, copied), str(partial)} <= set(disk[:at])
+    assert disk.index(str(partial)) > max(disk.index(str(path)) for path in copied)
+    assert disk[at + 1 :] == [str(models)]
+    assert {str(tmp_path), str(tmp_path / "state")} <= set(disk[:at])  # which list the new folders
+
+
+def test_new_archive_is_on_the_disk_with_its_files(tmp_path: Path, disk: list[str]) -> None:
+    """The folder above lists the archive, before anything leaves the journal for it."""
+    bars = received([Bar("A", START, 1.0, 1.0, 1.0, 1.0, 1.0)], ())
+    assert write_days(bars, tmp_path / "archive", "1m") == 1
+    assert disk[0] == str(tmp_path)
+    assert disk[-1] == str(tmp_path / "archive")
+
+
+def test_model_that_is_about_to_serve_is_not_collected(tmp_path: Path) -> None:
+    """One that nothing refers to yet stays from the moment it is chosen, however old its folder is."""
+    store = ModelStore(tmp_path, "session")
+    model = store.adopt(SAMPLE)
+    for choose in (lambda: store.adopt(SAMPLE) == model, lambda: store.hold(model)):
+        time.sleep(0.02)
+        before = time.time_ns()
+        time.sleep(0.02)
+        assert choose()
+        assert list(_collect(tmp_path, set(), before)) == []
+    assert store.hold("fhs")
+    assert list(_collect(tmp_path, set(), time.time_ns() + 10**9)) == [model]
+    assert not store.hold(model)
 
 
 @pytest.mark.parametrize("name", BASELINES)

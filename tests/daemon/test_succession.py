@@ -1,5 +1,9 @@
 """Who serves: activations form a stack, rollbacks go down it, and what was left behind stays there."""
 
+import errno
+import sqlite3
+from contextlib import closing
+
 import pytest
 
 from barcast.daemon.config import load
@@ -7,8 +11,9 @@ from barcast.daemon.events import Champion, Reign, events
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.retention import _referenced
 from barcast.daemon.start import only_one
+from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import rollback_journal
-from barcast.models import ConfigError
+from barcast.models import ConfigError, DiskFullError
 from tests.fakes import START, Spread
 
 CARD = Spread().card
@@ -58,6 +63,14 @@ def test_same_model_again_does_not_stand_on_itself():
     """Another fingerprint, after an update, is no step to go back."""
     champion = stacked("a", "b")
     assert champion.succeeded_by(champion.reign, CARD, "fingerprint").before == champion.before
+
+
+def test_return_is_remembered_until_another_model_follows():
+    """Also under another fingerprint: it is still the model that somebody went back to."""
+    after = back(stacked("a", "b"))
+    assert (stacked("a", "b").returned, after.returned) == (False, True)
+    assert after.succeeded_by(after.reign, CARD, "fingerprint").returned
+    assert not after.succeeded_by(Reign("c"), CARD, "better").returned
 
 
 def test_what_is_remembered_is_bounded():
@@ -147,6 +160,45 @@ def test_rollback_beside_a_running_instance_is_refused(instance):
         pytest.raises(ConfigError, match="in use by another instance"),
     ):
         rollback_journal(settings, START, None)
+
+
+def test_second_instance_leaves_the_lock_as_it_is(tmp_path):
+    """What is in the holder's file is the holder's."""
+    (tmp_path / "lock").write_text("held")
+    with only_one(tmp_path / "lock"), pytest.raises(ConfigError), only_one(tmp_path / "lock"):
+        pass
+    assert (tmp_path / "lock").read_text() == "held"
+
+
+def test_chosen_model_is_held_in_the_store(instance, monkeypatch):
+    """From the moment on that it is chosen, before it is opened, no compaction takes it."""
+    settings, held = load(instance), []
+    monkeypatch.setattr(ModelStore, "hold", lambda _, model: held.append(model) or True)
+    monkeypatch.setattr(ModelStore, "open", lambda *_: held.append("opened") or Spread("fhs"))
+    rollback_journal(settings, START, None)
+    assert held == ["fhs", "opened"]
+
+
+def test_rollback_on_a_full_disk_says_so(instance, monkeypatch):
+    """In one sentence, and the champion stays."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "append", full)
+        with pytest.raises(DiskFullError, match="make room on its disk"):
+            rollback_journal(load(instance), START, None)
+    assert serving(instance)[0].model == "ewma"
+
+
+def test_damaged_activation_is_named(instance):
+    """By the number of its record."""
+    with closing(sqlite3.connect(instance.parent / "state" / "journal.db")) as db:
+        db.execute("UPDATE record SET payload = '{'")
+        db.commit()
+    with pytest.raises(ConfigError, match=r"record 1 \(activation\): .*restore a copy"):
+        rollback_journal(load(instance), START, None)
 
 
 def test_models_below_the_champion_stay_in_the_store(instance):
