@@ -228,7 +228,7 @@ class Daemon:
                 planner.start()
             self.state = "ready"
             self.metrics.serving = True
-            self.notifier.send("READY=1", "STATUS=serving")
+            self.notifier.send("READY=1")
             log.info("ready", instance=self.config.instance, model=self.succession.champion.model)
             await self.stop.wait()
             log.info("stopping")
@@ -259,6 +259,8 @@ class Daemon:
             self.scribe.turned.clear()
             if self.state == "ready" and self.link.greeted and self.vitals.moving:
                 await self._announce()
+            elif not self.link.connected.is_set():
+                self.notifier.send(f"STATUS=no broker: {self.link.fault}")
 
     async def _announce(self) -> None:
         now, processed = self.clock.now(), self.sink.processed
@@ -267,6 +269,7 @@ class Daemon:
             state = "full"
         elif state == "ready" and self.link.deaf:
             state = "deaf"
+        self.notifier.send(f"STATUS={state}")
         status = wire.Status(
             state=state,
             instance=self.config.instance,

@@ -18,7 +18,7 @@ from barcast.daemon.history import bars as bars_of_frame
 from barcast.daemon.journal import Journal
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Declaration, Event, Warmup
-from barcast.daemon.room import flush, make
+from barcast.daemon.room import flush, hand_over, make
 from barcast.models import Adjustment, Bar, DataError, Forecaster, Window
 
 SCHEMA = {
@@ -130,6 +130,7 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
                 whole.with_columns(timeframe=pl.lit(timeframe)).write_parquet(file)
                 file.flush()
                 os.fsync(file.fileno())
+            hand_over(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)

@@ -112,9 +112,9 @@ class Link:
 
     The state is the client that receives, the same client once it has its subscriptions and may publish (None
     while there is none), the number of the connection, whether anything came by it, whether that is known by
-    now (`greeted`), the deliveries that wait to be taken and the sizes of those and of some that were taken,
-    the publications that wait for their PUBACK, how many messages of QoS 0 were dropped and of how many the
-    log told, and what was said that is said once.
+    now (`greeted`), why there was no broker the last time (`fault`), the deliveries that wait to be taken and
+    the sizes of those and of some that were taken, the publications that wait for their PUBACK, how many
+    messages of QoS 0 were dropped and of how many the log told, and what was said that is said once.
     """
 
     def __init__(
@@ -130,6 +130,7 @@ class Link:
         self.connected = asyncio.Event()
         self.connection = 0
         self.greeted = self.deaf = False
+        self.fault = "connecting"
         self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
         self._canary = canary
@@ -161,6 +162,7 @@ class Link:
             except aiomqtt.MqttError as error:
                 address = f"{self._address.host}:{self._address.port}"
                 log.warning("broker_unreachable", broker=address, reason=str(error))
+                self.fault = str(error)
                 cut_short = -1
             finally:
                 self._lost()
@@ -201,6 +203,7 @@ class Link:
             await asyncio.wait([client._disconnected])
             reason = client._disconnected.exception()
             log.warning("broker_lost", reason=str(reason))
+            self.fault = str(reason)
             if isinstance(reason, aiomqtt.MqttCodeError) and getattr(reason.rc, "value", None) == TAKEN_OVER:
                 self._contested("session_taken_over", "the broker gave the session to another connection")
         except asyncio.CancelledError:

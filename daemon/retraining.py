@@ -287,6 +287,10 @@ class Retraining:
             else:
                 log.error(f"{verb}_stalled", seconds=self._stall, last_words="\n".join(words))
             raise _FailedError(final=False) from error
+        except OSError as error:  # no worker listens, or it ended first; or no process can be started
+            log.error(f"{verb}_failed", reason=str(error), last_words="\n".join(words))
+            self._tell(f"{verb} failed: {error}")
+            raise _FailedError(final=False) from error
         last_words = "\n".join(words)
         if status == 0:
             if words:

@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from barcast.models import ConfigError, DiskFullError
@@ -46,8 +46,16 @@ def make(folder: Path) -> None:
     """Make a folder, and those above it, so that a lost power does not take them away."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for path in missing:
+    for path in reversed(missing):
+        hand_over(path)
         flush(path.parent)
+
+
+def hand_over(path: Path) -> None:
+    """Give a new file to whom its folder belongs: root may work on the state of a service."""
+    owner = path.parent.stat()
+    with suppress(PermissionError):
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategies
 from barcast.daemon.ports import Event
-from barcast.daemon.room import room
+from barcast.daemon.room import hand_over, room
 from barcast.daemon.store import ModelStore
 from barcast.models import Bar, ConfigError
 
@@ -141,6 +141,7 @@ def only_one(path: Path, who: str = "instance") -> Iterator[None]:
     """Hold a lock file of the state directory, so that no second one is at the same work."""
     with room(path.parent):
         file = path.open("a")
+        hand_over(path)
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -76,7 +76,13 @@ async def call(
     `on_line` gets each line of its standard error as it comes. A cancelled call kills the child. Raise
     OSError when no worker listens at `path`, when it refuses, and when it ends before its child.
     """
-    reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES)
+    try:
+        reader, writer = await asyncio.open_unix_connection(path, limit=LINE_BYTES)
+    except OSError as error:
+        raise ConnectionError(
+            f"{path}: no worker listens there ({error.strerror}); start barcast-retrain@NAME.socket, or "
+            "correct the key `socket` of [retrain]"
+        ) from error
     try:
         send(writer, Request(verb, list(arguments)))
         await writer.drain()

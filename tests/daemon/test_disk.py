@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+import os
 import sqlite3
 from contextlib import closing
 
@@ -17,7 +18,8 @@ from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.pipeline import Pipeline
-from barcast.daemon.room import check_room, room
+from barcast.daemon.room import check_room, make, room
+from barcast.daemon.start import only_one
 from barcast.daemon.store import ModelStore
 from barcast.daemon.vitals import Vitals
 from barcast.models import ConfigError, DiskFullError
@@ -333,3 +335,15 @@ def test_copies_of_many_connections_are_forgotten(monkeypatch):
     link.inbox.append(Delivery("t", b"other", 1, 1, 40))
     link._forget_copies()
     assert [d.payload for d in link.inbox] == [b"1", b"2", b"3", b"4", b"5", b"other"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")
+def test_what_root_makes_belongs_to_whom_the_state_belongs(tmp_path):
+    """A compaction by root leaves lock and archive to the service that they are of."""
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, 61234, 61235)
+    with only_one(state / "compaction.lock", "compaction"):
+        make(state / "archive" / "deeper")
+    owners = {(path.stat().st_uid, path.stat().st_gid) for path in state.rglob("*")}
+    assert (len(list(state.rglob("*"))), owners) == (3, {(61234, 61235)})

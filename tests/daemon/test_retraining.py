@@ -182,7 +182,8 @@ def test_command_that_is_not_there_changes_nothing(tmp_path):
     """A trainer that cannot even be started is logged and changes nothing."""
     job = Job(tmp_path)
     job.train = tmp_path / "absent"
-    assert job.run() == ["retrain_started", "retrain_failed", "retrain_given_up"]
+    assert job.run() == ["retrain_started", "train_failed", "retrain_given_up"]
+    assert str(job.train) in job.logs["train_failed"]["reason"]
     assert job.promoted == []
 
 

@@ -194,7 +194,7 @@ def test_client_that_says_nothing_is_let_go(tmp_path):
 
 def test_worker_that_is_away_is_an_error(tmp_path):
     """Without a worker the call fails, and says where none is."""
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConnectionError, match=r"no worker listens there .*correct the key `socket`"):
         asyncio.run(worker.call(tmp_path / "socket", "train", [], print))
 
 
