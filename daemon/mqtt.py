@@ -51,8 +51,12 @@ INBOX = 100_000
 """Messages that may wait before more of QoS 0 are dropped. Of QoS 1, the broker holds back the rest."""
 INBOX_BYTES = 64_000_000
 """Bytes of payload that may wait before more of QoS 0 are dropped."""
-LONGEST_PACKET = MOST_BYTES + 100_000
-"""Bytes of a packet: a broker drops what is longer, so that it costs no memory here."""
+LONGEST_PACKET = 2 * MOST_BYTES
+"""Bytes of a packet: what is longer, a broker keeps from us.
+
+It is the broker's own limit in `deploy/`, and not less, as mosquitto disconnects who sends with QoS 1 what it
+may not pass on: a dead letter is the better answer.
+"""
 SHED_SECONDS = 5.0
 """How long dropped messages are counted before the log says how many."""
 AT_ONCE = (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
