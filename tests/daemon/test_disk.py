@@ -233,8 +233,12 @@ def configured(folder):
 
 
 def test_status_says_that_the_disk_is_full(tmp_path):
-    """Subscribers are told at once, and again when bars are taken."""
-    said = []
+    """Subscribers and systemd are told at once, and again when bars are taken."""
+    said, shown = [], []
+
+    class Systemd:
+        def send(self, *states):
+            shown.extend(states)
 
     class Broker:
         greeted, deaf, inbox = True, False, ()
@@ -249,6 +253,7 @@ def test_status_says_that_the_disk_is_full(tmp_path):
         daemon = configured(tmp_path)
         daemon.config.state_dir.mkdir()
         daemon.link, daemon.vitals, daemon.sink, daemon.state = Broker(), Alive(), Alive(), "ready"
+        daemon.notifier = Systemd()
         daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
         task = asyncio.create_task(daemon._heartbeat())
         append, daemon.scribe.journal.append = daemon.scribe.journal.append, no_room
@@ -257,6 +262,7 @@ def test_status_says_that_the_disk_is_full(tmp_path):
         daemon.scribe.journal.append = append
         await written
         await until(lambda: said == ["full", "ready"])
+        assert shown == ["STATUS=full", "STATUS=ready"]
         task.cancel()
         daemon.scribe.close()
 
