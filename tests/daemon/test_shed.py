@@ -125,8 +125,8 @@ def test_rollback_rescues_from_a_model_that_raises(state):
     sent = serve(state, START + 9 * MINUTE, bars(9, 10))
     assert closes(sent) == [(m, "fhs" if m < 4 or m > 8 else BAD) for m in (1, 2, 3, 4, 5, 6, 9, 10)]
     assert replay_journal(state / "journal.db") == sent
-    signals = [json.loads(m.payload) for m in sent if "/signals/" in m.topic]
-    assert not signals[-1].get("degraded")  # no hole where nothing was forecast
+    signals = [json.loads(m.payload) for m in sent if m.topic == "t/signals/1m/A"]
+    assert signals[-1]["flags"] == []  # no hole where nothing was forecast
 
 
 @pytest.mark.parametrize(("wait", "shed"), [(5 * SECOND, False), (20 * SECOND, True)])
@@ -162,7 +162,7 @@ def test_model_that_looks_back_further_finds_its_bars(state):
     sent = serve(state, START + 42 * MINUTE, bars(41, 41))
     assert closes(sent)[-1] == (41, "hs")
     signals = [json.loads(m.payload) for m in sent if "/signals/" in m.topic]
-    assert (signals[-1]["model"], signals[-1].get("warming", False)) == ("hs", False)
+    assert (signals[-1]["model"], signals[-1]["flags"]) == ("hs", [])
     assert replay_journal(state / "journal.db") == sent
 
 
