@@ -78,8 +78,8 @@ Commands = Mapping[str, Sequence[str]]
 def serve(config: Config, commands: Commands) -> None:
     """Run the daemon until SIGTERM or SIGINT, and end the process then.
 
-    Threads that still read, such as a long history, are not waited for: a start only reads, and at the end
-    of a stop the journal is closed.
+    Threads that still read, such as a long history, are not waited for: a start writes nothing that cannot be
+    done again, and at the end of a stop the journal is closed.
     """
 
     async def main() -> None:

@@ -74,7 +74,7 @@ def every_bar(
 
 def last_bars(state_dir: Path, calendars: Calendars, now: int, length: int) -> Iterator[tuple[Bar, ...]]:
     """The last `length` bars of each symbol that closed by `now`, as they were received."""
-    bars, _ = _every_bar(state_dir, calendars, now, lambda _count: None)
+    bars, _ = _every_bar(state_dir, calendars, now, lambda _count: None, length)
     for _, own in bars.group_by("symbol", maintain_order=True):
         yield tuple(bars_of_frame(own.sort("close_time").tail(length).lazy()))
 
@@ -104,10 +104,17 @@ def latest(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
     return pl.concat(frames).unique(KEY, keep="last", maintain_order=True)
 
 
-def read_archive(folder: Path, symbols: Sequence[str] | None = None) -> pl.DataFrame:
-    """The bars in the files of an archive or an export, of these symbols."""
-    days = [_read(path, symbols) for path in sorted(folder.glob("bars-*.parquet"))]
-    return pl.concat([pl.DataFrame(schema=SCHEMA), *days])
+def read_archive(
+    folder: Path, symbols: Sequence[str] | None = None, length: int | None = None
+) -> pl.DataFrame:
+    """The bars in the files of an archive or an export, of these symbols; of each the last `length`."""
+    days = (_read(path, symbols) for path in sorted(folder.glob("bars-*.parquet")))
+    known = pl.DataFrame(schema=SCHEMA)
+    if length is None:
+        return pl.concat([known, *days])
+    for day in days:  # one after another: an archive may be larger than the memory
+        known = _newest(pl.concat([known, day]), length)
+    return known
 
 
 def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
@@ -141,12 +148,26 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
 
 
 def _every_bar(
-    state_dir: Path, calendars: Calendars, now: int, progress: Callable[[int], None]
+    state_dir: Path,
+    calendars: Calendars,
+    now: int,
+    progress: Callable[[int], None],
+    length: int | None = None,
 ) -> tuple[pl.DataFrame, list[Adjustment]]:
+    """See `every_bar`; with a `length`, each source is cut to so many bars of a symbol before they meet."""
     # The journal first: what leaves it meanwhile is in the archive before.
-    warm, own, adjustments = _journalled(state_dir / "journal.db", progress)
-    older = [warm, _history(state_dir, calendars, now), read_archive(state_dir / "archive")]
-    return latest([*older, own]), adjustments
+    warm, own, adjustments = _journalled(state_dir / "journal.db", progress, length)
+    history = _history(state_dir, calendars, now, length=length)
+    archive = read_archive(state_dir / "archive", length=length)
+    return latest([warm, history, archive, own]), adjustments
+
+
+def _newest(bars: pl.DataFrame, length: int) -> pl.DataFrame:
+    """The rows of the last `length` closes of each symbol, in their order."""
+    closes = bars.select(KEY).unique().sort("close_time").group_by("symbol").tail(length)
+    first = closes.group_by("symbol").agg(first=pl.col("close_time").min())
+    kept = bars.join(first, on="symbol", maintain_order="left")
+    return kept.filter(pl.col("close_time") >= pl.col("first")).drop("first")
 
 
 def _read(path: Path, symbols: Sequence[str] | None, timeframe: str | None = None) -> pl.DataFrame:
@@ -166,7 +187,11 @@ def _read(path: Path, symbols: Sequence[str] | None, timeframe: str | None = Non
 
 
 def _history(
-    state_dir: Path, calendars: Calendars, now: int, symbols: Sequence[str] | None = None
+    state_dir: Path,
+    calendars: Calendars,
+    now: int,
+    symbols: Sequence[str] | None = None,
+    length: int | None = None,
 ) -> pl.DataFrame:
     files = history_files(state_dir / "history")
     if not files:
@@ -175,11 +200,13 @@ def _history(
     missing = [
         pl.lit(None, dtype).alias(name) for name, dtype in SCHEMA.items() if name in ("trades", "vwap")
     ]
+    if length is not None:
+        frame = frame.group_by("symbol", maintain_order=True).tail(length)
     return frame.with_columns(*missing).select(*SCHEMA).collect()
 
 
 def _journalled(
-    path: Path, progress: Callable[[int], None]
+    path: Path, progress: Callable[[int], None], length: int | None
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment]]:
     """The bars of warm-ups, the bars that were received since the base, and every declaration."""
     if not path.is_file():
@@ -201,6 +228,8 @@ def _journalled(
                 came.append(_frame(rows).unique([*KEY, *VALUES], keep="first", maintain_order=True))
                 count += len(came[-1])
                 progress(count)
+                if length is not None:
+                    came, warm = [_newest(pl.concat(came), length)], [_newest(pl.concat(warm), length)]
     finally:
         journal.close()
     first_wins = pl.concat(warm).unique(KEY, keep="first", maintain_order=True)

@@ -208,9 +208,8 @@ class Pipeline:
                 self._revise(Settings.decode(event.settings))
             case Warmup(_, _, bars, symbol):
                 self.windows.warm(bars)
-                for name in [symbol] if symbol else {bar.symbol for bar in bars} & self.newcomers.keys():
-                    self.newcomers.pop(name, None)
                 if symbol:
+                    self.newcomers.pop(symbol, None)
                     self.lacking[symbol] = self.windows.newest(symbol)
             case Activation():
                 self.model, self.fingerprint, self._forecaster = event.model, event.fingerprint, None

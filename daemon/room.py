@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from barcast.models import ConfigError, DiskFullError
@@ -53,9 +53,13 @@ def make(folder: Path) -> None:
 
 def hand_over(path: Path) -> None:
     """Give a new file to whom its folder belongs: root may work on the state of a service."""
-    owner = path.parent.stat()
-    with suppress(PermissionError):
-        os.chown(path, owner.st_uid, owner.st_gid)
+    owner, own = path.parent.stat(), path.stat()
+    if (own.st_uid, own.st_gid) != (owner.st_uid, owner.st_gid):
+        try:
+            os.chown(path, owner.st_uid, owner.st_gid)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EINVAL):  # not root; or the owner is of elsewhere
+                raise
 
 
 @contextmanager

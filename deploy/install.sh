@@ -151,7 +151,7 @@ rollback() {
 }
 
 uninstall() {
-  enabled=$(cd "$units" && ls -d ./*.wants/barcast@*.service 2>/dev/null | sed 's,.*/,,' | tr '\n' ' ')
+  enabled=$(ls -d "$units"/*.wants/barcast@*.service 2>/dev/null | sed 's,.*/,,' | tr '\n' ' ')
   if [ -z "$DESTDIR" ] && [ -d /run/systemd/system ]; then
     systemctl stop 'barcast@*.service' 'barcast-retrain@*.socket' 'barcast-retrain@*.service'
   fi

@@ -871,7 +871,7 @@ CASES |= {
         "journal.db | newest record | 2096-10-02 | set the clock right",
     ),
     "journal: of a model that is gone": (
-        journal(sql(GONE)),
+        journal(sql(GONE), "run"),
         "models/0123456789abcdef/model.json | No such file | check the path of the model",
     ),
     "capture: no file": (captured(b"", "absent.txt"), "absent.txt | no such file | name the lines"),

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from barcast.backtest.replay import replay_journal
+from barcast.daemon import bars as daemon_bars
 from barcast.daemon import start as daemon_start
 from barcast.daemon.app import Daemon, WallClock
 from barcast.daemon.bars import known_bars
@@ -155,6 +156,8 @@ def test_model_that_looks_back_further_finds_all_that_is_known(tmp_path, monkeyp
     minutes = [[(b.symbol, (b.close_time - START) // MINUTE) for b in part.bars] for part in parts]
     assert minutes == [[("A", m) for m in range(101, 1001)], [("B", m) for m in range(301, 1001)]]
     assert warmth(daemon.config, 709, 709, last, START + 2000 * MINUTE) == []
+    monkeypatch.setattr(daemon_bars, "AT_ONCE", 100)  # read in pieces, each cut to what is wanted
+    assert warmth(daemon.config, 900, 709, last, START + 2000 * MINUTE) == parts
     daemon.scribe.close()
 
 
