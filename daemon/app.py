@@ -228,7 +228,7 @@ class Daemon:
                 planner.start()
             self.state = "ready"
             self.metrics.serving = True
-            self.notifier.send("READY=1")
+            self.notifier.send("READY=1", f"STATUS=no broker: {self.link.fault}")
             log.info("ready", instance=self.config.instance, model=self.succession.champion.model)
             await self.stop.wait()
             log.info("stopping")

@@ -155,7 +155,7 @@ def test_daemon_serves_in_its_sandbox(machine):
     for name in ("plain", "deep"):
         machine.run("systemctl", "start", f"barcast@{name}")
         assert restarts(machine, f"barcast@{name}") == (0, "active")
-        assert machine.show(f"barcast@{name}", "StatusText") == "serving"
+        machine.wait("the broker", lambda name=name: machine.show(f"barcast@{name}", "StatusText") == "ready")
     for name, symbols in (("plain", ["AAPL"]), ("deep", SYMBOLS)):
         seen = signals(market(machine, name, symbols))
         assert sorted(seen) == sorted(symbols), machine.journal(f"barcast@{name}")
