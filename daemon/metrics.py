@@ -133,7 +133,7 @@ class Metrics(Collector):
             "recovered": p is not None,
             "serving": self.serving,
             "connected": p is not None and p.link.connected.is_set(),
-            "hearing": p is not None and p.link.greeted and not p.link.deaf,
+            "hearing": p is not None and _hears(p.link),
             "moving": p is not None and p.vitals.moving,
             "journal": self._answered and p is not None and not p.scribe.full,
             "model": p is not None and p.pipeline.model is not None,
@@ -284,6 +284,11 @@ class Metrics(Collector):
         yield _gauge("journal_size_bytes", "The journal's files.", storage.journal)
         yield _gauge("state_dir_free_bytes", "Room on the state directory's disk.", storage.free)
         yield _gauge("disk_full", "Whether all waits for room on that disk.", p.scribe.full)
+
+
+def _hears(link: Link) -> bool:
+    """Whether bars come by the connection; without one, that is what is wrong, and not this."""
+    return not link.deaf and (link.greeted or not link.connected.is_set())
 
 
 def _storage(pending: int, journal: Path, state_dir: Path) -> Storage:
