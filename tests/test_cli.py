@@ -200,7 +200,7 @@ def test_a_file_that_cannot_be_written_is_found_before_the_work(run, tmp_path, c
 
 def test_trees_and_an_ensemble_are_trained_and_tested(run, tmp_path, monkeypatch):
     """Both kinds come out of `train`, are shown on held-out bars, and serve in a backtest and a forecast."""
-    for place, least in ((gbm, "ROUNDS"), (ensemble, "ORIGINS"), (cli, "HELD_OUT")):
+    for place, least in ((gbm, "ROUNDS"), (ensemble, "ORIGINS"), (cli.training, "HELD_OUT")):
         monkeypatch.setattr(place, least, 100)
     history = [SAMPLE, *DAILY, "--symbol", "IBM", "--until", "2005-01-01"]
     trees, mix = str(tmp_path / "trees"), str(tmp_path / "mix")

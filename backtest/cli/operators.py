@@ -1,0 +1,412 @@
+"""Commands of those who run a daemon."""
+
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from barcast.backtest.cli.terminal import (
+    LIVE,
+    ConfigFile,
+    Files,
+    OtherCalendars,
+    Parent,
+    Since,
+    Stamped,
+    Symbols,
+    Until,
+    app,
+    in_folder,
+    moment,
+    now_and_then,
+    others_of,
+    out,
+    progressing,
+    tell,
+)
+from barcast.backtest.cli.training import epochs, tell_model
+from barcast.models import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from barcast.daemon.config import Config
+    from barcast.models import Window
+
+REST_SECONDS = 0.005
+"""How long a compaction leaves the journal to the daemon after each of its commits."""
+
+
+@app.command(rich_help_panel=LIVE)
+def run(config: ConfigFile) -> None:
+    """Run the daemon: bars from the broker in, signals out, until SIGTERM or Ctrl-C."""
+    from barcast.daemon import log
+    from barcast.daemon.app import serve
+    from barcast.daemon.config import load
+
+    settings = load(config)
+    log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
+    parent = ["--parent", str(os.getpid())]
+    serve(settings, {verb: [*command, *parent] for verb, command in _children(config).items()})
+
+
+@app.command(rich_help_panel=LIVE)
+def worker(config: ConfigFile) -> None:
+    """Train or judge for a daemon: once, as it asks for on the listening socket in standard input.
+
+    systemd starts this when the daemon connects, in a unit with limits of its own.
+    """
+    import socket
+
+    from barcast.daemon import log
+    from barcast.daemon.config import load
+    from barcast.daemon.worker import work
+
+    settings = load(config)
+    log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
+    try:
+        listener = socket.socket(fileno=sys.stdin.fileno())
+        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError:
+        listening = 0
+    if not listening:
+        raise ConfigError("standard input is no listening socket; let systemd start barcast-retrain@.socket")
+    work(listener, {verb: _children(config)[verb] for verb in ("train", "gate")})
+
+
+@app.command(rich_help_panel=LIVE)
+def check(config: ConfigFile) -> None:
+    """Check a configuration file and say what it means. Starts nothing and loads no model."""
+    from barcast.daemon.config import load
+
+    settings = load(config)
+    settings.mqtt.address("check")
+    others = "".join(f"; {name}: {', '.join(own)}" for name, own in settings.calendars.items())
+    table = Table(title=f"{config} is in order", show_header=False, box=None)
+    for name, value in (
+        ("instance", settings.instance),
+        ("state directory", settings.state_dir),
+        ("broker", f"{settings.mqtt.host}:{settings.mqtt.port}, root {settings.mqtt.root}"),
+        ("bars", f"{settings.timeframe} on calendar {settings.calendar}{others}"),
+        ("symbols", ", ".join(settings.symbols) or "those that come"),
+        ("model", f"{settings.model.name}, at first {settings.model.first}"),
+        ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
+        ("retraining", _occasions(settings)),
+        ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
+    ):
+        table.add_row(name, str(value))
+    out.print(table)
+
+
+def _occasions(settings: "Config") -> str:
+    """When a training is wanted."""
+    asked = settings.retrain
+    if asked is None:
+        return "never"
+    when = [f"{asked.cron} UTC"] if asked.cron else []
+    when += [f"at an age of {asked.max_age / 86_400e9:g} days"] if asked.max_age else []
+    when += ["at drift"] if asked.drift else []
+    return ", ".join([*when, "on demand"])
+
+
+@app.command(rich_help_panel=LIVE)
+def contract(
+    root: Annotated[str, typer.Option(help="Root topic.")] = "barcast/v1",
+) -> None:
+    """Print what feeds and readers can rely on: an AsyncAPI 3.0 document of all topics and messages."""
+    from barcast.daemon.contract import text
+
+    sys.stdout.write(text(root))
+
+
+@app.command(rich_help_panel=LIVE)
+def publish(
+    files: Files,
+    stamp: Stamped,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take broker, timeframe, calendar and clock from this TOML file, not from options."
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Broker. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Its port. [default: 1883]", min=1, max=65535)] = None,
+    root: Annotated[str | None, typer.Option(help="Root topic. [default: barcast/v1]")] = None,
+    timeframe: Annotated[
+        str | None, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session. Needed without --config.")
+    ] = None,
+    calendar: Annotated[
+        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
+    ] = None,
+    symbol_calendar: OtherCalendars = None,
+    speed: Annotated[
+        float | None,
+        typer.Option(help="Times real time; the first bar is sent at once. [default: 1]", min=0.001),
+    ] = None,
+    symbol: Symbols = None,
+    since: Since = None,
+    until: Until = None,
+) -> None:
+    """Feed bars from files to a broker, each when its close comes on the clock."""
+    import asyncio
+
+    from barcast.daemon import log
+    from barcast.daemon.app import WallClock, rehearsal
+    from barcast.daemon.config import load, parse
+    from barcast.daemon.history import bars, scan
+    from barcast.daemon.publish import publish as send
+    from barcast.daemon.wire import to_text
+
+    log.configure("warning")
+    given: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "root": root,
+        "timeframe": timeframe,
+        "calendar": calendar,
+    }
+    for name, hours in others_of(symbol_calendar).items():
+        given.setdefault("calendars", {}).setdefault(hours, []).append(name)
+    given = {name: value for name, value in given.items() if value is not None}
+    if config is None:
+        mqtt = {name: given.pop(name) for name in ("host", "port", "root") if name in given}
+        values = {"instance": "publish", "state_dir": Path(), "mqtt": mqtt, **given}
+        settings = parse(values, "the command line")
+    elif given:
+        raise typer.BadParameter(f"--{next(iter(given))} is taken from --config: give one of the two")
+    else:
+        settings = load(config)
+    if settings.rehearsal and speed is not None:
+        raise typer.BadParameter("--speed is taken from [rehearsal] in --config: give one of the two")
+    frame = scan(files, stamp.value, settings.bar_calendars(), symbol, moment(since), moment(until))
+    found = list(bars(frame))
+    if settings.rehearsal is None:
+        first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
+        settings = settings.model_copy(update={"rehearsal": rehearsal(first, speed or 1.0)})
+    address = settings.mqtt.address(f"barcast-publish-{settings.instance}")
+    with progressing("publishing", len(found)) as advance:
+
+        def sent(count: int, close_time: int) -> None:
+            advance(count, to_text(close_time))
+
+        asyncio.run(send(found, address, settings.mqtt.root, settings.timeframe, WallClock(settings), sent))
+    out.print(f"published {len(found)} bars")
+
+
+@app.command(rich_help_panel=LIVE)
+def retrain(
+    config: ConfigFile,
+    now: Annotated[bool, typer.Option("--now", help="Ask the running daemon for a training.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With --now: follow it, and say what came of it.")
+    ] = False,
+) -> None:
+    """Say which model serves and how trainings went, or ask the running daemon for one with --now."""
+    from barcast.daemon.config import load
+    from barcast.daemon.control import Order, ask
+
+    if wait and not now:
+        raise typer.BadParameter("--wait goes with --now")
+    settings = load(config)
+    done = ask(settings.state_dir, Order("retrain" if now else "state", wait=wait), tell)
+    if done is None:
+        raise ConfigError(f"no daemon runs on {settings.state_dir}: start `barcast run {config}`")
+    out.print(done, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=LIVE)
+def rollback(
+    config: ConfigFile,
+    to: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model id of the store, or a baseline.")
+    ] = None,
+) -> None:
+    """Let the model that served before serve again, or the one of --to. Twice goes back two models.
+
+    A running daemon changes within a bar; without one the next start does.
+    """
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.config import load
+    from barcast.daemon.control import Order, ask
+
+    settings = load(config)
+    done = ask(settings.state_dir, Order("rollback", to=to), tell)
+    if done is None:
+        from barcast.daemon import log
+        from barcast.daemon.succession import rollback_journal
+
+        log.configure("warning")
+        done = rollback_journal(settings, WallClock(settings).now(), to)
+    out.print(done, highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(hidden=True)
+def train_challenger(
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory to write the challenger into.")],
+    champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+    parent: Parent = None,
+) -> None:
+    """Train a challenger on all bars that an instance knows. The daemon runs this.
+
+    It has the champion's horizons, so that the gate can compare them.
+    """
+    from barcast.daemon import challenger
+    from barcast.daemon.store import ModelStore
+
+    settings, histories = _known(config, parent)
+    card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
+    steps = settings.retrain.steps if settings.retrain else None
+    with epochs() as stand:
+        model, trained = challenger.train_challenger(
+            histories, out_dir, settings.timeframe, card, steps, stand
+        )
+    tell_model(model, trained, out_dir)
+
+
+@app.command(rich_help_panel=LIVE)
+def gate(
+    config: ConfigFile,
+    challenger: Annotated[Path, typer.Argument(help="Checkpoint directory of the challenger.")],
+    champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+    margin: Annotated[
+        float | None,
+        typer.Option(help="Share of CRPS that must be gained; default: [retrain].", min=0, max=1),
+    ] = None,
+    parent: Parent = None,
+) -> None:
+    """Judge a challenger against the champion and the baselines on bars it has not learnt from.
+
+    Prints the verdict as JSON; a refusal is a verdict, not a failure: exit status 0.
+    """
+    import msgspec
+
+    from barcast.daemon.config import Retrain
+    from barcast.daemon.gate import judge
+    from barcast.daemon.store import ModelStore
+
+    settings, histories = _known(config, parent)
+    if margin is None:
+        margin = (settings.retrain or Retrain()).margin
+    say = now_and_then()
+    verdict = judge(
+        challenger,
+        ModelStore(settings.state_dir / "models", settings.timeframe).path(champion),
+        histories,
+        settings.timeframe,
+        margin,
+        settings.model.sampler,
+        settings.model.steps,
+        lambda done, count, window: say(f"judging: {done} of {count} forecasts, {window.symbol}"),
+    )
+    print(msgspec.json.encode(verdict).decode())
+
+
+@app.command(rich_help_panel=LIVE)
+def compact(config: ConfigFile, parent: Parent = None) -> None:
+    """Let leave what is older than `keep`: bars into the archive, messages and models that nothing needs.
+
+    The daemon does so once a day; by hand it may be done while the daemon runs. It takes no more than idle
+    processor time.
+    """
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.config import load
+    from barcast.daemon.retention import compact as do
+    from barcast.daemon.trainer import give_way
+
+    settings = load(config)
+    give_way(19, parent)
+    model = settings.model
+    done = do(
+        settings.state_dir,
+        WallClock(settings).now(),
+        settings.keep,
+        (model.name, model.first),
+        lambda: time.sleep(REST_SECONDS),
+    )
+    print(done.sentence())
+
+
+@app.command(rich_help_panel=LIVE)
+def export(
+    config: ConfigFile,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the files, one a UTC day.")],
+    since: Since = None,
+    until: Until = None,
+) -> None:
+    """Write all bars that an instance knows as Parquet files, which other commands read with --stamp close.
+
+    Prices are as they were received: what was declared of splits and rolls is not applied. Files of the same
+    days are brought up to date; the daemon may run.
+    """
+    import polars as pl
+
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.bars import every_bar, write_days
+    from barcast.daemon.config import load
+
+    settings = load(config)
+    bars, _ = every_bar(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
+    close = pl.col("close_time").to_physical()
+    for end, keeps in ((moment(since), close.ge), (moment(until), close.lt)):
+        bars = bars if end is None else bars.filter(keeps(end))
+    if bars.is_empty():
+        raise DataError(f"{settings.state_dir}: no bar closes in that time: widen it")
+    with in_folder("--out", out_dir):
+        changed = write_days(bars, out_dir, settings.timeframe)
+    days = bars["close_time"].dt.date().n_unique()
+    out.print(f"{bars.height} bars in {days} files, {changed} of them written: {out_dir.absolute()}")
+
+
+@app.command(rich_help_panel=LIVE)
+def replay(
+    journal: Annotated[Path, typer.Argument(help="journal.db of an instance's state directory.")],
+    capture: Annotated[
+        Path | None,
+        typer.Option(
+            help='What a subscriber wrote down, one ["topic", "payload"] a line: compare byte by byte, '
+            "exit 1 on a difference."
+        ),
+    ] = None,
+) -> None:
+    """Compute every message of a recorded live run again, from its journal and the models beside it."""
+    from barcast.backtest.replay import compare, left_until, read_capture, replay_journal
+
+    captured = read_capture(capture) if capture else None
+    messages = replay_journal(journal)
+    signals = sum("/signals/" in m.topic for m in messages)
+    out.print(f"{len(messages)} messages replayed, {signals} of them signals")
+    if captured is not None:
+        difference = compare(messages, captured, left_until(journal))
+        out.print(difference.sentence())
+        if difference.differing or not difference.signals:
+            raise typer.Exit(1)
+
+
+def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]]":
+    """The settings of an instance and all bars that it knows, in a process that gives way to all others."""
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.bars import known_bars
+    from barcast.daemon.config import Retrain, load
+    from barcast.daemon.trainer import give_way
+
+    settings = load(config)
+    give_way((settings.retrain or Retrain()).nice, parent)
+    say = now_and_then()
+    histories = known_bars(
+        settings.state_dir,
+        settings.bar_calendars(),
+        WallClock(settings).now(),
+        lambda count: say(f"reading the bars: {count} of the journal"),
+    )
+    return settings, histories
+
+
+def _children(config: Path) -> dict[str, list[str]]:
+    """Verbs of the daemon's processes about an instance, and the argument list that begins each."""
+    names = {"train": "train-challenger", "gate": "gate", "compact": "compact"}
+    me = [sys.executable, "-m", "barcast.backtest.cli"]
+    return {verb: [*me, name, str(config)] for verb, name in names.items()}

@@ -1,0 +1,397 @@
+"""Commands of those who look for forecasts and strategies that hold."""
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from barcast.backtest.cli.terminal import (
+    FORMATS,
+    HISTORY,
+    Adjustments,
+    CalendarName,
+    Files,
+    ModelName,
+    OtherCalendars,
+    Sampler,
+    Since,
+    Stamped,
+    Steps,
+    Symbols,
+    Timeframe,
+    Until,
+    app,
+    calendars_of,
+    check_output,
+    err,
+    found_timeframe,
+    histories_of,
+    moment,
+    others_of,
+    out,
+    progressing,
+    wide,
+    writing,
+)
+from barcast.models import DataError
+
+if TYPE_CHECKING:
+    from barcast.backtest.evaluate import Evaluation
+    from barcast.backtest.result import BacktestResult
+
+
+@app.command(rich_help_panel=HISTORY)
+def forecast(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName,
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    until: Until = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a symbol, with all levels, for scripts.")
+    ] = False,
+) -> None:
+    """Forecast every symbol from its last bar and print the quantiles, in prices."""
+    import numpy as np
+
+    from barcast.daemon.wire import to_text
+    from barcast.models import Window, check_sampled, open_model, usable
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    forecaster = open_model(model, timeframe, sampler, steps)
+    card = forecaster.card
+    check_sampled(model, card, sampler, steps)
+    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
+    windows = []
+    for name, h in histories.items():
+        if len(h) < card.min_window:
+            err.print(f"{name}: {len(h)} bars, {card.min_window} are needed: left out")
+        else:
+            windows.append(Window(name, h.close_times[-card.window :], h.values[-card.window :]))
+    if not windows:
+        raise DataError(
+            f"No symbol has the {card.min_window} bars that {card.model} needs: give more history."
+        )
+    forecasts = []
+    made = forecaster.forecast(windows)
+    for f, good in zip(made, usable(made, card), strict=True):
+        if good:
+            forecasts.append(f)
+        else:
+            err.print(f"{f.symbol}: the model gave no forecast that can be a price: left out")
+    if not forecasts:
+        raise DataError(
+            f"{card.model} gave no forecast that can be a price: check the bars for wild prices and "
+            "undeclared splits."
+        )
+    if as_json:
+        for f in forecasts:
+            ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
+            prices = (f.reference * np.exp(f.quantiles)).tolist()
+            line = {
+                "symbol": f.symbol,
+                "close_time": to_text(f.close_time),
+                "reference": f.reference,
+                "levels": f.levels,
+                "horizons": [{"bars": h, "end_time": to_text(ends[h - 1])} for h in f.horizons],
+                "quantiles": prices,
+                "rise": f.rise.tolist(),
+                "warming": f.warming,
+                "model": card.model,
+            }
+            print(json.dumps(line))
+        return
+    table = Table(title=f"model {card.model}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    shown = [p for p in (0.05, 0.25, 0.5, 0.75, 0.95) if p in card.levels] or list(card.levels)
+    for column in ("symbol", "close", "until", *(f"q{round(100 * p):02d}" for p in shown)):
+        table.add_column(column, justify="left" if column == "symbol" else "right", no_wrap=True)
+    for f in forecasts:
+        ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
+        table.add_row(f.symbol, f"{f.reference:.5g}", to_text(f.close_time)[:16])
+        for bars, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
+            prices = [f"{row[card.levels.index(p)]:.5g}" for p in shown]
+            table.add_row("", f"+{bars}", to_text(ends[bars - 1])[:16], *prices)
+    wide().print(table)
+
+
+@app.command(rich_help_panel=HISTORY)
+def predict(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName,
+    origins: Annotated[
+        Path,
+        typer.Option(
+            help="Parquet or CSV file with the columns symbol and ts, the time of a bar in the files."
+        ),
+    ],
+    out_file: Annotated[Path, typer.Option("--out", help="Parquet file to write the quantiles to.")],
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+) -> None:
+    """Forecast from many bars of the past, each seen without what came after it.
+
+    Writes a row for each different origin and horizon (bars): symbol, ts, horizon, and the quantiles as log
+    returns from the origin's close: q05, q10 and so on.
+    """
+    check_output("--out", out_file, [*files, origins, *([adjustments] if adjustments else [])])
+    if out_file.suffix == ".csv":
+        raise typer.BadParameter(f"{out_file} is to hold Parquet: name it so", param_hint="--out")
+    from barcast.backtest.predict import predict as quantiles
+    from barcast.daemon.adjustments import read_adjustments
+    from barcast.daemon.history import read_origins, read_windows, scan
+    from barcast.models import check_sampled, open_model
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, None)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    forecaster = open_model(model, timeframe, sampler, steps)
+    check_sampled(model, forecaster.card, sampler, steps)
+    wanted = read_origins(origins, stamp.value, closes)
+    histories = read_windows(scan(files, stamp.value, closes))
+    declared = read_adjustments(adjustments) if adjustments else []
+    with progressing("forecasting", wanted.height) as advance:
+        made = quantiles(forecaster, histories, wanted, str(origins), declared, advance)
+    with writing("--out", out_file):
+        made.write_parquet(out_file)
+    out.print(f"{wanted.height} origins, {made.height} rows: {out_file.absolute()}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=HISTORY)
+def backtest(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName = "fhs",
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="quantile-band, median-drift; may be repeated. Default: both.")
+    ] = None,
+    symbol: Symbols = None,
+    since: Since = None,
+    until: Until = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    commission: Annotated[
+        float, typer.Option(help="Commission in basis points of the traded value.", min=0)
+    ] = 1.0,
+    slippage: Annotated[float, typer.Option(help="Slippage in basis points of the price.", min=0)] = 2.0,
+    report: Annotated[Path, typer.Option(help="HTML file to write the report to.")] = Path("report.html"),
+) -> None:
+    """Replay bars from files through the live path: scores, fills and an HTML report.
+
+    Bars before --since only warm the windows up. A target is filled at the next bar's open.
+    """
+    check_output("--report", report, [*files, *([adjustments] if adjustments else [])])
+    from barcast.backtest.replay import run_backtest
+    from barcast.backtest.report import write_report
+    from barcast.daemon.adjustments import read_adjustments
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    with progressing("replaying", None) as advance:
+        result = run_backtest(
+            files,
+            stamp=stamp.value,
+            model=model,
+            timeframe=timeframe,
+            calendar=calendar,
+            calendars=others_of(symbol_calendar),
+            adjustments=read_adjustments(adjustments) if adjustments else (),
+            strategies=strategy or ["quantile-band", "median-drift"],
+            symbols=symbol,
+            since=moment(since),
+            until=moment(until),
+            sampler=sampler,
+            steps=steps,
+            commission_bp=commission,
+            slippage_bp=slippage,
+            progress=advance,
+        )
+    _print_result(result)
+    if result.meta["warning"]:
+        err.print(str(result.meta["warning"]), style="yellow")
+    with writing("--report", report):
+        write_report(result, report)
+    out.print(f"report: {report.absolute()}")
+
+
+@app.command(rich_help_panel=HISTORY)
+def evaluate(
+    files: Files,
+    stamp: Stamped,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A checkpoint directory, or a baseline such as fhs; may be repeated. hs, which skill is "
+            "measured against, is always there, and all other baselines as long as none is named."
+        ),
+    ] = None,
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    since: Annotated[
+        datetime | None,
+        typer.Option(
+            help="First close of an origin, as --until; default: where no model has learnt from.",
+            metavar="TIME",
+            formats=FORMATS,
+        ),
+    ] = None,
+    until: Until = None,
+    folds: Annotated[int, typer.Option(help="Parts of equal time, one after the other.", min=1)] = 4,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Bars from one origin to the next, on a grid common to all symbols. Default: 1 from a day "
+            "on, else 5.",
+            min=1,
+        ),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
+    ] = None,
+) -> None:
+    """Compare models on identical rolling origins: CRPS, skill, coverage, each with its error.
+
+    Bars before --since only fill the windows.
+    """
+    used = [*files, *([adjustments] if adjustments else [])]
+    for option, path in (("--report", report), ("--json", json_file)):
+        if path is not None:
+            check_output(option, path, used)
+            used.append(path)
+    from barcast.backtest.evaluate import evaluate as compare
+    from barcast.backtest.evaluate import open_field
+    from barcast.backtest.report import write_evaluation
+    from barcast.daemon.history import digest
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    field = open_field(model or [], timeframe)
+    for name, reason in field.left_out.items():
+        err.print(f"{name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
+    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
+    with progressing("forecasting", None) as advance:
+        result = compare(
+            field,
+            list(histories.values()),
+            closes.timeframe,
+            since=moment(since),
+            until=moment(until),
+            folds=folds,
+            stride=stride,
+            progress=advance,
+        )
+    result.meta.update(calendar=calendar, files=[f.name for f in files], files_sha256=digest(files))
+    _print_evaluation(result)
+    if result.meta["warning"]:
+        err.print(str(result.meta["warning"]), style="yellow", markup=False)
+    if report is not None:
+        with writing("--report", report):
+            write_evaluation(result, report)
+        out.print(f"report: {report.absolute()}", soft_wrap=True)
+    if json_file is not None:
+        with writing("--json", json_file):
+            json_file.write_text(result.json())
+        out.print(f"numbers: {json_file.absolute()}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=HISTORY)
+def demo(
+    folder: Annotated[Path, typer.Option(help="Working folder; made anew.")] = Path("demo-run"),
+    broker: Annotated[
+        str | None,
+        typer.Option(
+            help="HOST:PORT of a broker of your own, such as Debian's mosquitto; default: an embedded one."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="How long the bars are fed.", min=5)] = 60.0,
+) -> None:
+    """Show it all on real bars: broker, daemon, signals, a retraining, a replay, a backtest."""
+    from barcast.backtest.demo import Demo
+
+    Demo(folder, broker, seconds, out).run()
+
+
+def _print_result(result: "BacktestResult") -> None:
+    pooled = result.scores.filter(symbol="all")
+    scores = Table(title=f"forecasts of {result.meta['model']}, all symbols pooled", title_justify="left")
+    for column in ("horizon, bars", "forecasts", "CRPS, bp", "in 50 %", "in 80 %", "in 90 %"):
+        scores.add_column(column, justify="right")
+    for row in pooled.iter_rows(named=True):
+        inside = (f"{100 * row[f'coverage_{nominal}']:.1f} %" for nominal in (50, 80, 90))
+        scores.add_row(str(row["horizon"]), str(row["n"]), f"{1e4 * row['crps']:.2f}", *inside)
+    books = Table(title="books, after costs", title_justify="left")
+    for column in ("strategy", "return", "Sharpe", "drawdown", "fills"):
+        books.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in result.portfolio.iter_rows(named=True):
+        sharpe = "-" if row["sharpe"] is None else f"{row['sharpe']:.2f}"
+        percent = (f"{100 * row[name]:.2f} %" for name in ("total_return", "max_drawdown"))
+        total, drawdown = percent
+        books.add_row(row["strategy"], total, sharpe, drawdown, str(row["fills"]))
+    out.print(scores, books)
+
+
+def _print_evaluation(result: "Evaluation") -> None:
+    """A table for each horizon, the best model first; bold is what beats the best baseline."""
+    console = wide()
+    for horizon in result.meta["horizons"]:
+        pooled = result.scores.filter(fold="all", horizon=horizon).sort("crps")
+        n, times = pooled.row(0, named=True)["n"], pooled.row(0, named=True)["times"]
+        best = result.best_baseline(horizon)
+        table = Table(
+            title=f"+{horizon}: {n} forecasts at {times} times",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+            padding=(0, 0, 0, 1),
+        )
+        table.add_column("model", overflow="fold")
+        others = dict.fromkeys(["hs", best])
+        names = (f"% over {other}" for other in others)
+        for name in ("CRPS, bp", *names, "in 50 %", "in 80 %", "in 90 %", "worst"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in pooled.iter_rows(named=True):
+            gains = [result.gain(horizon, row["model"], other) for other in others]
+            over = ["-" if gain is None else f"{gain.value:z.2f} ±{gain.error:.2f} " for gain in gains]
+            last = gains[-1]
+            style = None
+            if last is not None and abs(last.value) > 2 * last.error:
+                over[-1] = f"{over[-1][:-1]}*"
+                style = "bold" if last.value > 0 else None
+            inside = [_share(row[f"coverage_{p}"], row[f"coverage_{p}_error"]) for p in (50, 80, 90)]
+            table.add_row(
+                row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, f"{row['worst']:.3f}", style=style
+            )
+        console.print(table)
+    folds = result.meta["folds"]
+    console.print(
+        f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
+        "error, * a difference of more than two from the best baseline; worst is the largest distance of the "
+        "share of outcomes below a quantile from its level.",
+        highlight=False,
+    )
+    for model, count in result.meta["withheld"].items():
+        out.print(f"{count} origins left out for all, as {model} makes nothing usable of them", markup=False)
+
+
+def _share(value: float | None, error: float | None) -> str:
+    return "-" if value is None or error is None else f"{100 * value:.1f} ±{100 * error:.1f}"

@@ -1,0 +1,250 @@
+"""What the commands share: the options they take, how they say where they stand, how they read bars."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from barcast.models import ConfigError
+
+if TYPE_CHECKING:
+    from barcast.daemon.calendar import Calendars
+    from barcast.models import Window
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+LIVE, HISTORY = "Live", "History"
+"""Where commands stand in the help."""
+
+LINE_SECONDS = 5.0
+"""How often long work says where it stands when nobody watches a terminal."""
+WIDE = 100
+"""Columns that the tables of an evaluation take where there is no terminal."""
+
+
+class Stamp(StrEnum):
+    """Which end of a bar its time names."""
+
+    open = "open"
+    close = "close"
+
+
+FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
+Parent = Annotated[int | None, typer.Option(hidden=True, help="The process to end with.")]
+Files = Annotated[list[Path], typer.Argument(help="Parquet or CSV files with bars, or folders of them.")]
+ConfigFile = Annotated[Path, typer.Argument(help="TOML file of the instance.")]
+Stamped = Annotated[
+    Stamp, typer.Option(help="Whether times in the files are the open or the close of the bar.")
+]
+Timeframe = Annotated[
+    str | None,
+    typer.Option(
+        help="Length of a bar: {n}{s|m|h|d}, or session for exchange days; default: found in the files."
+    ),
+]
+CalendarName = Annotated[str, typer.Option(help="24x7, fx, or a name of exchange_calendars such as XNYS.")]
+OtherCalendars = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--symbol-calendar",
+        metavar="SYMBOL=NAME",
+        help="A symbol that keeps other hours than --calendar, such as EURUSD=fx; may be repeated.",
+    ),
+]
+Adjustments = Annotated[
+    Path | None,
+    typer.Option(
+        help="Parquet or CSV file of splits and rolls: symbol, time, factor (new over old price), kind."
+    ),
+]
+Symbols = Annotated[
+    list[str] | None, typer.Option("--symbol", help="Take this symbol only; may be repeated.")
+]
+Since = Annotated[
+    datetime | None,
+    typer.Option(help="First close: 2025-01-31 or 2025-01-31T16:00:00Z.", metavar="TIME", formats=FORMATS),
+]
+Until = Annotated[
+    datetime | None,
+    typer.Option(
+        help="Take closes before this moment only: 2025-01-31 or 2025-01-31T16:00:00Z.",
+        metavar="TIME",
+        formats=FORMATS,
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Option(
+        help="A checkpoint directory, or a baseline, which needs no training: hs, fhs, ewma, har or garch; "
+        "of bars shorter than a day also with a time-of-week factor: hs-s, fhs-s, ewma-s, har-s or garch-s."
+    ),
+]
+Sampler = Annotated[
+    str | None, typer.Option(help="Of a diffusion model: dpmpp (fast) or ddim; default: the model's own.")
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Of a diffusion model: its evaluations per sample; default: the model's own.", min=2),
+]
+
+
+def others_of(given: list[str] | None) -> dict[str, str]:
+    """Symbol -> calendar, from SYMBOL=NAME."""
+    pairs = [text.partition("=") for text in given or ()]
+    for symbol, equals, name in pairs:
+        if not (symbol and equals and name):
+            raise typer.BadParameter("write SYMBOL=NAME, such as EURUSD=fx", param_hint="--symbol-calendar")
+    return {symbol: name for symbol, _, name in pairs}
+
+
+def found_timeframe(files: list[Path], stamp: Stamp, calendar: str, symbols: list[str] | None) -> str:
+    """The timeframe of the files, and say so; days of an exchange are its sessions."""
+    from barcast.daemon.history import find_timeframe
+
+    found, how = find_timeframe(files, stamp.value, symbols)
+    text = "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text
+    err.print(f"timeframe {text}: {how}", highlight=False, markup=False, soft_wrap=True)
+    return text
+
+
+def calendars_of(calendar: str, others: list[str] | None, timeframe: str) -> "Calendars":
+    """The bar closes of each symbol."""
+    from barcast.daemon.calendar import Calendars
+    from barcast.daemon.timeframe import Timeframe as Parsed
+
+    return Calendars(calendar, Parsed.parse(timeframe), others_of(others))
+
+
+def histories_of(
+    files: list[Path],
+    stamp: Stamp,
+    calendars: "Calendars",
+    symbols: list[str] | None,
+    until: datetime | None,
+    adjustments: Path | None,
+) -> "dict[str, Window]":
+    """The whole history of each symbol, on the price basis of its newest bar."""
+    from barcast.daemon.adjustments import adjusted, read_adjustments
+    from barcast.daemon.history import read_windows, scan
+
+    windows = read_windows(scan(files, stamp.value, calendars, symbols, None, moment(until)))
+    return adjusted(windows, read_adjustments(adjustments)) if adjustments else windows
+
+
+def moment(time: datetime | None) -> int | None:
+    """A time given on the command line, which is UTC, in nanoseconds."""
+    from barcast.daemon.wire import to_ns
+
+    return None if time is None else to_ns(time.replace(tzinfo=UTC))
+
+
+def tell(line: str) -> None:
+    """Say a line beside what the command prints."""
+    err.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def now_and_then() -> Callable[[str], None]:
+    """Says a line every few seconds: whoever listens takes silence for a fault."""
+    said = time.monotonic()
+
+    def say(line: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= LINE_SECONDS:
+            said = time.monotonic()
+            tell(line)
+
+    return say
+
+
+def wide() -> Console:
+    """The terminal, or where there is none room enough for any table."""
+    return out if out.is_terminal else Console(width=max(out.width, WIDE))
+
+
+def check_output(option: str, path: Path, others: Iterable[Path]) -> None:
+    """Try whether a file can be written, before work is spent on what goes in; leave it as it is.
+
+    It must be none of the `others`, which are read or written, too.
+    """
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
+    for other in others:
+        if path.resolve() == other.resolve():
+            raise typer.BadParameter(
+                f"{path} is in use by this very command: name another file", param_hint=option
+            )
+    with writing(option, path):
+        try:
+            with path.open("ab") if path.exists() else TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextmanager
+def in_folder(option: str, path: Path) -> Iterator[None]:
+    """Make what forbids writing into a folder the option's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: {error}; name a folder that you may write, with room in it") from error
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Make the folder of a file that is about to be written; what forbids writing is the option's fault."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise ConfigError(f"{option}: {error}; name a file that you may write") from error
+
+
+@contextmanager
+def progressing(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """A progress bar on a terminal, a log line every few seconds elsewhere.
+
+    Gives a function (done since the last call, what is at hand).
+    """
+    if err.is_terminal:
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        with Progress(*columns, console=err, transient=True) as bar:
+            task = bar.add_task("", total=total)
+            yield lambda count, text: bar.update(task, advance=count, description=text)
+        return
+    import structlog
+
+    from barcast.daemon import log
+
+    log.configure()
+    logger = structlog.get_logger()
+    done, last = 0, time.monotonic()
+
+    def line(count: int, text: str) -> None:
+        nonlocal done, last
+        done += count
+        if time.monotonic() - last > LINE_SECONDS:
+            last = time.monotonic()
+            logger.info(what, at=text, **({"done": done, "of": total} if total else {}))
+
+    yield line

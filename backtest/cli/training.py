@@ -1,0 +1,317 @@
+"""Training on the command line: with progress, and with what was chosen."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from barcast.backtest.cli.terminal import (
+    HISTORY,
+    Adjustments,
+    CalendarName,
+    Files,
+    OtherCalendars,
+    Stamped,
+    Symbols,
+    Timeframe,
+    Until,
+    app,
+    calendars_of,
+    err,
+    found_timeframe,
+    histories_of,
+    progressing,
+    tell,
+)
+from barcast.models import LEVELS, ConfigError, DataError, default_horizons
+
+if TYPE_CHECKING:
+    from barcast.models import Window
+    from barcast.models.optimiser import Progress as Stand
+    from barcast.models.trained import Model
+
+HELD_OUT = 1000
+"""How many forecasts a new model is shown beside the baselines on, about."""
+
+
+class Kind(StrEnum):
+    """What is trained."""
+
+    sssd = "sssd"
+    lgbm = "lgbm"
+    ensemble = "ensemble"
+
+
+class Precision(StrEnum):
+    """In which numbers the losses of a training are computed."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@app.command(rich_help_panel=HISTORY)
+def train(
+    files: Files,
+    stamp: Stamped,
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="Directory for the checkpoint; one that is there must be a checkpoint."),
+    ],
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    until: Until = None,
+    horizon: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Bars ahead; may be repeated. Default: 1, 5, 20 from a day on, else 1, 4, 16; of an "
+            "ensemble, those of its first checkpoint."
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps of each phase; default: from the data.", min=1)
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Cap on the training, half for each phase; that it was hit is recorded.", min=0),
+    ] = None,
+    init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(help="Share of the newest bars that are not learnt from, to judge on.", min=0, max=0.5),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers of sssd and lgbm.")] = 0,
+    kind: Annotated[
+        Kind,
+        typer.Option(
+            help="sssd, the diffusion model; lgbm, boosted trees (needs the extra baselines); or ensemble."
+        ),
+    ] = Kind.sssd,
+    member: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Of an ensemble: a baseline or a checkpoint directory; to be repeated."
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="Numbers of the losses; bf16 pays only where the processor is built for it."),
+    ] = Precision.fp32,
+    accumulate: Annotated[
+        int, typer.Option(help="Parts in which a batch is computed, one after another.", min=1)
+    ] = 1,
+) -> None:
+    """Train a model on bars closed before --until and write a checkpoint.
+
+    An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
+    of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --init-from,
+    --precision and --accumulate go with sssd alone.
+
+    The same command again goes on with a training that was interrupted. Several processes share a training
+    under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
+    """
+    wrong: dict[str, object] = {"--seed": seed} if kind == Kind.ensemble else {"--member": member}
+    if kind != Kind.sssd:
+        wrong |= {"--steps": steps, "--minutes": minutes, "--init-from": init_from}
+        wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
+    for option, given in wrong.items():
+        if given:
+            raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
+    _train(
+        histories,
+        out_dir,
+        timeframe,
+        kind=kind,
+        members=member or (),
+        horizons=tuple(horizon) if horizon else None,
+        steps=steps,
+        minutes=minutes,
+        init_from=init_from,
+        hold_out=hold_out,
+        seed=seed,
+        precision=precision,
+        accumulate=accumulate,
+    )
+    if hold_out:
+        _print_held_out(histories, out_dir, timeframe)
+    if kind == Kind.sssd:
+        from barcast.models import optimiser
+
+        optimiser.leave()
+
+
+def _train(
+    histories: "dict[str, Window]",
+    out_dir: Path,
+    timeframe: str,
+    *,
+    kind: Kind,
+    members: Sequence[str],
+    horizons: tuple[int, ...] | None,
+    steps: int | None,
+    minutes: float | None,
+    init_from: Path | None,
+    hold_out: float,
+    seed: int,
+    precision: str,
+    accumulate: int,
+) -> None:
+    """Train, or go on with what was interrupted, and write the model; helping processes end here."""
+    from barcast.models import ensemble, gbm, optimiser, training
+    from barcast.models.checkpoint import check_target, load, open_member, save
+    from barcast.models.trained import Trained
+
+    try:
+        out_dir = check_target(out_dir)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {error}; name a directory that you may write") from error
+    start = None
+    if init_from:
+        first = load(init_from)
+        if not isinstance(first.trained, Trained):
+            raise ConfigError(f"--init-from: {init_from} is no sssd; name one, or train from scratch")
+        start = first.model, first.trained
+    bars = list(histories.values())
+    outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
+    outputs |= {"levels": LEVELS, "hold_out": hold_out}
+    trained: Model
+    state = out_dir.with_name(f".{out_dir.name}.training")
+    if kind == Kind.sssd:
+        with epochs() as stand:
+            trained = training.train(
+                bars,
+                **outputs,
+                steps=steps,
+                seconds=None if minutes is None else 60 * minutes,
+                clock=time.monotonic,
+                init_from=start,
+                seed=seed,
+                precision=precision,
+                accumulate=accumulate,
+                state=state,
+                progress=stand,
+            )
+        if not optimiser.is_main():
+            optimiser.leave()
+    else:
+        with progressing("training", None) as advance:
+
+            def say(text: str) -> None:
+                advance(0, text)
+
+            if kind == Kind.ensemble:
+                opened = [open_member(name) for name in members]
+                known = next((m.trained for m in opened if m.trained is not None), None)
+                if horizons is None and known is not None:
+                    outputs["horizons"] = known.forecaster("", None, None).card.horizons
+                trained = ensemble.train(bars, opened, **outputs, progress=say)
+            else:
+                trained = gbm.train(bars, **outputs, seed=seed, progress=say)
+    model = save(trained, out_dir)
+    state.unlink(missing_ok=True)
+    tell_model(model, trained, out_dir)
+
+
+def tell_model(model: str, trained: "Model", out_dir: Path) -> None:
+    """Say which model was written, what was left out of its training, and what was chosen."""
+    from barcast.models.ensemble import Ensemble
+    from barcast.models.trained import Trained
+
+    if left_out := ", ".join(trained.record.left_out):
+        tell(f"left out, as too short or standing still: {left_out}")
+    if isinstance(trained, Ensemble):
+        for line in trained.sentences():
+            tell(line)
+    if isinstance(trained, Trained):
+        step = trained.record.denoiser_step
+        added = f"the diffusion of step {step}, on top of the map"
+        tell(f"chosen by validation: {added if step else 'the map alone, step 0 of diffusion'}")
+    tell(f"model {model} written to {out_dir}")
+
+
+@contextmanager
+def epochs() -> "Iterator[Callable[[Stand], None]]":
+    """Show a training: a bar with the time left on a terminal, a log line for each epoch elsewhere."""
+    if err.is_terminal:
+        columns = (BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        with Progress(*columns, console=err, transient=True) as bar:
+            task, crps = bar.add_task("training", total=None), ""
+
+            def show(p: "Stand") -> None:
+                nonlocal crps
+                if p.note:
+                    err.print(p.note, markup=False, soft_wrap=True)
+                crps = crps if p.crps is None else f" crps {p.crps:.4f}"
+                loss = "" if p.loss is None else f" loss {p.loss:.4f}"
+                text = f"{p.phase} {p.step}/{p.steps}{loss}{crps}"
+                bar.update(task, total=p.total, completed=p.done, description=text)
+
+            yield show
+        return
+    import structlog
+
+    from barcast.daemon import log
+
+    log.configure()
+    logger = structlog.get_logger()
+
+    def line(p: "Stand") -> None:
+        if p.note:
+            logger.info("resume", note=p.note)
+        if p.crps is not None:
+            logger.info("epoch", phase=p.phase, step=p.step, steps=p.steps, loss=p.loss, crps=p.crps)
+
+    yield line
+
+
+def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:
+    """Show how a new model does beside the baselines on the bars that its training left for the gate."""
+    from barcast.daemon.wire import to_text
+    from barcast.models import BASELINES, compare, even_stride
+    from barcast.models.checkpoint import load
+
+    checkpoint = load(model)
+    mine, record = checkpoint.forecaster(), checkpoint.trained.record
+    others = [BASELINES[name](timeframe, mine.card.horizons, mine.card.levels) for name in ("hs", "fhs")]
+    held_out = sum(int((w.close_times >= record.validation_end).sum()) for w in histories.values())
+    try:
+        scores = compare(
+            [mine, *others],
+            list(histories.values()),
+            since=record.validation_end,
+            until=record.until,
+            stride=even_stride(held_out, HELD_OUT),
+        )
+    except DataError as error:
+        err.print(f"no score on held-out bars: {error}")
+        return
+    period = f"{to_text(record.validation_end)[:10]} to {to_text(record.until)[:10]}"
+    table = Table(
+        title=f"CRPS in bp on {scores[0].n} held-out forecasts, {period}",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    table.add_column("model")
+    for h in mine.card.horizons:
+        table.add_column(f"+{h}", justify="right")
+        table.add_column("in 90 %", justify="right")
+    for score in scores:
+        cells = []
+        for h in range(len(score.horizons)):
+            inside = score.coverage[h, score.intervals.index(0.9)] if 0.9 in score.intervals else float("nan")
+            cells += [f"{1e4 * score.crps[h]:.2f}", f"{100 * inside:.1f} %"]
+        table.add_row(score.model, *cells)
+    err.print(table)

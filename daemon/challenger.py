@@ -1,0 +1,49 @@
+"""The training of a challenger: the same in a process of the daemon and in a replay."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from barcast.models import Card, Window
+
+if TYPE_CHECKING:
+    from barcast.models.optimiser import Progress
+    from barcast.models.trained import Trained
+
+HELD_OUT_SHARE = 0.1
+"""Of the newest bars, which a challenger does not learn from: the gate judges on them."""
+
+
+def train_challenger(
+    histories: Mapping[str, Window],
+    out: Path,
+    timeframe: str,
+    champion: Card,
+    steps: int | None,
+    progress: "Callable[[Progress], None]",
+) -> "tuple[str, Trained]":
+    """Train on all bars and write the checkpoint `out`; return its id and the model.
+
+    It has the champion's horizons and levels, so that the gate can compare them. `steps` are those of each
+    phase, None: from the data. The same call again goes on with one that was interrupted. Raise as
+    `barcast.models.training.train` does.
+    """
+    from barcast.models import training
+    from barcast.models.checkpoint import check_target, save
+
+    out = check_target(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    state = out.with_name(f".{out.name}.training")
+    trained = training.train(
+        list(histories.values()),
+        timeframe=timeframe,
+        horizons=champion.horizons,
+        levels=champion.levels,
+        hold_out=HELD_OUT_SHARE,
+        steps=steps,
+        state=state,
+        progress=progress,
+    )
+    model = save(trained, out)
+    state.unlink(missing_ok=True)
+    return model, trained
