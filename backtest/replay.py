@@ -1,14 +1,16 @@
 """The replay composition root: the very path that runs live, fed from history or from a journal."""
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import polars as pl
@@ -16,13 +18,15 @@ import polars as pl
 from barcast.backtest.ledger import Ledger
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
+from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.bars import serves_nothing
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.events import events, restore
+from barcast.daemon.config import Retrain, duration
+from barcast.daemon.events import Champion, events, restore
 from barcast.daemon.history import Stamp, bars, digest, scan
 from barcast.daemon.journal import Journal, Kind
-from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, pass_over, run
+from barcast.daemon.pipeline import MAX_JUMP, Pipeline, Settings, StrategySettings, pass_over, run
 from barcast.daemon.ports import (
     Activation,
     Arrival,
@@ -53,16 +57,35 @@ Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
 
 
+class Agenda(Protocol):
+    """What is done at moments of its own between the events of a replay."""
+
+    @property
+    def next(self) -> int | None:
+        """The next such moment, in nanoseconds."""
+        ...
+
+    def came(self, time: int) -> None:
+        """Take note that bars came."""
+        ...
+
+    def act(self, now: int) -> Iterable[Event]:
+        """Do what is due; return what the path has to know of it."""
+        ...
+
+
 class ReplaySource:
     """Events in order of their time, and a clock that jumps from one to the next.
 
     After the last event the clock jumps from deadline to deadline, so that no group stays behind; with `end`
-    (nanoseconds), not beyond that.
+    (nanoseconds), not beyond that. What is on the `agenda` comes after the events of its moment and the
+    groups that are due by then.
     """
 
-    def __init__(self, events: Iterable[Event], end: int | None = None) -> None:
-        self._events, self._end = iter(events), end
+    def __init__(self, events: Iterable[Event], end: int | None = None, agenda: Agenda | None = None) -> None:
+        self._events, self._end, self._agenda = iter(events), end, agenda
         self._ahead: Event | None = next(self._events, None)
+        self._decided: deque[Event] = deque()
         self._now = 0
 
     def now(self) -> int:
@@ -71,17 +94,24 @@ class ReplaySource:
 
     async def next(self, deadline: int | None) -> Event | None:
         """See `Source.next`."""
-        event = self._ahead
-        if event is None:
-            if deadline is None or (self._end is not None and deadline > self._end):
+        while not self._decided:
+            event, agenda = self._ahead, self._agenda
+            if event is None and (deadline is None or (self._end is not None and deadline > self._end)):
                 raise EndOfSource
-            self._now = deadline
-            return None
-        if deadline is not None and deadline < event.time:
-            self._now = deadline
-            return None
-        self._now, self._ahead = event.time, next(self._events, None)
-        return event
+            ahead = None if event is None else event.time
+            first = min(time for time in (deadline, ahead) if time is not None)
+            if agenda is not None and agenda.next is not None and agenda.next < first:
+                self._now = agenda.next
+                self._decided.extend(agenda.act(self._now))
+                continue
+            self._now = first
+            if event is None or event.time > first:
+                return None
+            self._ahead = next(self._events, None)
+            if agenda is not None and isinstance(event, Arrival):
+                agenda.came(event.time)
+            return event
+        return self._decided.popleft()
 
 
 class Recording:
@@ -120,20 +150,27 @@ def drive(coroutine: Coroutine[Any, Any, None]) -> None:
     raise RuntimeError("a replay waited for something outside of it")
 
 
-def replay(source: Iterable[Event], pipeline: Pipeline, sink: Sink, end: int | None = None) -> None:
+def replay(
+    source: Iterable[Event],
+    pipeline: Pipeline,
+    sink: Sink,
+    end: int | None = None,
+    agenda: Agenda | None = None,
+) -> None:
     """Drive the path with events until their end, and on to the last group that waits, or is due by `end`."""
-    drive(run(ReplaySource(source, end), pipeline, sink))
+    drive(run(ReplaySource(source, end, agenda), pipeline, sink))
 
 
-class _Digest:
+class _Messages:
     """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared.
 
-    It also keeps why each symbol was withheld the last time.
+    It hands signals on to the walk-forward, and keeps why each symbol was withheld the last time.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.sha256 = hashlib.sha256()
         self.withheld: dict[str, str] = {}
+        self.walk: WalkForward | None = None
         self._ledger = ledger
 
     def accepted(self, bar: Bar) -> None:
@@ -151,8 +188,11 @@ class _Digest:
     async def emit(self, outcome: Outcome) -> None:
         """Hash the outcome's messages and hand it on."""
         self.withheld |= outcome.withheld
-        for message in wire.messages(outcome):
+        sent = wire.messages(outcome)
+        for message in sent:
             self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
+        if self.walk is not None:
+            self.walk.said([(m.topic, m.payload) for m in sent if "/signals/" in m.topic])
         await self._ledger.emit(outcome)
 
 
@@ -171,8 +211,12 @@ def run_backtest(
     until: Moment | None = None,
     sampler: str | None = None,
     steps: int | None = None,
+    max_jump: float = MAX_JUMP,
     commission_bp: float = 1.0,
     slippage_bp: float = 2.0,
+    retrain: Retrain | None = None,
+    training_time: str = "30m",
+    models: Path | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -183,6 +227,11 @@ def run_backtest(
     at that moment; a target is filled at the next bar's open. `calendars` (symbol -> name) are those of
     symbols that keep other hours than `calendar`; an adjustment takes effect with the first bar after its
     time.
+
+    With `retrain`, as in the configuration of a daemon, challengers are trained when they would be live, of
+    which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the bars that closed when
+    it was asked for, and is judged, and may take over, `training_time` (such as 30m) later. Models that
+    served are kept in the folder `models`, if one is named.
     Raise DataError for bars that cannot be used, ConfigError for settings, CheckpointError for the model.
     """
     if stamp not in ("open", "close"):
@@ -201,6 +250,7 @@ def run_backtest(
         calendars=dict(calendars),
         symbols=tuple(symbols or ()),
         max_wait=1,
+        max_jump=max_jump,
         sampler=sampler,
         steps=steps,
         strategies=tuple(StrategySettings(s, s, {}) if isinstance(s, str) else s for s in strategies),
@@ -216,9 +266,9 @@ def run_backtest(
             "end: widen the time."
         )
 
-    def story() -> Iterator[Event]:
+    def story(first: str) -> Iterator[Event]:
         yield Revision(start - 1, settings.encode())
-        yield Activation(start - 1, model, card.fingerprint, card.window)
+        yield Activation(start - 1, first, card.fingerprint, card.window)
         yield Warmup(start - 1, "", tuple(bars(before)))
         for adjustment in adjustments:
             yield Declaration(start - 1, adjustment)
@@ -227,11 +277,33 @@ def run_backtest(
             yield arrival
 
     ledger = Ledger(commission_bp, slippage_bp)
-    digested = _Digest(ledger)
-    pipeline = Pipeline(lambda *_: forecaster)
-    replay(story(), pipeline, digested)
+    messages = _Messages(ledger)
+    trainings = pl.DataFrame(schema=TRAININGS)
+    if retrain is None:
+        pipeline = Pipeline(lambda *_: forecaster)
+        replay(story(model), pipeline, messages)
+    else:
+        with TemporaryDirectory() as unnamed:
+            store = ModelStore(models or Path(unnamed), timeframe)
+            first_model = model if model in BASELINES else store.adopt(Path(model))
+            pipeline = Pipeline(store.open)
+            until_known = store.known_until(first_model)
+            champion = Champion(first_model, card.fingerprint, card.window, "first", until=until_known)
+            walk = messages.walk = WalkForward(
+                retrain,
+                duration(training_time),
+                champion,
+                start,
+                frame,
+                adjustments,
+                store,
+                pipeline,
+                lambda text: progress(0, text),
+            )
+            replay(story(first_model), pipeline, messages, agenda=walk)
+            trainings = walk.frame()
     if not ledger.signals().height:
-        why = "; ".join(f"{symbol}: {reason}" for symbol, reason in list(digested.withheld.items())[:3])
+        why = "; ".join(f"{symbol}: {reason}" for symbol, reason in list(messages.withheld.items())[:3])
         raise DataError(f"nothing was forecast ({why or 'no bar is tested'}): give more history, or mend it")
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     return BacktestResult(
@@ -239,6 +311,7 @@ def run_backtest(
         outcomes=outcomes,
         fills=fills,
         equity=equity,
+        trainings=trainings,
         scores=scores(signals, outcomes),
         portfolio=portfolio(equity, fills, closes.periods_per_year),
         meta={
@@ -255,12 +328,27 @@ def run_backtest(
             "strategies": ", ".join(s.name for s in settings.strategies),
             "commission_bp": commission_bp,
             "slippage_bp": slippage_bp,
+            "retraining": _asked(retrain, training_time),
             "files": ", ".join(path.name for path in paths),
             "files_sha256": digest(paths),
-            "messages_sha256": digested.sha256.hexdigest(),
+            "messages_sha256": messages.sha256.hexdigest(),
             **{f"bars_{name}": count for name, count in asdict(pipeline.counts).items()},
         },
     )
+
+
+def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:
+    """What of the schedule counts in a replay."""
+    if retrain is None:
+        return {}
+    return {
+        "cron": retrain.cron,
+        "max_age_days": retrain.max_age and retrain.max_age / 86_400e9,
+        "drift": None if retrain.drift is None else retrain.drift.model_dump(),
+        "steps": retrain.steps,
+        "margin": retrain.margin,
+        "training_time": training_time,
+    }
 
 
 def _ns(moment: Moment | None) -> int | None:

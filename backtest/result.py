@@ -16,6 +16,9 @@ class BacktestResult:
       `horizon`-th next bar), of the forecasts whose horizon has passed.
     - `fills`: strategy, symbol, decided, close_time, price, units, commission, slippage, position.
     - `equity`: strategy, close_time, cash, equity, gross.
+    - `trainings`: a row for each training that was over: asked, reasons, judged, accepted, challenger,
+      champion, challenger_crps, champion_crps, gain and gain_error (shares of CRPS), origins, reason. An
+      accepted challenger serves from `judged` on.
     - `scores`: a row for each symbol and horizon, see `scoring.scores`.
     - `portfolio`: a row for each strategy, see `scoring.portfolio`.
     - `meta`: what identifies the run: config, hashes, calendar, timeframe, costs.
@@ -25,6 +28,7 @@ class BacktestResult:
     outcomes: pl.DataFrame
     fills: pl.DataFrame
     equity: pl.DataFrame
+    trainings: pl.DataFrame
     scores: pl.DataFrame
     portfolio: pl.DataFrame
     meta: dict[str, object]

@@ -101,6 +101,14 @@ def _model(value: str) -> str:
     )
 
 
+def duration(text: str) -> int:
+    """Nanoseconds of a text such as 30m. Raise ConfigError for any other."""
+    try:
+        return int(str(_duration(text)))
+    except ValueError as error:
+        raise ConfigError(f"{text!r}: {error}") from error
+
+
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 Symbol = Annotated[str, AfterValidator(_symbol)]
 Segment = Annotated[str, AfterValidator(_segment)]

@@ -133,12 +133,12 @@ class Lookout:
         journal = Journal(self._config.state_dir / "journal.db", readonly=True)
         try:
             topics = f"{self._config.mqtt.root}/signals/{self._config.timeframe}/"
-            return measure(_reign(journal.sent(topics, ROWS), card, closes), closes)
+            return measure(reign(journal.sent(topics, ROWS), card, closes), closes)
         finally:
             journal.close()
 
 
-def _reign(sent: Iterable[tuple[str, bytes]], card: Card, symbols: Container[str]) -> Iterator[Said]:
+def reign(sent: Iterable[tuple[str, bytes]], card: Card, symbols: Container[str]) -> Iterator[Said]:
     """The signals of some symbols, newest first, back to the first of another model, or as many as matter."""
     closes: set[str] = set()
     for topic, payload in sent:

@@ -1,7 +1,8 @@
 """The schedule of trainings: cron expressions in UTC."""
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
@@ -39,3 +40,11 @@ def scheduler(expression: str, job: Callable[[], Awaitable[None]]) -> AsyncIOSch
         job, cron(expression), id="retrain", misfire_grace_time=None, coalesce=True, max_instances=1
     )
     return planner
+
+
+def occasions(expression: str, after: int) -> Iterator[int]:
+    """When the cron expression fires after a moment, one time after the other, in nanoseconds."""
+    trigger, last = cron(expression), datetime.fromtimestamp(after // 10**9, UTC)
+    while (found := trigger.get_next_fire_time(last, last)) is not None:
+        last = found
+        yield int(found.timestamp()) * 10**9
