@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from barcast.backtest.replay import compare, read_capture, replay_journal, run_backtest
+from barcast.backtest.replay import run_backtest
 from barcast.backtest.report import write_report
 from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.backtest.verify import compare, read_capture, replay_journal
 from barcast.daemon import wire
 from barcast.daemon.app import rehearsal
 from barcast.daemon.calendar import Calendar

@@ -9,8 +9,9 @@ import polars.testing
 import pytest
 
 from barcast.backtest import cli
-from barcast.backtest.replay import read_capture, run_backtest
+from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.backtest.verify import read_capture
 from barcast.daemon.adjustments import read_adjustments
 from barcast.models import ConfigError, DataError, ensemble, gbm
 

@@ -373,7 +373,7 @@ def replay(
     ] = None,
 ) -> None:
     """Compute every message of a recorded live run again, from its journal and the models beside it."""
-    from barcast.backtest.replay import compare, left_until, read_capture, replay_journal
+    from barcast.backtest.verify import compare, left_until, read_capture, replay_journal
 
     captured = read_capture(capture) if capture else None
     messages = replay_journal(journal)

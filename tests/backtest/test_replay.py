@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from barcast.backtest.replay import compare, read_capture, run_backtest
+from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.backtest.verify import compare, read_capture
 from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.wire import Outgoing, to_ns
 from barcast.models import CheckpointError, ConfigError, DataError

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from barcast.backtest import cli
-from barcast.backtest.replay import compare, left_until
+from barcast.backtest.verify import compare, left_until
 from barcast.daemon import journal as journal_module
 from barcast.daemon import retention
 from barcast.daemon.bars import every_bar, known_bars, read_archive

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from barcast.backtest.replay import replay_journal
+from barcast.backtest.verify import replay_journal
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion, Reign, Warmth
 from barcast.daemon.journal import Journal, Kind, Progress

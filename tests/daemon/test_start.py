@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 import pytest
 
-from barcast.backtest.replay import replay_journal
+from barcast.backtest.verify import replay_journal
 from barcast.daemon import bars as daemon_bars
 from barcast.daemon import start as daemon_start
 from barcast.daemon.app import Daemon, WallClock

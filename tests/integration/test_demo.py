@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from barcast.backtest.replay import read_capture
+from barcast.backtest.verify import read_capture
 from tests.integration.broker import Mosquitto, free_port
 
 

@@ -21,7 +21,7 @@ import paho.mqtt.client as paho
 import polars as pl
 import pytest
 
-from barcast.backtest.replay import replay_journal
+from barcast.backtest.verify import replay_journal
 from barcast.daemon.bars import read_archive
 from barcast.daemon.events import events
 from barcast.daemon.journal import Journal, State

@@ -5,7 +5,7 @@ import shutil
 import time
 from datetime import UTC, datetime, timedelta
 
-from barcast.backtest.replay import compare, replay_journal
+from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon.journal import Journal, Kind, State
 from tests.garch import simulate
 from tests.integration.instance import Feed, Instance, Subscriber, rough, write_history

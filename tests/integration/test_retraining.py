@@ -6,7 +6,7 @@ import subprocess
 import time
 from datetime import datetime
 
-from barcast.backtest.replay import compare, replay_journal
+from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon.events import Champion
 from barcast.daemon.journal import Journal, Kind, State
 from tests.garch import simulate
