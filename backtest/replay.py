@@ -183,7 +183,7 @@ class _Messages:
     async def emit(self, outcome: Outcome) -> None:
         """Hash the outcome's messages and hand it on."""
         self.withheld |= outcome.withheld
-        sent = wire.messages(outcome)
+        sent = list(wire.messages(outcome))
         for message in sent:
             self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
         if self.walk is not None:

@@ -1,5 +1,6 @@
 """Walk-forward: trainings on replay time are those of the live schedule, and know nothing of what follows."""
 
+import numpy as np
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
@@ -13,7 +14,8 @@ from barcast.daemon.config import DriftBands, Retrain
 from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.ports import Activation, Arrival, EndOfSource
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Adjustment, ConfigError, open_model
+from barcast.daemon.wire import to_ns
+from barcast.models import Adjustment, ConfigError, Window, open_model
 from tests.garch import simulate
 
 HOUR = 3600 * 10**9
@@ -140,7 +142,7 @@ def test_replay_trains_the_very_model_that_the_daemon_would(whole, hourly, tmp_p
     first = whole.trainings.filter("accepted").row(0, named=True)
     (tmp_path / "history").mkdir()
     hourly.drop("ns").write_parquet(tmp_path / "history" / "bars.parquet")
-    now = int(pl.Series([first["asked"]]).to_physical().item())
+    now = to_ns(first["asked"])
     calendars = Calendars("24x7", Timeframe.parse("1h"))
     known = known_bars(tmp_path, calendars, now)
     card = open_model("fhs", "1h", None, None).card
@@ -177,25 +179,26 @@ def test_training_without_enough_bars_is_told(hourly, times, tmp_path):
 
 
 def test_drift_asks_on_replay_time(tmp_path):
-    """Bars that turn three times as volatile ask for a training, by the coverage of what was published."""
-    calm = simulate("UP", 1000, seed=5).window
-    bars = frame_of(calm).with_columns(pl.col(name).log() for name in VALUES[:4])
-    wild = pl.when(pl.col("ns") > calm.close_times[700]).then(4.0).otherwise(1.0)
-    close = pl.col("close")
-    grown = close.first() + ((close - close.shift(1)) * wild).fill_null(0.0).cum_sum()
-    shift = grown - close
-    bars = bars.with_columns((pl.col(name) + shift).exp() for name in VALUES[:4])
-    bars = bars.with_columns(high=pl.max_horizontal(*VALUES[:4]), low=pl.min_horizontal(*VALUES[:4]))
-    times = bars["ns"].to_list()
-    path = tmp_path / "bars.parquet"
-    asked = Retrain(drift=DriftBands(coverage=0.02), steps=1)
-    found = walk(bars, path, times, retrain=asked, model="hs", since=times[500], max_jump=10.0).trainings
-    assert found.height > 0
-    assert all(reason.startswith("drift: ") for reason in found["reasons"])
-    assert found["asked"].to_physical().min() > times[700]
-    assert (found["asked"].to_physical() % HOUR).unique().to_list() == [LOOK]
-    calmly = walk(frame_of(calm), path, times, retrain=asked, model="hs", since=times[500])
-    assert calmly.trainings.is_empty()
+    """Bars that turn four times as volatile ask for a training, by the coverage of what was published."""
+    noise = 0.002 * np.random.default_rng(3).standard_normal(830)
+    start = 1_704_070_800 * 10**9
+    asked = Retrain(drift=DriftBands(), steps=1)
+    found = {}
+    for volatility in (1.0, 4.0):
+        returns = noise * np.where(np.arange(830) < 700, 1.0, volatility)
+        close = 100 * np.exp(np.cumsum(returns))
+        times = start + HOUR * np.arange(830)
+        values = np.stack([close, close, close, close, np.ones(830)], 1)
+        bars = frame_of(Window("UP", times, values))
+        found[volatility] = walk(
+            bars, tmp_path / "bars.parquet", times, retrain=asked, model="hs", since=int(times[570])
+        ).trainings
+    assert found[1.0].is_empty()
+    assert found[4.0].height > 0
+    assert all(reason.startswith("drift: ") for reason in found[4.0]["reasons"])
+    moments = found[4.0]["asked"].to_physical()
+    assert times[700] < moments.min()
+    assert (moments % HOUR).unique().to_list() == [LOOK]
 
 
 def test_age_asks_on_replay_time(hourly, times, tmp_path):
