@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import polars as pl
 
-from barcast.backtest.ledger import Ledger
+from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
 from barcast.daemon import wire
@@ -226,7 +226,7 @@ def run_backtest(
             progress(len(arrival.bars), wire.to_text(arrival.time))
             yield arrival
 
-    ledger = Ledger(commission_bp, slippage_bp)
+    ledger = Ledger(Execution(commission_bp=commission_bp, slippage_bp=slippage_bp))
     digested = _Digest(ledger)
     pipeline = Pipeline(lambda *_: forecaster)
     replay(story(), pipeline, digested)
