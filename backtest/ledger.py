@@ -1,18 +1,30 @@
 """The books of a backtest: a sink that fills targets, marks positions and keeps what scores need.
 
-The rules. An order's value is fixed when it is decided: the book's equity at that close x target / number of
-symbols seen up to then. It is filled at the open of the next accepted bar of its symbol: `value / open`
-units are held, whatever the price did in between. A newer order of the symbol replaces one not filled yet; a
-symbol without a target in a group keeps what it has. Commission and slippage are basis points of the
-traded value, paid in cash. A book without equity left only closes positions. Each group's close marks the
-book: what was held at that close, at the newest accepted closes up to it. Forecasts are scored with the
-symbol's own bars as first accepted; corrections and bars out of order change neither fills nor scores.
+The rules. An order is fixed when it is decided: its value is the leverage x the book's equity at that close x
+target / number of symbols seen up to then. At the market it is filled by the next accepted bar of its symbol,
+at its open or close: `value / price` units are held, whatever the price did in between. What a bar's volume
+leaves over of these units waits for the bar after it. A limit order is for `value / reference` units, and
+lapses after one bar. A newer order of the symbol replaces one not filled yet; a symbol without a target in a
+group keeps what it has, an open order too.
+
+Costs are paid in cash. A book without equity left only closes positions. At a decision the values held, or
+ordered where an order is in force, may not exceed the leverage x equity in all: what is ordered beyond what
+is held on the same side is scaled down together until they do not, and nothing is sold for it.
+
+Each group's close marks the book: what was held at that close, at the newest accepted closes up to it. A bar
+that came only after the mark of its close fills nothing, so that a mark is final. Forecasts are scored with
+the symbol's own bars as first accepted; corrections and bars out of order change neither fills nor scores.
+The book `BENCHMARK` holds equal parts of all symbols seen, without leverage and always at the market: ordered
+at the first group that is forecast, and parted anew only when another symbol is seen.
 """
 
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from math import prod
+from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
+from math import copysign, exp, isfinite
+from operator import mul
 
 import numpy as np
 import polars as pl
@@ -20,7 +32,13 @@ import polars as pl
 from barcast.backtest.result import level_column
 from barcast.daemon.calendar import iso
 from barcast.daemon.ports import Outcome
-from barcast.models import Adjustment, Bar, Forecast
+from barcast.models import Adjustment, Bar, ConfigError, Forecast
+
+BENCHMARK = "buy-and-hold"
+"""The book that every strategy is compared with."""
+
+YEAR = 365.25 * 86_400 * 1e9
+"""Nanoseconds in a year of borrowing."""
 
 TIME = pl.Datetime("ns", "UTC")
 FILLS = pl.Schema(
@@ -32,8 +50,10 @@ FILLS = pl.Schema(
         "price": pl.Float64(),
         "units": pl.Float64(),
         "commission": pl.Float64(),
+        "spread": pl.Float64(),
         "slippage": pl.Float64(),
         "position": pl.Float64(),
+        "basis": pl.Float64(),
     }
 )
 EQUITY = pl.Schema(
@@ -43,7 +63,23 @@ EQUITY = pl.Schema(
         "cash": pl.Float64(),
         "equity": pl.Float64(),
         "gross": pl.Float64(),
+        "net": pl.Float64(),
+        "carry": pl.Float64(),
     }
+)
+BARS = pl.Schema(
+    {
+        "symbol": pl.String(),
+        "close_time": TIME,
+        "open": pl.Float64(),
+        "high": pl.Float64(),
+        "low": pl.Float64(),
+        "close": pl.Float64(),
+        "basis": pl.Float64(),
+    }
+)
+TARGETS = pl.Schema(
+    {"strategy": pl.String(), "symbol": pl.String(), "close_time": TIME, "target": pl.Float64()}
 )
 SIGNALS = pl.Schema(
     {
@@ -69,162 +105,379 @@ OUTCOMES = pl.Schema(
     }
 )
 
+_FILLS = ("next-open", "next-close", "limit")
+_FROM_ZERO = ("commission_bp", "spread_bp", "slippage_bp", "impact", "borrow")
+
 
 @dataclass(frozen=True, slots=True)
-class Fill:
-    """`units` traded at `price`, the open of the bar that closed at `close_time`, and the costs in cash.
+class Execution:
+    """How orders are filled, what they cost, and how much may be held.
 
-    `basis` is the price basis of that bar: what the symbol's first bar cost 1 would cost it now.
+    - `fill`: `next-open` and `next-close` fill at these prices of the next bar. `limit` buys at the price
+      that the forecast of the shortest horizon has at `limit_level`, and sells at that of 1 - `limit_level`
+      (linear between levels), when the next bar trades through it: at the limit, or at a better open.
+    - `commission_bp`, `spread_bp`, `slippage_bp`: basis points of the traded value. Half of the spread is
+      paid. A limit fill pays neither spread nor slippage nor impact.
+    - `impact`: fraction of the price that trading the whole volume of a bar would cost; the cost grows with
+      the square of the share of the volume (zipline's VolumeShareSlippage) and counts as slippage.
+    - `volume_share`: the most of a bar's volume that one fill takes; a bar without volume then fills nothing.
+    - `borrow`: a year, on the value of shorts and on cash below zero. `funding`: a year, longs pay it and
+      shorts receive it. Both are shares (0.02), for the time from mark to mark, of the values at the later.
+    - `leverage`: what targets of 1 in every symbol hold in all, as a multiple of the equity, and the most.
+    - `capital`: the cash that each book begins with.
+
+    Raise ConfigError for a value that cannot be.
     """
 
-    symbol: str
-    decided: int
-    close_time: int
-    price: float
-    units: float
-    commission: float
-    slippage: float
-    position: float
-    basis: float
+    fill: str = "next-open"
+    limit_level: float = 0.25
+    commission_bp: float = 1.0
+    spread_bp: float = 0.0
+    slippage_bp: float = 2.0
+    impact: float = 0.0
+    volume_share: float | None = None
+    borrow: float = 0.0
+    funding: float = 0.0
+    leverage: float = 1.0
+    capital: float = 1_000_000.0
 
-    @property
-    def paid(self) -> float:
-        """What it took out of the cash."""
-        return self.units * self.price + self.commission + self.slippage
+    def __post_init__(self) -> None:
+        if self.fill not in _FILLS:
+            raise ConfigError(f"fill = {self.fill!r}: take one of {', '.join(_FILLS)}")
+        for name in (setting.name for setting in fields(self)):
+            value = getattr(self, name)
+            if name == "fill" or (name == "volume_share" and value is None):
+                continue
+            number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+            if name in _FROM_ZERO:
+                good, remedy = number and value >= 0, "a number from 0"
+            elif name == "limit_level":
+                good, remedy = number and 0 < value < 1, "a number between 0 and 1"
+            elif name == "volume_share":
+                good, remedy = number and 0 < value <= 1, "a share above 0 and up to 1, or none"
+            elif name == "funding":
+                good, remedy = number, "a finite number"
+            else:
+                good, remedy = number and value > 0, "a number above 0"
+            if not good:
+                raise ConfigError(f"{name} = {value!r}: give {remedy}")
+        if self.impact and self.volume_share is None:
+            raise ConfigError(
+                f"impact = {self.impact!r}: it grows with the share of a bar's volume, which nothing bounds; "
+                "give volume_share, the most of it that one fill takes, too"
+            )
+
+    def limit_return(self, forecast: Forecast, buy: bool) -> float:
+        """The log return from the reference at which to buy or sell.
+
+        Raise ConfigError for a level that is not among the model's.
+        """
+        lowest, highest = forecast.levels[0], forecast.levels[-1]
+        level = self.limit_level if buy else round(1 - self.limit_level, 12)
+        if not lowest <= level <= highest:
+            least, most = max(lowest, round(1 - highest, 12)), min(highest, round(1 - lowest, 12))
+            raise ConfigError(
+                f"limit_level = {self.limit_level:g}: an order needs the quantile at {level:g}, and the "
+                f"model forecasts {lowest:g} to {highest:g}: take one from {least:g} to {most:g}"
+            )
+        shortest = forecast.horizons.index(min(forecast.horizons))
+        return float(np.interp(level, forecast.levels, forecast.quantiles[shortest]))
 
 
 @dataclass(slots=True)
 class _Series:
-    """The accepted closes of one symbol, in order of time, and the price basis of each."""
+    """The accepted bars of one symbol, in order of time, and the price basis of each."""
 
-    times: list[int] = field(default_factory=list)
-    closes: list[float] = field(default_factory=list)
-    bases: list[float] = field(default_factory=list)
+    times: "array[int]" = field(default_factory=lambda: array("q"))
+    opens: "array[float]" = field(default_factory=lambda: array("d"))
+    highs: "array[float]" = field(default_factory=lambda: array("d"))
+    lows: "array[float]" = field(default_factory=lambda: array("d"))
+    closes: "array[float]" = field(default_factory=lambda: array("d"))
+    bases: "array[float]" = field(default_factory=lambda: array("d"))
 
-    def close_at(self, time: int) -> float:
+    def at(self, time: int) -> int:
+        """Where the newest bar up to `time` is."""
+        return (len(self.times) if self.times[-1] <= time else bisect_right(self.times, time)) - 1
+
+    def price_at(self, time: int) -> float:
         """The close up to `time`, on the basis of the first bar."""
-        at = bisect_right(self.times, time) - 1
+        at = self.at(time)
         return self.closes[at] / self.bases[at]
 
 
-class _Book:
-    """One strategy's money. The state is cash, units held, open orders, and what was done so far.
+@dataclass(slots=True)
+class _Order:
+    """What is wanted of one symbol since the close `decided`: a position of `value`.
 
-    Units are held on the price basis of each symbol's first bar, so that a split changes none of them.
+    `units` are those wanted, once a price has fixed them, and `limit` is the price of a limit order to `buy`
+    or sell, both on the basis of the symbol's first bar.
     """
 
-    def __init__(self, capital: float) -> None:
-        self.capital = self.cash = capital
-        self.newest = 0
-        self.units: dict[str, float] = {}
-        self.orders: dict[str, tuple[int, float]] = {}
-        self.fills: list[Fill] = []
-        self.marks: list[tuple[int, float, float, float]] = []
+    decided: int
+    value: float
+    units: float | None = None
+    limit: float | None = None
+    buy: bool = False
 
-    def fill(self, bar: Bar, basis: float, commission: float, slippage: float) -> None:
-        decided, value = self.orders.pop(bar.symbol)
-        position = value / bar.open
-        units = position - self.units.get(bar.symbol, 0.0) / basis
+
+class _Book:
+    """One strategy's money.
+
+    The state is the open orders, the units held now, what was held at the last mark with the cash and equity
+    then, the fills that were not part of a mark yet, and the rows of what was done so far. Units are held on
+    the price basis of each symbol's first bar, so that a split changes none of them.
+    """
+
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
+        self.orders: dict[str, _Order] = {}
+        self.units: dict[str, float] = {}
+        self.held: dict[str, float] = {}
+        self.cash = self.equity = execution.capital
+        self.marked = -1
+        self.unmarked: list[tuple[int, str, float, float]] = []
+        self.fills: list[tuple[str, int, int, float, float, float, float, float, float, float]] = []
+        self.marks: list[tuple[int, float, float, float, float, float]] = []
+
+    def fill(self, bar: Bar, basis: float) -> None:
+        """Fill the open order of the bar's symbol as far as the bar lets it."""
+        symbol, execution = bar.symbol, self.execution
+        order = self.orders[symbol]
+        held = self.units.get(symbol, 0.0)
+        if order.limit is not None:
+            del self.orders[symbol]
+        if bar.close_time <= self.marked:
+            return
+        if order.limit is None:
+            price = bar.close if execution.fill == "next-close" else bar.open
+        else:
+            limit = order.limit * basis
+            if (bar.low >= limit) if order.buy else (bar.high <= limit):
+                return
+            price = min(bar.open, limit) if order.buy else max(bar.open, limit)
+        most = None if execution.volume_share is None else execution.volume_share * bar.volume
+        if most == 0:
+            return
+        if order.units is None:
+            order.units = order.value / price * basis
+        position = order.units / basis
+        units = position - held / basis
+        if most is None or abs(units) <= most:
+            self.orders.pop(symbol, None)
+        else:
+            units = copysign(most, units)
+            position = held / basis + units
         if units == 0:
             return
-        traded = abs(units) * bar.open
-        paid = (traded * commission, traded * slippage)
-        fill = Fill(bar.symbol, decided, bar.close_time, bar.open, units, *paid, position, basis)
-        self.fills.append(fill)
-        self.cash -= fill.paid
-        self.units[bar.symbol] = position * basis
-        self.newest = max(self.newest, bar.close_time)
+        traded = abs(units) * price
+        commission, spread, slippage = traded * execution.commission_bp / 1e4, 0.0, 0.0
+        if order.limit is None:
+            spread = traded * execution.spread_bp / 2e4
+            slippage = traded * execution.slippage_bp / 1e4
+            if execution.impact:
+                slippage += execution.impact * (units / bar.volume) ** 2 * traded
+        now = self.units[symbol] = position * basis
+        paid = units * price + commission + spread + slippage
+        self.unmarked.append((bar.close_time, symbol, paid, now))
+        costs = (commission, spread, slippage)
+        self.fills.append((symbol, order.decided, bar.close_time, price, units, *costs, position, basis))
 
-    def mark(self, time: int, series: Mapping[str, _Series]) -> float:
-        """Note and return the equity at the close `time`, as if nothing newer had come."""
-        cash, units = self.cash, self.units
-        if time < self.newest:
-            cash, units = self.capital, {}
-            for fill in self.fills:
-                if fill.close_time <= time:
-                    cash -= fill.paid
-                    units[fill.symbol] = fill.position * fill.basis
-        values = [held * series[symbol].close_at(time) for symbol, held in units.items() if held]
-        equity = cash + sum(values)
-        gross = sum(map(abs, values)) / equity if equity > 0 else 0.0
-        self.marks.append((time, cash, equity, gross))
-        return equity
+    def mark(self, time: int, prices: Mapping[str, float]) -> None:
+        """Count the fills up to the close `time`, take the carry, and note what that makes of the book.
+
+        `prices` are those of that close, on the basis of the first bar. Without equity left, orders that do
+        not close a position are dropped.
+        """
+        newer = []
+        for fill in self.unmarked:
+            filled, symbol, paid, units = fill
+            if filled > time:
+                newer.append(fill)
+                continue
+            self.cash -= paid
+            self.held[symbol] = units
+            if not units:
+                del self.held[symbol]
+        self.unmarked = newer
+        longs = shorts = 0.0
+        for symbol, units in self.held.items():
+            if units > 0:
+                longs += units * prices[symbol]
+            else:
+                shorts -= units * prices[symbol]
+        carry, execution = 0.0, self.execution
+        if self.marks:
+            borrowed = shorts + max(0.0, -self.cash)
+            rate = execution.borrow * borrowed + execution.funding * (longs - shorts)
+            carry = rate * ((time - self.marked) / YEAR)
+        self.marked = time
+        self.cash -= carry
+        equity = self.equity = self.cash + longs - shorts
+        gross = net = 0.0
+        if equity > 0:
+            gross, net = (longs + shorts) / equity, (longs - shorts) / equity
+        else:
+            self.orders = {symbol: order for symbol, order in self.orders.items() if order.value == 0}
+        self.marks.append((time, self.cash, equity, gross, net, carry))
+
+    def values(self, targets: Mapping[str, float], prices: Mapping[str, float]) -> dict[str, float]:
+        """The value to hold of each symbol with a target, within the leverage, as of the last mark."""
+        most = max(0.0, self.equity) * self.execution.leverage
+        each = most / len(prices)
+        wanted = {symbol: each * target for symbol, target in targets.items()}
+        if len(wanted) == len(prices):
+            return wanted
+        worth = {symbol: units * prices[symbol] for symbol, units in self.held.items()}
+        kept = worth | {symbol: order.value for symbol, order in self.orders.items()}
+        base = {
+            symbol: copysign(min(abs(value), max(0.0, copysign(1.0, value) * worth.get(symbol, 0.0))), value)
+            for symbol, value in wanted.items()
+        }
+        room = most - sum(abs(value) for symbol, value in kept.items() if symbol not in wanted)
+        room -= sum(map(abs, base.values()))
+        growth = sum(abs(value - base[symbol]) for symbol, value in wanted.items())
+        if growth <= room:
+            return wanted
+        part = max(0.0, room) / growth if growth else 0.0
+        return {symbol: base[symbol] + part * (value - base[symbol]) for symbol, value in wanted.items()}
 
 
 class Ledger:
-    """A sink with one book for each strategy.
+    """A sink with one book for each strategy, and the benchmark's.
 
-    The state is the books, the accepted closes of each symbol, the adjustments declared for it, and the
-    forecasts made. `commission` and
-    `slippage` are in basis points of the traded value; `capital` is what each book begins with.
+    The state is the books, the number of symbols among which the benchmark's was parted, the accepted bars of
+    each symbol, the adjustments declared for it (time -> factor) with the price basis that follows from them
+    (times, factors after each), the forecasts made and the targets wanted.
     """
 
-    def __init__(self, commission: float, slippage: float, capital: float = 1.0) -> None:
-        self.commission, self.slippage, self.capital = commission, slippage, capital
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
         self._books: dict[str, _Book] = {}
+        self._parted = 0
         self._series: dict[str, _Series] = {}
-        self._adjustments: dict[str, list[Adjustment]] = {}
+        self._adjustments: dict[str, dict[int, float]] = {}
+        self._bases: dict[str, tuple[list[int], list[float]]] = {}
         self._forecasts: list[tuple[str, Forecast]] = []
+        self._targets: list[tuple[str, str, int, float]] = []
 
     def accepted(self, bar: Bar) -> None:
-        """Fill the open orders of the bar's symbol at its open, and keep its close."""
-        basis = 1.0
-        if bar.symbol in self._adjustments:
-            own = self._adjustments[bar.symbol]
-            basis = prod(a.factor for a in own if a.time < bar.close_time)
+        """Fill the open orders of the bar's symbol, and keep the bar."""
+        symbol, basis = bar.symbol, 1.0
+        if symbol in self._bases:
+            times, factors = self._bases[symbol]
+            basis = factors[bisect_left(times, bar.close_time)]
         for book in self._books.values():
-            if bar.symbol in book.orders:
-                book.fill(bar, basis, self.commission / 1e4, self.slippage / 1e4)
-        series = self._series.get(bar.symbol)
+            if symbol in book.orders:
+                book.fill(bar, basis)
+        series = self._series.get(symbol)
         if series is None:
-            series = self._series[bar.symbol] = _Series()
+            series = self._series[symbol] = _Series()
         series.times.append(bar.close_time)
+        series.opens.append(bar.open)
+        series.highs.append(bar.high)
+        series.lows.append(bar.low)
         series.closes.append(bar.close)
         series.bases.append(basis)
 
     def adjusted(self, adjustment: Adjustment) -> None:
         """Count what bars cost after the adjustment's time on the basis of the bars before it."""
-        known = self._adjustments.setdefault(adjustment.symbol, [])
-        known[:] = [*(other for other in known if other.time != adjustment.time), adjustment]
+        known = self._adjustments.setdefault(adjustment.symbol, {})
+        known[adjustment.time] = adjustment.factor
+        times = sorted(known)
+        self._bases[adjustment.symbol] = (times, [*accumulate((known[t] for t in times), mul, initial=1.0)])
 
     async def emit(self, outcome: Outcome) -> None:
         """Keep the forecasts, mark every book at the group's close and place the orders of its targets.
 
-        Raise ValueError for a target that is not in [-1, 1].
+        Raise ConfigError for a strategy with the benchmark's name and for a limit level that the model does
+        not forecast, ValueError for a target that is not in [-1, 1] or of a symbol without a forecast.
         """
         self._forecasts += [(outcome.card.model, forecast) for forecast in outcome.forecasts.values()]
         if outcome.group.straggler:
             return
         close_time = outcome.group.close_time
         for strategy, targets in outcome.targets.items():
-            self._books.setdefault(strategy, _Book(self.capital))
-            for symbol, target in targets.items():
-                if not -1 <= target <= 1:
-                    raise ValueError(
-                        f"strategy {strategy} wants {target} of {symbol} at {iso(close_time)}, not -1 to 1"
-                    )
-        seen = sum(series.times[0] <= close_time for series in self._series.values())
+            self._check(strategy, targets, outcome)
+            self._targets += [(strategy, symbol, close_time, target) for symbol, target in targets.items()]
+            if strategy not in self._books:
+                self._books[strategy] = _Book(self.execution)
+        if outcome.forecasts and BENCHMARK not in self._books:
+            market = "next-close" if self.execution.fill == "next-close" else "next-open"
+            self._books[BENCHMARK] = _Book(replace(self.execution, fill=market, leverage=1.0))
+        prices = {
+            symbol: series.price_at(close_time)
+            for symbol, series in self._series.items()
+            if series.times[0] <= close_time
+        }
         for strategy, book in self._books.items():
-            each = max(0.0, book.mark(close_time, self._series)) / seen
-            for symbol, target in outcome.targets.get(strategy, {}).items():
-                book.orders[symbol] = (close_time, each * target)
+            book.mark(close_time, prices)
+            if strategy != BENCHMARK:
+                wanted = outcome.targets.get(strategy)
+            else:
+                wanted = dict.fromkeys(prices, 1.0) if len(prices) > self._parted else None
+                self._parted = len(prices)
+            if wanted:
+                for symbol, value in book.values(wanted, prices).items():
+                    order = book.orders[symbol] = _Order(close_time, value)
+                    if book.execution.fill == "limit":
+                        self._limit(order, book, outcome.forecasts[symbol])
+
+    def _check(self, strategy: str, targets: Mapping[str, float], outcome: Outcome) -> None:
+        if strategy == BENCHMARK:
+            raise ConfigError(
+                f"strategy name {BENCHMARK!r} is that of the book which others are compared with: "
+                "give the strategy another name"
+            )
+        for symbol, target in targets.items():
+            if symbol not in outcome.forecasts or not -1 <= target <= 1:
+                raise ValueError(
+                    f"strategy {strategy} wants {target} of {symbol} at {iso(outcome.group.close_time)}: "
+                    "a target is from -1 to 1, of a symbol that is forecast"
+                )
+
+    def _limit(self, order: _Order, book: _Book, forecast: Forecast) -> None:
+        """Make it a limit order, for the units that its value is at the reference price."""
+        series = self._series[forecast.symbol]
+        reference = forecast.reference / series.bases[series.at(forecast.close_time)]
+        order.units = order.value / reference
+        order.buy = order.units > book.units.get(forecast.symbol, 0.0)
+        order.limit = reference * exp(self.execution.limit_return(forecast, order.buy))
 
     async def settle(self, now: int) -> None:
         """A ledger is in memory: there is nothing to make durable."""
 
     def fills(self) -> pl.DataFrame:
-        """The trades, in order: see `BacktestResult.fills`."""
-        rows = [
-            (name, f.symbol, f.decided, f.close_time, f.price, f.units, f.commission, f.slippage, f.position)
-            for name, book in self._books.items()
-            for f in book.fills
-        ]
+        """The trades of each book, in order: see `BacktestResult.fills`."""
+        rows = [(name, *fill) for name, book in self._books.items() for fill in book.fills]
         return pl.DataFrame(rows, schema=FILLS, orient="row")
 
     def equity(self) -> pl.DataFrame:
-        """Cash, equity and gross exposure (share of equity) at each close: see `BacktestResult.equity`."""
+        """What each book was at each close: see `BacktestResult.equity`."""
         rows = [(name, *mark) for name, book in self._books.items() for mark in book.marks]
         return pl.DataFrame(rows, schema=EQUITY, orient="row")
+
+    def bars(self) -> pl.DataFrame:
+        """The accepted bars and the price basis of each: see `BacktestResult.bars`."""
+        frames = [
+            pl.DataFrame(
+                {
+                    "close_time": np.array(series.times),
+                    "open": np.array(series.opens),
+                    "high": np.array(series.highs),
+                    "low": np.array(series.lows),
+                    "close": np.array(series.closes),
+                    "basis": np.array(series.bases),
+                }
+            ).select(pl.lit(symbol).alias("symbol"), _utc("close_time"), pl.exclude("close_time"))
+            for symbol, series in self._series.items()
+        ]
+        if not frames:
+            return pl.DataFrame(schema=BARS)
+        return pl.concat(frames).sort("close_time", "symbol")
+
+    def targets(self) -> pl.DataFrame:
+        """Every target of every strategy: see `BacktestResult.targets`."""
+        return pl.DataFrame(self._targets, schema=TARGETS, orient="row")
 
     def signals(self) -> pl.DataFrame:
         """The forecasts, a row for each horizon: see `BacktestResult.signals`."""
@@ -256,7 +509,7 @@ class Ledger:
         rows = []
         for _, forecast in self._forecasts:
             series = self._series[forecast.symbol]
-            at = bisect_right(series.times, forecast.close_time) - 1
+            at = series.at(forecast.close_time)
             for horizon in forecast.horizons:
                 if at + horizon < len(series.times):
                     end, price = series.times[at + horizon], series.closes[at + horizon]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import polars as pl
 
-from barcast.backtest.ledger import Ledger
+from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import portfolio, scores
 from barcast.backtest.walk import TRAININGS, WalkForward
@@ -271,7 +271,7 @@ def run_backtest(
             progress(len(arrival.bars), wire.to_text(arrival.time))
             yield arrival
 
-    ledger = Ledger(commission_bp, slippage_bp)
+    ledger = Ledger(Execution(commission_bp=commission_bp, slippage_bp=slippage_bp))
     messages = _Messages(ledger)
     trainings = pl.DataFrame(schema=TRAININGS)
     if retrain is None:

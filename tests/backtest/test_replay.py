@@ -233,7 +233,7 @@ def test_costs_are_paid(whole):
         for result in (free, whole)
     ]
     gained = ends[0].join(ends[1], on="strategy", suffix="_paid")
-    assert gained.height == 2
+    assert gained.height == 3
     assert (gained["equity"] > gained["equity_paid"]).all()
 
 

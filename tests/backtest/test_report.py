@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from barcast.backtest import plot
-from barcast.backtest.ledger import Ledger
+from barcast.backtest.ledger import BENCHMARK, Execution, Ledger
 from barcast.backtest.report import html, write_report
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.sample import sample_bars
@@ -35,7 +35,7 @@ def result() -> BacktestResult:
     """Half a year of the sample bars under a forecast of constant width."""
     calendar = Calendars("XNYS", Timeframe.parse("session"))
     history = list(bars(scan([sample_bars()], "close", calendar, symbols=["FB", "IBM"], since=SINCE)))
-    ledger, strategy = Ledger(1, 2), build("median-drift", "drift", {"costs": 0})
+    ledger, strategy = Ledger(Execution()), build("median-drift", "drift", {"costs": 0})
     root = np.sqrt(HORIZONS)
 
     async def play() -> None:
@@ -126,7 +126,7 @@ def test_same_result_same_page(result: BacktestResult) -> None:
 
 def test_nothing_recorded() -> None:
     """A run without a forecast still gives a page that says so."""
-    ledger = Ledger(0, 0)
+    ledger = Ledger(Execution())
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     tables = scores(signals, outcomes), portfolio(equity, fills, 365)
     page = without_library(html(BacktestResult(signals, outcomes, fills, equity, *tables, {})))
@@ -155,7 +155,8 @@ def test_fan_is_what_was_forecast(result: BacktestResult) -> None:
 
 def test_equity_and_drawdown(result: BacktestResult) -> None:
     """Equity begins at 1 and drawdown never rises above 0; both end with the last close."""
-    growth, below = plot.equity(result).data[0], plot.drawdown(result).data[0]
+    growth, below = plot.equity(result).data[1], plot.drawdown(result).data[1]
+    assert [trace.name for trace in plot.equity(result).data] == [BENCHMARK, "drift"]
     assert growth.y[0] == 1.0
     assert growth.y[-1] == pytest.approx(1 + result.portfolio["total_return"][0])
     assert max(below.y) <= 0

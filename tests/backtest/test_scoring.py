@@ -5,7 +5,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from barcast.backtest.ledger import EQUITY, FILLS, Ledger
+from barcast.backtest.ledger import EQUITY, FILLS, Execution, Ledger
 from barcast.backtest.result import level_column, levels_of
 from barcast.backtest.scoring import DEFINITIONS, pit, portfolio, scores
 
@@ -30,7 +30,10 @@ def forecasts(
 
 
 def equity(values: list[float], strategy: str = "s") -> pl.DataFrame:
-    rows = [(strategy, time, 0.0, value, 0.0) for time, value in zip(times(len(values)), values, strict=True)]
+    rows = [
+        (strategy, time, 0.0, value, 0.0, 0.0, 0.0)
+        for time, value in zip(times(len(values)), values, strict=True)
+    ]
     return pl.DataFrame(rows, schema=EQUITY, orient="row")
 
 
@@ -99,7 +102,7 @@ def test_portfolio() -> None:
     """Return, volatility, Sharpe ratio and drawdown follow their definitions, with P given."""
     values = [100.0, 110.0, 99.0, 104.0, 120.0]
     returns = np.diff(values) / values[:-1]
-    trade = ("s", "A", START, START, 10.0, 1.0, 0.5, 0.25, 1.0)
+    trade = ("s", "A", START, START, 10.0, 1.0, 0.5, 0.0, 0.25, 1.0, 1.0)
     fills = pl.DataFrame([trade, trade, ("t", *trade[1:])], schema=FILLS, orient="row")
     row = portfolio(equity(values), fills, 252).row(0, named=True)
     assert row["periods"] == 4
@@ -129,7 +132,7 @@ def test_ruined_book() -> None:
 
 def test_nothing_recorded() -> None:
     """A run without forecasts gives empty tables."""
-    ledger = Ledger(0, 0)
+    ledger = Ledger(Execution())
     table = scores(ledger.signals(), ledger.outcomes())
     assert table.height == pit(ledger.signals(), ledger.outcomes()).height == 0
     books = portfolio(ledger.equity(), ledger.fills(), 365)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from barcast.backtest.ledger import Ledger
+from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.replay import arrivals, replay
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon import pipeline
@@ -167,7 +167,7 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
 
 
 def _ledger() -> Ledger:
-    return Ledger(1.0, 2.0)
+    return Ledger(Execution())
 
 
 def _shipped() -> Iterator[tuple[str, Forecaster, list[Window]]]:
