@@ -282,8 +282,8 @@ def _examples(root: str) -> dict[str, list[Any]]:
             ("BTCUSD", "ETHUSD"), Term((close + hour, close + 4 * hour), close + hour, close + 2 * hour)
         ),
         refused={
-            "tilt": "strategy tilt, close 2026-01-05T15:00:00Z: its target of BTCUSD is nan, not a number from "
-            "-1 to 1; none of its targets is taken"
+            "tilt": "strategy tilt, close 2026-01-05T15:00:00Z: its target of BTCUSD is nan, not a number "
+            "from -1 to 1; none of its targets is taken"
         },
     )
     signal, target, group, backfill = wire.messages(outcome)

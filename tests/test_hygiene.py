@@ -273,7 +273,7 @@ def test_broad_handlers_are_found() -> None:
 
 
 def test_two_broad_handlers() -> None:
-    """Whatever goes wrong is caught around the scheduled job, and where a user's file is loaded, to name it."""
+    """Whatever goes wrong is caught around the scheduled job, and in a user's file, to name the line."""
     found = [name for name, source in SOURCES.items() for _ in broad_handlers(source)]
     assert found == ["strategies/user.py", "daemon/retraining.py"]
 

@@ -1,4 +1,4 @@
-"""What is shipped to try the program with: daily bars of five US stocks, a model, a strategy to begin with."""
+"""What is shipped to try the program with: daily bars of five US stocks, a model and a strategy."""
 
 from importlib.resources import files
 from pathlib import Path

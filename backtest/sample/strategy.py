@@ -8,7 +8,7 @@ from barcast.models import Forecast
 
 @dataclass(frozen=True)
 class Lean:
-    """Hold twice the probability beyond one half that the price is higher, or lower, after all horizons."""
+    """Long as far as a higher price is likelier than a lower one over the longest horizon, or short."""
 
     name: str
     least: float = 0.05

@@ -112,7 +112,7 @@ def test_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_own_checks_of_a_class(tmp_path: Path) -> None:
     """What a class says of its parameters when it is made is said with the strategy's name."""
-    check = "    def __post_init__(self):\n        if self.size > 0.9:\n            raise ValueError('too much')\n"
+    check = "    def __post_init__(self):\n        if self.size > 0.9: raise ValueError('too much')\n"
     kind = put(tmp_path, MINE + check)
     with pytest.raises(ConfigError, match="strategy 'h': too much"):
         build(kind, "h", {"size": 1})
