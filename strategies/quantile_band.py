@@ -15,10 +15,10 @@ from barcast.strategies.horizon import Bars, chosen, quantile
 class QuantileBand:
     """Long when even the band's lower edge gains more than a round trip costs, short when its upper loses it.
 
-    `band` is the probability inside the band: 0.5 reaches from the lower to the upper quartile, and asks for
-    a median beyond two thirds of a standard deviation; a narrower band trades sooner. `costs` is the cost of
-    one side in basis points of the traded value; a round trip pays it twice. The size is |median| / distance
-    of the quartiles, at most 1. `horizon` is in bars; None takes the longest.
+    `band` is the probability inside the band: a narrow one trades soon; 0.5 reaches from the lower to the
+    upper quartile, and asks for a median beyond two thirds of a standard deviation, which is rare. `costs` is
+    the cost of one side in basis points of the traded value; a round trip pays it twice. The size is |median|
+    / distance of the quartiles, at most 1. `horizon` is in bars; None takes the longest.
     """
 
     name: str

@@ -99,10 +99,10 @@ def _said(where: str, path: Path | None) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
+        reason = str(error)
         if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines.append(error.lineno)
-        line = f", line {lines[-1]}" if lines else ""
-        reason = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+            lines, reason = [error.lineno], error.msg
+        line, reason = f", line {lines[-1]}" if lines else "", " ".join(reason.split())
         raise ConfigError(
             f"strategy {where}{line}: {type(error).__name__}: {reason}; correct it there"
         ) from error
