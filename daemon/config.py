@@ -15,6 +15,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -34,7 +35,7 @@ from barcast.daemon.schedule import cron
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
 from barcast.models import BASELINES, ConfigError, open_model
-from barcast.strategies import build
+from barcast.strategies import PATH
 
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
 
@@ -181,16 +182,25 @@ class Model(_Section):
 
 
 class StrategyTable(_Section):
-    """One strategy: its kind, the name it has in topics and reports, its parameters."""
+    """One strategy: its kind, the name it has in topics and reports, its parameters.
+
+    `settings` are those of the path, with the digest of a file as it was when the configuration was read.
+    """
 
     kind: str
     name: Segment | None = None
     params: dict[str, float | int | str | bool] = {}
+    _settings: StrategySettings = PrivateAttr()
+
+    @property
+    def settings(self) -> StrategySettings:
+        """As they are journalled."""
+        return self._settings
 
     @model_validator(mode="after")
     def _builds(self) -> "StrategyTable":
         try:
-            build(self.kind, self.name or self.kind, self.params)
+            self._settings = StrategySettings.of(self.kind, self.name, self.params)
         except ConfigError as error:
             raise ValueError(str(error)) from error
         return self
@@ -321,7 +331,7 @@ class Config(BaseSettings):
     @field_validator("strategy")
     @classmethod
     def _named_apart(cls, strategy: list[StrategyTable]) -> list[StrategyTable]:
-        names = [s.name or s.kind for s in strategy]
+        names = [s.settings.name for s in strategy]
         if len(set(names)) < len(names):
             raise ValueError(f"strategy names {names} repeat; give each [[strategy]] a name of its own")
         return strategy
@@ -349,8 +359,8 @@ class Config(BaseSettings):
         return retrain
 
     def strategies(self) -> tuple[StrategySettings, ...]:
-        """The strategies of the path; one without a name is called after its kind."""
-        return tuple(StrategySettings(s.kind, s.name or s.kind, s.params) for s in self.strategy)
+        """The strategies of the path; one without a name is called after its kind, or its class in a file."""
+        return tuple(table.settings for table in self.strategy)
 
     def bar_calendars(self) -> Calendars:
         """The bar closes of this instance's symbols."""
@@ -407,6 +417,10 @@ def load(path: Path) -> Config:
     retrain = values.get("retrain")
     if isinstance(retrain, dict) and isinstance(retrain.get("socket"), str):
         retrain["socket"] = base / retrain["socket"]
+    strategies = values.get("strategy")
+    for table in strategies if isinstance(strategies, list) else ():
+        if isinstance(table, dict) and isinstance(kind := table.get("kind"), str) and PATH.fullmatch(kind):
+            table["kind"] = str(base / kind)
     model = values.get("model")
     if isinstance(model, dict):
         for key in ("name", "first"):

@@ -281,6 +281,10 @@ def _examples(root: str) -> dict[str, list[Any]]:
         terms=dict.fromkeys(
             ("BTCUSD", "ETHUSD"), Term((close + hour, close + 4 * hour), close + hour, close + 2 * hour)
         ),
+        refused={
+            "tilt": "strategy tilt, close 2026-01-05T15:00:00Z: its target of BTCUSD is nan, not a number "
+            "from -1 to 1; none of its targets is taken"
+        },
     )
     signal, target, group, backfill = wire.messages(outcome)
     bars = [Bar("BTCUSD", close, 100.0, 101.0, 99.0, 100.5, 12.0)]

@@ -376,7 +376,8 @@ class Emitted:
     """What became of the groups since the start, and of their symbols.
 
     A group is full, incomplete or a straggler; a symbol of it gets a signal or is withheld. Of the signals
-    some are `degraded` or `warming`. `holes` are gaps right before a bar.
+    some are `degraded` or `warming`. `holes` are gaps right before a bar, `refused` the groups in which a
+    strategy's targets could not be taken, once for each strategy.
     """
 
     full: int = 0
@@ -387,6 +388,7 @@ class Emitted:
     degraded: int = 0
     warming: int = 0
     holes: int = 0
+    refused: int = 0
 
 
 class LiveSink:
@@ -431,6 +433,8 @@ class LiveSink:
             withheld=len(outcome.withheld),
             straggler=outcome.group.straggler,
         )
+        for strategy, reason in outcome.refused.items():
+            log.warning("targets_refused", strategy=strategy, reason=reason)
 
     def _count(self, outcome: Outcome) -> None:
         counts, group = self.counts, outcome.group
@@ -442,6 +446,7 @@ class LiveSink:
         counts.degraded += len(outcome.degraded.keys() & outcome.forecasts.keys())
         counts.warming += sum(forecast.warming for forecast in outcome.forecasts.values())
         counts.holes += len(outcome.holes)
+        counts.refused += len(outcome.refused)
         if outcome.card.model != self._model:
             self._model, self.horizons = outcome.card.model, outcome.card.horizons
             self.coverage.clear()

@@ -187,6 +187,9 @@ class Metrics(Collector):
         yield _counter("signals_warming", "Signals of symbols that were warming.", counts.warming)
         yield _counter("withheld", "Symbols of groups that were given no forecast.", counts.withheld)
         yield _counter("holes", "Gaps between the bars of a symbol.", counts.holes)
+        yield _counter(
+            "targets_refused", "Groups of a strategy without targets, as they were none.", counts.refused
+        )
         yield _histogram(
             "batch_latency_seconds",
             "From the arrival or the deadline that made a group due until its forecasts are made.",

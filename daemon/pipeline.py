@@ -1,9 +1,14 @@
 """The one path from bars to outcomes, and the one loop that drives it, live and in every replay."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,9 +32,20 @@ from barcast.daemon.ports import (
     Warmup,
 )
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Bar, Card, DataError, Forecast, Forecaster, Verdict, Window, Windows, usable
+from barcast.models import (
+    Bar,
+    Card,
+    ConfigError,
+    DataError,
+    Forecast,
+    Forecaster,
+    Verdict,
+    Window,
+    Windows,
+    usable,
+)
 from barcast.models.window import WindowsState
-from barcast.strategies import Strategy, build
+from barcast.strategies import PATH, Strategy, build, identify
 
 HOLES_WITHHELD = 0.1
 """The share of missing bars in the shortest usable window above which no forecast is made."""
@@ -40,13 +56,72 @@ AT_ONCE = 16
 MAX_JUMP = 0.3
 """How far a price may be from the close before it, as a share, without a declared split or roll."""
 
+SHOWN = 40
+"""Characters of an unknown symbol or a wrong target that a sentence shows."""
+
 
 class StrategySettings(msgspec.Struct, frozen=True):
-    """One strategy of the path: what it is, what it is called, its parameters."""
+    """One strategy of the path: what it is, what it is called, its parameters.
+
+    `digest` is that of the file of a strategy which is not built in: another one is refused. Empty: any.
+    """
 
     kind: str
     name: str
     params: dict[str, float | int | str | bool] = {}
+    digest: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        kind: str,
+        name: str | None = None,
+        params: Mapping[str, float | int | str | bool] = MappingProxyType({}),
+    ) -> "StrategySettings":
+        """The settings of a strategy as its file is now, called by its own name unless another is given.
+
+        Raise ConfigError for a kind, a name or a parameter that there is not.
+        """
+        own, digest = identify(kind)
+        settings = cls(kind, name or own, dict(params), digest)
+        settings.build()
+        return settings
+
+    @classmethod
+    def parse(cls, text: str) -> "StrategySettings":
+        """Settings as they are written on a command line: KIND or KIND:PARAMETER=VALUE,PARAMETER=VALUE.
+
+        The kind may be FILE.py:CLASS. A value is true, false, a number or a text, which may stand in quotes;
+        the parameter `name` is the name. Raise ConfigError for what is not of this form, and as `of` does.
+        """
+        found = re.fullmatch(rf"(?P<kind>{PATH.pattern}|[^:]*?)(:(?P<params>[^:=]+=.*))?", text, re.DOTALL)
+        pairs = found["params"].split(",") if found and found["params"] else []
+        params: dict[str, float | int | str | bool] = {}
+        for param, sign, value in (pair.partition("=") for pair in pairs):
+            if not (param.strip() and sign) or param.strip() in params:
+                found = None
+                break
+            params[param.strip()] = _value(value.strip())
+        if not found:
+            raise ConfigError(
+                f"strategy {text!r}: write KIND or KIND:PARAMETER=VALUE,PARAMETER=VALUE, each parameter once"
+            )
+        name = params.pop("name", None)
+        return cls.of(found["kind"], None if name is None else str(name), params)
+
+    def build(self) -> Strategy:
+        """The strategy. Raise ConfigError when it cannot be made, or its file is not what it was."""
+        return build(self.kind, self.name, self.params, self.digest)
+
+
+def _value(text: str) -> float | int | str | bool:
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    return text[1:-1] if quoted else text
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,8 +143,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return Calendars(self.calendar, Timeframe.parse(self.timeframe), self.calendars)
 
     def build(self) -> tuple[Strategy, ...]:
-        """The strategies of the path."""
-        return tuple(build(s.kind, s.name, s.params) for s in self.strategies)
+        """The strategies of the path. Raise ConfigError for one that cannot be made and names that repeat."""
+        names = [s.name for s in self.strategies]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"strategy names {', '.join(names)} repeat; give each a name of its own")
+        return tuple(s.build() for s in self.strategies)
 
     def encode(self) -> bytes:
         """Canonical JSON: the same settings always give the same bytes."""
@@ -127,7 +205,8 @@ class Pipeline:
     with the `fingerprint` that it was activated under (None after a restore), and counters; `newcomers`, the
     symbols that came without a history since, in order; and `lacking`, of those whose history was looked up
     after that, the newest close then. `forecasts` counts how often the model was asked, for whoever watches.
-    The first event must be a `Revision`; a model is opened when the first group needs it.
+    The first event must be a `Revision`; a model is opened, and strategies are made, when the first group
+    needs them: recovery passes over settings whose files may have changed since.
     """
 
     def __init__(self, open_model: OpenModel) -> None:
@@ -139,7 +218,7 @@ class Pipeline:
         self.continuity = Continuity()
         self.calendars = Calendars("24x7", Timeframe.parse("1m"))
         self.batcher = Batcher((), 0, self.calendars.open)
-        self.strategies: tuple[Strategy, ...] = ()
+        self._strategies: tuple[Strategy, ...] | None = None
         self.newcomers: dict[str, None] = {}
         self.lacking: dict[str, int] = {}
         self._open_model = open_model
@@ -182,6 +261,13 @@ class Pipeline:
             settings = self.settings
             self._forecaster = self._open_model(self.model, settings.sampler, settings.steps)
         return self._forecaster
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        """The strategies of the settings in force, made on first use."""
+        if self._strategies is None:
+            self._strategies = self.settings.build()
+        return self._strategies
 
     @property
     def settings(self) -> Settings:
@@ -258,9 +344,18 @@ class Pipeline:
         for forecast in made:
             if forecast.symbol not in forecasts:
                 withheld[forecast.symbol] = "the model gave no forecast that can be a price"
-        targets = {}
+        targets: dict[str, dict[str, float]] = {}
+        refused: dict[str, str] = {}
         if forecasts and not group.straggler:
-            targets = {s.name: s.on_forecasts(group.close_time, forecasts) for s in self.strategies}
+            for strategy in self.strategies:
+                own, fault = _asked(strategy, group.close_time, forecasts)
+                if fault:
+                    refused[strategy.name] = (
+                        f"strategy {strategy.name}, close {iso(group.close_time)}: {fault}; none of its "
+                        "targets is taken"
+                    )
+                else:
+                    targets[strategy.name] = own
         return Outcome(
             root=settings.root,
             timeframe=settings.timeframe,
@@ -272,6 +367,7 @@ class Pipeline:
             holes=holes,
             targets=targets,
             terms=terms,
+            refused=refused,
         )
 
     def _unasked(self, window: Window, calendar: Calendar, bars: int) -> Hole | None:
@@ -325,7 +421,7 @@ class Pipeline:
         # What followed under other hours, or within another jump, proves nothing.
         self.continuity = Continuity()
         self.batcher.reconfigure(settings.symbols, settings.max_wait, self.calendars.open)
-        self.strategies = settings.build()
+        self._strategies = None
 
     def _terms(self, group: Group, horizons: Sequence[int]) -> dict[str, Term]:
         """The term of each symbol; without ends where the calendar does not know that far."""
@@ -350,11 +446,45 @@ def _reasons(faults: Faults, length: int) -> tuple[str, ...]:
     )
 
 
+def _asked(
+    strategy: Strategy, close_time: int, forecasts: Mapping[str, Forecast]
+) -> tuple[dict[str, float], str]:
+    """The targets of a strategy in the order of the forecasts, and what is wrong with them, if anything.
+
+    A sentence shows of a value only what is the same in every run: it is published. What the strategy is
+    given it cannot change.
+    """
+    for forecast in forecasts.values():
+        for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
+            array.flags.writeable = False
+    given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
+    if not isinstance(given, Mapping):
+        return {}, f"it gave {_kind(given)}, not a target for each symbol"
+    strange = [key for key in given if key not in forecasts]
+    if strange:
+        names = [repr(key)[:SHOWN] if isinstance(key, str) else _kind(key) for key in strange]
+        return {}, f"it gave a target of {min(names)}, which was not forecast"
+    targets: dict[str, float] = {}
+    for symbol in forecasts:
+        if symbol in given:
+            target = given[symbol]
+            real = isinstance(target, Real) and not isinstance(target, bool)
+            if not real or not -1 <= target <= 1:
+                shown = str(target)[:SHOWN] if real else _kind(target)
+                return {}, f"its target of {symbol} is {shown}, not a number from -1 to 1"
+            targets[symbol] = float(target)
+    return targets, ""
+
+
+def _kind(thing: object) -> str:
+    return f"a value of type {type(thing).__name__}"
+
+
 def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
     """Ask each strategy once about a forecast of the card's shape.
 
-    Raise ConfigError for one that needs a level or a horizon that the model does not forecast: better before
-    the settings are journalled than at the first group.
+    Raise ConfigError for one that needs a level or a horizon that the model does not forecast, and for
+    targets that are none: better before the settings are journalled than at the first group.
     """
     rising = np.linspace(-0.01, 0.01, len(card.levels))
     some = np.full(len(card.horizons), 0.5)
@@ -371,7 +501,9 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
         warming=False,
     )
     for strategy in strategies:
-        strategy.on_forecasts(0, {"TRIAL": trial})
+        _, fault = _asked(strategy, 0, {trial.symbol: trial})
+        if fault:
+            raise ConfigError(f"strategy {strategy.name}, asked on trial: {fault}; correct the strategy")
 
 
 def pass_over(pipeline: Pipeline, event: Event) -> None:

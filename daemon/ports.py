@@ -5,7 +5,7 @@ path what time it is, so the same events give the same outcomes in both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from barcast.models import Adjustment, Bar, Card, Forecast
@@ -118,7 +118,8 @@ class Outcome:
     `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not, and
     `degraded` what is wrong with the bars of those that were. `holes` are the gaps right before the bars of
     this group, and before the first bar of a new symbol, to be asked for. `targets` is strategy -> symbol ->
-    wanted exposure, empty for a straggler. `root` is the root topic it is published under.
+    wanted exposure from -1 to 1, empty for a straggler; `refused` says why a strategy has none in this group
+    although it was asked. `root` is the root topic it is published under.
     """
 
     root: str
@@ -131,6 +132,7 @@ class Outcome:
     holes: Mapping[str, tuple[Hole, ...]]
     targets: Mapping[str, Mapping[str, float]]
     terms: Mapping[str, Term]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def tradable(self, symbol: str) -> bool:
         """Whether the group was due before the symbol's next bar should have closed: news, not a backlog."""

@@ -197,7 +197,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     tradable: Tradable
 
 
-class GroupDone(msgspec.Struct, frozen=True, kw_only=True):
+class GroupDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A group is complete: the last message about it, after its signals and targets."""
 
     schema: Version
@@ -220,6 +220,10 @@ class GroupDone(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelId
     valid_until: Until
     tradable: Annotated[bool, _of("Whether all of its symbols are tradable; see the signals.")]
+    refused: Annotated[
+        dict[str, str],
+        _of("Which strategies gave targets that cannot be, so that they have none in this group, and why."),
+    ] = {}
 
 
 class Backfill(msgspec.Struct, frozen=True, kw_only=True):
@@ -642,6 +646,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
             model=outcome.card.model,
             valid_until=to_text(last),
             tradable=all(map(outcome.tradable, group.symbols)),
+            refused=dict(outcome.refused),
         ),
         f"{root}/groups/{timeframe}",
         retain=False,

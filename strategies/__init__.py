@@ -1,17 +1,32 @@
 """From forecasts to targets: pure functions of all forecasts of a due group."""
 
-import difflib
 import re
 from collections.abc import Mapping
-from dataclasses import fields
-from math import inf, isfinite
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, cast
 
 from barcast.models import ConfigError, Forecast
 from barcast.strategies.median_drift import MedianDrift
+from barcast.strategies.params import checked, one_of
 from barcast.strategies.quantile_band import QuantileBand
+from barcast.strategies.rank import Rank
+from barcast.strategies.skew_tilt import SkewTilt
+from barcast.strategies.user import PATH, from_file, from_package, packaged
+from barcast.strategies.vol_target import VolatilityTarget
 
-__all__ = ["KINDS", "MedianDrift", "QuantileBand", "Strategy", "build"]
+__all__ = [
+    "KINDS",
+    "PATH",
+    "MedianDrift",
+    "QuantileBand",
+    "Rank",
+    "SkewTilt",
+    "Strategy",
+    "VolatilityTarget",
+    "build",
+    "identify",
+    "kinds",
+]
 
 
 class Strategy(Protocol):
@@ -22,49 +37,74 @@ class Strategy(Protocol):
         """The segment that names this strategy in topics and reports."""
         ...
 
-    def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
-        """The target of each symbol, from -1 (fully short) to 1 (fully long), from this group alone."""
+    def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> Mapping[str, float]:
+        """The target of each symbol, from -1 (fully short) to 1 (fully long), from this group alone.
+
+        A symbol that is left out keeps the target that it had.
+        """
         ...
 
 
-KINDS: Mapping[str, type[QuantileBand] | type[MedianDrift]] = {
+KINDS: Mapping[str, type] = {
     "quantile-band": QuantileBand,
     "median-drift": MedianDrift,
+    "vol-target": VolatilityTarget,
+    "skew-tilt": SkewTilt,
+    "rank": Rank,
 }
-"""The strategies that a config can name."""
+"""The strategies that are built in."""
 
 
-def build(kind: str, name: str, params: Mapping[str, object]) -> Strategy:
+def kinds() -> list[str]:
+    """What a config can name: the built-in strategies, and those of installed packages."""
+    return list(dict.fromkeys([*KINDS, *packaged()]))
+
+
+def identify(kind: str) -> tuple[str, str]:
+    """The name that a strategy has unless it is given another, and the digest of the file that it is in.
+
+    The digest is the first 16 hexadecimal digits of the SHA-256; a built-in strategy has none. Raise
+    `ConfigError` for a kind that cannot be loaded.
+    """
+    cls, digest = _found(kind, "")
+    name = cls.__name__ if PATH.fullmatch(kind) else kind
+    return re.sub(r"[^A-Za-z0-9._-]", "", name).lstrip("._-")[:32], digest
+
+
+def build(kind: str, name: str, params: Mapping[str, object], digest: str = "") -> Strategy:
     """The strategy of this kind, called `name`.
 
-    Raise `ConfigError` for an unknown kind or parameter, saying which exist, for a value that does not
-    fit, and for a name that cannot be a segment of a topic.
+    A kind is built in, the name of an entry point in the group `barcast.strategies`, or `FILE.py:CLASS`. With
+    a `digest` the file must be the one that had it. Raise `ConfigError` for an unknown kind or parameter,
+    saying which exist, for a value that does not fit, for a file that is no strategy or has changed, and for
+    a name that cannot be a segment of a topic.
     """
-    if kind not in KINDS:
-        raise ConfigError(f"strategy kind {kind!r} is unknown: {_one_of(kind, list(KINDS))}.")
+    cls, _ = _found(kind, digest)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", name):
         raise ConfigError(
             f"strategy name {name!r} cannot be part of a topic: "
             "take up to 32 letters, digits, dots, underscores and dashes."
         )
-    known = [field.name for field in fields(KINDS[kind]) if field.name != "name"]
-    for param, value in params.items():
-        if param not in known:
-            raise ConfigError(f"strategy {name!r} has no parameter {param!r}: {_one_of(param, known)}.")
-        whole, highest = param == "horizon", 1 if param == "band" else inf
-        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-        if not (number and isfinite(value) and (1 if whole else 0) <= value <= highest):  # type: ignore[arg-type, operator]
-            wanted = (
-                "a whole number of bars from 1"
-                if whole
-                else "a number from 0" + (" to 1" if highest == 1 else "")
+    values = checked(cls, name, params)
+    try:
+        return cast(Strategy, cls(name=name, **values))
+    except ValueError as error:
+        raise ConfigError(f"strategy {name!r}: {error}") from error
+
+
+def _found(kind: str, digest: str) -> tuple[type, str]:
+    if path := PATH.fullmatch(kind):
+        return from_file(Path(path["file"]), path["name"], digest)
+    if kind in KINDS:
+        return KINDS[kind], ""
+    if found := from_package(kind):
+        if digest not in ("", found[1]):
+            raise ConfigError(
+                f"strategy {kind!r}: its package changed since it was recorded (the digest is {found[1]}, "
+                f"not {digest}); install that version to go on from there, or name a changed one otherwise"
             )
-            raise ConfigError(f"strategy {name!r}: parameter {param} is {value!r}, not {wanted}.")
-    return KINDS[kind](name, **params)  # type: ignore[arg-type]
-
-
-def _one_of(given: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(given, known, n=1)
-    return (
-        f"did you mean {near[0]}? There are {', '.join(known)}" if near else f"take one of {', '.join(known)}"
+        return found
+    raise ConfigError(
+        f"strategy kind {kind!r} is unknown: {one_of(kind, kinds())}, or name a file and its class as "
+        "path/to/file.py:Class."
     )

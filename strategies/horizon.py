@@ -1,14 +1,20 @@
 """What a strategy reads from a forecast: which horizon, and the quantile at any level."""
 
+from typing import Annotated
+
 import numpy as np
+from msgspec import Meta
 
 from barcast.models import ConfigError, Forecast
 
+Bars = Annotated[int, Meta(ge=1)] | None
+"""A horizon in bars; None takes the longest that is forecast."""
+
 
 def chosen(strategy: str, horizon: int | None, forecast: Forecast) -> int:
-    """`horizon`, or the shortest of the forecast. Raise `ConfigError` if it is not forecast."""
+    """`horizon`, or the longest of the forecast. Raise `ConfigError` if it is not forecast."""
     if horizon is None:
-        return min(forecast.horizons)
+        return max(forecast.horizons)
     if horizon not in forecast.horizons:
         raise ConfigError(
             f"strategy {strategy!r} wants horizon {horizon}, but the model forecasts "
@@ -28,3 +34,8 @@ def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> f
             f"{forecast.levels[0]} to {forecast.levels[-1]}: stay within, or take a model with that level."
         )
     return float(np.interp(level, forecast.levels, forecast.quantiles[forecast.horizons.index(horizon)]))
+
+
+def deviation(horizon: int, forecast: Forecast) -> float:
+    """The standard deviation of the log return over a horizon."""
+    return float(forecast.std[forecast.horizons.index(horizon)])

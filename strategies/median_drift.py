@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import copysign
+from typing import Annotated
+
+from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import chosen, quantile
+from barcast.strategies.horizon import Bars, chosen, deviation, quantile
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,13 +16,13 @@ class MedianDrift:
     """Hold `gain` * median / standard deviation of the forecast, between -1 and 1.
 
     Nothing is held while the median does not clear the costs of a round trip; `costs` is the cost of one
-    side in basis points of the traded value. `horizon` is in bars; None takes the shortest.
+    side in basis points of the traded value. `horizon` is in bars; None takes the longest.
     """
 
     name: str
-    gain: float = 1.0
-    costs: float = 2.0
-    horizon: int | None = None
+    gain: Annotated[float, Meta(ge=0)] = 2.0
+    costs: Annotated[float, Meta(ge=0)] = 2.0
+    horizon: Bars = None
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol, from -1 to 1; 0 while the median does not clear the costs."""
@@ -28,7 +31,7 @@ class MedianDrift:
     def _target(self, forecast: Forecast) -> float:
         horizon = chosen(self.name, self.horizon, forecast)
         median = quantile(self.name, 0.5, horizon, forecast)
-        std = float(forecast.std[forecast.horizons.index(horizon)])
+        std = deviation(horizon, forecast)
         if abs(median) <= 2e-4 * self.costs:
             return 0.0
         drift = self.gain * median

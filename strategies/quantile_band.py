@@ -3,25 +3,28 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import copysign
+from typing import Annotated
+
+from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import chosen, quantile
+from barcast.strategies.horizon import Bars, chosen, quantile
 
 
 @dataclass(frozen=True, slots=True)
 class QuantileBand:
     """Long when even the band's lower edge gains more than a round trip costs, short when its upper loses it.
 
-    `band` is the probability inside the band: 0.5 reaches from the lower to the upper quartile, and asks for
-    a median beyond two thirds of a standard deviation; a narrower band trades sooner. `costs` is the cost of
-    one side in basis points of the traded value; a round trip pays it twice. The size is |median| / distance
-    of the quartiles, at most 1. `horizon` is in bars; None takes the shortest.
+    `band` is the probability inside the band: a narrow one trades soon; 0.5 reaches from the lower to the
+    upper quartile, and asks for a median beyond two thirds of a standard deviation, which is rare. `costs` is
+    the cost of one side in basis points of the traded value; a round trip pays it twice. The size is |median|
+    / distance of the quartiles, at most 1. `horizon` is in bars; None takes the longest.
     """
 
     name: str
-    band: float = 0.5
-    costs: float = 2.0
-    horizon: int | None = None
+    band: Annotated[float, Meta(ge=0, le=1)] = 0.05
+    costs: Annotated[float, Meta(ge=0)] = 2.0
+    horizon: Bars = None
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol, from -1 to 1; 0 while the band does not clear the costs."""

@@ -276,10 +276,10 @@ def test_broad_handlers_are_found() -> None:
     assert broad_handlers(body.format("ValueError")) == []
 
 
-def test_one_broad_handler() -> None:
-    """There is one handler for whatever goes wrong: around the scheduled job."""
+def test_two_broad_handlers() -> None:
+    """Whatever goes wrong is caught around the scheduled job, and in a user's file, to name the line."""
     found = [name for name, source in SOURCES.items() for _ in broad_handlers(source)]
-    assert found == ["daemon/retraining.py"]
+    assert found == ["strategies/user.py", "daemon/retraining.py"]
 
 
 def test_only_scripts_print() -> None:

@@ -1,4 +1,4 @@
-"""What is shipped to try the program with: thirteen years of daily bars of five US stocks, and a model."""
+"""What is shipped to try the program with: daily bars of five US stocks, a model and a strategy."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,3 +12,8 @@ def sample_bars() -> Path:
 def sample_checkpoint() -> Path:
     """The folder of the model that is shipped with the sample bars."""
     return Path(str(files(__name__) / "checkpoint"))
+
+
+def sample_strategy() -> Path:
+    """The file with a strategy to begin with, of which a copy can be changed."""
+    return Path(str(files(__name__) / "strategy.py"))

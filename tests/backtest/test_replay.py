@@ -18,7 +18,7 @@ from tests.garch import simulate
 HOUR = 3_600_000_000_000
 STRATEGIES = (
     StrategySettings("quantile-band", "band", {"band": 0.02, "costs": 0.0, "horizon": 20}),
-    StrategySettings("median-drift", "drift", {}),
+    StrategySettings("median-drift", "drift", {"gain": 1.0, "horizon": 1}),
 )
 
 GOLDEN = "c7e1417c73da458cebfc873ad58fd0fe970434e602b5f38df70ed59fa5e22f09"

@@ -137,9 +137,7 @@ def test_ledger_holds_through_a_split():
     class Holder(Pipeline):
         """The path with a strategy that is always long."""
 
-        def _revise(self, settings):
-            super()._revise(settings)
-            self.strategies = (Long(),)
+        strategies = (Long(),)
 
     def books(*story):
         ledger = Ledger(Execution())

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 import pytest
 
+from barcast.backtest.sample import sample_strategy
 from barcast.backtest.verify import replay_journal
 from barcast.daemon import bars as daemon_bars
 from barcast.daemon import start as daemon_start
@@ -18,7 +19,7 @@ from barcast.daemon.events import Champion, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
-from barcast.daemon.pipeline import Pipeline
+from barcast.daemon.pipeline import Pipeline, Settings
 from barcast.daemon.start import opening, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
@@ -169,6 +170,23 @@ def test_strategy_that_the_model_cannot_serve_is_refused_at_the_start(tmp_path, 
         decide(daemon)
     assert daemon.scribe.journal.last(Kind.REVISION) is None
     daemon.scribe.close()
+
+
+def test_strategy_whose_file_changed_is_journalled_anew(tmp_path):
+    """A strategy whose file is another one since the last start makes other settings; the same makes none."""
+    mine = tmp_path / "mine.py"
+    mine.write_text(sample_strategy().read_text())
+    text = LEAST + '[[strategy]]\nkind = "mine.py"\n'
+    digests = []
+    for change in (False, False, True):
+        if change:
+            mine.write_text(mine.read_text() + "\n")
+        daemon = start(tmp_path, text)
+        if Kind.REVISION in [d.kind for d in decide(daemon)]:
+            record = daemon.scribe.journal.last(Kind.REVISION)
+            digests.append(Settings.decode(record.payload).strategies[0].digest)
+        daemon.scribe.close()
+    assert len(set(digests)) == len(digests) == 2
 
 
 def test_state_of_another_timeframe_is_refused(tmp_path):

@@ -1,0 +1,151 @@
+"""Strategies that are not built in: a class in a Python file, or the entry point of an installed package."""
+
+import hashlib
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from traceback import extract_tb
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from barcast.models import ConfigError
+from barcast.strategies.params import one_of
+
+GROUP = "barcast.strategies"
+"""The group of entry points in which packages offer strategies."""
+
+PATH = re.compile(r"(?P<file>.+\.py)(?::(?P<name>[^\W\d]\w*))?", re.DOTALL)
+"""A kind that is a file, with the class in it, which may be left out when it is the only strategy there."""
+
+
+def packaged() -> list[str]:
+    """The names of the strategies that installed packages offer."""
+    return sorted({point.name for point in entry_points(group=GROUP)})
+
+
+def from_file(path: Path, name: str | None, digest: str) -> tuple[type, str]:
+    """The strategy's class of a file, and the digest of the file.
+
+    With a `digest` it is the file as it was then: a process that has loaded it goes on with it, whatever the
+    file says now. The file stands alone: what it imports must be installed. Raise `ConfigError` for one that
+    is missing, that fails, that has another digest, or that has no such strategy in it.
+    """
+    module = sys.modules.get(_module(path, digest))
+    if module is None:
+        try:
+            source = path.read_bytes()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"strategy {path}: {reason}; name a Python file that can be read") from error
+        found = hashlib.sha256(source).hexdigest()[:16]
+        if digest not in ("", found):
+            raise ConfigError(
+                f"strategy {path}: changed since it was recorded (its digest is {found}, not {digest}); put "
+                "that version back to go on from there, and give a changed one a file of its own"
+            )
+        digest = found
+        # Compiled from the bytes that were hashed: what is cached of a file may be of an older version.
+        module = sys.modules.get(_module(path, digest)) or _loaded(path, source, _module(path, digest))
+    return _usable(str(path), _class(path, name, module)), digest
+
+
+@cache
+def from_package(name: str) -> tuple[type, str] | None:
+    """The strategy's class of an entry point, and the digest of the file it is in; None where there is none.
+
+    Raise `ConfigError` for one that cannot be loaded or is no strategy.
+    """
+    points = {point.value: point for point in entry_points(group=GROUP, name=name)}
+    if not points:
+        return None
+    where = f"entry point {name!r} ({', '.join(points)})"
+    if len(points) > 1:
+        raise ConfigError(f"strategy {where} is offered more than once; uninstall one of the packages")
+    with _said(where, None):
+        found = next(iter(points.values())).load()
+    source = getattr(sys.modules.get(getattr(found, "__module__", "")), "__file__", None)
+    digest = hashlib.sha256(Path(source).read_bytes()).hexdigest()[:16] if source else ""
+    return _usable(where, found), digest
+
+
+def _module(path: Path, digest: str) -> str:
+    """The name under which a version of a file is loaded."""
+    return f"barcast_strategy_{digest}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
+def _loaded(path: Path, source: bytes, name: str) -> ModuleType:
+    module = ModuleType(name)
+    module.__file__ = str(path)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        with _said(str(path), path):
+            exec(compile(source, path, "exec"), module.__dict__)
+    except ConfigError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextmanager
+def _said(where: str, path: Path | None) -> Iterator[None]:
+    """Say of whatever goes wrong in foreign code where it was."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
+        reason = str(error)
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines, reason = [error.lineno], error.msg
+        line, reason = f", line {lines[-1]}" if lines else "", " ".join(reason.split())
+        raise ConfigError(
+            f"strategy {where}{line}: {type(error).__name__}: {reason}; correct it there"
+        ) from error
+
+
+def _class(path: Path, name: str | None, module: ModuleType) -> Any:
+    own = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__
+    }
+    if name is not None:
+        if name not in vars(module):
+            raise ConfigError(f"strategy {path}: there is no class {name} in it: {one_of(name, own)}.")
+        return vars(module)[name]
+    found = [key for key, value in own.items() if hasattr(value, "on_forecasts")]
+    if not found:
+        raise ConfigError(f"strategy {path}: no class in it has a method on_forecasts; write one")
+    if len(found) > 1:
+        raise ConfigError(f"strategy {path}: which class? Write {' or '.join(f'{path}:{k}' for k in found)}")
+    return own[found[0]]
+
+
+def _usable(where: str, cls: Any) -> type:
+    """The class, if it has the form of a strategy. Raise `ConfigError` saying what is missing."""
+    if not isinstance(cls, type):
+        raise ConfigError(f"strategy {where}: {cls!r:.60} is no class; name the class of a strategy")
+    lacks = ""
+    if not is_dataclass(cls):
+        lacks = "is no dataclass; write @dataclass(frozen=True) above it"
+    elif [field.name for field in fields(cls)][:1] != ["name"]:
+        lacks = "does not begin with the field `name`; write `name: str` first"
+    elif not callable(method := getattr(cls, "on_forecasts", None)):
+        lacks = "has no method on_forecasts; write on_forecasts(self, close_time, forecasts)"
+    else:
+        try:
+            inspect.signature(method).bind(None, 0, {})
+        except TypeError:
+            lacks = "cannot be asked; write on_forecasts(self, close_time, forecasts)"
+        try:
+            get_type_hints(cls)
+        except (NameError, AttributeError) as error:
+            lacks = f"has a field of an unknown type ({error}); import it, outside of `if TYPE_CHECKING`"
+    if lacks:
+        raise ConfigError(f"strategy {where}: the class {cls.__name__} {lacks}")
+    return cls
