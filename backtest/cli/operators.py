@@ -367,23 +367,25 @@ def replay(
     capture: Annotated[
         Path | None,
         typer.Option(
-            help='What a subscriber wrote down, one ["topic", "payload"] a line: compare byte by byte, '
-            "exit 1 on a difference."
+            help='What a subscriber wrote down, one ["topic", "payload"] a line: compare with that, not with '
+            "the journal's outbox."
         ),
     ] = None,
 ) -> None:
-    """Compute every message of a recorded live run again, from its journal and the models beside it."""
-    from barcast.backtest.verify import compare, left_until, read_capture, replay_journal
+    """Compute every message of a recorded live run again, from its journal and the models beside it.
+
+    Compare byte by byte and exit 1 on a difference; of what was recorded under another fingerprint, another
+    processor or torch, say how far the figures are apart.
+    """
+    from barcast.backtest.verify import compare, read_capture, replay_journal
 
     captured = read_capture(capture) if capture else None
-    messages = replay_journal(journal)
-    signals = sum("/signals/" in m.topic for m in messages)
-    out.print(f"{len(messages)} messages replayed, {signals} of them signals")
-    if captured is not None:
-        difference = compare(messages, captured, left_until(journal))
-        out.print(difference.sentence())
-        if difference.differing or not difference.signals:
-            raise typer.Exit(1)
+    replayed = replay_journal(journal)
+    out.print(replayed.sentence())
+    difference = compare(replayed, captured)
+    out.print(difference.sentence(), highlight=False, markup=False, soft_wrap=True)
+    if not difference.agrees:
+        raise typer.Exit(1)
 
 
 def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]]":

@@ -9,9 +9,8 @@ from polars.testing import assert_frame_equal
 
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.backtest.verify import compare, read_capture
 from barcast.daemon.pipeline import StrategySettings
-from barcast.daemon.wire import Outgoing, to_ns
+from barcast.daemon.wire import to_ns
 from barcast.models import CheckpointError, ConfigError, DataError
 from tests.garch import simulate
 
@@ -296,28 +295,3 @@ def test_poisoned_future_changes_nothing_for_the_shipped_model(bars, tmp_path, s
     assert clean.meta["sampler"] == sampler
     assert_same_until(clean, poisoned, moment)
     assert_differ(clean, poisoned)
-
-
-def message(topic, payload):
-    """A replayed message."""
-    return Outgoing(f"{topic} {payload}", topic, payload, True, None)
-
-
-def test_comparison_counts_what_differs_and_what_is_missing(tmp_path):
-    """A capture with a message twice agrees; a changed byte differs; what was not captured is missing."""
-    replayed = [
-        message("t/signals/1m/A", b"1"),
-        message("t/signals/1m/B", b"2"),
-        message("t/groups/1m", b"3"),
-    ]
-    captured = [(m.topic, m.payload) for m in replayed]
-    agree = compare(replayed, [*captured, captured[0]])
-    assert (agree.signals, agree.differing, agree.missing) == (2, (), ())
-    flipped = compare(replayed, [("t/signals/1m/A", b"0"), *captured[1:]])
-    assert flipped.differing == (("t/signals/1m/A", b"0"),)
-    assert flipped.missing == (replayed[0],)
-    assert compare(replayed, captured[:2]).missing == (replayed[2],)
-    assert compare(replayed[:2], captured).differing == (captured[2],)
-    file = tmp_path / "capture.jsonl"
-    file.write_text('["t/signals/1m/A","1"]\n["t/signals/1m/B","2"]\n["t/groups/1m","3"]\n')
-    assert read_capture(file) == captured

@@ -7,6 +7,8 @@ import os
 import random
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import polars as pl
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from barcast.backtest import cli
-from barcast.backtest.verify import compare, left_until
+from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon import journal as journal_module
 from barcast.daemon import retention
 from barcast.daemon.bars import every_bar, known_bars, read_archive
@@ -145,21 +147,43 @@ def test_compacted_journal_replays_what_it_still_holds(tmp_path):
         assert min(said) >= f"2023-11-14T22:{14 + minute}:00Z"
 
 
-def test_capture_of_what_left_is_no_difference(tmp_path):
+def open_path(path, *options):
+    """The models of the stories, from a store."""
+    return open_model(Path(path).name, *options[1:])
+
+
+def test_capture_of_what_left_is_no_difference(tmp_path, monkeypatch):
     """What a subscriber wrote down of closes that have left is counted apart; a wrong byte is still found."""
+    monkeypatch.setattr("barcast.daemon.store.open_model", open_path)
     whole = path_of(recorded(tmp_path, None))
     captured = [(m.topic, m.payload) for m in whole]
-    assert left_until(tmp_path / "journal.db") == -1
+    replayed = replay_journal(tmp_path / "journal.db")
+    assert (replayed.messages, replayed.left) == (whole, -1)
     compact(tmp_path, START + 7 * MINUTE + 30 * SECOND + DAY, DAY, (), nothing)
-    with closing(Instance(tmp_path / "journal.db", World(time=START), open_model)) as instance:
-        rest = instance.replayed()
-    found = compare(rest, captured, left_until(tmp_path / "journal.db"))
+    rest = replay_journal(tmp_path / "journal.db")
+    found = compare(rest, captured)
     assert (found.differing, found.missing) == ((), ())
-    assert found.older == len(whole) - len(rest) > 0
+    assert found.older == len(whole) - len(rest.messages) > 0
     assert f"{found.older} are older than what the journal still holds" in found.sentence()
     spoilt = [*captured[:-1], (captured[-1][0], captured[-1][1].replace(b"22:", b"23:"))]
-    assert len(compare(rest, spoilt, left_until(tmp_path / "journal.db")).differing) == 1
-    assert len(compare(rest, [("t/signals/1m/A", b"no")], 10**19).differing) == 1
+    assert len(compare(rest, spoilt).differing) == 1
+    assert len(compare(replace(rest, left=10**19), [("t/signals/1m/A", b"no")]).differing) == 1
+
+
+def test_outbox_of_a_compacted_journal_holds_what_a_replay_says(tmp_path, monkeypatch):
+    """Old messages leave the outbox, too: what is left is compared, and what went first is not missed."""
+    monkeypatch.setattr("barcast.daemon.store.open_model", open_path)
+    recorded(tmp_path, None)
+    compact(tmp_path, START + 7 * MINUTE + 30 * SECOND + DAY, DAY, (), nothing)
+    whole = compare(replay_journal(tmp_path / "journal.db"))
+    assert (whole.agrees, whole.older > 0) == (True, True)
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
+        db.execute("DELETE FROM outbox WHERE n <= (SELECT MAX(n) FROM outbox) - 9")
+    short = compare(replay_journal(tmp_path / "journal.db"))
+    assert (short.agrees, short.older, 0 < short.signals < whole.signals) == (True, 0, True)
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
+        db.execute("DELETE FROM outbox WHERE n = (SELECT MAX(n) FROM outbox) - 4")
+    assert not compare(replay_journal(tmp_path / "journal.db")).agrees
 
 
 class Killed(Exception):  # noqa: N818 - kill -9, not an error

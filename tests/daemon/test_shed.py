@@ -112,7 +112,7 @@ def test_rollback_rescues_from_a_model_that_is_gone(state):
     assert "2 groups of bars, in 5 records, are passed over" in said
     sent = serve(state, START + 9 * MINUTE, bars(10, 12))
     assert closes(sent) == [(m, "fhs") for m in (1, 2, 3, 4, 5, 6, 10, 11, 12)]
-    assert replay_journal(state / "journal.db") == sent
+    assert replay_journal(state / "journal.db").messages == sent
 
 
 def test_rollback_rescues_from_a_model_that_raises(state):
@@ -124,7 +124,7 @@ def test_rollback_rescues_from_a_model_that_raises(state):
     back(state, START + 9 * MINUTE)
     sent = serve(state, START + 9 * MINUTE, bars(9, 10))
     assert closes(sent) == [(m, "fhs" if m < 4 or m > 8 else BAD) for m in (1, 2, 3, 4, 5, 6, 9, 10)]
-    assert replay_journal(state / "journal.db") == sent
+    assert replay_journal(state / "journal.db").messages == sent
     signals = [json.loads(m.payload) for m in sent if m.topic == "t/signals/1m/A"]
     assert signals[-1]["flags"] == []  # no hole where nothing was forecast
 
@@ -141,7 +141,7 @@ def test_group_that_waited_at_the_stop(state, wait, shed):
     assert (Kind.SHED in kinds(state)) == shed
     sent = serve(state, time + wait, bars(9, 9))
     assert closes(sent) == [(m, "fhs") for m in [1, 2, 3, 4, 5, *([] if shed else [7]), 9]]
-    assert replay_journal(state / "journal.db") == sent
+    assert replay_journal(state / "journal.db").messages == sent
 
 
 def test_nothing_is_passed_over_where_nothing_waits(state):
@@ -163,7 +163,7 @@ def test_model_that_looks_back_further_finds_its_bars(state):
     assert closes(sent)[-1] == (41, "hs")
     signals = [json.loads(m.payload) for m in sent if "/signals/" in m.topic]
     assert (signals[-1]["model"], signals[-1]["flags"]) == ("hs", [])
-    assert replay_journal(state / "journal.db") == sent
+    assert replay_journal(state / "journal.db").messages == sent
 
 
 def test_operator_reads_one_sentence(state, run, capsys):
@@ -190,6 +190,6 @@ def test_compaction_keeps_what_was_passed_over(state, kept):
     with closing(Journal(state / "journal.db", readonly=True)) as journal:
         assert journal.base > 0
     sent = serve(state, now, bars(11, 12))
-    replayed = replay_journal(state / "journal.db")
+    replayed = replay_journal(state / "journal.db").messages
     assert replayed == sent[len(sent) - len(replayed) :]
     assert closes(replayed)[-2:] == [(11, "fhs"), (12, "fhs")]

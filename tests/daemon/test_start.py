@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from barcast.backtest.sample import sample_strategy
-from barcast.backtest.verify import replay_journal
+from barcast.backtest.verify import Replayed, replay_journal
 from barcast.daemon import bars as daemon_bars
 from barcast.daemon import start as daemon_start
 from barcast.daemon.app import Daemon, WallClock
@@ -243,21 +243,22 @@ def test_trainer_sees_the_bars_that_the_windows_hold(tmp_path):
     assert list(known) == ["A", "B"]
 
 
-def test_replay_under_another_fingerprint_is_refused(tmp_path):
-    """Bytes are promised within one fingerprint: a replay elsewhere names both instead of differing."""
+def test_replay_under_another_fingerprint_names_both(tmp_path):
+    """Bytes are promised within one fingerprint: a replay says of what was forecast under which it was."""
     daemon = start(tmp_path)
     decide(daemon)
     daemon.scribe.close()
     path = tmp_path / "state" / "journal.db"
-    assert replay_journal(path) == []
+    assert replay_journal(path) == Replayed([])
     journal = Journal(path)
     elsewhere = Champion("fhs", "numpy=0.1", 8, "test").encode()
     journal.append([(START + 1, Kind.ACTIVATION, "", elsewhere)])
-    assert replay_journal(path) == []  # nothing was forecast under it
+    assert replay_journal(path).fingerprints == ()  # nothing was forecast under it
     journal.append([(START + MINUTE, Kind.BARS, "barcast/v1/bars/1m/A", encode_bars([bar("A", 1, 100.0)]))])
     journal.close()
-    with pytest.raises(ConfigError, match=r"numpy=0\.1.*replay where it was recorded"):
-        replay_journal(path)
+    [(recorded, own)] = replay_journal(path).fingerprints
+    assert recorded == "numpy=0.1"
+    assert own.startswith("numpy=")
     assert json.loads(elsewhere)["window"] == 8
 
 

@@ -21,7 +21,7 @@ import paho.mqtt.client as paho
 import polars as pl
 import pytest
 
-from barcast.backtest.verify import replay_journal
+from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon.bars import read_archive
 from barcast.daemon.events import events
 from barcast.daemon.journal import Journal, State
@@ -244,7 +244,7 @@ class Delivered:
 
 def signals_delivered(instance: Instance, subscriber: Subscriber) -> Delivered:
     """Hold what a subscriber saw against a replay: each message there or expired, one id, in order."""
-    replayed = {m.id: m for m in replay_journal(instance.state / "journal.db")}
+    replayed = {m.id: m for m in replay_journal(instance.state / "journal.db").messages}
     rows = ask(instance, "SELECT id, topic, payload, state FROM outbox ORDER BY n")
     outbox = {i: (t, p, State(s)) for i, t, p, s in rows if t.split("/")[2] in KINDS}
     captured = [pair for kind in KINDS for pair in subscriber.of(kind)]
@@ -569,7 +569,9 @@ def test_compaction_beside_a_daemon_changes_nothing(broker: Mosquitto, stage: St
     assert snapshot > 0
     taken = set(stored(instance)) | archived(instance)
     assert set(feed.acknowledged()) <= taken
-    replayed = {(m.topic, m.payload) for m in replay_journal(instance.state / "journal.db")}
+    kept = replay_journal(instance.state / "journal.db")
+    assert compare(kept).agrees
+    replayed = {(m.topic, m.payload) for m in kept.messages}
     seen = {pair for kind in KINDS for pair in subscriber.of(kind)}
     assert len(replayed & seen) > 20
     gone = seen - replayed

@@ -75,4 +75,6 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     assert states[0] == "ready"
     assert states[-1] == "stopped"
     captured = [pair for kind in ("signals", "targets", "groups", "backfill") for pair in subscriber.of(kind)]
-    assert compare(replay_journal(instance.state / "journal.db"), captured).differing == ()
+    replayed = replay_journal(instance.state / "journal.db")
+    assert compare(replayed, captured).differing == ()
+    assert compare(replayed).agrees

@@ -73,6 +73,7 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path,
     )
     assert difference.signals >= 2000
     assert difference.differing == ()
+    assert compare(replayed).agrees
     assert len(difference.missing) == counts[State.EXPIRED]
     assert counts[State.PENDING] == 0
     assert samplers == {"dpmpp", "ddim"}

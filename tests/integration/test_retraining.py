@@ -120,9 +120,11 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
         late += sum(model.split("-")[0] != champion.model for model in inside)
     assert late == 0
     captured = [pair for kind in ("signals", "targets", "groups", "backfill") for pair in subscriber.of(kind)]
-    difference = compare(replay_journal(instance.state / "journal.db"), captured)
+    replayed = replay_journal(instance.state / "journal.db")
+    difference = compare(replayed, captured)
     print(f"\n{difference.sentence()}; {counts[State.EXPIRED]} expired; {len(reigns)} activations")
     assert difference.differing == ()
+    assert compare(replayed).agrees
     assert len(difference.missing) == counts[State.EXPIRED]
     assert len({json.loads(p)["model"] for _, p in signals}) == 3
 
