@@ -22,6 +22,8 @@ from barcast.daemon.calendar import iso
 from barcast.daemon.ports import Outcome
 from barcast.models import Adjustment, Bar, Forecast
 
+BENCHMARK = "buy-and-hold"
+
 TIME = pl.Datetime("ns", "UTC")
 FILLS = pl.Schema(
     {
@@ -32,8 +34,10 @@ FILLS = pl.Schema(
         "price": pl.Float64(),
         "units": pl.Float64(),
         "commission": pl.Float64(),
+        "spread": pl.Float64(),
         "slippage": pl.Float64(),
         "position": pl.Float64(),
+        "basis": pl.Float64(),
     }
 )
 EQUITY = pl.Schema(
@@ -43,6 +47,8 @@ EQUITY = pl.Schema(
         "cash": pl.Float64(),
         "equity": pl.Float64(),
         "gross": pl.Float64(),
+        "net": pl.Float64(),
+        "carry": pl.Float64(),
     }
 )
 SIGNALS = pl.Schema(
@@ -119,7 +125,7 @@ class _Book:
         self.units: dict[str, float] = {}
         self.orders: dict[str, tuple[int, float]] = {}
         self.fills: list[Fill] = []
-        self.marks: list[tuple[int, float, float, float]] = []
+        self.marks: list[tuple[int, float, float, float, float, float]] = []
 
     def fill(self, bar: Bar, basis: float, commission: float, slippage: float) -> None:
         decided, value = self.orders.pop(bar.symbol)
@@ -147,7 +153,8 @@ class _Book:
         values = [held * series[symbol].close_at(time) for symbol, held in units.items() if held]
         equity = cash + sum(values)
         gross = sum(map(abs, values)) / equity if equity > 0 else 0.0
-        self.marks.append((time, cash, equity, gross))
+        net = sum(values) / equity if equity > 0 else 0.0
+        self.marks.append((time, cash, equity, gross, net, 0.0))
         return equity
 
 
@@ -215,7 +222,8 @@ class Ledger:
     def fills(self) -> pl.DataFrame:
         """The trades, in order: see `BacktestResult.fills`."""
         rows = [
-            (name, f.symbol, f.decided, f.close_time, f.price, f.units, f.commission, f.slippage, f.position)
+            (name, f.symbol, f.decided, f.close_time, f.price, f.units)  # noqa: RUF005
+            + (f.commission, 0.0, f.slippage, f.position, f.basis)
             for name, book in self._books.items()
             for f in book.fills
         ]
