@@ -12,10 +12,12 @@ import pytest
 
 from barcast.backtest import plot
 from barcast.backtest.ledger import Ledger
+from barcast.backtest.metrics import DEFINITIONS as OF_BOOKS
+from barcast.backtest.metrics import portfolio
 from barcast.backtest.report import html, write_report
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.sample import sample_bars
-from barcast.backtest.scoring import DEFINITIONS, portfolio, scores
+from barcast.backtest.scoring import DEFINITIONS, scores
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import bars, scan
 from barcast.daemon.ports import Group, Outcome
@@ -70,7 +72,7 @@ def result() -> BacktestResult:
         fills=fills,
         equity=equity,
         scores=scores(signals, outcomes),
-        portfolio=portfolio(equity, fills, calendar.periods_per_year),
+        portfolio=portfolio(equity, fills, calendar.periods_per_year, 1),
         meta={"periods_per_year": 252, "config": {"symbols": ["FB", "<b>"]}, "digest": "4a8f77"},
     )
 
@@ -97,8 +99,10 @@ def test_sections(result: BacktestResult) -> None:
     page = without_library(html(result))
     for name in ("equity", "drawdown", "coverage", "pit", "fan0", "fan1"):
         assert page.count(f'id="{name}"') == 1
-    for definition in DEFINITIONS.values():
-        assert escape(definition) in page
+    for name in ("n", "pinball", "crps", "coverage_50", "coverage_80", "coverage_90"):
+        assert escape(DEFINITIONS[name]) in page
+    for name in ("total_return", "volatility", "sharpe", "max_drawdown", "costs", "fills", "periods"):
+        assert escape(OF_BOOKS[name]) in page
     assert "periods in a year: 252" in page
     assert "4a8f77" in page
     assert "even&lt;model&gt;" in page
@@ -128,7 +132,7 @@ def test_nothing_recorded() -> None:
     """A run without a forecast still gives a page that says so."""
     ledger = Ledger(0, 0)
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
-    tables = scores(signals, outcomes), portfolio(equity, fills, 365)
+    tables = scores(signals, outcomes), portfolio(equity, fills, 365, 1)
     page = without_library(html(BacktestResult(signals, outcomes, fills, equity, *tables, {})))
     assert "No forecast was made." in page
     assert "What was run" in page
