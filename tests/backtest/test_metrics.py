@@ -200,16 +200,18 @@ def test_round_trips() -> None:
         ("A", 10.0, -2.0),
         ("A", 12.0, 6.0),  # ends 2 short with -4, less the fill's costs and a third of this one's; 4 held
         ("B", 4.0, -10.0),  # -10 less two fills' costs
+        ("A", 15.0, -4.0),  # 12 less the fill's costs and two thirds of those of the one through zero
+        ("A", 15.0, 1.0),
         cost=0.1,
     )
     other = fills(("A", 10.0, 1.0), ("A", 20.0, -1.0), strategy="t")
     found = row(equity([100, 110, 120, 110, 115]), pl.concat([trades, other]))
-    assert (found["trades"], found["fills"]) == (3, 8)
-    assert found["win_rate"] == pytest.approx(1 / 3)
-    profits = [4 - 4 * 0.3, -4 - 0.3 - 0.1, -10 - 2 * 0.3]
-    assert found["profit_factor"] == pytest.approx(profits[0] / -(profits[1] + profits[2]))
-    assert found["costs"] == pytest.approx(8 * 0.3 / 100)
-    traded = 40 + 48 + 50 + 52 + 40 + 20 + 72 + 40
+    assert (found["trades"], found["fills"]) == (4, 10)
+    assert found["win_rate"] == pytest.approx(2 / 4)
+    profits = [4 - 4 * 0.3, 12 - 0.3 - 0.2, -4 - 0.3 - 0.1, -10 - 2 * 0.3]
+    assert found["profit_factor"] == pytest.approx(sum(profits[:2]) / -sum(profits[2:]))
+    assert found["costs"] == pytest.approx(10 * 0.3 / 100)
+    traded = 40 + 48 + 50 + 52 + 40 + 20 + 72 + 40 + 60 + 15
     assert found["turnover"] == pytest.approx(traded / 111 * 252 / 4)
 
 
