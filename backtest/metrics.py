@@ -55,7 +55,7 @@ SCHEMA = pl.Schema(
 
 EULER = 0.5772156649015329
 STILL = 1e-14
-"""A standard deviation of returns that rounding alone makes: prices are known to 2e-16 of themselves."""
+"""What rounding alone makes of returns and drawdowns: an equity is known to 2e-16 of itself."""
 FLAT = 1e-9
 """What is left of a position, as a share of the fill, that is only rounding."""
 _NORMAL = NormalDist()
@@ -112,8 +112,8 @@ def deflated_sharpe(
     That is `probabilistic_sharpe` against the highest ratio to expect of so many without skill. `variance` is
     that of the trials' ratios of one period; unless it is known, that of a ratio measured over `n` periods
     where the true one is 0, 1 / (n - 1): the few books of a run are too few to estimate it. It supposes
-    independent trials. As a test it is cautious: without skill, the best of one is above 0.95 in 5 % of the
-    cases, the best of a hundred in 0.2 %.
+    independent trials. As a test it is cautious: without skill, a single one is above 0.95 in 5 % of the
+    cases, the best of a hundred in less than 0.2 %.
     """
     if n < 2:
         return None
@@ -140,7 +140,7 @@ def _performance(book: pl.DataFrame, P: int, trials: int | None) -> dict[str, fl
         "periods": len(value) - 1,
         "total_return": value[-1] / value[0] - 1,
         "max_drawdown": drawdown.min(),
-        "drawdown_periods": _longest(drawdown < 0),
+        "drawdown_periods": _longest(drawdown < -STILL),
     }
     r = _returns(value)
     if len(r) < 2:
@@ -148,19 +148,19 @@ def _performance(book: pl.DataFrame, P: int, trials: int | None) -> dict[str, fl
     mean, deviation = r.mean(), r.std(ddof=1)
     low, high = np.percentile(r, [5, 95])
     downside = sqrt(np.square(np.minimum(r, 0)).mean())
-    losses = -r[r < 0].sum()
+    gains, losses = np.maximum(r, 0).mean(), -np.minimum(r, 0).mean()
     with np.errstate(over="ignore"):
         growth = value[-1] / value[0]
         cagr = growth ** (P / len(r)) - 1 if growth >= 0 else np.nan
     found |= {
         "cagr": cagr,
         "volatility": deviation * sqrt(P),
-        "sortino": mean / downside * sqrt(P) if downside else None,
-        "calmar": cagr / -drawdown.min() if drawdown.min() < 0 else None,
+        "sortino": mean / downside * sqrt(P) if downside > STILL else None,
+        "calmar": cagr / -drawdown.min() if drawdown.min() < -STILL else None,
         "var_95": low,
         "cvar_95": np.sort(r)[: 1 + int(0.05 * (len(r) - 1))].mean(),
-        "omega": r[r > 0].sum() / losses if losses else None,
-        "tail_ratio": abs(high) / abs(low) if low else None,
+        "omega": gains / losses if losses > STILL else None,
+        "tail_ratio": abs(high) / abs(low) if abs(low) > STILL else None,
     }
     if deviation > STILL:
         d = r - mean

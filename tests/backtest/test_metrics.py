@@ -130,7 +130,9 @@ def test_books_that_stand_still_have_no_ratios() -> None:
     even = row(equity(1.01 ** np.arange(200)))
     assert even["cagr"] == pytest.approx(1.01**252 - 1)
     assert even["drawdown_periods"] == 0
-    for book in (flat, even):
+    jitter = row(equity(1.0 + 2e-16 * (np.arange(200) % 3)))
+    assert (jitter["drawdown_periods"], jitter["trades"]) == (0, 0)
+    for book in (flat, even, jitter):
         for name in (
             "sharpe",
             "skew",
