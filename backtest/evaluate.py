@@ -13,7 +13,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest.replay import learnt_until, learnt_warning
-from barcast.backtest.scoring import INTERVALS
+from barcast.backtest.scoring import INTERVALS, interval
+from barcast.backtest.skill import VOLATILITY
 from barcast.daemon.calendar import iso
 from barcast.daemon.timeframe import DAY, Timeframe
 from barcast.models import (
@@ -28,13 +29,10 @@ from barcast.models import (
 )
 from barcast.models.evaluation import Forecasts, collect
 from barcast.models.forecast import FAR
-from barcast.models.scores import Estimate, crps, gain, lag, mean, pit, thirds
+from barcast.models.scores import THIRDS, Estimate, crps, gain, lag, mean, pit, thirds
 
 REFERENCE = "hs"
 """The baseline that skill is measured against."""
-
-VOLATILITY = "fhs"
-"""The model whose 80 % interval says how volatile a time was expected to be, if it is there."""
 
 ALL = "all"
 """The fold of the rows that pool all folds."""
@@ -42,8 +40,6 @@ ALL = "all"
 FOLDS = 4
 INTRADAY = 5
 """Bar slots from one origin to the next below a day: no divisor of 24 hours, so all hours come."""
-
-THIRDS = ("calm", "middle", "volatile")
 
 DEFINITIONS = {
     "n": "forecasts",
@@ -291,7 +287,7 @@ class _Tables:
         moments, at = np.unique(found.close_times, return_inverse=True)
         widths = found.quantiles[self.labels.index(model)]
         for j, h in enumerate(self.horizons):
-            if (pair := self._pair(80)) is None:
+            if (pair := interval(self.levels, 80)) is None:
                 return
             third = thirds(widths[:, j, pair[1]] - widths[:, j, pair[0]], found.symbols)
             lags = lag(h, stride, len(moments))
@@ -318,17 +314,13 @@ class _Tables:
     ) -> dict[str, float | None]:
         found: dict[str, float | None] = {}
         for percent in INTERVALS:
-            pair = self._pair(percent)
+            pair = interval(self.levels, percent)
             if pair is None:
                 found |= {f"coverage_{percent}": None, f"coverage_{percent}_error": None}
                 continue
             inside = mean((y >= q[:, pair[0]]) & (y <= q[:, pair[1]]), at, times, lags)
             found |= {f"coverage_{percent}": inside.value, f"coverage_{percent}_error": inside.error}
         return found
-
-    def _pair(self, percent: int) -> tuple[int, int] | None:
-        lower, upper = (np.flatnonzero(np.isclose(self.levels, level)) for level in INTERVALS[percent])
-        return (int(lower[0]), int(upper[0])) if len(lower) and len(upper) else None
 
 
 def _finite(frame: pl.DataFrame) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from barcast.daemon.adjustments import by_symbol
 from barcast.daemon.calendar import iso
 from barcast.models import Adjustment, DataError, Forecast, Forecaster, Window, usable
 from barcast.models.evaluation import CHUNK
-from barcast.models.window import on_one_basis
+from barcast.models.window import window_at
 
 _FAULTS = {
     None: (
@@ -50,14 +50,10 @@ def predict(
     quantiles = np.empty((len(places), len(card.horizons), len(card.levels)))
     withheld: list[int] = []
     for chunk in _chunks(origins["symbol"], places):
-        windows = []
-        for i in chunk:
-            history = histories[origins["symbol"][i]]
-            cut = slice(max(0, places[i] + 1 - card.window), places[i] + 1)
-            times, values = history.close_times[cut], history.values[cut]
-            if history.symbol in own:
-                values = on_one_basis(times, values, own[history.symbol])
-            windows.append(Window(history.symbol, times, values))
+        windows = [
+            window_at(histories[symbol], places[i], card.window, own.get(symbol, ()))
+            for i, symbol in zip(chunk, origins["symbol"][chunk], strict=True)
+        ]
         made: list[Forecast] = forecaster.forecast(windows)
         withheld += [i for i, good in zip(chunk, usable(made, card), strict=True) if not good]
         quantiles[chunk] = [f.quantiles for f in made]

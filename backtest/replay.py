@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import polars as pl
 
 from barcast.backtest.ledger import Execution, Ledger
+from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
-from barcast.backtest.scoring import portfolio, scores
+from barcast.backtest.scoring import scores
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
@@ -308,7 +309,7 @@ def run_backtest(
         equity=equity,
         trainings=trainings,
         scores=scores(signals, outcomes),
-        portfolio=portfolio(equity, fills, closes.periods_per_year),
+        portfolio=portfolio(equity, fills, closes.periods_per_year, max(1, len(settings.strategies))),
         meta={
             "warning": learnt_warning(model, start),
             "model": card.model,

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 from barcast.backtest import plot
 from barcast.backtest.evaluate import ALL, Evaluation
 from barcast.backtest.evaluate import DEFINITIONS as COMPARED
+from barcast.backtest.metrics import DEFINITIONS as OF_BOOKS
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import DEFINITIONS, INTERVALS, POOLED
 from barcast.models.scores import Estimate
@@ -348,7 +349,8 @@ def _table(columns: Mapping[str, tuple[str, Cell]], rows: str) -> str:
 
 
 def _definitions(columns: Mapping[str, tuple[str, Cell]], more: Mapping[str, str]) -> str:
-    told = {label: DEFINITIONS[name] for name, (label, _) in columns.items() if name in DEFINITIONS}
+    known = OF_BOOKS | DEFINITIONS
+    told = {label: known[name] for name, (label, _) in columns.items() if name in known}
     return _terms({**told, **more})
 
 

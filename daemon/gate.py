@@ -1,6 +1,6 @@
 """The gate: a challenger serves only if it is better than the champion on bars it has not learnt from."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 
@@ -80,10 +80,11 @@ def judge(
     refused = msgspec.structs.replace(refused, since=iso(since), until=iso(until))
     bars = sum(int((w.close_times >= since).sum()) for w in histories.values())
     stride = even_stride(bars, MAX_ORIGINS)
-    rivals = _rivals(timeframe, new, champion)
+    beside = rivals(timeframe, new.card.horizons, new.card.levels)
+    beside.pop(champion, None)
     try:
         found = collect(
-            [new, old, *rivals.values()],
+            [new, old, *beside.values()],
             list(histories.values()),
             since=since,
             until=until,
@@ -98,12 +99,12 @@ def judge(
         return msgspec.structs.replace(refused, reason=f"{unusable} of its forecasts can be no price")
     losses = _losses(found, kept, new.card.levels)
     size = len(losses[0])
-    mine, theirs, *beside = (float(loss.mean()) if size else nan for loss in losses)
+    mine, theirs, *crpses = (float(loss.mean()) if size else nan for loss in losses)
     moments, at = np.unique(found.close_times[kept], return_inverse=True)
     lags = lag(max(new.card.horizons), max(1, int(stride)), len(moments))
     saved, *over = (gain(losses[0], other, at, len(moments), lags) for other in losses[1:])
-    scores = dict(zip(rivals, beside, strict=True))
-    ahead = {name: g for name, g in zip(rivals, over, strict=True) if g.value < -DOUBT * g.error}
+    scores = dict(zip(beside, crpses, strict=True))
+    ahead = {name: g for name, g in zip(beside, over, strict=True) if g.value < -DOUBT * g.error}
     accepted, reason = False, f"only {size} forecasts to compare on; at least {MIN_ORIGINS} are needed"
     if size >= MIN_ORIGINS:
         change = 100 * (mine / theirs - 1)
@@ -128,16 +129,15 @@ def judge(
     )
 
 
-def _rivals(timeframe: str, challenger: Forecaster, champion: str) -> dict[str, Forecaster]:
-    """The baselines beside the two, which forecast what the challenger does."""
-    rivals: dict[str, Forecaster] = {}
+def rivals(timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> dict[str, Forecaster]:
+    """Those of `RIVALS` that suit the timeframe, forecasting these horizons and levels."""
+    found: dict[str, Forecaster] = {}
     for name in RIVALS:
-        if name != champion:
-            try:
-                rivals[name] = BASELINES[name](timeframe, challenger.card.horizons, challenger.card.levels)
-            except ConfigError:  # it needs hours of the week
-                continue
-    return rivals
+        try:
+            found[name] = BASELINES[name](timeframe, horizons, levels)
+        except ConfigError:  # it needs hours of the week
+            continue
+    return found
 
 
 def _losses(found: Forecasts, kept: NDArray[np.bool_], levels: tuple[float, ...]) -> list[Array]:

@@ -7,11 +7,12 @@ from math import ceil, sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from barcast.models.bar import Adjustment
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.forecast import Card, Forecaster, usable
 from barcast.models.quantiles import central
 from barcast.models.scores import crps as crps_of
-from barcast.models.window import Window
+from barcast.models.window import Window, window_at
 
 Array = NDArray[np.float64]
 
@@ -140,7 +141,7 @@ def collect(
         symbols += [history.symbol] * len(origins)
         close_times += [int(history.close_times[k]) for k in origins]
         for found, forecaster in zip(quantiles, forecasters, strict=True):
-            for windows in _chunks(history, origins, forecaster.card.window):
+            for windows in windows_at(history, origins, forecaster.card.window):
                 made = forecaster.forecast(windows)
                 usable(made, forecaster.card)
                 found += [f.quantiles for f in made]
@@ -149,6 +150,14 @@ def collect(
     return Forecasts(
         np.array(outcomes), [np.array(q) for q in quantiles], tuple(symbols), np.array(close_times, np.int64)
     )
+
+
+def windows_at(
+    history: Window, places: Sequence[int], length: int, adjustments: Sequence[Adjustment] = ()
+) -> Iterator[list[Window]]:
+    """The windows that end at these places of a history, some at once; see `window_at`."""
+    for i in range(0, len(places), CHUNK):
+        yield [window_at(history, k, length, adjustments) for k in places[i : i + CHUNK]]
 
 
 def _origins(
@@ -164,12 +173,6 @@ def _origins(
 
 def _date(time: int) -> str:
     return str(np.datetime64(time, "ns").astype("datetime64[D]"))
-
-
-def _chunks(history: Window, origins: Sequence[int], length: int) -> Iterator[list[Window]]:
-    for i in range(0, len(origins), CHUNK):
-        cuts = [slice(max(0, k + 1 - length), k + 1) for k in origins[i : i + CHUNK]]
-        yield [Window(history.symbol, history.close_times[c], history.values[c]) for c in cuts]
 
 
 def _scores(card: Card, found: Forecasts, q: Array) -> Scores:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+THIRDS = ("calm", "middle", "volatile")
+"""The names of `thirds` by the width of an interval."""
+
 
 class Estimate(NamedTuple):
     """A value and its standard error, in the same unit."""

@@ -1,7 +1,7 @@
 """The last bars of every symbol, and windows cut from them at a close time."""
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from enum import Enum
 from operator import attrgetter
@@ -207,6 +207,16 @@ class Windows:
             self.length = length
             for ring in self._rings.values():
                 ring.allocate(length + SLACK)
+
+
+def window_at(history: Window, place: int, length: int, adjustments: Sequence[Adjustment] = ()) -> Window:
+    """A history's bars up to the one at `place`, at most `length` of them, on the price basis of that one.
+
+    `adjustments` are the symbol's, in order of their time.
+    """
+    cut = slice(max(0, place + 1 - length), place + 1)
+    times, values = history.close_times[cut], history.values[cut]
+    return Window(history.symbol, times, on_one_basis(times, values, adjustments) if adjustments else values)
 
 
 def on_one_basis(

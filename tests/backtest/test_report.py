@@ -15,7 +15,8 @@ from barcast.backtest.ledger import BENCHMARK, Execution, Ledger
 from barcast.backtest.report import html, write_report
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.sample import sample_bars
-from barcast.backtest.scoring import DEFINITIONS, portfolio, scores
+from barcast.backtest.metrics import portfolio
+from barcast.backtest.scoring import DEFINITIONS, scores
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import bars, scan
 from barcast.daemon.ports import Group, Outcome

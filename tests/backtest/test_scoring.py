@@ -1,13 +1,15 @@
 from datetime import UTC, datetime, timedelta
 from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 import polars as pl
 import pytest
 
-from barcast.backtest.ledger import EQUITY, FILLS, Execution, Ledger
+from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.result import level_column, levels_of
-from barcast.backtest.scoring import DEFINITIONS, pit, portfolio, scores
+from barcast.backtest.scoring import DEFINITIONS, interval_score, pit, scores
+from barcast.models.scores import newey_west
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -27,14 +29,6 @@ def forecasts(
     keys = pl.DataFrame({"symbol": symbol, "close_time": times(len(y)), "horizon": horizon})
     named = [pl.Series(level_column(level), quantiles[:, k]) for k, level in enumerate(levels)]
     return keys.with_columns(*named), keys.with_columns(outcome=pl.Series(y))
-
-
-def equity(values: list[float], strategy: str = "s") -> pl.DataFrame:
-    rows = [
-        (strategy, time, 0.0, value, 0.0, 0.0, 0.0)
-        for time, value in zip(times(len(values)), values, strict=True)
-    ]
-    return pl.DataFrame(rows, schema=EQUITY, orient="row")
 
 
 def test_level_columns() -> None:
@@ -65,6 +59,44 @@ def test_gaussian() -> None:
     bins = pit(*forecasts(quantiles, y, levels=levels))
     assert bins["density"].to_list() == pytest.approx([1.0] * 200, abs=0.02)
     assert bins["share"].sum() == pytest.approx(1)
+
+
+def test_as_scoringrules_has_it() -> None:
+    """Pinball loss, CRPS and interval scores are those of scoringrules, outcomes on a quantile included.
+
+    Its `crps_quantile` is ours: twice the mean pinball loss over the levels given, whatever their spacing.
+    """
+    rules = pytest.importorskip("scoringrules")
+    rng = np.random.default_rng(5)
+    quantiles = np.sort(rng.standard_t(3, (500, 7)), 1)
+    y = np.where(np.arange(500) % 10 == 0, quantiles[:, 5], rng.standard_normal(500))
+    row = scores(*forecasts(quantiles, y)).row(0, named=True)
+    loss = rules.quantile_score(y[:, None], quantiles, np.array(LEVELS))
+    assert row["pinball"] == pytest.approx(loss.mean(), rel=1e-9)
+    assert row["crps"] == pytest.approx(rules.crps_quantile(y, quantiles, np.array(LEVELS)).mean(), rel=1e-9)
+    for percent, lower, upper in ((80, 1, 5), (90, 0, 6)):
+        sides = quantiles[:, lower], quantiles[:, upper]
+        its = rules.interval_score(y, *sides, 1 - percent / 100)
+        np.testing.assert_allclose(interval_score(y, *sides, percent / 100), its, rtol=1e-9)
+        assert row[f"interval_{percent}"] == pytest.approx(its.mean(), rel=1e-9)
+
+
+def test_coverage_is_as_sure_as_its_origin_times_are_many() -> None:
+    """Errors are those of Newey and West over times: symbols that move as one count once."""
+    rng = np.random.default_rng(6)
+    quantiles = np.tile(NormalDist().inv_cdf(0.9) * np.array([[-1.0, 1.0]]), (400, 1))
+    y = np.repeat(rng.standard_normal(100), 4)  # outcomes come in fours
+    parts = [forecasts(quantiles, y, symbol, 4, levels=(0.1, 0.9)) for symbol in ("A", "B")]
+    table = scores(pl.concat([p[0] for p in parts]), pl.concat([p[1] for p in parts]))
+    inside = (np.abs(y) <= quantiles[0, 1]).astype(float)
+    expected = newey_west(inside, 2 * 4)
+    assert table["symbol"].to_list() == ["A", "B", "all"]
+    assert table["coverage_80"].to_list() == pytest.approx([inside.mean()] * 3)
+    assert table["coverage_80_error"].to_list() == pytest.approx([expected] * 3)
+    assert expected > 1.5 * sqrt(0.8 * 0.2 / 400)
+    assert table["coverage_90_error"].to_list() == table["interval_90"].to_list() == [None] * 3
+    single = scores(*forecasts(quantiles[:1], y[:1], levels=(0.1, 0.9))).row(0, named=True)
+    assert (single["coverage_80"], single["coverage_80_error"]) == (1.0, None)
 
 
 def test_pit_bins() -> None:
@@ -98,43 +130,9 @@ def test_rows_for_each_symbol_and_horizon() -> None:
     ]
 
 
-def test_portfolio() -> None:
-    """Return, volatility, Sharpe ratio and drawdown follow their definitions, with P given."""
-    values = [100.0, 110.0, 99.0, 104.0, 120.0]
-    returns = np.diff(values) / values[:-1]
-    trade = ("s", "A", START, START, 10.0, 1.0, 0.5, 0.0, 0.25, 1.0, 1.0)
-    fills = pl.DataFrame([trade, trade, ("t", *trade[1:])], schema=FILLS, orient="row")
-    row = portfolio(equity(values), fills, 252).row(0, named=True)
-    assert row["periods"] == 4
-    assert row["total_return"] == pytest.approx(0.2)
-    assert row["max_drawdown"] == pytest.approx(99 / 110 - 1)
-    assert row["volatility"] == pytest.approx(returns.std(ddof=1) * sqrt(252))
-    assert row["sharpe"] == pytest.approx(returns.mean() / returns.std(ddof=1) * sqrt(252))
-    assert (row["fills"], row["costs"]) == (2, pytest.approx(0.015))
-
-
-def test_portfolio_without_variation() -> None:
-    """A flat book has no Sharpe ratio; a book of one close has neither volatility nor returns."""
-    both = pl.concat([equity([1.0, 1.0, 1.0], "flat"), equity([1.0], "short")])
-    table = portfolio(both, pl.DataFrame(schema=FILLS), 365)
-    assert table.select("strategy", "periods", "volatility", "sharpe", "max_drawdown").rows() == [
-        ("flat", 2, 0.0, None, 0.0),
-        ("short", 0, None, None, 0.0),
-    ]
-
-
-def test_ruined_book() -> None:
-    """The returns of a book that lost everything end there, and its figures stay finite."""
-    row = portfolio(equity([1.0, 0.5, 0.0, 0.0]), pl.DataFrame(schema=FILLS), 365).row(0, named=True)
-    assert (row["periods"], row["total_return"], row["max_drawdown"]) == (2, -1.0, -1.0)
-    assert row["sharpe"] == pytest.approx(-0.75 / np.std([-0.5, -1.0], ddof=1) * sqrt(365))
-
-
 def test_nothing_recorded() -> None:
     """A run without forecasts gives empty tables."""
-    ledger = Ledger(Execution())
+    ledger = Ledger(Execution(commission_bp=0, slippage_bp=0))
     table = scores(ledger.signals(), ledger.outcomes())
     assert table.height == pit(ledger.signals(), ledger.outcomes()).height == 0
-    books = portfolio(ledger.equity(), ledger.fills(), 365)
-    assert books.height == 0
-    assert {*table.columns[2:], *books.columns[1:]} == set(DEFINITIONS)
+    assert table.columns == ["symbol", "horizon", *DEFINITIONS]
