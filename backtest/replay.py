@@ -1,7 +1,7 @@
 """The replay composition root: the very path that runs live, fed from history."""
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,18 +12,20 @@ from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import msgspec
 import polars as pl
 
-from barcast.backtest.ledger import Execution, Ledger
+from barcast.backtest.ledger import BENCHMARK, Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
+from barcast.backtest.skill import skill
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.config import Retrain, duration
 from barcast.daemon.events import Champion
-from barcast.daemon.history import Stamp, bars, digest, scan
+from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
 from barcast.daemon.pipeline import MAX_JUMP, Pipeline, Settings, StrategySettings, run
 from barcast.daemon.ports import (
     Activation,
@@ -160,12 +162,15 @@ def replay(
 class _Messages:
     """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared.
 
-    It hands signals on to the walk-forward, and keeps why each symbol was withheld the last time.
+    It hands signals on to the walk-forward, and keeps what was wrong with the bars: for each symbol how many
+    forecasts were withheld and why the last time, how many were degraded, and the jumps of its price.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.sha256 = hashlib.sha256()
-        self.withheld: dict[str, str] = {}
+        self.withheld: dict[str, tuple[int, str]] = {}
+        self.degraded: Counter[str] = Counter()
+        self.jumps: dict[str, None] = {}
         self.walk: WalkForward | None = None
         self._ledger = ledger
 
@@ -182,8 +187,14 @@ class _Messages:
         await self._ledger.settle(now)
 
     async def emit(self, outcome: Outcome) -> None:
-        """Hash the outcome's messages and hand it on."""
-        self.withheld |= outcome.withheld
+        """Hash the outcome's messages and hand it on. Raise ConfigError for targets that are none."""
+        for sentence in outcome.refused.values():
+            raise ConfigError(f"{sentence}; live it would have no targets in this group: mend the strategy")
+        for symbol, why in outcome.withheld.items():
+            self.withheld[symbol] = (self.withheld.get(symbol, (0, ""))[0] + 1, why)
+        for symbol, reasons in outcome.degraded.items():
+            self.degraded[symbol] += 1
+            self.jumps |= {f"{symbol}: {reason}": None for reason in reasons if "jumped" in reason}
         sent = list(wire.messages(outcome))
         for message in sent:
             self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
@@ -208,11 +219,11 @@ def run_backtest(
     sampler: str | None = None,
     steps: int | None = None,
     max_jump: float = MAX_JUMP,
-    commission_bp: float = 1.0,
-    slippage_bp: float = 2.0,
+    execution: Execution | None = None,
     retrain: Retrain | None = None,
     training_time: str = "30m",
     models: Path | None = None,
+    trials: int | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -220,15 +231,20 @@ def run_backtest(
     `stamp` says which end of a bar the files' times name. `since` and `until` are datetimes, ISO 8601 texts
     or nanoseconds since 1970, UTC where they name no zone: bars before `since` only warm the windows up.
     `model` is a checkpoint directory or the name of a baseline. Bars of one close count as received together
-    at that moment; a target is filled at the next bar's open. `calendars` (symbol -> name) are those of
-    symbols that keep other hours than `calendar`; an adjustment takes effect with the first bar after its
-    time.
+    at that moment. How targets are filled, and what that costs, says `execution`; without it they are filled
+    at the next bar's open. A strategy is settings, or a text such as `median-drift:costs=1` or
+    `mine.py:Mine`. `calendars` (symbol -> name) are those of symbols that keep other hours than `calendar`;
+    an adjustment takes effect with the first bar after its time. `trials` is how many strategies and
+    settings were tried in all until these were found, for the deflated Sharpe ratio; by default those of
+    this run.
 
     With `retrain`, as in the configuration of a daemon, challengers are trained when they would be live, of
     which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the bars that closed when
     it was asked for, and is judged, and may take over, `training_time` (such as 30m) later. Models that
     served are kept in the folder `models`, if one is named.
-    Raise DataError for bars that cannot be used, ConfigError for settings, CheckpointError for the model.
+
+    Raise DataError for bars that cannot be used, ConfigError for settings and for a strategy whose targets
+    are none, CheckpointError for the model.
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
@@ -249,8 +265,9 @@ def run_backtest(
         max_jump=max_jump,
         sampler=sampler,
         steps=steps,
-        strategies=tuple(StrategySettings(s, s, {}) if isinstance(s, str) else s for s in strategies),
+        strategies=_apart(StrategySettings.parse(s) if isinstance(s, str) else s for s in strategies),
     )
+    execution = execution or Execution()
     first = wire.to_ns(frame.select(pl.col("close_time").min()).collect().item())
     start = first if since is None else since
     begins = pl.lit(start).cast(pl.Datetime("ns", "UTC"))
@@ -272,7 +289,7 @@ def run_backtest(
             progress(len(arrival.bars), wire.to_text(arrival.time))
             yield arrival
 
-    ledger = Ledger(Execution(commission_bp=commission_bp, slippage_bp=slippage_bp))
+    ledger = Ledger(execution)
     messages = _Messages(ledger)
     trainings = pl.DataFrame(schema=TRAININGS)
     if retrain is None:
@@ -298,20 +315,25 @@ def run_backtest(
             )
             replay(story(first_model), pipeline, messages, agenda=walk)
             trainings = walk.frame()
-    if not ledger.signals().height:
-        why = "; ".join(f"{symbol}: {reason}" for symbol, reason in list(messages.withheld.items())[:3])
-        raise DataError(f"nothing was forecast ({why or 'no bar is tested'}): give more history, or mend it")
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
+    if not signals.height:
+        why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*messages.withheld.items()][:3])
+        raise DataError(f"nothing was forecast ({why or 'no bar is tested'}): give more history, or mend it")
+    trials = len(settings.strategies) if trials is None else trials
+    warnings = [learnt_warning(model, start), *(f"{jump}." for jump in messages.jumps)]
     return BacktestResult(
         signals=signals,
         outcomes=outcomes,
+        bars=ledger.bars(),
+        targets=ledger.targets(),
         fills=fills,
         equity=equity,
         trainings=trainings,
         scores=scores(signals, outcomes),
-        portfolio=portfolio(equity, fills, closes.periods_per_year, max(1, len(settings.strategies))),
+        skill=skill(signals, outcomes, read_windows(frame), adjustments, timeframe, progress),
+        portfolio=portfolio(equity, fills, closes.periods_per_year, max(1, trials)),
         meta={
-            "warning": learnt_warning(model, start),
+            "warning": " ".join(filter(None, warnings)),
             "model": card.model,
             "kind": card.kind,
             "sampler": card.sampler,
@@ -320,17 +342,32 @@ def run_backtest(
             "fingerprint": card.fingerprint,
             "timeframe": timeframe,
             "calendar": calendar,
+            "calendars": dict(calendars),
             "periods_per_year": closes.periods_per_year,
-            "strategies": ", ".join(s.name for s in settings.strategies),
-            "commission_bp": commission_bp,
-            "slippage_bp": slippage_bp,
+            "strategies": [msgspec.to_builtins(strategy) for strategy in settings.strategies],
+            "execution": asdict(execution),
+            "trials": trials,
             "retraining": _asked(retrain, training_time),
-            "files": ", ".join(path.name for path in paths),
+            "files": [path.name for path in paths],
             "files_sha256": digest(paths),
+            "adjustments": [msgspec.to_builtins(adjustment) for adjustment in adjustments],
             "messages_sha256": messages.sha256.hexdigest(),
-            **{f"bars_{name}": count for name, count in asdict(pipeline.counts).items()},
+            "bars": asdict(pipeline.counts),
+            "degraded": dict(messages.degraded),
+            "withheld": {symbol: f"{n}: {why}" for symbol, (n, why) in messages.withheld.items()},
         },
     )
+
+
+def _apart(strategies: Iterable[StrategySettings]) -> tuple[StrategySettings, ...]:
+    """Strategies whose books can be told apart. Raise ConfigError where two have one name."""
+    found = tuple(strategies)
+    for name, count in Counter(strategy.name for strategy in found).items():
+        if count > 1:
+            raise ConfigError(f"{count} strategies are called {name!r}: give each a name of its own")
+        if name == BENCHMARK:
+            raise ConfigError(f"{BENCHMARK!r} is the book that others are compared with: name it otherwise")
+    return found
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

@@ -1,12 +1,23 @@
-"""What a backtest hands over to the report and to notebooks."""
+"""What a backtest hands over to the report and to notebooks, and how it is kept in a folder."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
 
 import polars as pl
 
+from barcast.models import DataError
 
-@dataclass(frozen=True, slots=True, eq=False)
+INDEX = "result.json"
+"""The file of a folder that says it is a saved result: it is written last."""
+
+FORMAT = 1
+"""Rises when a saved result can no longer be read as before."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class BacktestResult:
     """Everything a replay over history recorded. Times are datetime[ns, UTC], returns are log returns.
 
@@ -14,24 +25,107 @@ class BacktestResult:
       std, rise, model. One row a horizon.
     - `outcomes`: symbol, close_time, horizon, end_time, price and outcome (the log return of the symbol's own
       `horizon`-th next bar), of the forecasts whose horizon has passed.
-    - `fills`: strategy, symbol, decided, close_time, price, units, commission, slippage, position.
-    - `equity`: strategy, close_time, cash, equity, gross.
-    - `trainings`: a row for each training that was over: asked, reasons, judged, accepted, challenger,
-      champion, challenger_crps, champion_crps, gain and gain_error (shares of CRPS), origins, reason. An
-      accepted challenger serves from `judged` on.
+    - `bars`: symbol, close_time, open, high, low, close, basis, of the accepted bars of the tested time.
+      `basis` is what costs now what cost 1 at the symbol's first bar: 0.5 after a split of two for one.
+    - `targets`: strategy, symbol, close_time, target (-1 to 1).
+    - `fills`: strategy, symbol, decided, close_time, price, units, commission, spread and slippage (cash),
+      position (units after it), basis.
+    - `equity`: strategy, close_time, cash, equity, gross and net exposure (shares of equity), carry (borrow
+      and funding paid since the row before, cash). The strategy `buy-and-hold` is what the others are beside.
+    - `trainings`: a row for each training that was over: asked, reasons (joined by "; "), judged, accepted,
+      challenger, champion, challenger_crps, champion_crps, gain and gain_error (shares of CRPS), origins,
+      reason. An accepted challenger serves from `judged` on. Empty without retraining.
     - `scores`: a row for each symbol and horizon, see `scoring.scores`.
-    - `portfolio`: a row for each strategy, see `scoring.portfolio`.
-    - `meta`: what identifies the run: config, hashes, calendar, timeframe, costs.
+    - `skill`: symbol, horizon, regime, other (the baseline), n, times, crps, other_crps, skill and error
+      (percent). The symbol and the regime `all` pool the others.
+    - `portfolio`: a row for each strategy.
+    - `meta`: what identifies the run, in JSON's values: config, hashes, calendar, timeframe, costs.
     """
 
     signals: pl.DataFrame
     outcomes: pl.DataFrame
+    bars: pl.DataFrame
+    targets: pl.DataFrame
     fills: pl.DataFrame
     equity: pl.DataFrame
     trainings: pl.DataFrame
     scores: pl.DataFrame
+    skill: pl.DataFrame
     portfolio: pl.DataFrame
-    meta: dict[str, object]
+    meta: dict[str, Any]
+
+    def save(self, folder: Path | str) -> None:
+        """Write each frame to NAME.parquet of the folder, and what is small to `result.json` for other tools.
+
+        That holds meta, the tables and the definitions of their columns; a number that is none is null there.
+        A result that was in the folder is replaced. Raise OSError when it cannot be written, ValueError for
+        a `meta` that JSON has no value for.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        told = {
+            "barcast_result": FORMAT,
+            "meta": self.meta,
+            **{name: _rows(getattr(self, name)) for name in ("portfolio", "scores", "skill", "trainings")},
+            "definitions": definitions(),
+        }
+        text = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
+        (folder / INDEX).unlink(missing_ok=True)  # until all is there, the folder holds no result
+        for name in FRAMES:
+            getattr(self, name).write_parquet(folder / f"{name}.parquet")
+        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read what `save` wrote, the same to the bit. Raise DataError for a folder that holds no result."""
+        folder = Path(folder)
+        remedy = "name a folder that BacktestResult.save has written"
+        try:
+            told = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise DataError(f"{folder}: holds no {INDEX}; {remedy}") from error
+        except ValueError as error:
+            raise DataError(f"{folder / INDEX}: is damaged ({error}); save the result again") from error
+        version = told.get("barcast_result") if isinstance(told, dict) else None
+        if version != FORMAT:
+            raise DataError(
+                f"{folder / INDEX}: barcast_result = {version!r}, and {FORMAT} can be read; {remedy} "
+                "with this version of the program"
+            )
+        frames = {}
+        for name in FRAMES:
+            path = folder / f"{name}.parquet"
+            try:
+                frames[name] = pl.read_parquet(path, glob=False)
+            except FileNotFoundError as error:
+                raise DataError(f"{path}: is missing; save the result again") from error
+            except pl.exceptions.PolarsError as error:
+                raise DataError(f"{path}: is damaged ({error}); save the result again") from error
+        return cls(**frames, meta=told["meta"])
+
+
+FRAMES = tuple(field.name for field in fields(BacktestResult) if field.name != "meta")
+"""The names of a result's frames."""
+
+
+def definitions() -> dict[str, dict[str, str]]:
+    """What the numbers of each table are, by the names of its columns."""
+    from barcast.backtest import metrics, scoring, skill  # they know the names of this module
+
+    return {
+        "portfolio": dict(metrics.DEFINITIONS),
+        "scores": dict(scoring.DEFINITIONS),
+        "skill": dict(skill.DEFINITIONS),
+    }
+
+
+def _rows(frame: pl.DataFrame) -> list[dict[str, object]]:
+    """Rows in JSON's values: times as text, what is no finite number as null."""
+    finite = pl.selectors.float()
+    return frame.with_columns(
+        pl.when(finite.is_finite()).then(finite),
+        pl.selectors.datetime().dt.strftime("%Y-%m-%dT%H:%M:%S%.fZ"),
+    ).to_dicts()
 
 
 def level_column(level: float) -> str:

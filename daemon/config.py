@@ -398,6 +398,14 @@ class Topics:
         self.deadletter = f"{root}/deadletter/{instance}"
 
 
+def cron_schedule(expression: str, steps: int | None) -> Retrain:
+    """A schedule by cron alone. Raise ConfigError for an expression that is none."""
+    try:
+        return Retrain(cron=expression, steps=steps)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_faults("retrain", error))) from error
+
+
 def load(path: Path) -> Config:
     """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
     if not path.is_file():

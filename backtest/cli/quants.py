@@ -3,18 +3,20 @@
 import json
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from barcast.backtest.cli.terminal import (
+    BOOKS,
     FORMATS,
     HISTORY,
     Adjustments,
     CalendarName,
     Files,
+    Fill,
     ModelName,
     OtherCalendars,
     Sampler,
@@ -30,10 +32,12 @@ from barcast.backtest.cli.terminal import (
     err,
     found_timeframe,
     histories_of,
+    in_folder,
     moment,
     others_of,
     out,
     progressing,
+    result_folder,
     wide,
     writing,
 )
@@ -175,60 +179,192 @@ def predict(
 def backtest(
     files: Files,
     stamp: Stamped,
-    model: ModelName = "fhs",
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Take timeframe, calendars, symbols, model, strategies and [retrain] from the TOML file of "
+            "an instance, not from options."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint directory, or a baseline, which needs no training. [default: fhs]"),
+    ] = None,
     timeframe: Timeframe = None,
-    calendar: CalendarName = "24x7",
+    calendar: Annotated[
+        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
+    ] = None,
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="quantile-band, median-drift; may be repeated. Default: both.")
+        list[str] | None,
+        typer.Option(
+            help="KIND, or KIND:PARAMETER=VALUE,... of a built-in strategy, an installed one or a file "
+            "mine.py:Mine; may be repeated. [default: quantile-band and median-drift]"
+        ),
     ] = None,
     symbol: Symbols = None,
     since: Since = None,
     until: Until = None,
     sampler: Sampler = None,
     steps: Steps = None,
+    retrain: Annotated[
+        str | None,
+        typer.Option(metavar="CRON", help="Train a challenger at these times, in UTC: '17 3 * * sun'."),
+    ] = None,
+    retrain_steps: Annotated[
+        int | None,
+        typer.Option(help="Optimiser steps of each phase of these trainings; default: from the data.", min=1),
+    ] = None,
+    training_time: Annotated[
+        str, typer.Option(help="After how long a challenger is judged and may take over: 90s, 30m, 2h.")
+    ] = "30m",
+    trials: Annotated[
+        int | None,
+        typer.Option(
+            help="Strategies and settings that were tried in all, for the deflated Sharpe ratio; default: "
+            "those of this run.",
+            min=1,
+        ),
+    ] = None,
+    fill: Annotated[
+        Fill, typer.Option(help="Where targets are filled: see the README.", rich_help_panel=BOOKS)
+    ] = Fill.next_open,
+    limit_level: Annotated[
+        float,
+        typer.Option(help="With limit: buy at this quantile, sell at 1 less it.", rich_help_panel=BOOKS),
+    ] = 0.25,
     commission: Annotated[
-        float, typer.Option(help="Commission in basis points of the traded value.", min=0)
+        float, typer.Option(help="Basis points of the traded value.", rich_help_panel=BOOKS)
     ] = 1.0,
-    slippage: Annotated[float, typer.Option(help="Slippage in basis points of the price.", min=0)] = 2.0,
-    report: Annotated[Path, typer.Option(help="HTML file to write the report to.")] = Path("report.html"),
+    spread: Annotated[
+        float, typer.Option(help="Basis points; a fill at the market pays half.", rich_help_panel=BOOKS)
+    ] = 0.0,
+    slippage: Annotated[
+        float, typer.Option(help="Basis points of the traded value.", rich_help_panel=BOOKS)
+    ] = 2.0,
+    impact: Annotated[
+        float,
+        typer.Option(help="Share of the price that a bar's whole volume would cost.", rich_help_panel=BOOKS),
+    ] = 0.0,
+    volume_share: Annotated[
+        float | None, typer.Option(help="Most of a bar's volume that a fill takes.", rich_help_panel=BOOKS)
+    ] = None,
+    borrow: Annotated[
+        float,
+        typer.Option(help="A year, on shorts and on borrowed cash: .02 is 2 %.", rich_help_panel=BOOKS),
+    ] = 0.0,
+    funding: Annotated[
+        float, typer.Option(help="A year, longs pay and shorts receive.", rich_help_panel=BOOKS)
+    ] = 0.0,
+    leverage: Annotated[
+        float, typer.Option(help="What may be held in all, times the equity.", rich_help_panel=BOOKS)
+    ] = 1.0,
+    capital: Annotated[
+        float, typer.Option(help="Cash that each book begins with.", rich_help_panel=BOOKS)
+    ] = 1e6,
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for report.html, the tables as Parquet and JSON, and the models."),
+    ] = Path("backtest-result"),
 ) -> None:
-    """Replay bars from files through the live path: scores, fills and an HTML report.
+    """Replay bars through the live path: forecasts, trainings, books, and a report beside the baselines.
 
-    Bars before --since only warm the windows up. A target is filled at the next bar's open.
+    Bars before --since only warm the windows up.
     """
-    check_output("--report", report, [*files, *([adjustments] if adjustments else [])])
+    given: dict[str, object] = {
+        "model": model,
+        "timeframe": timeframe,
+        "calendar": calendar,
+        "symbol-calendar": others_of(symbol_calendar) or None,
+        "symbol": symbol,
+        "strategy": strategy,
+        "sampler": sampler,
+        "steps": steps,
+        "retrain": retrain,
+        "retrain-steps": retrain_steps,
+    }
+    named = [option for option, value in given.items() if value is not None]
+    if config is not None and named:
+        raise typer.BadParameter(f"--{named[0]} is taken from --config: give one of the two")
+    if retrain_steps is not None and retrain is None:
+        raise typer.BadParameter("--retrain-steps goes with --retrain")
+    from barcast.backtest.ledger import Execution
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
     from barcast.daemon.adjustments import read_adjustments
+    from barcast.daemon.config import cron_schedule
 
-    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    execution = Execution(
+        fill=fill.value,
+        limit_level=limit_level,
+        commission_bp=commission,
+        spread_bp=spread,
+        slippage_bp=slippage,
+        impact=impact,
+        volume_share=volume_share,
+        borrow=borrow,
+        funding=funding,
+        leverage=leverage,
+        capital=capital,
+    )
+    settings: dict[str, Any]
+    if config is not None:
+        settings = _of_instance(config)
+    else:
+        settings = {
+            "model": model or "fhs",
+            "timeframe": timeframe or found_timeframe(files, stamp, calendar or "24x7", symbol),
+            "calendar": calendar or "24x7",
+            "calendars": others_of(symbol_calendar),
+            "symbols": symbol,
+            "sampler": sampler,
+            "steps": steps,
+            "strategies": strategy or ["quantile-band", "median-drift"],
+            "retrain": None if retrain is None else cron_schedule(retrain, retrain_steps),
+        }
+    result_folder(out_dir)
     with progressing("replaying", None) as advance:
         result = run_backtest(
             files,
             stamp=stamp.value,
-            model=model,
-            timeframe=timeframe,
-            calendar=calendar,
-            calendars=others_of(symbol_calendar),
+            **settings,
             adjustments=read_adjustments(adjustments) if adjustments else (),
-            strategies=strategy or ["quantile-band", "median-drift"],
-            symbols=symbol,
             since=moment(since),
             until=moment(until),
-            sampler=sampler,
-            steps=steps,
-            commission_bp=commission,
-            slippage_bp=slippage,
+            execution=execution,
+            training_time=training_time,
+            models=out_dir / "models" if settings["retrain"] else None,
+            trials=trials,
             progress=advance,
         )
     _print_result(result)
     if result.meta["warning"]:
-        err.print(str(result.meta["warning"]), style="yellow")
-    with writing("--report", report):
-        write_report(result, report)
-    out.print(f"report: {report.absolute()}")
+        err.print(str(result.meta["warning"]), style="yellow", markup=False)
+    with in_folder("--out", out_dir):
+        result.save(out_dir)
+        write_report(result, out_dir / "report.html")
+    out.print(f"report: {(out_dir / 'report.html').absolute()}", soft_wrap=True)
+
+
+def _of_instance(config: Path) -> dict[str, Any]:
+    """What an instance forecasts, and how: as its settings say, from the model that serves at first."""
+    from barcast.daemon.config import load
+
+    settings = load(config)
+    model, path = settings.model, settings.settings()
+    return {
+        "model": model.first if model.name == "champion" else model.name,
+        "timeframe": path.timeframe,
+        "calendar": path.calendar,
+        "calendars": path.calendars,
+        "symbols": path.symbols or None,
+        "sampler": path.sampler,
+        "steps": path.steps,
+        "max_jump": path.max_jump,
+        "strategies": path.strategies,
+        "retrain": settings.retrain,
+    }
 
 
 @app.command(rich_help_panel=HISTORY)
@@ -333,22 +469,46 @@ def demo(
 
 
 def _print_result(result: "BacktestResult") -> None:
-    pooled = result.scores.filter(symbol="all")
-    scores = Table(title=f"forecasts of {result.meta['model']}, all symbols pooled", title_justify="left")
-    for column in ("horizon, bars", "forecasts", "CRPS, bp", "in 50 %", "in 80 %", "in 90 %"):
+    """Forecasts beside the baselines, and the books; the report has the rest, and what the numbers are."""
+    scores = Table(title="forecasts, all symbols pooled", title_justify="left", box=SIMPLE_HEAD)
+    others = result.skill["other"].unique(maintain_order=True).to_list()
+    pooled = result.skill.filter(symbol="all", regime="all").sort("skill", descending=True)
+    best = {row["horizon"]: row["other"] for row in pooled.iter_rows(named=True)}
+    head = ["+bars", "forecasts", "CRPS, bp", "in 50 %", "in 80 %", "in 90 %"]
+    for column in (*head, *(["% over best"] if others else [])):
         scores.add_column(column, justify="right")
-    for row in pooled.iter_rows(named=True):
-        inside = (f"{100 * row[f'coverage_{nominal}']:.1f} %" for nominal in (50, 80, 90))
-        scores.add_row(str(row["horizon"]), str(row["n"]), f"{1e4 * row['crps']:.2f}", *inside)
-    books = Table(title="books, after costs", title_justify="left")
-    for column in ("strategy", "return", "Sharpe", "drawdown", "fills"):
-        books.add_column(column, justify="left" if column == "strategy" else "right")
+    for row in result.scores.filter(symbol="all").iter_rows(named=True):
+        shares = (row[f"coverage_{nominal}"] for nominal in (50, 80, 90))
+        inside = ("-" if share is None else f"{100 * share:.1f} %" for share in shares)
+        cells = [str(row["horizon"]), str(row["n"]), f"{1e4 * row['crps']:.2f}", *inside]
+        if others:
+            other = best.get(row["horizon"])
+            own = pooled.filter(horizon=row["horizon"], other=other)
+            cells.append(f"{own['skill'][0]:z.2f} ±{own['error'][0]:.2f} {other}" if own.height else "-")
+        scores.add_row(*cells)
+    books = Table(title="books, after costs", title_justify="left", box=SIMPLE_HEAD)
+    columns = {
+        "return": ("total_return", 100, " %"),
+        "a year": ("cagr", 100, " %"),
+        "Sharpe": ("sharpe", 1, ""),
+        "deflated": ("dsr", 1, ""),
+        "drawdown": ("max_drawdown", 100, " %"),
+        "turnover": ("turnover", 1, ""),
+        "costs": ("costs", 100, " %"),
+    }
+    books.add_column("strategy")
+    for column in (*columns, "fills"):
+        books.add_column(column, justify="right")
     for row in result.portfolio.iter_rows(named=True):
-        sharpe = "-" if row["sharpe"] is None else f"{row['sharpe']:.2f}"
-        percent = (f"{100 * row[name]:.2f} %" for name in ("total_return", "max_drawdown"))
-        total, drawdown = percent
-        books.add_row(row["strategy"], total, sharpe, drawdown, str(row["fills"]))
-    out.print(scores, books)
+        cells = [
+            "-" if row[name] is None else f"{scale * row[name]:.2f}{unit}"
+            for name, scale, unit in columns.values()
+        ]
+        books.add_row(row["strategy"], *cells, str(row["fills"]))
+    wide().print(scores, books)
+    if result.trainings.height:
+        served = int(result.trainings["accepted"].sum())
+        out.print(f"{result.trainings.height} trainings, {served} of them took over")
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -27,8 +27,8 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
-LIVE, HISTORY = "Live", "History"
-"""Where commands stand in the help."""
+LIVE, HISTORY, BOOKS = "Live", "History", "Books"
+"""Where commands, and options of a backtest, stand in the help."""
 
 LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
@@ -41,6 +41,14 @@ class Stamp(StrEnum):
 
     open = "open"
     close = "close"
+
+
+class Fill(StrEnum):
+    """Where orders are filled."""
+
+    next_open = "next-open"
+    next_close = "next-close"
+    limit = "limit"
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
@@ -202,6 +210,25 @@ def in_folder(option: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"{option}: {error}; name a folder that you may write, with room in it") from error
+
+
+def result_folder(path: Path) -> None:
+    """Try whether a backtest can be written into a folder, before work is spent on it.
+
+    One that is there must be empty or hold a backtest.
+    """
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"{path} is a file: name a folder", param_hint="--out")
+    with in_folder("--out", path):
+        path.mkdir(parents=True, exist_ok=True)
+        for other in path.iterdir():
+            if other.suffix != ".parquet" and other.name not in ("result.json", "report.html", "models"):
+                raise typer.BadParameter(
+                    f"{path} holds {other.name}, which is of no backtest: name a new folder",
+                    param_hint="--out",
+                )
+        with TemporaryFile(dir=path):
+            pass
 
 
 @contextmanager

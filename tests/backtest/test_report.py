@@ -12,10 +12,10 @@ import pytest
 
 from barcast.backtest import plot
 from barcast.backtest.ledger import BENCHMARK, Execution, Ledger
+from barcast.backtest.metrics import portfolio
 from barcast.backtest.report import html, write_report
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.sample import sample_bars
-from barcast.backtest.metrics import portfolio
 from barcast.backtest.scoring import DEFINITIONS, scores
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import bars, scan
