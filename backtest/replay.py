@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import polars as pl
 
-from barcast.backtest.ledger import BENCHMARK, Execution, Ledger
+from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
@@ -26,7 +26,7 @@ from barcast.daemon.calendar import Calendars
 from barcast.daemon.config import Retrain, duration
 from barcast.daemon.events import Champion
 from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
-from barcast.daemon.pipeline import MAX_JUMP, Pipeline, Settings, StrategySettings, run
+from barcast.daemon.pipeline import MAX_JUMP, Pipeline, Settings, StrategySettings, run, try_strategies
 from barcast.daemon.ports import (
     Activation,
     Arrival,
@@ -265,8 +265,9 @@ def run_backtest(
         max_jump=max_jump,
         sampler=sampler,
         steps=steps,
-        strategies=_apart(StrategySettings.parse(s) if isinstance(s, str) else s for s in strategies),
+        strategies=tuple(StrategySettings.parse(s) if isinstance(s, str) else s for s in strategies),
     )
+    try_strategies(settings.build(), card)
     execution = execution or Execution()
     first = wire.to_ns(frame.select(pl.col("close_time").min()).collect().item())
     start = first if since is None else since
@@ -357,17 +358,6 @@ def run_backtest(
             "withheld": {symbol: f"{n}: {why}" for symbol, (n, why) in messages.withheld.items()},
         },
     )
-
-
-def _apart(strategies: Iterable[StrategySettings]) -> tuple[StrategySettings, ...]:
-    """Strategies whose books can be told apart. Raise ConfigError where two have one name."""
-    found = tuple(strategies)
-    for name, count in Counter(strategy.name for strategy in found).items():
-        if count > 1:
-            raise ConfigError(f"{count} strategies are called {name!r}: give each a name of its own")
-        if name == BENCHMARK:
-            raise ConfigError(f"{BENCHMARK!r} is the book that others are compared with: name it otherwise")
-    return found
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

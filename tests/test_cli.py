@@ -146,7 +146,12 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
     [
         (["backtest", SAMPLE, *DAILY, "--model", "hs", "--sampler", "ddim"], "not sampled"),
         (["backtest", SAMPLE, *DAILY, "--model", "har", "--steps", "4"], "not sampled"),
-        (["backtest", SAMPLE, *DAILY, "--report", "."], "is a directory"),
+        (["backtest", SAMPLE, *DAILY, "--out", SAMPLE], "is a file"),
+        (["backtest", SAMPLE, *DAILY, "--config", "x.toml", "--model", "hs"], "--model is taken from"),
+        (["backtest", SAMPLE, *DAILY, "--retrain-steps", "3"], "--retrain-steps goes with"),
+        (["backtest", SAMPLE, *DAILY, "--retrain", "soon"], "retrain: cron: 'soon' has 1 fields"),
+        (["backtest", SAMPLE, *DAILY, "--volume-share", "2"], "volume_share = 2.0"),
+        (["backtest", SAMPLE, *DAILY, "--retrain", "0 3 * * *", "--training-time", "1w"], "'1w': write a"),
         (["publish", SAMPLE, "--stamp", "close", "--timeframe", "foo"], "timeframe"),
         (["publish", SAMPLE, "--stamp", "close"], "timeframe"),
         (["publish", SAMPLE, *DAILY, "--root", ""], "root"),
@@ -181,7 +186,7 @@ def test_faults_of_the_user_end_in_a_sentence(run, arguments, said):
     [
         (["evaluate"], "--report"),
         (["evaluate"], "--json"),
-        (["backtest"], "--report"),
+        (["backtest"], "--out"),
         (["predict", "--model", "hs", "--origins", "nowhere.csv"], "--out"),
     ],
 )
@@ -309,7 +314,8 @@ def test_capture_is_read_as_mosquitto_sub_prints_it(tmp_path):
         (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "BARS"], "in use by this"),
         (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "ORIGINS"], "in use by this"),
         (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "q.csv"], "to hold Parquet"),
-        (["backtest", "BARS", "--model", "hs", "--report", "BARS"], "in use by this"),
+        (["backtest", "BARS", "--model", "hs", "--out", "."], "not empty, and holds no backtest"),
+        (["backtest", "kept/BARS", "--model", "hs", "--out", "kept"], "which is read"),
         (["evaluate", "BARS", "--model", "hs", "--json", "BARS"], "in use by this"),
         (["evaluate", "BARS", "--model", "hs", "--report", "r.html", "--json", "r.html"], "in use by this"),
     ],
@@ -319,8 +325,13 @@ def test_nothing_that_is_read_is_written_over(run, tmp_path, monkeypatch, argume
     monkeypatch.chdir(tmp_path)
     bars, origins = tmp_path / "bars.parquet", tmp_path / "origins.parquet"
     bars.write_bytes(b"years of bars")
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "result.json").write_bytes(b"{}")
     origins.write_bytes(b"origins")
-    named = [{"BARS": "bars.parquet", "ORIGINS": str(origins)}.get(a, a) for a in arguments]
+    named = [
+        {"BARS": "bars.parquet", "kept/BARS": "kept/bars.parquet", "ORIGINS": str(origins)}.get(a, a)
+        for a in arguments
+    ]
     status, _, err = run(*named, *DAILY)
     assert (status, words in " ".join(err.replace("│", " ").split())) == (2, True)
     assert (bars.read_bytes(), origins.read_bytes()) == (b"years of bars", b"origins")

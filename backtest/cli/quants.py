@@ -29,6 +29,7 @@ from barcast.backtest.cli.terminal import (
     app,
     calendars_of,
     check_output,
+    check_result_folder,
     err,
     found_timeframe,
     histories_of,
@@ -37,7 +38,6 @@ from barcast.backtest.cli.terminal import (
     others_of,
     out,
     progressing,
-    result_folder,
     wide,
     writing,
 )
@@ -289,6 +289,7 @@ def backtest(
         raise typer.BadParameter(f"--{named[0]} is taken from --config: give one of the two")
     if retrain_steps is not None and retrain is None:
         raise typer.BadParameter("--retrain-steps goes with --retrain")
+    check_result_folder(out_dir, [*files, *([adjustments] if adjustments else [])])
     from barcast.backtest.ledger import Execution
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
@@ -323,7 +324,6 @@ def backtest(
             "strategies": strategy or ["quantile-band", "median-drift"],
             "retrain": None if retrain is None else cron_schedule(retrain, retrain_steps),
         }
-    result_folder(out_dir)
     with progressing("replaying", None) as advance:
         result = run_backtest(
             files,

@@ -212,23 +212,26 @@ def in_folder(option: str, path: Path) -> Iterator[None]:
         raise ConfigError(f"{option}: {error}; name a folder that you may write, with room in it") from error
 
 
-def result_folder(path: Path) -> None:
-    """Try whether a backtest can be written into a folder, before work is spent on it.
+def check_result_folder(path: Path, others: Iterable[Path]) -> None:
+    """Try whether a backtest can be written into a folder, before work is spent on it; leave it as it is.
 
-    One that is there must be empty or hold a backtest.
+    One that is there must be empty or hold a backtest, and none of the `others`, which are read.
     """
+    found = {each.name for each in path.iterdir()} if path.is_dir() else set()
     if path.exists() and not path.is_dir():
         raise typer.BadParameter(f"{path} is a file: name a folder", param_hint="--out")
-    with in_folder("--out", path):
-        path.mkdir(parents=True, exist_ok=True)
-        for other in path.iterdir():
-            if other.suffix != ".parquet" and other.name not in ("result.json", "report.html", "models"):
-                raise typer.BadParameter(
-                    f"{path} holds {other.name}, which is of no backtest: name a new folder",
-                    param_hint="--out",
-                )
-        with TemporaryFile(dir=path):
-            pass
+    if found - {"models"} and "result.json" not in found:
+        raise typer.BadParameter(
+            f"{path} is not empty, and holds no backtest: name a new folder", param_hint="--out"
+        )
+    for other in others:
+        if path.resolve() in (other.resolve(), *other.resolve().parents):
+            raise typer.BadParameter(
+                f"{path} holds {other.name}, which is read: name another folder", param_hint="--out"
+            )
+    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    with in_folder("--out", path), TemporaryFile(dir=there):
+        pass
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from barcast.backtest.ledger import Execution
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon.pipeline import StrategySettings
@@ -225,7 +226,7 @@ def test_symbols_are_a_choice_that_changes_no_signal(whole):
 
 def test_costs_are_paid(whole):
     """Costs change no signal, and leave each book poorer."""
-    free = backtest(commission_bp=0.0, slippage_bp=0.0)
+    free = backtest(execution=Execution(commission_bp=0.0, slippage_bp=0.0))
     assert_frame_equal(free.signals, whole.signals, check_exact=True)
     ends = [
         result.equity.group_by("strategy", maintain_order=True).last().select("strategy", pl.col("equity"))
