@@ -116,8 +116,8 @@ class Execution:
     - `fill`: `next-open` and `next-close` fill at these prices of the next bar. `limit` buys at the price
       that the forecast of the shortest horizon has at `limit_level`, and sells at that of 1 - `limit_level`
       (linear between levels), when the next bar trades through it: at the limit, or at a better open.
-    - `commission_bp`, `spread_bp`, `slippage_bp`: basis points of the traded value. Half of the spread is
-      paid. A limit fill pays neither spread nor slippage nor impact.
+    - `commission_bp`, `spread_bp`, `slippage_bp`: basis points of the traded value. A fill pays half of the
+      spread; that of a limit order pays neither spread nor slippage nor impact.
     - `impact`: fraction of the price that trading the whole volume of a bar would cost; the cost grows with
       the square of the share of the volume (zipline's VolumeShareSlippage) and counts as slippage.
     - `volume_share`: the most of a bar's volume that one fill takes; a bar without volume then fills nothing.
@@ -329,16 +329,14 @@ class _Book:
             return wanted
         worth = {symbol: units * prices[symbol] for symbol, units in self.held.items()}
         kept = worth | {symbol: order.value for symbol, order in self.orders.items()}
-        base = {
-            symbol: copysign(min(abs(value), max(0.0, copysign(1.0, value) * worth.get(symbol, 0.0))), value)
-            for symbol, value in wanted.items()
-        }
-        room = most - sum(abs(value) for symbol, value in kept.items() if symbol not in wanted)
-        room -= sum(map(abs, base.values()))
+        # The middle of the three: as much of what is wanted as is held on that side already.
+        base = {symbol: sorted((0.0, value, worth.get(symbol, 0.0)))[1] for symbol, value in wanted.items()}
+        used = sum(abs(value) for symbol, value in kept.items() if symbol not in wanted)
+        room = max(0.0, most - used - sum(map(abs, base.values())))
         growth = sum(abs(value - base[symbol]) for symbol, value in wanted.items())
         if growth <= room:
             return wanted
-        part = max(0.0, room) / growth if growth else 0.0
+        part = room / growth
         return {symbol: base[symbol] + part * (value - base[symbol]) for symbol, value in wanted.items()}
 
 

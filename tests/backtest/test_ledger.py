@@ -21,6 +21,8 @@ CARD = Card("m1", "numpy", "1d", (1, 2), LEVELS, 2, 1, "none", 0, 0, "here")
 SYMBOLS = ("A", "B", "C")
 TENTH = np.log([[0.9, 1.0, 1.1], [0.8, 1.0, 1.2]])
 """Quantiles of forecasts: 10 % down and up at the outer levels of the shorter horizon."""
+BUY, SALE = (100 * exp(quantile) for quantile in TENTH[0][[0, 2]])
+"""Limits of orders at the outer levels, from a price of 100."""
 DAY = 86_400 * 10**9
 YEAR = 31_557_600 * 10**9
 FREE = Execution(commission_bp=0, slippage_bp=0, capital=1000)
@@ -40,6 +42,10 @@ def bar(
     low = min(open_price, close) if low is None else low
     high = max(open_price, close) if high is None else high
     return Bar(symbol, time, open_price, high, low, close, volume)
+
+
+def replaced(one: Bar, time: int) -> Bar:
+    return Bar(one.symbol, time, one.open, one.high, one.low, one.close, one.volume)
 
 
 def outcome(
@@ -139,10 +145,10 @@ def test_next_close() -> None:
     ("target", "following", "price"),
     [
         (1.0, bar("A", 2, 95, 92, low=89), 90.0),
-        (1.0, bar("A", 2, 95, 92, low=90), None),  # touched, not traded through
+        (1.0, bar("A", 2, 95, 92, low=BUY), None),  # touched, not traded through
         (1.0, bar("A", 2, 85, 95), 85.0),  # the open is better
         (-1.0, bar("A", 2, 105, 105, high=111), 110.0),
-        (-1.0, bar("A", 2, 105, 110, high=110), None),
+        (-1.0, bar("A", 2, 105, 106, high=SALE), None),
         (-1.0, bar("A", 2, 120, 100), 120.0),
     ],
 )
@@ -326,17 +332,17 @@ def test_split_while_an_order_is_open() -> None:
         (25.0, 2.0, 20.0, 0.5),
     ]
     assert equity(market, "equity")[-1] == (1000 - 600 - 300 - 50 + 20 * 25.0,)
+    decision = [bar("A", 2, 100, 100), outcome(2, {"s": {"A": 1.0}}, {"A": 100.0})]
+    whole = run(FREE, [*decision, split, bar("A", 3, 50, 50), outcome(3, {})])
+    assert fills(whole, "units", "position", "basis") == [(20.0, 20.0, 0.5)]
+    assert equity(whole, "cash", "equity")[-1] == (0.0, 1000.0)
+    execution = replace(FREE, fill="limit", limit_level=0.05)
     for low, made in ((44.0, [(45.0, 20.0, 0.5)]), (45.0, [])):
-        limit = run(
-            replace(FREE, fill="limit", limit_level=0.05),
-            [
-                bar("A", 2, 100, 100),
-                outcome(2, {"s": {"A": 1.0}}, {"A": 100.0}),
-                split,
-                bar("A", 3, 48, 50, low=low),
-            ],
-        )
+        following = bar("A", 3, 48, 50, low=low)
+        limit = run(execution, [*decision, split, following])
+        late = run(execution, [decision[0], split, bar("A", 3, 1, 1), decision[1], replaced(following, 4)])
         assert fills(limit, "price", "units", "basis") == approx(*made)
+        assert fills(late, "price", "units", "basis") == approx(*made)
 
 
 def test_benchmark_with_a_late_symbol() -> None:
@@ -421,12 +427,13 @@ def test_late_group() -> None:
             outcome(1, {"s": {"A": 1.0}}),
             bar("A", 2, 2, 2),
             bar("A", 3, 5, 9),
-            outcome(2, {"s": {"A": 0.0}}),
+            bar("B", 3, 1, 1),  # not seen at 2
+            outcome(2, {"s": {"A": 0.5}}),
             bar("A", 4, 4, 4),
         ],
     )
     assert equity(ledger, "equity") == [(1000.0,), (1000.0,)]
-    assert fills(ledger, "price") == [(2.0,), (4.0,)]
+    assert fills(ledger, "price", "position") == [(2.0, 500.0), (4.0, 125.0)]
 
 
 def test_late_bar_of_another_symbol() -> None:
