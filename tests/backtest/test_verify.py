@@ -349,9 +349,10 @@ def test_journal_is_held_against_its_own_outbox(state, run, foreign):
     assert status == 0
     assert "8 signals in the journal's own outbox, 0 messages differ from the replay" in out
     assert ("0 of 8 signals differ" in out) == foreign
-    change(state, f"DELETE FROM outbox WHERE n = {LAST}")
-    status, out, _ = run("replay", path)
-    assert (status, "1 of the replay are not in it" in out) == (1, True)
+    for count, gone in enumerate((LAST, "(SELECT MIN(n) FROM outbox)"), 1):
+        change(state, f"DELETE FROM outbox WHERE n = {gone}")
+        status, out, _ = run("replay", path)
+        assert (status, f"{count} of the replay are not in it" in out) == (1, True)
 
 
 @pytest.mark.parametrize("foreign", [False, True])
@@ -389,18 +390,19 @@ def test_flag_of_the_outbox_is_no_figure(state, run):
     assert "1 messages differ from the replay, figures from elsewhere aside" in out
 
 
-def test_bytes_are_promised_for_the_part_that_was_recorded_here(state):
-    """A journal that moved here with its daemon: the bytes of what it said here are checked."""
-    move(state, "= (SELECT MIN(seq) FROM record WHERE kind = 'activation')")
+@pytest.mark.parametrize(("which", "foreign"), [("MIN", -1), ("MAX", 0)])
+def test_bytes_are_promised_for_the_part_that_was_recorded_here(state, which, foreign):
+    """A journal that moved with its daemon: the bytes of what it said here are checked, before or after."""
+    move(state, f"= (SELECT {which}(seq) FROM record WHERE kind = 'activation')")
     replayed = replay_journal(state / "journal.db")
     assert replayed.fingerprints == (("numpy=0.1", "numpy"),)
-    signals = [k for k, (topic, _) in enumerate(replayed.outbox) if "/signals/" in topic]
+    signals = [k for k, (topic, _) in enumerate(replayed.outbox) if "/signals/" in topic]  # newest first
     assert compare(replayed).apart.signals == 4
-    for at, differing in ((signals[-1], 0), (signals[0], 1)):
-        spoilt = list(replayed.outbox)
-        spoilt[at] = spoilt[at][0], spoilt[at][1].replace(b'"rise":[0.5,', b'"rise":[0.4,')
+    for at in (0, -1):
+        k, spoilt = signals[at], list(replayed.outbox)
+        spoilt[k] = spoilt[k][0], spoilt[k][1].replace(b'"rise":[0.5,', b'"rise":[0.4,')
         found = compare(replace(replayed, outbox=tuple(spoilt)))
-        assert (len(found.differing), found.apart.differing) == (differing, 1 - differing)
+        assert (len(found.differing), found.apart.differing) == ((0, 1) if at == foreign else (1, 0))
 
 
 def test_what_was_not_settled_yet_is_not_missed(state):
