@@ -28,7 +28,6 @@ from barcast.daemon import wire
 from barcast.daemon.app import rehearsal
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.journal import Journal, State
-from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import BarcastError, ConfigError
 
@@ -332,21 +331,19 @@ class Demo:
             model=str(sample_checkpoint()),
             timeframe="session",
             calendar="XNYS",
-            strategies=[
-                StrategySettings("quantile-band", "quantile-band", {"band": 0.1, "horizon": 5}),
-                StrategySettings("median-drift", "median-drift", {}),
-            ],
+            strategies=["quantile-band", "vol-target", "rank"],
             since=wire.to_ns(datetime(2012, 1, 1, tzinfo=UTC)),
         )
-        report = self.folder / "report.html"
-        write_report(result, report)
+        folder = self.folder / "backtest"
+        result.save(folder)
+        write_report(result, folder / "report.html")
         for row in result.portfolio.iter_rows(named=True):
             sharpe = "-" if row["sharpe"] is None else f"{row['sharpe']:.2f}"
             self.out.print(
                 f"backtest {row['strategy']}: return {100 * row['total_return']:.2f} %, Sharpe {sharpe}, "
                 f"drawdown {100 * row['max_drawdown']:.2f} %, {row['fills']} fills"
             )
-        self.out.print(f"report: {report}")
+        self.out.print(f"report: {folder / 'report.html'}")
 
 
 def _spoil(checkpoint: Path, out: Path) -> None:
