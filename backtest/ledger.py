@@ -197,7 +197,7 @@ class _Series:
 
     def at(self, time: int) -> int:
         """Where the newest bar up to `time` is."""
-        return (len(self.times) if self.times[-1] <= time else bisect_right(self.times, time)) - 1
+        return bisect_right(self.times, time) - 1
 
     def price_at(self, time: int) -> float:
         """The close up to `time`, on the basis of the first bar."""
@@ -344,8 +344,9 @@ class Ledger:
     """A sink with one book for each strategy, and the benchmark's.
 
     The state is the books, the number of symbols among which the benchmark's was parted, the accepted bars of
-    each symbol, the adjustments declared for it (time -> factor) with the price basis that follows from them
-    (times, factors after each), the forecasts made and the targets wanted.
+    each symbol, its newest close on the basis of its first bar, the newest close time of all, the adjustments
+    declared (time -> factor) with the price basis that follows from them (times, factors after each), the
+    forecasts made and the targets wanted.
     """
 
     def __init__(self, execution: Execution) -> None:
@@ -353,6 +354,8 @@ class Ledger:
         self._books: dict[str, _Book] = {}
         self._parted = 0
         self._series: dict[str, _Series] = {}
+        self._prices: dict[str, float] = {}
+        self._newest = -1
         self._adjustments: dict[str, dict[int, float]] = {}
         self._bases: dict[str, tuple[list[int], list[float]]] = {}
         self._forecasts: list[tuple[str, Forecast]] = []
@@ -376,6 +379,8 @@ class Ledger:
         series.lows.append(bar.low)
         series.closes.append(bar.close)
         series.bases.append(basis)
+        self._prices[symbol] = bar.close / basis
+        self._newest = max(self._newest, bar.close_time)
 
     def adjusted(self, adjustment: Adjustment) -> None:
         """Count what bars cost after the adjustment's time on the basis of the bars before it."""
@@ -402,11 +407,10 @@ class Ledger:
         if outcome.forecasts and BENCHMARK not in self._books:
             market = "next-close" if self.execution.fill == "next-close" else "next-open"
             self._books[BENCHMARK] = _Book(replace(self.execution, fill=market, leverage=1.0))
-        prices = {
-            symbol: series.price_at(close_time)
-            for symbol, series in self._series.items()
-            if series.times[0] <= close_time
-        }
+        prices = self._prices
+        if close_time < self._newest:
+            known = self._series.items()
+            prices = {s: series.price_at(close_time) for s, series in known if series.times[0] <= close_time}
         for strategy, book in self._books.items():
             book.mark(close_time, prices)
             if strategy != BENCHMARK:
