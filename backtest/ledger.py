@@ -20,7 +20,7 @@ at the first group that is forecast, and parted anew only when another symbol is
 
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate
 from math import copysign, exp, isfinite
@@ -167,12 +167,9 @@ class Execution:
                 "give volume_share, the most of it that one fill takes, too"
             )
 
-    def limit_return(self, forecast: Forecast, buy: bool) -> float:
-        """The log return from the reference at which to buy or sell.
-
-        Raise ConfigError for a level that is not among the model's.
-        """
-        lowest, highest = forecast.levels[0], forecast.levels[-1]
+    def limit_at(self, buy: bool, levels: Sequence[float]) -> float:
+        """The level at which to buy or sell. Raise ConfigError for one that is not among the model's."""
+        lowest, highest = levels[0], levels[-1]
         level = self.limit_level if buy else round(1 - self.limit_level, 12)
         if not lowest <= level <= highest:
             least, most = max(lowest, round(1 - highest, 12)), min(highest, round(1 - lowest, 12))
@@ -180,6 +177,11 @@ class Execution:
                 f"limit_level = {self.limit_level:g}: an order needs the quantile at {level:g}, and the "
                 f"model forecasts {lowest:g} to {highest:g}: take one from {least:g} to {most:g}"
             )
+        return level
+
+    def limit_return(self, forecast: Forecast, buy: bool) -> float:
+        """The log return from the reference at which to buy or sell. Raise as `limit_at` does."""
+        level = self.limit_at(buy, forecast.levels)
         shortest = forecast.horizons.index(min(forecast.horizons))
         return float(np.interp(level, forecast.levels, forecast.quantiles[shortest]))
 

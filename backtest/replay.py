@@ -269,6 +269,9 @@ def run_backtest(
     )
     try_strategies(settings.build(), card)
     execution = execution or Execution()
+    if execution.fill == "limit":
+        for buy in (True, False):
+            execution.limit_at(buy, card.levels)
     first = wire.to_ns(frame.select(pl.col("close_time").min()).collect().item())
     start = first if since is None else since
     begins = pl.lit(start).cast(pl.Datetime("ns", "UTC"))
