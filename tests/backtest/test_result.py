@@ -1,0 +1,99 @@
+import json
+from dataclasses import replace
+from math import inf, nan
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from barcast.backtest.result import FRAMES, BacktestResult
+from barcast.models import DataError
+from tests.backtest.results import made_up
+
+
+@pytest.fixture(scope="module")
+def result() -> BacktestResult:
+    """Every frame is full, and some numbers are none."""
+    made = made_up()
+    strange = made.portfolio.with_columns(sharpe=pl.Series([nan, inf, None]), omega=pl.lit(-inf))
+    return replace(made, portfolio=strange, equity=made.equity.with_columns(cash=pl.lit(nan)))
+
+
+def same(one: BacktestResult, other: BacktestResult) -> bool:
+    """Whether two results are equal, in types too."""
+    frames = [(getattr(one, name), getattr(other, name)) for name in FRAMES]
+    return one.meta == other.meta and all(a.schema == b.schema and a.equals(b) for a, b in frames)
+
+
+def test_what_is_saved_is_loaded(result: BacktestResult, tmp_path: Path) -> None:
+    """A result comes back as it was: frames with their types, nan and null, and meta."""
+    result.save(tmp_path / "new" / "folder")
+    assert same(BacktestResult.load(tmp_path / "new" / "folder"), result)
+    assert not same(made_up(strategies=("other",)), result)
+
+
+def test_without_a_row(result: BacktestResult, tmp_path: Path) -> None:
+    """A run of which nothing was recorded can be kept too."""
+    empty = replace(result, **{name: getattr(result, name).clear() for name in FRAMES}, meta={})
+    empty.save(tmp_path)
+    assert same(BacktestResult.load(tmp_path), empty)
+
+
+def test_json_is_for_other_tools(result: BacktestResult, tmp_path: Path) -> None:
+    """The JSON file holds the tables with their definitions; what is no number is null, times are text."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    result.save(tmp_path)
+    told = json.loads((tmp_path / "result.json").read_text("utf-8"), parse_constant=refuse)
+    assert told["meta"] == result.meta
+    assert [row["sharpe"] for row in told["portfolio"]] == [None, None, None]
+    assert told["portfolio"][0]["total_return"] == result.portfolio["total_return"][0]
+    assert told["trainings"][0]["asked"].endswith("T16:00:00Z")
+    assert len(told["scores"]) == result.scores.height
+    assert len(told["skill"]) == result.skill.height
+    assert set(result.portfolio.columns) - {"strategy"} == set(told["definitions"]["portfolio"])
+    assert set(told["definitions"]["scores"]) < set(result.scores.columns)
+    assert set(told["definitions"]["skill"]) < set(result.skill.columns)
+
+
+def test_a_result_replaces_another(result: BacktestResult, tmp_path: Path) -> None:
+    """A folder holds the result that was saved last; one that JSON has no value for changes nothing."""
+    result.save(tmp_path)
+    other = made_up(symbols=("ONE",))
+    other.save(tmp_path)
+    with pytest.raises(ValueError, match="JSON"):
+        replace(result, meta={"steps": nan}).save(tmp_path)
+    assert same(BacktestResult.load(tmp_path), other)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "fault"),
+    [
+        (
+            lambda f: (f / "result.json").unlink(),
+            "holds no result.json; name a folder that .*save has written",
+        ),
+        (lambda f: (f / "result.json").write_text("{"), "result.json: is damaged"),
+        (lambda f: (f / "result.json").write_bytes(b"\xff"), "result.json: is damaged"),
+        (lambda f: (f / "result.json").write_text("[]"), "barcast_result = None, and 1 can be read"),
+        (lambda f: (f / "result.json").write_text('{"barcast_result": 9}'), "barcast_result = 9"),
+        (lambda f: (f / "equity.parquet").unlink(), "equity.parquet: is missing"),
+        (lambda f: (f / "fills.parquet").write_bytes(b"PAR1"), "fills.parquet: is damaged"),
+    ],
+)
+def test_what_is_no_result(result: BacktestResult, tmp_path: Path, spoil, fault: str) -> None:
+    """A folder that is no result, or no whole one, is named with what is wrong."""
+    result.save(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(DataError, match=fault):
+        BacktestResult.load(tmp_path)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    """A folder that does not exist, or is a file, is no result either."""
+    (tmp_path / "file").touch()
+    for name in ("nowhere", "file"):
+        with pytest.raises(DataError, match=r"holds no result\.json"):
+            BacktestResult.load(tmp_path / name)
