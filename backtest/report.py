@@ -1,31 +1,114 @@
 """One self-contained HTML page of a backtest or an evaluation: figures, scores and what they mean."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from html import escape
+from math import floor, log10
 from pathlib import Path
 
 import plotly.graph_objects as go
 import polars as pl
 from plotly.offline import get_plotlyjs
 
-from barcast.backtest import plot
+from barcast.backtest import metrics, plot, scoring, skill
 from barcast.backtest.evaluate import ALL, Evaluation
 from barcast.backtest.evaluate import DEFINITIONS as COMPARED
-from barcast.backtest.metrics import DEFINITIONS as OF_BOOKS
+from barcast.backtest.ledger import BENCHMARK
 from barcast.backtest.result import BacktestResult
-from barcast.backtest.scoring import DEFINITIONS, INTERVALS, POOLED
+from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.models.scores import Estimate
 
 FANS = 6
-"""Symbols whose forecasts are drawn."""
+"""Symbols whose forecasts and trades are drawn."""
 
 SYMBOLS = 12
-"""Symbols that the head of an evaluation names."""
+"""Symbols that the head of a page names."""
+
+STRATEGIES = 5
+"""Strategies that have a card, beside buy-and-hold."""
+
+TRADES = 20
+"""Fills that are listed."""
 
 TOLERANCE = 0.02
 """Coverage farther than this from its nominal share is marked."""
+
+LINE = 100
+"""Letters of a value that stand in one line."""
+
+PANELS = 620
+"""Pixels that panels side by side need."""
+
+PERCENT = frozenset(
+    (
+        *("total_return", "cagr", "volatility", "max_drawdown", "var_95", "cvar_95", "alpha", "exposure"),
+        *("win_rate", "costs", "carry", "psr", "dsr"),
+    )
+)
+"""Metrics that are shares."""
+
+LABELS = {
+    "cagr": "CAGR",
+    "var_95": "value at risk, 95 %",
+    "cvar_95": "expected shortfall, 95 %",
+    "psr": "probabilistic Sharpe",
+    "dsr": "deflated Sharpe",
+    "sharpe": "Sharpe ratio",
+    "sortino": "Sortino ratio",
+    "calmar": "Calmar ratio",
+    "omega": "omega ratio",
+    "interval_80": "interval 80 %, bp",
+    "interval_90": "interval 90 %, bp",
+    "other_crps": "its CRPS, bp",
+    "pinball": "pinball, bp",
+    "crps": "CRPS, bp",
+    **{f"coverage_{percent}": f"inside {percent} %" for percent in INTERVALS},
+}
+"""What columns are called where their own name, without underscores, would not do."""
+
+_SCRIPT = """
+function figure(id, spec, follows) {
+  const element = document.getElementById(id);
+  element.draw = () => {
+    element.draw = () => {};
+    const settings = {displaylogo: false, responsive: true, displayModeBar: false};
+    Plotly.newPlot(element, spec.data, spec.layout, settings);
+    if (follows) follow(element);
+  };
+  if (!element.closest("[hidden]")) element.draw();
+}
+function choose(select) {
+  select.closest(".choice").querySelectorAll(":scope > div").forEach((pane, k) => {
+    pane.hidden = k !== select.selectedIndex;
+    if (!pane.hidden) pane.querySelectorAll(".figure").forEach(element => element.draw());
+  });
+}
+function follow(element) {
+  const fit = moved => {
+    if (!Object.keys(moved).some(name => name.startsWith("xaxis") || name === "visible")) return;
+    const {xaxis} = element._fullLayout, [first, last] = xaxis.range.map(end => xaxis.r2l(end));
+    let low = Infinity, high = -Infinity;
+    for (const trace of element._fullData) {
+      if (trace.visible !== true) continue;
+      for (let k = 0; k < trace.x.length; k++) {
+        const x = xaxis.d2l(trace.x[k]), y = trace.y[k];
+        if (!(x >= first && x <= last)) continue;
+        if (y < low) low = y;
+        if (y > high) high = y;
+      }
+    }
+    if (low > high) return;
+    const room = 0.05 * (high - low) || 1;
+    Plotly.relayout(element, {"yaxis.range": [low - room, high + room]});
+  };
+  element.on("plotly_relayout", fit);
+  element.on("plotly_restyle", changed => fit(changed[0]));
+}
+"""
+"""Draw a figure once it is seen, show the chosen pane, keep the prices in view within their panel."""
+
+_BASIS = {"bp": "basis points of log return, 0.0001"}
 
 Cell = Callable[[object], str]
 
@@ -68,10 +151,30 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margi
 dl { font-size: 13px; color: var(--soft); }
 dt { font-weight: 600; }
 dd { margin: 0; }
+nav { display: flex; flex-wrap: wrap; gap: 6px 18px; margin-top: 18px; font-size: 14px; }
+a { color: #1d4ed8; text-decoration: none; }
+a:hover { text-decoration: underline; }
+select { font: inherit; font-size: 14px; padding: 3px 8px; border: 1px solid #cbd5e1; border-radius: 6px; }
+select { background: #fff; color: var(--ink); max-width: 100%; }
+label { display: inline-flex; gap: 8px; align-items: center; color: var(--soft); font-size: 14px; }
+.rangeslider-mask-min-opp-axis, .rangeslider-mask-max-opp-axis { display: none; }
+.rangeslider-mask-min, .rangeslider-mask-max { fill: #94a3b8 !important; fill-opacity: 0.3 !important; }
+table.metrics td, table.metrics th { vertical-align: top; }
+table.metrics td:first-child { white-space: normal; min-width: 250px; max-width: 400px; font-weight: 600; }
+table.metrics td:first-child, table.metrics th:first-child {
+  position: sticky; left: 0; background: var(--card);
+}
+table.metrics small { font-weight: 400; }
+td small { display: block; font-size: 12px; line-height: 1.35; color: var(--soft); }
+td.reason { white-space: normal; min-width: 260px; text-align: left; }
+td.text, th.text { text-align: left; }
+.buy { color: #047857; }
+.sell { color: #b91c1c; }
 @media (max-width: 640px) {
   dl { grid-template-columns: 1fr; }
   dd { margin-bottom: 6px; }
   section { padding: 16px 14px; }
+  table.metrics td:first-child { min-width: 180px; }
 }
 """
 
@@ -89,7 +192,10 @@ def write_evaluation(result: Evaluation, path: Path) -> None:
 
 def html(result: BacktestResult, title: str = "Barcast backtest") -> str:
     """The page of a backtest. The same result gives the same text."""
-    return _page(title, "\n".join([_head(result, title), _cards(result), *_sections(result)]))
+    sections = list(_sections(result))
+    links = "".join(f'<a href="#{_anchor(name)}">{escape(name)}</a>' for name, _ in sections)
+    body = [_head(result, title), _cards(result), f"<nav>{links}</nav>", *(text for _, text in sections)]
+    return _page(title, "\n".join(body))
 
 
 def _page(title: str, body: str) -> str:
@@ -97,7 +203,8 @@ def _page(title: str, body: str) -> str:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{escape(title)}</title>\n<link rel="icon" href="data:,">\n<style>{_CSS}</style>\n'
-        f"<script>{get_plotlyjs()}</script>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<script>{get_plotlyjs()}</script>\n<script>{_SCRIPT}</script>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -106,12 +213,13 @@ def _head(result: BacktestResult, title: str) -> str:
     if not signals.height:
         return f"<h1>{escape(title)}</h1><p>No forecast was made.</p>"
     first, last = signals["close_time"].min(), signals["close_time"].max()
-    symbols = ", ".join(sorted(signals["symbol"].unique()))
-    models = ", ".join(sorted(signals["model"].unique()))
+    symbols = sorted(signals["symbol"].unique())
+    models = plot.models_in_force(result)["model"].unique(maintain_order=True).to_list()
+    shown = f"model {models[0]}" if len(models) == 1 else f"{len(models)} models, the first {models[0]}"
     warning = result.meta.get("warning")
     return (
         f"<h1>{escape(title)}</h1>"
-        f"<p>{escape(symbols)}, {_day(first)} to {_day(last)}, model {escape(models)}.</p>"
+        f"<p>{_named(symbols)}, {_day(first)} to {_day(last)}, {escape(shown)}.</p>"
         + (f'<p class="warning">{escape(str(warning))}</p>' if warning else "")
     )
 
@@ -121,79 +229,139 @@ def _cards(result: BacktestResult) -> str:
     pooled = result.scores.filter(pl.col("symbol") == POOLED).sort("horizon")
     if pooled.height:
         row = pooled.row(0, named=True)
-        horizon = f"{row['horizon']} bar{'s' if row['horizon'] > 1 else ''} ahead"
+        horizon = f"{plot.bars(row['horizon'])} ahead"
         cards += [
             (_whole(pooled["n"].sum()), "forecasts scored"),
             (_percent(row["coverage_90"]), f"inside the 90 % interval, {horizon}"),
             (_basis_points(row["crps"]), f"CRPS in basis points, {horizon}"),
         ]
-    for row in result.portfolio.iter_rows(named=True):
+    reference = pl.col("strategy") == BENCHMARK
+    books = [result.portfolio.filter(~reference).head(STRATEGIES), result.portfolio.filter(reference)]
+    for row in pl.concat(books).iter_rows(named=True):
         sharpe = f"Sharpe {_number(row['sharpe'])}"
         cards.append((_percent(row["total_return"]), f"{_text(row['strategy'])}, total return; {sharpe}"))
+    return _boxes(cards)
+
+
+def _boxes(cards: Iterable[tuple[str, str]]) -> str:
     boxes = "".join(f'<div class="card"><b>{value}</b><span>{label}</span></div>' for value, label in cards)
     return f'<div class="cards">{boxes}</div>'
 
 
-def _sections(result: BacktestResult) -> Iterator[str]:
+def _sections(result: BacktestResult) -> Iterator[tuple[str, str]]:
+    """The name and the text of each section that the result has something for."""
+    traded = sorted(result.fills.filter(pl.col("strategy") != BENCHMARK)["symbol"].unique())
+    forecast = sorted(result.outcomes["symbol"].unique())
     if result.portfolio.height:
-        yield _section(
+        yield _part(
             "Strategies",
-            "An order is fixed at a close, by the equity then, and filled at its symbol's next open. "
-            "Costs are taken off; there is no limit of volume, borrowing or margin.",
-            _portfolio(result),
+            "Equity after all costs, marked at each close. Buy-and-hold holds every symbol alike.",
             _draw(plot.equity(result), "equity"),
             "<h3>Drawdown</h3>",
             _draw(plot.drawdown(result), "drawdown"),
+            "<h3>Metrics</h3>",
+            _portfolio(result),
+        )
+        yield _part(
+            "Monthly returns",
+            "Percent, by UTC dates; the first and the last month may be incomplete.",
+            _choice(
+                "strategy",
+                {
+                    name: _draw(plot.monthly(result, name), f"monthly{k}", PANELS)
+                    for k, name in enumerate(result.portfolio["strategy"])
+                },
+            ),
+        )
+    if traded:
+        figures = {
+            s: _draw(plot.trades(result, s), f"trades{k}", follows=True) for k, s in enumerate(traded[:FANS])
+        }
+        yield _part(
+            "Trades",
+            "Drag to scroll, or use the slider; the area of a mark is the traded value." + _undrawn(traded),
+            _choice("symbol", figures),
+            f"<h3>The last {TRADES}</h3>",
+            _trades(result),
+        )
+    if result.portfolio.height:
+        yield _part(
+            "Exposure and costs",
+            "What is held as a share of equity: long plus short (gross), and long less short (net).",
+            _draw(plot.exposure(result), "exposure"),
+            "<h3>Costs</h3>",
+            _draw(plot.costs(result), "costs"),
+        )
+    if forecast:
+        yield _part(
+            "Forecasts",
+            "The closes, and what had been forecast of each: a band stands at the close that it was for. "
+            "Drag to scroll, or use the slider." + _undrawn(forecast),
+            _choice(
+                "symbol",
+                {
+                    symbol: _draw(plot.fan(result, symbol), f"fan{k}", follows=True)
+                    + "<h3>What was forecast from some closes</h3>"
+                    + _draw(plot.fans(result, symbol), f"fans{k}")
+                    for k, symbol in enumerate(forecast[:FANS])
+                },
+            ),
         )
     if result.scores.height:
-        yield _section(
+        yield _part(
             "Calibration",
-            "A forecast is calibrated when outcomes fall inside its intervals as often as these claim "
-            "(dashed), and equally often between any two levels (a flat line at 1).",
+            "The share of outcomes inside the central intervals, beside the share that belongs there "
+            "(dashed). A bar reaches two standard errors to either side.",
             _draw(plot.coverage(result), "coverage"),
-            "<h3>Where outcomes fell between the levels</h3>",
-            _draw(plot.pit(result), "pit"),
+            "<h3>Where outcomes fell between the levels</h3><p>Flat at 1 when calibrated.</p>",
+            _draw(plot.pit(result), "pit", PANELS),
+            "<h3>Reliability</h3><p>How far the share of outcomes at or below a quantile is from its level: "
+            "0 when calibrated.</p>",
+            _draw(plot.reliability(result), "reliability"),
         )
-        yield _section(
+        yield _part(
             "Scores",
             "Each horizon, all symbols pooled, then each symbol. Coverage more than "
             f"{100 * TOLERANCE:.0f} points off is marked.",
             _scores(result),
         )
-    symbols = sorted(result.outcomes["symbol"].unique())
-    if symbols:
-        drawn = symbols[:FANS]
-        rest = f" {len(symbols) - len(drawn)} more symbols are not drawn." if len(symbols) > FANS else ""
-        figures = [
-            part
-            for k, symbol in enumerate(drawn)
-            for part in (f"<h3>{escape(symbol)}</h3>", _draw(plot.fan(result, symbol), f"fan{k}"))
-        ]
-        yield _section(
-            "Forecasts and what came",
-            f"The last closes, and the forecasts made at some of them.{rest}",
-            *figures,
+    if result.skill.height:
+        yield _part(
+            "Skill",
+            "By how many percent the CRPS is below that of each baseline on the same origins, with the "
+            "standard error of the paired difference; bold beyond two of them.",
+            _skill(result),
+            _draw(plot.skill(result), "skill", PANELS),
+            "<h3>In calm and volatile times</h3>",
+            _draw(plot.skill(result, "regime"), "skill-regime", PANELS),
+            "<h3>By symbol</h3>",
+            _draw(plot.skill(result, "symbol"), "skill-symbol", PANELS),
         )
-    yield _section("What was run", "", _meta(result.meta))
+    if result.trainings.height:
+        yield _part(
+            "Retraining",
+            "Above, the model in force; below, what each challenger gained over the champion on bars that "
+            "neither had learnt from, two standard errors to either side.",
+            _draw(plot.retraining(result), "retraining"),
+            _trainings(result),
+        )
+    yield _part("What was run", "", _meta(result.meta))
 
 
 def _evaluation_head(result: Evaluation) -> str:
     meta = result.meta
     folds, pooled = meta["folds"], result.scores.filter(fold=ALL)
-    symbols = ", ".join(meta["symbols"][:SYMBOLS])
-    more = f" and {len(meta['symbols']) - SYMBOLS} more" if len(meta["symbols"]) > SYMBOLS else ""
     cards = [(_whole(pooled["n"][0]), f"origins of {len(meta['symbols'])} symbols")]
     for h in meta["horizons"]:
         best = pooled.filter(horizon=h).sort("crps").row(0, named=True)
         told = f"is best at +{h}: {_signed(best['skill'])} % over hs"
         cards.append((_text(best["model"]), f"{told}, {_percent(best['coverage_90'])} inside 90 %"))
-    boxes = "".join(f'<div class="card"><b>{value}</b><span>{label}</span></div>' for value, label in cards)
     return (
-        f"<h1>Barcast evaluation</h1><p>{escape(symbols + more)}; {meta['timeframe']} bars, "
+        f"<h1>Barcast evaluation</h1><p>{_named(meta['symbols'])}; {meta['timeframe']} bars, "
         f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]} in {len(folds)} folds, an origin every "
         f"{meta['stride']} bars.</p>"
         + (f'<p class="warning">{escape(meta["warning"])}</p>' if meta["warning"] else "")
-        + f'<div class="cards">{boxes}</div>'
+        + _boxes(cards)
     )
 
 
@@ -203,9 +371,9 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
         "Skill",
         "How far a model's CRPS is below that of historical simulation (hs) on the same origins, all folds "
         "pooled. A bar reaches two standard errors to either side.",
-        _draw(plot.skill(result), "skill"),
+        _draw(plot.model_skill(result), "skill", PANELS),
         "<h3>Fold by fold</h3>",
-        _draw(plot.skill_by_fold(result), "skill-folds"),
+        _draw(plot.skill_by_fold(result), "skill-folds", PANELS),
     )
     yield _section(
         "Scores",
@@ -230,13 +398,13 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
     )
     intervals = []  # not all levels have one
     if any(result.scores[f"coverage_{percent}"].count() for percent in INTERVALS):
-        intervals += ["<h3>Fold by fold</h3>", _draw(plot.coverage_by_fold(result), "coverage-folds")]
+        intervals += ["<h3>Fold by fold</h3>", _draw(plot.coverage_by_fold(result), "coverage-folds", PANELS)]
     if result.thirds.height:
         intervals += [
             "<h3>By expected volatility</h3>"
             "<p>A third of each symbol's origins each, by the width of the 80 % interval of "
             f"{escape(result.meta['volatility'])}.</p>",
-            _draw(plot.coverage_by_third(result), "coverage-thirds"),
+            _draw(plot.coverage_by_third(result), "coverage-thirds", PANELS),
         ]
     yield _section(
         "Calibration",
@@ -245,9 +413,9 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
         *intervals,
         "<h3>Reliability</h3><p>How far the share of outcomes at or below a quantile is from its level: "
         "0 when calibrated.</p>",
-        _draw(plot.reliability(result), "reliability"),
+        _draw(plot.model_reliability(result), "reliability", PANELS),
         "<h3>Where outcomes fell between the levels</h3><p>Flat at 1 when calibrated.</p>",
-        _draw(plot.pits(result), "pits"),
+        _draw(plot.pits(result), "pits", PANELS),
     )
     yield _section("What was compared", "", _meta(result.meta))
 
@@ -292,66 +460,173 @@ def _signed(value: float) -> str:
     return f"{value:z.2f}".replace("-", "&minus;")
 
 
+def _undrawn(symbols: Sequence[str]) -> str:
+    return f" Of {len(symbols)} symbols the first {FANS} are drawn." if len(symbols) > FANS else ""
+
+
+def _named(symbols: Sequence[str]) -> str:
+    more = f" and {len(symbols) - SYMBOLS} more" if len(symbols) > SYMBOLS else ""
+    return escape(", ".join(symbols[:SYMBOLS]) + more)
+
+
 def _section(title: str, text: str, *parts: str) -> str:
     told = f"<p>{escape(text)}</p>" if text else ""
-    return f"<section><h2>{escape(title)}</h2>{told}{''.join(parts)}</section>"
+    return f'<section id="{_anchor(title)}"><h2>{escape(title)}</h2>{told}{"".join(parts)}</section>'
 
 
-def _draw(figure: go.Figure, name: str) -> str:
-    config = {"displaylogo": False, "responsive": True, "displayModeBar": False}
-    drawn: str = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
-    return drawn
+def _part(title: str, text: str, *parts: str) -> tuple[str, str]:
+    return title, _section(title, text, *parts)
+
+
+def _anchor(title: str) -> str:
+    return "part-" + title.lower().replace(" ", "-")
+
+
+def _choice(what: str, panes: Mapping[str, str]) -> str:
+    """Panes of which one is shown, with a menu where there are several."""
+    if len(panes) == 1:
+        return "".join(f"<h3>{escape(name)}</h3>{pane}" for name, pane in panes.items())
+    options = "".join(f"<option>{escape(name)}</option>" for name in panes)
+    shown = "".join(f"<div{' hidden' if k else ''}>{pane}</div>" for k, pane in enumerate(panes.values()))
+    menu = f'<select autocomplete="off" onchange="choose(this)">{options}</select>'
+    return f'<div class="choice"><label>{what} {menu}</label>{shown}</div>'
+
+
+def _draw(figure: go.Figure, name: str, least: int = 0, follows: bool = False) -> str:
+    """A figure; its box scrolls where there are fewer than `least` pixels.
+
+    One that `follows` fits its prices to the time that is shown.
+    """
+    spec, width = figure.to_json(), f' style="min-width:{least}px"' if least else ""
+    script = f'<script>figure("{name}", {spec}, {json.dumps(follows)})</script>'
+    return f'<div class="wide"><div class="figure" id="{name}"{width}></div></div>{script}'
 
 
 def _portfolio(result: BacktestResult) -> str:
-    columns: dict[str, tuple[str, Cell]] = {
-        "strategy": ("strategy", _text),
-        "total_return": ("total return", _percent),
-        "volatility": ("volatility", _percent),
-        "sharpe": ("Sharpe", _number),
-        "max_drawdown": ("max drawdown", _percent),
-        "costs": ("costs", _percent),
-        "fills": ("fills", _whole),
-        "periods": ("periods", _whole),
-    }
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{cell(row[name])}</td>' for name, (_, cell) in columns.items())}</tr>"
-        for row in result.portfolio.iter_rows(named=True)
-    )
+    """Metrics as rows, each with its definition, and strategies as columns."""
+    table = result.portfolio
+    heads = "".join(f"<th>{escape(name)}</th>" for name in table["strategy"])
+    rows = []
+    for name, text in metrics.DEFINITIONS.items():
+        if name in table.columns:
+            cell = _fine_percent if name in PERCENT else _plain
+            values = "".join(f"<td>{cell(value)}</td>" for value in table[name])
+            rows.append(f"<tr><td>{_label(name)}<small>{escape(text)}</small></td>{values}</tr>")
     periods = result.meta.get("periods_per_year")
-    stated = {"P": f"periods in a year: {periods}"} if periods is not None else {}
-    return _table(columns, rows) + _definitions(columns, stated)
+    stated = f"<p>P, the periods in a year: {periods}.</p>" if periods is not None else ""
+    return (
+        f'{stated}<div class="wide"><table class="metrics"><thead><tr><th></th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _trades(result: BacktestResult) -> str:
+    own = result.fills.filter(pl.col("strategy") != BENCHMARK).sort("close_time", maintain_order=True)
+    own = own.tail(TRADES).reverse()
+    traded, paid = pl.col("units").abs(), pl.col("commission") + pl.col("spread") + pl.col("slippage")
+    numbers = own.select(traded, "price", "position", value=traded * pl.col("price"), paid=paid)
+    columns = [_aligned(numbers[name]) for name in ("units", "price", "value", "paid", "position")]
+    rows = []
+    for row, *cells in zip(own.iter_rows(named=True), *columns, strict=True):
+        side, kind = ("bought", "buy") if row["units"] > 0 else ("sold", "sell")
+        rows.append(
+            f'<tr><td>{_moment(row["close_time"])}</td><td class="text">{_text(row["strategy"])}</td>'
+            f'<td class="text">{_text(row["symbol"])}</td><td class="text {kind}">{side}</td>'
+            f"{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        )
+    labels = ["close of the bar, UTC", "strategy", "symbol", "side", "units", "price", "value", "costs"]
+    return f'<div class="tight">{_columns([*labels, "units held then"], rows, (1, 2, 3))}</div>'
+
+
+def _aligned(values: pl.Series) -> list[str]:
+    """Numbers of one column with the same decimals: five digits of a middle one, at least two decimals."""
+    sizes = sorted(abs(value) for value in values if value)
+    decimals = 4 - floor(log10(sizes[len(sizes) // 2])) if sizes else 2
+    return [_minus(f"{value:,.{min(8, max(2, decimals))}f}".replace(",", " ")) for value in values]
 
 
 def _scores(result: BacktestResult) -> str:
+    """A row for each symbol and horizon; a coverage shows its error."""
+    points = ("pinball", "crps", "interval_80", "interval_90")
     columns: dict[str, tuple[str, Cell]] = {
         "symbol": ("symbol", _text),
-        "horizon": ("horizon", _whole),
-        "n": ("n", _whole),
-        "pinball": ("pinball, bp", _basis_points),
-        "crps": ("CRPS, bp", _basis_points),
-        **{f"coverage_{percent}": (f"inside {percent} %", _percent) for percent in INTERVALS},
+        "horizon": ("horizon", _plain),
+        "n": ("n", _plain),
+        **{name: (_label(name), _basis_points) for name in points},
+        **{f"coverage_{percent}": (_label(f"coverage_{percent}"), _percent) for percent in INTERVALS},
     }
     pooled = result.scores.filter(pl.col("symbol") == POOLED).sort("horizon")
     single = result.scores.filter(pl.col("symbol") != POOLED).sort("symbol", "horizon")
     rows = []
     for row in pl.concat([pooled, single]).iter_rows(named=True):
-        cells = [f"<td{_mark(name, row[name])}>{cell(row[name])}</td>" for name, (_, cell) in columns.items()]
+        cells = []
+        for name, (_, cell) in columns.items():
+            error = row.get(f"{name}_error")
+            doubt = f" &plusmn;{100 * error:.1f}" if error is not None else ""
+            cells.append(f"<td{_mark(name, row[name])}>{cell(row[name])}{doubt}</td>")
         kind = ' class="pooled"' if row["symbol"] == POOLED else ""
         rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
-    unit = {"bp": "basis points of log return, 0.0001"}
-    return _table(columns, "".join(rows)) + _definitions(columns, unit)
+    terms = scoring.DEFINITIONS
+    told = {label: terms[name] for name, (label, _) in columns.items() if name in terms}
+    told |= {"±": terms["coverage_90_error"], **_BASIS}
+    return f'<div class="tight">{_table(columns, "".join(rows))}</div>{_terms(told)}'
+
+
+def _skill(result: BacktestResult) -> str:
+    """A row for what was published and for each baseline, the hardest to beat first."""
+    pooled = result.skill.filter((pl.col("symbol") == POOLED) & (pl.col("regime") == POOLED))
+    horizons = sorted(pooled["horizon"].unique())
+    order = pooled.group_by("other").agg(pl.col("skill").mean()).sort("skill", "other")["other"]
+    found = {(row["other"], row["horizon"]): row for row in pooled.iter_rows(named=True)}
+    mine = "".join(f"<td>{_basis_points(found[order[0], h]['crps'])}</td><td></td>" for h in horizons)
+    rows = [f'<tr class="pooled"><td>as published</td>{mine}</tr>']
+    for other in order:
+        cells = [f"<td>{_text(other)}</td>"]
+        for h in horizons:
+            row = found[other, h]
+            known = row["skill"] is not None and row["error"] is not None
+            skilled = _estimate(Estimate(row["skill"], row["error"]) if known else None, True)
+            cells.append(f"<td>{_basis_points(row['other_crps'])}</td>{skilled}")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    labels = ["", *(label for h in horizons for label in (f"+{plot.bars(h)}: CRPS, bp", "skill, %"))]
+    told = {_label(name): text for name, text in skill.DEFINITIONS.items() if name not in ("n", "times")}
+    return _columns(labels, rows) + _terms(told | _BASIS)
+
+
+def _trainings(result: BacktestResult) -> str:
+    rows = []
+    for row in result.trainings.reverse().iter_rows(named=True):
+        known = row["gain"] is not None and row["gain_error"] is not None
+        gain = Estimate(100 * row["gain"], 100 * row["gain_error"]) if known else None
+        fate, kind = ("accepted", "buy") if row["accepted"] else ("refused", "sell")
+        rows.append(
+            f"<tr><td>{_moment(row['asked'])}</td><td>{_moment(row['judged'])}</td>"
+            f'<td class="text {kind}">{fate}</td><td class="text">{_text(row["challenger"] or "")}</td>'
+            f'{_estimate(gain, True)}<td>{_plain(row["origins"])}</td><td class="reason">'
+            f"{_text(row['reason'] or '')}<small>trained for: {_text(row['reasons'])}</small></td></tr>"
+        )
+    labels = ["asked, UTC", "judged, UTC", "verdict", "challenger", "gain, %", "origins", "why"]
+    told = {
+        "gain": "by how much the challenger's CRPS is below the champion's on the same origins, and its "
+        "standard error; bold beyond two of them",
+        "origins": "forecasts that the verdict rests on",
+    }
+    return f'<div class="tight">{_columns(labels, rows, (2, 3, 6))}</div>{_terms(told)}'
+
+
+def _columns(labels: Sequence[str], rows: Sequence[str], left: Sequence[int] = ()) -> str:
+    """A table; columns are aligned right but for the first and those in `left`."""
+    heads = "".join(
+        f'<th class="text">{escape(label)}</th>' if k in left else f"<th>{escape(label)}</th>"
+        for k, label in enumerate(labels)
+    )
+    head, body = f"<thead><tr>{heads}</tr></thead>", f"<tbody>{''.join(rows)}</tbody>"
+    return f'<div class="wide"><table>{head}{body}</table></div>'
 
 
 def _table(columns: Mapping[str, tuple[str, Cell]], rows: str) -> str:
     heads = "".join(f"<th>{escape(label)}</th>" for label, _ in columns.values())
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _definitions(columns: Mapping[str, tuple[str, Cell]], more: Mapping[str, str]) -> str:
-    known = OF_BOOKS | DEFINITIONS
-    told = {label: known[name] for name, (label, _) in columns.items() if name in known}
-    return _terms({**told, **more})
 
 
 def _terms(told: Mapping[str, str]) -> str:
@@ -362,11 +637,19 @@ def _terms(told: Mapping[str, str]) -> str:
 def _meta(meta: Mapping[str, object]) -> str:
     rows = []
     for key, value in meta.items():
-        shown = (
-            value if isinstance(value, str) else json.dumps(value, indent=1, default=str, ensure_ascii=False)
-        )
+        if key == "warning":  # the head of the page says it
+            continue
+        shown = _json(value)
+        if isinstance(value, list) and len(shown) > LINE:
+            shown = "\n".join(map(_json, value))
+        elif isinstance(value, dict):
+            shown = "\n".join(f"{name}: {_json(inner)}" for name, inner in value.items())
         rows.append(f"<tr><td>{escape(key)}</td><td>{escape(shown)}</td></tr>")
     return f'<div class="wide"><table class="meta"><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _json(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
 def _mark(name: str, value: object) -> str:
@@ -376,12 +659,24 @@ def _mark(name: str, value: object) -> str:
     return ""
 
 
+def _label(name: str) -> str:
+    return escape(LABELS.get(name, name.replace("_", " ")))
+
+
 def _day(time: object) -> str:
     return time.date().isoformat() if isinstance(time, datetime) else ""
 
 
+def _moment(time: object) -> str:
+    return f"{time:%Y-%m-%d %H:%M}" if isinstance(time, datetime) else "&ndash;"
+
+
 def _text(value: object) -> str:
     return escape(str(value))
+
+
+def _plain(value: object) -> str:
+    return _whole(value) if isinstance(value, int) else _number(value)
 
 
 def _whole(value: object) -> str:
@@ -389,11 +684,19 @@ def _whole(value: object) -> str:
 
 
 def _number(value: object) -> str:
-    return f"{value:.2f}".replace("-", "&minus;") if isinstance(value, float) else "&ndash;"
+    return _minus(f"{value:.2f}") if isinstance(value, float) else "&ndash;"
 
 
 def _percent(value: object) -> str:
-    return f"{value:.1%}".replace("-", "&minus;") if isinstance(value, float) else "&ndash;"
+    return _minus(f"{value:.1%}") if isinstance(value, float) else "&ndash;"
+
+
+def _fine_percent(value: object) -> str:
+    return _minus(f"{value:.2%}") if isinstance(value, float) else "&ndash;"
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "&minus;")
 
 
 def _basis_points(value: object) -> str:

@@ -237,7 +237,7 @@ def test_the_command_writes_table_page_and_numbers(run, tmp_path, monkeypatch):
     assert found["meta"]["files"] == [sample_bars().name]
     text = page.read_text()
     assert "<script src" not in text
-    assert text.count('class="plotly-graph-div"') == 6
+    assert text.count('class="figure"') == 6
 
 
 def test_only_the_reference_can_be_shown(run, tmp_path):
@@ -278,7 +278,7 @@ def test_levels_without_the_usual_intervals_have_a_page(tmp_path, levels, figure
     models = {name: catalog.BASELINES[name]("1h", HORIZONS, levels) for name in ("hs", "fhs")}
     found = evaluate(field(**models), [walk("A", 1500, 1)], HOURLY, folds=2)
     write_evaluation(found, tmp_path / "page.html")
-    assert (tmp_path / "page.html").read_text().count('class="plotly-graph-div"') == figures
+    assert (tmp_path / "page.html").read_text().count('class="figure"') == figures
 
 
 @pytest.mark.parametrize(
