@@ -1,4 +1,4 @@
-"""What is shipped to try the program with: daily bars of five US stocks, a model and a strategy."""
+"""What is shipped to try the program with: daily bars of five US stocks, a model, a strategy, a notebook."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -17,3 +17,8 @@ def sample_checkpoint() -> Path:
 def sample_strategy() -> Path:
     """The file with a strategy to begin with, of which a copy can be changed."""
     return Path(str(files(__name__) / "strategy.py"))
+
+
+def example_notebook() -> Path:
+    """A notebook that runs a backtest on the sample bars and draws it."""
+    return Path(str(files(__name__) / "example.ipynb"))
