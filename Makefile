@@ -1,9 +1,9 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check bench study clean
+.PHONY: help demo test check bench bench-peers study clean
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, retraining, replay, report
 	$(BIN)/barcast demo
@@ -23,11 +23,19 @@ check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench
 
+bench-peers: $(VENV)/.dev .tools/peers/.made ## the same strategy in other engines and here, as ratios of CPU time; writes bench-peers.json
+	$(BIN)/python -m tests.bench.peers
+
 study: $(VENV)/.dev ## what each part of the model earns, out of sample; goes on where it was interrupted
 	$(BIN)/python -m tests.bench.study
 
 clean: ## remove environments, caches and the demo's folder
 	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.tools/peers/.made: tests/bench/peers/requirements.txt | $(VENV)/.dev
+	$(BIN)/python -m venv --clear .tools/peers
+	.tools/peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
 	.ci/venv $(VENV) $*

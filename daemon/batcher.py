@@ -94,11 +94,12 @@ class Batcher:
 
     def _release(self, newest: int, now: int) -> list[Group]:
         """Take out the groups up to a close, each due when it or a newer one was: at `now` at the latest."""
+        closes = sorted([close for close in self._waiting if close <= newest])
         due: dict[int, int] = {}
-        for close in sorted((close for close in self._waiting if close <= newest), reverse=True):
+        for close in reversed(closes):
             now = due[close] = min(now, self._waiting[close].deadline)
         groups = []
-        for close in sorted(due):
+        for close in closes:
             group = self._waiting.pop(close)
             for symbol in group.missing & self._missed.keys():
                 self._missed[symbol] += 1

@@ -69,6 +69,8 @@ class Calendar:
 
     def covers(self, time: int, count: int = REACH) -> bool:
         """Whether sessions are known around `time`, and `count` closes after it."""
+        if isinstance(self._closes, _Steps):
+            return True
         first, last = self._covered.get(count, (time + 1, time - 1))
         if not first <= time <= last:
             try:
@@ -179,6 +181,8 @@ class Calendars:
 
     def open(self, symbols: Collection[str], close_time: int) -> set[str]:
         """The symbols of which a bar closes at `close_time`."""
+        if not self._others:
+            return set(symbols) if self.default.is_close(close_time) else set()
         parts = [own for calendar, own in self.split(symbols) if calendar.is_close(close_time)]
         return set().union(*parts)
 

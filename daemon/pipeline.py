@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from barcast.daemon.batcher import Batcher, BatcherState
-from barcast.daemon.calendar import Calendar, Calendars, iso
+from barcast.daemon.calendar import REACH, Calendar, Calendars, iso
 from barcast.daemon.continuity import Continuity, Faults, Run
 from barcast.daemon.ports import (
     Activation,
@@ -429,10 +429,9 @@ class Pipeline:
         reach = max(horizons)
         for calendar, symbols in self.calendars.split(group.symbols):
             known = calendar.covers(group.close_time, reach)
-            closes = calendar.closes_after(group.close_time, reach) if known else ()
+            closes = calendar.closes_after(group.close_time, max(reach, REACH) if known else REACH)
             ends = tuple(closes[h - 1] for h in horizons) if known else ()
-            [following] = calendar.closes_after(group.close_time, 1)
-            term = Term(ends, following, calendar.valid_until(group.close_time))
+            term = Term(ends, closes[0], closes[REACH - 1])
             terms.update(dict.fromkeys(symbols, term))
         return terms
 

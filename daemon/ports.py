@@ -5,8 +5,10 @@ path what time it is, so the same events give the same outcomes in both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from barcast.models import Adjustment, Bar, Card, Forecast
 
@@ -73,8 +75,7 @@ class Shed:
 Event = Arrival | Declaration | Revision | Warmup | Activation | Shed
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(msgspec.Struct, frozen=True, gc=False):
     """The symbols of one close time that are forecast together, and those that were waited for in vain.
 
     A straggler is a group of its own. `due` is when the group was complete or its wait ended, by recorded
@@ -99,8 +100,7 @@ class Hole:
     bars: int
 
 
-@dataclass(frozen=True, slots=True)
-class Term:
+class Term(msgspec.Struct, frozen=True, gc=False):
     """The closes (nanoseconds) that a symbol's horizons end with, and until when its signal may be used.
 
     A signal that becomes due at or after the close of the symbol's `following` bar is not tradable.
@@ -111,8 +111,7 @@ class Term:
     valid_until: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """Everything the path decided about one group.
 
     `forecasts` holds the symbols that were forecast, in order; `withheld` says why the others were not, and
@@ -132,7 +131,7 @@ class Outcome:
     holes: Mapping[str, tuple[Hole, ...]]
     targets: Mapping[str, Mapping[str, float]]
     terms: Mapping[str, Term]
-    refused: Mapping[str, str] = field(default_factory=dict)
+    refused: Mapping[str, str] = msgspec.field(default_factory=dict)
 
     def tradable(self, symbol: str) -> bool:
         """Whether the group was due before the symbol's next bar should have closed: news, not a backlog."""

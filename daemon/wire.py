@@ -57,6 +57,7 @@ def to_ns(time: datetime) -> int:
     return since.days * _DAY + since.seconds * _SECOND + since.microseconds * _MICROSECOND
 
 
+@lru_cache(1024)  # the messages of a close say the same few times over and over
 def to_text(ns: int) -> str:
     """RFC 3339 in UTC, with as many decimals of a second as are needed."""
     seconds, rest = divmod(ns, _SECOND)

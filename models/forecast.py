@@ -122,11 +122,11 @@ def usable(forecasts: Sequence[Forecast], card: Card) -> NDArray[np.bool_]:
                 f"quantiles of {forecast.symbol} have shape {forecast.quantiles.shape}, not {shape}"
             )
     quantiles = np.concatenate([forecast.quantiles for forecast in forecasts])
-    falls = (quantiles[:, 1:] < quantiles[:, :-1]).any(1)
-    if falls.any():
-        wrong = forecasts[int(np.argmax(falls)) // shape[0]]
+    falls = quantiles[:, 1:] < quantiles[:, :-1]
+    if np.count_nonzero(falls):
+        wrong = forecasts[int(np.argmax(falls.any(1))) // shape[0]]
         raise ValueError(f"quantiles of {wrong.symbol} fall along the levels: {wrong.quantiles}")
-    near: NDArray[np.bool_] = (np.abs(quantiles) < FAR).all(1).reshape(-1, shape[0]).all(1)
+    near: NDArray[np.bool_] = (np.abs(quantiles) < FAR).reshape(len(forecasts), -1).all(1)
     return near
 
 

@@ -100,27 +100,38 @@ class Section:
         return table
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    program = executable()
-    assert program is not None
-    said = subprocess.run([program, "-h"], capture_output=True, text=True).stdout
+def host() -> dict[str, Any]:
+    """When and where the figures were taken."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
         "cores": os.cpu_count(),
         "cpu": _processor(),
         "load": os.getloadavg()[0],
         "python": platform.python_version(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    program = executable()
+    assert program is not None
+    said = subprocess.run([program, "-h"], capture_output=True, text=True).stdout
+    return {
+        **host(),
         "mosquitto": said.split("\n")[0].removeprefix("mosquitto version "),
         **{name: version(name) for name in ("torch", "numpy", "msgspec", "aiomqtt", "paho-mqtt")},
     }
 
 
 def sentence(facts: Mapping[str, Any]) -> str:
-    """The machine in one line."""
-    return (
-        f"{facts['date'][:10]}, {facts['cores']} cores {facts['cpu']}, load {facts['load']:.1f} before, "
-        f"Python {facts['python']}, torch {facts['torch']}, mosquitto {facts['mosquitto']}"
+    """The machine in one line, and the versions that are known of it."""
+    versions = [f"{name} {facts[name]}" for name in ("torch", "mosquitto") if name in facts]
+    return ", ".join(
+        [
+            f"{facts['date'][:10]}, {facts['cores']} cores {facts['cpu']}, load {facts['load']:.1f} before",
+            f"Python {facts['python']}",
+            *versions,
+        ]
     )
 
 
