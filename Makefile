@@ -8,17 +8,18 @@ help: ## this list
 demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, retraining, replay, report
 	$(BIN)/barcast demo
 
-test: check ## all checks and tests, with a real mosquitto (installs it where it may) and promtool
+test: check ## all checks and tests, with a real mosquitto, promtool and Chromium (installs them where it may)
 	.ci/mosquitto
 	.ci/promtool
-	$(BIN)/pytest -m "broker or promtool"
+	.ci/chromium
+	$(BIN)/pytest -m "broker or promtool or browser"
 
 check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not broker and not promtool"
+	$(BIN)/pytest -m "not broker and not promtool and not browser"
 
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench

@@ -5,9 +5,11 @@ from datetime import UTC, datetime, timedelta
 from math import isfinite, isnan, sqrt
 from statistics import NormalDist
 
+import empyrical
 import numpy as np
 import polars as pl
 import pytest
+from scipy import stats
 
 from barcast.backtest.metrics import (
     DEFINITIONS,
@@ -81,8 +83,6 @@ def series(kind: str, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("kind", ["random", "fat", "skewed", "trending", "falling", "wiped"])
 def test_as_empyrical_has_it(kind: str, P: int) -> None:
     """Numbers that empyrical-reloaded has too are its numbers, and null where it has none."""
-    empyrical = pytest.importorskip("empyrical")
-    stats = pytest.importorskip("scipy.stats")
     for seed in (0, 1):
         value, other = series(kind, seed), series("random", seed + 10)
         if kind == "wiped":

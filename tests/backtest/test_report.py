@@ -155,6 +155,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
         yield page
 
 
+@pytest.mark.browser
 def test_it_is_drawn(result: BacktestResult, browser: Page, tmp_path: Path) -> None:
     """Every figure is drawn, also those behind menus, and nothing fails, is fetched or juts out."""
     write_report(result, tmp_path / "report.html")
@@ -164,6 +165,7 @@ def test_it_is_drawn(result: BacktestResult, browser: Page, tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.browser
 def test_it_is_drawn_on_a_phone(browser: Page, tmp_path: Path) -> None:
     """In 390 px too, with more strategies than colours, three horizons and bars that are thinned."""
     many = made_up(("AAA", "BBB"), five_minutes(1700), (1, 5, 20), [f"strategy-{k}" for k in range(7)])
@@ -171,6 +173,7 @@ def test_it_is_drawn_on_a_phone(browser: Page, tmp_path: Path) -> None:
     assert faults(browser, tmp_path / "report.html", 390) == []
 
 
+@pytest.mark.browser
 def test_prices_in_view_fit_their_panel(result: BacktestResult, browser: Page, tmp_path: Path) -> None:
     """Scrolled to another time, and with another horizon, a fan chart shows that time's prices in height."""
     write_report(result, tmp_path / "report.html")
@@ -198,6 +201,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.browser
 def test_a_broken_page_is_found_out(result: BacktestResult, browser: Page, tmp_path: Path) -> None:
     """The control: a figure missing or empty, an error, a request and what is too wide are all seen."""
     parts = ("fills", "outcomes", "scores", "skill", "trainings")

@@ -5,6 +5,8 @@ from statistics import NormalDist
 import numpy as np
 import polars as pl
 import pytest
+import scoringrules as rules
+from scipy import stats
 
 from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.result import level_column, levels_of
@@ -49,7 +51,6 @@ def test_by_hand() -> None:
 
 def test_gaussian() -> None:
     """True Gaussian quantiles score the closed-form CRPS, cover what they claim and give a flat PIT."""
-    stats = pytest.importorskip("scipy.stats")
     y = stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
     levels = tuple(np.round(np.arange(0.005, 1, 0.005), 4).tolist())
     quantiles = np.tile(stats.norm.ppf(levels), (len(y), 1))
@@ -66,7 +67,6 @@ def test_as_scoringrules_has_it() -> None:
 
     Its `crps_quantile` is ours: twice the mean pinball loss over the levels given, whatever their spacing.
     """
-    rules = pytest.importorskip("scoringrules")
     rng = np.random.default_rng(5)
     quantiles = np.sort(rng.standard_t(3, (500, 7)), 1)
     y = np.where(np.arange(500) % 10 == 0, quantiles[:, 5], rng.standard_normal(500))
