@@ -310,7 +310,7 @@ def trades(result: BacktestResult, symbol: str) -> go.Figure:
             )
     if own.height and max(own["strategy"].value_counts()["count"]) > _MOST_FILLS:
         told = [track.note] if track.note else []
-        told.append(f"the last {_MOST_FILLS} fills of each strategy are drawn")
+        told.append(f"the last {_MOST_FILLS} fills are drawn")
         figure.update_xaxes(title=_title("<br>".join(told)))
     if len(strategies) > 1:
         owned = [[True, *(s == strategy for s in strategies for _ in range(2))] for strategy in strategies]

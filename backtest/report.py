@@ -639,10 +639,10 @@ def _meta(meta: Mapping[str, object]) -> str:
     for key, value in meta.items():
         if key == "warning":  # the head of the page says it
             continue
-        shown = _json(value)
+        shown = "none" if value in ({}, [], None) else _json(value)
         if isinstance(value, list) and len(shown) > LINE:
             shown = "\n".join(map(_json, value))
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and value:
             shown = "\n".join(f"{name}: {_json(inner)}" for name, inner in value.items())
         rows.append(f"<tr><td>{escape(key)}</td><td>{escape(shown)}</td></tr>")
     return f'<div class="wide"><table class="meta"><tbody>{"".join(rows)}</tbody></table></div>'

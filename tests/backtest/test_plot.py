@@ -288,5 +288,5 @@ def test_many_fills_are_thinned() -> None:
     made = made_up(("AAA",), sessions(5200), (1,), ("drift",))
     figure = plot.trades(made, "AAA")
     assert sum(len(trace.x) for trace in figure.data[1:]) == 500
-    assert "the last 500 fills of each strategy are drawn" in figure.layout.xaxis.title.text
+    assert "the last 500 fills are drawn" in figure.layout.xaxis.title.text
     assert "the last 500" not in str(plot.trades(made_up(), "AAA").layout.xaxis.title.text)
