@@ -37,6 +37,9 @@ from barcast.models import Adjustment, Bar, ConfigError, Forecast
 BENCHMARK = "buy-and-hold"
 """The book that every strategy is compared with."""
 
+DUST = 1e-9
+"""A change of a position by no more than this share of it is rounding, and is not traded."""
+
 YEAR = 365.25 * 86_400 * 1e9
 """Nanoseconds in a year of borrowing."""
 
@@ -269,7 +272,7 @@ class _Book:
         else:
             units = copysign(most, units)
             position = held / basis + units
-        if units == 0:
+        if abs(units) <= DUST * max(abs(position), abs(held / basis)):
             return
         traded = abs(units) * price
         commission, spread, slippage = traded * execution.commission_bp / 1e4, 0.0, 0.0

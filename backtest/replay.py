@@ -324,6 +324,7 @@ def run_backtest(
         why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*messages.withheld.items()][:3])
         raise DataError(f"nothing was forecast ({why or 'no bar is tested'}): give more history, or mend it")
     trials = len(settings.strategies) if trials is None else trials
+    beside = skill(signals, outcomes, read_windows(frame), adjustments, timeframe, progress)
     warnings = [learnt_warning(model, start), *(f"{jump}." for jump in messages.jumps)]
     return BacktestResult(
         signals=signals,
@@ -334,7 +335,7 @@ def run_backtest(
         equity=equity,
         trainings=trainings,
         scores=scores(signals, outcomes),
-        skill=skill(signals, outcomes, read_windows(frame), adjustments, timeframe, progress),
+        skill=beside.filter(pl.col("other") != model) if retrain is None else beside,
         portfolio=portfolio(equity, fills, closes.periods_per_year, max(1, trials)),
         meta={
             "warning": " ".join(filter(None, warnings)),
@@ -358,7 +359,9 @@ def run_backtest(
             "messages_sha256": messages.sha256.hexdigest(),
             "bars": asdict(pipeline.counts),
             "degraded": dict(messages.degraded),
-            "withheld": {symbol: f"{n}: {why}" for symbol, (n, why) in messages.withheld.items()},
+            "withheld": {
+                symbol: f"{n} times, the last: {why}" for symbol, (n, why) in messages.withheld.items()
+            },
         },
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from math import exp, log
 
 import numpy as np
@@ -789,3 +790,13 @@ def test_symbol_order() -> None:
     assert_frame_equal(one.fills().sort(columns), other.fills().sort(columns), check_exact=True)
     assert_frame_equal(one.bars(), other.bars(), check_exact=True)
     assert one.equity()["equity"].to_list() == pytest.approx(other.equity()["equity"].to_list(), rel=1e-15)
+
+
+def test_rounding_is_not_traded() -> None:
+    """A target of 1 at every close, with opens where the closes were, is one purchase and no dust."""
+    prices = (100 * np.exp(0.01 * np.random.default_rng(1).standard_normal(200).cumsum())).tolist()
+    steps: list[Step] = []
+    for time, (before, price) in enumerate(pairwise(prices), 1):
+        steps += [bar("A", time, before, price), outcome(time, {"s": {"A": 1.0}}, {"A": price})]
+    fills = run(FREE, steps).fills()
+    assert fills.filter(strategy="s").height == 1
