@@ -1,4 +1,4 @@
-"""What is to be known of the bars and settings of a backtest before its numbers are believed, in sentences."""
+"""What is to be known of the bars and settings of a backtest before its numbers are believed."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -91,9 +91,9 @@ def jumps(windows: Mapping[str, Window], start: int, length: int, max_jump: floa
 def of_jumps(found: Sequence[Jump]) -> list[str]:
     """What was made of undeclared jumps, and what to do."""
     return [
-        f"{jump.symbol}: the price jumped to {jump.ratio:.4g} times the last close at {iso(jump.close_time)}, "
-        "undeclared: forecasts near it are degraded, and a book that held it took it for a return; declare "
-        "a split or a roll as an adjustment, unless the market moved so."
+        f"{jump.symbol}: the price jumped to {jump.ratio:.4g} times the last close at "
+        f"{iso(jump.close_time)}, undeclared: forecasts near it are degraded, and a book that held it took "
+        "it for a return; declare a split or a roll as an adjustment, unless the market moved so."
         for jump in found
     ]
 
@@ -121,8 +121,8 @@ def of_volumes(windows: Mapping[str, Window], start: int, execution: Execution) 
     if not none:
         return []
     return [
-        f"{none} of {len(volumes)} bars have volume 0, and with volume_share = {execution.volume_share:g} fill "
-        "nothing; do without it where the volume is unknown."
+        f"{none} of {len(volumes)} bars have volume 0, and with volume_share = {execution.volume_share:g} "
+        "fill nothing; do without it where the volume is unknown."
     ]
 
 

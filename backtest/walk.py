@@ -153,7 +153,8 @@ class WalkForward:
                 "give more bars."
             )
         fires = "" if self._fires is None else f", and {self._retrain.cron!r} next does at {iso(self._fires)}"
-        return f"Nothing asked for a training by the last bar, {iso(last)}{fires}: give more bars, or ask sooner."
+        nothing = f"Nothing asked for a training by the last bar, {iso(last)}"
+        return f"{nothing}{fires}: give more bars, or ask sooner."
 
     def _ask(self, reason: str, now: int) -> None:
         if reason not in self._waiting:

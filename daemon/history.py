@@ -34,6 +34,9 @@ TIMES = ("ts", "time", "timestamp", "date")
 SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
 TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 
+SHOWN = 5
+"""Symbols that a sentence names."""
+
 _2262, _10000 = 9_214_646_400, 253_402_300_800
 """Years in seconds: nanoseconds overflow in the first, and polars writes no text long after the second."""
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
@@ -147,8 +150,8 @@ def find_timeframe(
     if not steps.height:
         whose = f" of {', '.join(symbols)}" if symbols else ""
         raise DataError(
-            f"{named}: there are no two bars{whose} that tell how long one is: correct the files or the "
-            "symbols, or say the timeframe."
+            f"{named}: there are no two bars{whose} that tell how long one is{_symbols_in(files(paths))}: "
+            "correct the files or the symbols, or say the timeframe."
         )
     duration = steps.group_by("time").len().sort("len", "time", descending=[True, False]).item(0, "time")
     try:
@@ -472,14 +475,24 @@ def _check_together(
     known = set(bars.select(pl.col("symbol").unique()).collect().to_series())
     named = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     if missing := sorted(set(symbols or ()) - known):
-        others = ", ".join(sorted(known)[:5]) + (f" and {len(known) - 5} more" if len(known) > 5 else "")
         raise DataError(
-            f"No bar of {', '.join(missing)} was found{time} in {named}"
-            f"{f', only of {others}' if known else ''}: correct the symbols or the files."
+            f"No bar of {', '.join(missing)} was found{time} in {named}{_symbols_in(paths)}: "
+            "correct the symbols or the files."
         )
     if not known:
         remedy = "widen the time, or name files with bars" if time else "name files with bars"
         raise DataError(f"{named}: no bar{time}; {remedy}.")
+
+
+def _symbols_in(paths: Sequence[Path]) -> str:
+    """Which symbols files hold, for messages."""
+    found: set[str] = set()
+    for path in paths:
+        raw, _, names = _opened(path)
+        symbol = pl.col(names["symbol"]).cast(pl.String).drop_nulls()
+        found |= set(_collect(path, raw.select(symbol.unique())).to_series())
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f", where there are {', '.join(sorted(found)[:SHOWN])}{more}" if found else ""
 
 
 def _time(since: int | None, until: int | None) -> str:

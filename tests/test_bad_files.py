@@ -715,7 +715,10 @@ PARQUET: dict[str, tuple[Build, str]] = {
         "No bar of DOGE | correct the symbols",
     ),
     "no bars since then": (bars("--since", "2027-01-01"), "2027-01-01 | widen the time"),
-    "no bars until then": (bars("--until", "2020-01-01", by="train"), "no bar before 2020-01-01T00:00:00Z | widen"),
+    "no bars until then": (
+        bars("--until", "2020-01-01", by="train"),
+        "before 2020-01-01T00:00:00Z | widen",
+    ),
     "a bar twice that differs": (
         bars(frame=TWICE),
         "column 'high' is 1 | BTC closing at 2026-03-02T12:00:00Z | keep the right one",

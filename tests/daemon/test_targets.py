@@ -156,7 +156,7 @@ def test_strategy_cannot_change_a_signal(spoil):
 
 def test_error_inside_a_strategy_propagates():
     """What a strategy raises is a fault in it, which nothing hides: strategy, close, and the line."""
-    said = rf"strategy s0, close {AT}: ZeroDivisionError: .*; correct it there:\n(.|\n)*test_targets.py\", line"
+    said = rf"strategy s0, close {AT}: ZeroDivisionError: .*; correct it there:\n.*test_targets.py\", line"
     with pytest.raises(ConfigError, match=said) as caught:
         asked(lambda forecasts: 1 / 0)
     assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError)
