@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import msgspec
 import polars as pl
 
+from barcast.backtest import caveats
 from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
@@ -22,11 +23,21 @@ from barcast.backtest.scoring import scores
 from barcast.backtest.skill import skill
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
+from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.config import Retrain, duration
 from barcast.daemon.events import Champion
 from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
-from barcast.daemon.pipeline import MAX_JUMP, Pipeline, Settings, StrategySettings, run, try_strategies
+from barcast.daemon.pipeline import (
+    MAX_JUMP,
+    Pipeline,
+    Settings,
+    StrategyError,
+    StrategySettings,
+    in_strategy,
+    run,
+    try_strategies,
+)
 from barcast.daemon.ports import (
     Activation,
     Arrival,
@@ -155,22 +166,28 @@ def replay(
     end: int | None = None,
     agenda: Agenda | None = None,
 ) -> None:
-    """Drive the path with events until their end, and on to the last group that waits, or is due by `end`."""
-    drive(run(ReplaySource(source, end, agenda), pipeline, sink))
+    """Drive the path with events until their end, and on to the last group that waits, or is due by `end`.
+
+    Raise ConfigError for a strategy that raises.
+    """
+    try:
+        drive(run(ReplaySource(source, end, agenda), pipeline, sink))
+    except StrategyError as error:
+        raise ConfigError(in_strategy(error)) from error
 
 
 class _Messages:
     """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared.
 
     It hands signals on to the walk-forward, and keeps what was wrong with the bars: for each symbol how many
-    forecasts were withheld and why the last time, how many were degraded, and the jumps of its price.
+    forecasts were withheld and why the last time, how many were degraded, and what holes did.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.sha256 = hashlib.sha256()
         self.withheld: dict[str, tuple[int, str]] = {}
         self.degraded: Counter[str] = Counter()
-        self.jumps: dict[str, None] = {}
+        self.holes = caveats.Holes()
         self.walk: WalkForward | None = None
         self._ledger = ledger
 
@@ -192,9 +209,8 @@ class _Messages:
             raise ConfigError(f"{sentence}; live it would have no targets in this group: mend the strategy")
         for symbol, why in outcome.withheld.items():
             self.withheld[symbol] = (self.withheld.get(symbol, (0, ""))[0] + 1, why)
-        for symbol, reasons in outcome.degraded.items():
-            self.degraded[symbol] += 1
-            self.jumps |= {f"{symbol}: {reason}": None for reason in reasons if "jumped" in reason}
+        self.degraded.update(outcome.degraded.keys())
+        self.holes.seen(outcome)
         sent = list(wire.messages(outcome))
         for message in sent:
             self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
@@ -243,13 +259,18 @@ def run_backtest(
     it was asked for, and is judged, and may take over, `training_time` (such as 30m) later. Models that
     served are kept in the folder `models`, if one is named.
 
-    Raise DataError for bars that cannot be used, ConfigError for settings and for a strategy whose targets
-    are none, CheckpointError for the model.
+    Raise DataError for bars that cannot be used, ConfigError for settings, for a strategy that raises and for
+    one whose targets are none, CheckpointError for the model. What can be used and may mislead, such as
+    holes or jumps that no adjustment explains, is said in `meta["warning"]`.
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
     paths = [Path(file) for file in files]
     since, until = _ns(since), _ns(until)
+    if since is not None and until is not None and since >= until:
+        raise ConfigError(
+            f"since is {wire.to_text(since)}, and until {wire.to_text(until)}: give a since before until"
+        )
     closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
     forecaster = open_model(model, timeframe, sampler, steps)
     card = forecaster.card
@@ -272,16 +293,17 @@ def run_backtest(
     if execution.fill == "limit":
         for buy in (True, False):
             execution.limit_at(buy, card.levels)
-    first = wire.to_ns(frame.select(pl.col("close_time").min()).collect().item())
+    closed = pl.col("close_time").to_physical()
+    first, last = frame.select(first=closed.min(), last=closed.max()).collect().row(0)
     start = first if since is None else since
+    if start > last:
+        raise DataError(
+            f"{', '.join(map(str, paths))}: the last bar closes at {wire.to_text(last)}, and since is "
+            f"{wire.to_text(start)}: give an earlier one."
+        )
     begins = pl.lit(start).cast(pl.Datetime("ns", "UTC"))
     before = frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
     tested = frame.filter(pl.col("close_time") >= begins)
-    if tested.limit(1).collect().is_empty():
-        raise DataError(
-            f"No bar of {', '.join(map(str, paths))} closes from {wire.to_text(start)} on and before the "
-            "end: widen the time."
-        )
 
     def story(first: str) -> Iterator[Event]:
         yield Revision(start - 1, settings.encode())
@@ -295,7 +317,7 @@ def run_backtest(
 
     ledger = Ledger(execution)
     messages = _Messages(ledger)
-    trainings = pl.DataFrame(schema=TRAININGS)
+    trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
     if retrain is None:
         pipeline = Pipeline(lambda *_: forecaster)
         replay(story(model), pipeline, messages)
@@ -318,14 +340,30 @@ def run_backtest(
                 lambda text: progress(0, text),
             )
             replay(story(first_model), pipeline, messages, agenda=walk)
-            trainings = walk.frame()
+            trainings, untrained = walk.frame(), walk.untrained(last)
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
+    holes = caveats.few(messages.holes.sentences(closes))
     if not signals.height:
         why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*messages.withheld.items()][:3])
-        raise DataError(f"nothing was forecast ({why or 'no bar is tested'}): give more history, or mend it")
+        raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
     trials = len(settings.strategies) if trials is None else trials
-    beside = skill(signals, outcomes, read_windows(frame), adjustments, timeframe, progress)
-    warnings = [learnt_warning(model, start), *(f"{jump}." for jump in messages.jumps)]
+    windows = read_windows(frame)
+    beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
+    jumps = caveats.jumps(adjusted(windows, adjustments), start, card.window, max_jump)
+    in_reach = [
+        each
+        for each in adjustments
+        if (not symbols or each.symbol in symbols) and (until is None or each.time < until)
+    ]
+    warnings = [
+        learnt_warning(model, start),
+        caveats.few(caveats.of_jumps(jumps)),
+        holes,
+        caveats.few(caveats.of_ends(windows, closes)),
+        *caveats.of_volumes(windows, start, execution),
+        *caveats.of_adjustments(windows, in_reach),
+        untrained,
+    ]
     return BacktestResult(
         signals=signals,
         outcomes=outcomes,
@@ -355,6 +393,11 @@ def run_backtest(
             "retraining": _asked(retrain, training_time),
             "files": [path.name for path in paths],
             "files_sha256": digest(paths),
+            "max_jump": max_jump,
+            "jumps": [
+                {"symbol": jump.symbol, "close_time": wire.to_text(jump.close_time), "ratio": jump.ratio}
+                for jump in jumps
+            ],
             "adjustments": [msgspec.to_builtins(adjustment) for adjustment in adjustments],
             "messages_sha256": messages.sha256.hexdigest(),
             "bars": asdict(pipeline.counts),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from barcast.daemon.adjustments import adjusted
+from barcast.daemon.calendar import iso
 from barcast.daemon.challenger import train_challenger
 from barcast.daemon.config import Retrain
 from barcast.daemon.drift import TIMES, chosen, measure
@@ -140,6 +141,20 @@ class WalkForward:
         return pl.DataFrame(self._trainings, schema=whole).with_columns(
             pl.from_epoch(name, "ns").dt.replace_time_zone("UTC") for name in ("asked", "judged")
         )
+
+    def untrained(self, last: int) -> str:
+        """Why no training was over when the last bar closed; nothing where one was."""
+        if self._trainings:
+            return ""
+        if self._run is not None:
+            return (
+                f"No training was over by the last bar, {iso(last)}: the one asked for at "
+                f"{iso(self._run.asked)} takes until {iso(self._run.over)}; shorten the training time, or "
+                "give more bars."
+            )
+        fires = "" if self._fires is None else f", and {self._retrain.cron!r} next does at {iso(self._fires)}"
+        nothing = f"Nothing asked for a training by the last bar, {iso(last)}"
+        return f"{nothing}{fires}: give more bars, or ask sooner."
 
     def _ask(self, reason: str, now: int) -> None:
         if reason not in self._waiting:

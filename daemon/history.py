@@ -34,6 +34,9 @@ TIMES = ("ts", "time", "timestamp", "date")
 SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
 TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 
+SHOWN = 5
+"""Symbols that a sentence names."""
+
 _2262, _10000 = 9_214_646_400, 253_402_300_800
 """Years in seconds: nanoseconds overflow in the first, and polars writes no text long after the second."""
 UNREADABLE = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
@@ -43,7 +46,8 @@ _REMEDIES = {
     "symbol": "spell it in A-Z, 0-9, dot, underscore and dash, at most 32 characters",
     "naive": "write the time zone, such as 2026-01-31T16:00:00Z",
     "time": "write a date and time from 1970 on, before 2262, such as 2026-01-31T16:00:00Z",
-    "grid": "correct the time, or take the calendar and timeframe that the bars follow",
+    "grid": "correct the time, or take the calendar (24x7, fx, or an exchange's such as XNYS) and timeframe "
+    "that the bars follow",
     "price": "prices are positive numbers that a market can have: correct or remove the row",
     "volume": "volume is a number and not negative: correct it, or write 0 where it is unknown",
     "order": "low must not be above, high not below open and close: correct or remove the row",
@@ -82,7 +86,7 @@ def scan(
     close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
     known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
     known = known.unique(COLUMNS, keep="any").sort("close_time", "symbol")
-    _check_together(known, symbols, found, may_lack)
+    _check_together(known, symbols, found, _time(since, until), may_lack)
     return known.select(COLUMNS)
 
 
@@ -146,8 +150,8 @@ def find_timeframe(
     if not steps.height:
         whose = f" of {', '.join(symbols)}" if symbols else ""
         raise DataError(
-            f"{named}: there are no two bars{whose} that tell how long one is: correct the files or the "
-            "symbols, or say the timeframe."
+            f"{named}: there are no two bars{whose} that tell how long one is{_symbols_in(files(paths))}: "
+            "correct the files or the symbols, or say the timeframe."
         )
     duration = steps.group_by("time").len().sort("len", "time", descending=[True, False]).item(0, "time")
     try:
@@ -447,13 +451,13 @@ def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendars: Calendars) -
     others = ", ".join(f"{name} in {count}" for name, count in counts.most_common())
     raise DataError(
         f"{path}, row {row['row']}, {_where(row)}: {_column(column)} is {_value(row, column)}"
-        f"{_beside(kind, row, stamp, calendars)}; {_REMEDIES[kind]}."
+        f"{_beside(path, kind, row, stamp, calendars)}; {_REMEDIES[kind]}."
         + (f" In all {counts.total()} rows cannot be used: {others}." if counts.total() > 1 else "")
     )
 
 
 def _check_together(
-    bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Sequence[Path], may_lack: bool
+    bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Sequence[Path], time: str, may_lack: bool
 ) -> None:
     twice = bars.filter(pl.struct("symbol", "close_time").is_duplicated()).collect()
     if twice.height:
@@ -472,11 +476,28 @@ def _check_together(
     named = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     if missing := sorted(set(symbols or ()) - known):
         raise DataError(
-            f"No bar of {', '.join(missing)} was found in that time in {named}: "
+            f"No bar of {', '.join(missing)} was found{time} in {named}{_symbols_in(paths)}: "
             "correct the symbols or the files."
         )
     if not known:
-        raise DataError(f"{named}: no bar in that time; widen it, or name files with bars.")
+        remedy = "widen the time, or name files with bars" if time else "name files with bars"
+        raise DataError(f"{named}: no bar{time}; {remedy}.")
+
+
+def _symbols_in(paths: Sequence[Path]) -> str:
+    """Which symbols files hold, for messages."""
+    found: set[str] = set()
+    for path in paths:
+        raw, _, names = _opened(path)
+        symbol = pl.col(names["symbol"]).cast(pl.String).drop_nulls()
+        found |= set(_collect(path, raw.select(symbol.unique())).to_series())
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return f", where there are {', '.join(sorted(found)[:SHOWN])}{more}" if found else ""
+
+
+def _time(since: int | None, until: int | None) -> str:
+    first = "" if since is None else f" from {iso(since)} on"
+    return first if until is None else f"{first}{' and' if first else ''} before {iso(until)}"
 
 
 def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
@@ -509,10 +530,22 @@ def _value(row: dict[str, Any], column: str) -> str:
     return "empty" if value is None else str(value) if not isinstance(value, str) else repr(value)
 
 
-def _beside(kind: str, row: dict[str, Any], stamp: Stamp, calendars: Calendars) -> str:
+def _beside(path: Path, kind: str, row: dict[str, Any], stamp: Stamp, calendars: Calendars) -> str:
     if kind == "grid":
         calendar = calendars.of(row["symbol"])
-        return f", when no {calendar.timeframe} bar of the calendar {calendar.name} {stamp}s"
+        raw, schema, names = _opened(path)
+        time = _time_column(path, schema, names, stamp)
+        moments, _ = _moments(path, raw, time, schema[time])
+        given = _collect(path, raw.slice(row["row"] - 1, 1).select(moments)).item()
+        following = calendar.close_at_or_after(given + 1)
+        before = calendar.closes_before(following, 1)
+        steps = ""
+        if calendar.name not in ("24x7", "fx") and (calendar.timeframe.duration or DAY) < DAY:
+            steps = ", which step from the session's open,"
+        return (
+            f", when no {calendar.timeframe} bar of the calendar {calendar.name} {stamp}s: around it its bars"
+            f"{steps} close at {iso(before)} and {iso(following)}"
+        )
     if kind == "order":
         return f" beside open {row['open']}, high {row['high']}, low {row['low']}, close {row['close']}"
     return ""

@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
+from traceback import format_tb
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +59,10 @@ MAX_JUMP = 0.3
 
 SHOWN = 40
 """Characters of an unknown symbol or a wrong target that a sentence shows."""
+
+
+class StrategyError(Exception):
+    """A strategy raised where it was asked for targets; what it raised is the cause."""
 
 
 class StrategySettings(msgspec.Struct, frozen=True):
@@ -451,12 +456,18 @@ def _asked(
     """The targets of a strategy in the order of the forecasts, and what is wrong with them, if anything.
 
     A sentence shows of a value only what is the same in every run: it is published. What the strategy is
-    given it cannot change.
+    given it cannot change. Raise StrategyError for whatever the strategy raises.
     """
     for forecast in forecasts.values():
         for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
             array.flags.writeable = False
-    given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
+    try:
+        given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
+    except (Exception, SystemExit) as error:
+        raise StrategyError(
+            f"strategy {strategy.name}, {f'close {iso(close_time)}' if close_time else 'asked on trial'}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not isinstance(given, Mapping):
         return {}, f"it gave {_kind(given)}, not a target for each symbol"
     strange = [key for key in given if key not in forecasts]
@@ -475,6 +486,13 @@ def _asked(
     return targets, ""
 
 
+def in_strategy(error: StrategyError) -> str:
+    """What a strategy raised, and where in its own files."""
+    cause = error.__cause__
+    frames = format_tb(cause.__traceback__)[1:] if cause is not None else []
+    return f"{error}; correct it there:\n{''.join(frames).rstrip()}"
+
+
 def _kind(thing: object) -> str:
     return f"a value of type {type(thing).__name__}"
 
@@ -482,8 +500,8 @@ def _kind(thing: object) -> str:
 def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
     """Ask each strategy once about a forecast of the card's shape.
 
-    Raise ConfigError for one that needs a level or a horizon that the model does not forecast, and for
-    targets that are none: better before the settings are journalled than at the first group.
+    Raise ConfigError for one that needs a level or a horizon that the model does not forecast, for one that
+    raises, and for targets that are none: better before the settings are journalled than at the first group.
     """
     rising = np.linspace(-0.01, 0.01, len(card.levels))
     some = np.full(len(card.horizons), 0.5)
@@ -500,7 +518,10 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
         warming=False,
     )
     for strategy in strategies:
-        _, fault = _asked(strategy, 0, {trial.symbol: trial})
+        try:
+            _, fault = _asked(strategy, 0, {trial.symbol: trial})
+        except StrategyError as error:
+            raise ConfigError(in_strategy(error)) from error
         if fault:
             raise ConfigError(f"strategy {strategy.name}, asked on trial: {fault}; correct the strategy")
 

@@ -630,7 +630,7 @@ PARQUET: dict[str, tuple[Build, str]] = {
     "an empty file": (read("bars.parquet", b""), "cannot be read as parquet | write it anew"),
     "a CSV called Parquet": (read("bars.parquet", HEADER), "cannot be read as parquet | write it anew"),
     "a file cut off": (cut, "cannot be read as parquet | write it anew"),
-    "no rows": (bars(frame=table().clear()), "no bar in that time | name files with bars"),
+    "no rows": (bars(frame=table().clear()), "no bar; | name files with bars"),
     "a column missing": (bars(volume=None), "has no column | 'volume' | add or rename it"),
     "two columns missing": (
         bars(volume=None, high=None),
@@ -715,7 +715,10 @@ PARQUET: dict[str, tuple[Build, str]] = {
         "No bar of DOGE | correct the symbols",
     ),
     "no bars since then": (bars("--since", "2027-01-01"), "2027-01-01 | widen the time"),
-    "no bars until then": (bars("--until", "2020-01-01", by="train"), "no bar in that time | widen it"),
+    "no bars until then": (
+        bars("--until", "2020-01-01", by="train"),
+        "before 2020-01-01T00:00:00Z | widen",
+    ),
     "a bar twice that differs": (
         bars(frame=TWICE),
         "column 'high' is 1 | BTC closing at 2026-03-02T12:00:00Z | keep the right one",
@@ -735,7 +738,7 @@ PARQUET: dict[str, tuple[Build, str]] = {
 }
 CSV: dict[str, tuple[Build, str]] = {
     "an empty file": (read("bars.csv", b""), "cannot be read as csv | write it anew"),
-    "a header alone": (read("bars.csv", HEADER), "no bar in that time | name files with bars"),
+    "a header alone": (read("bars.csv", HEADER), "no bar; | name files with bars"),
     "rows longer than the header": (read("bars.csv", RAGGED), "cannot be read as csv | write it anew"),
     "not UTF-8": (read("bars.csv", UTF8), "cannot be read as csv | invalid utf-8 | write it anew"),
     "semicolons": (read("bars.csv", HEADER.replace(b",", b";")), "symbol;close_time;open | add or rename it"),

@@ -483,7 +483,7 @@ def _print_result(result: "BacktestResult") -> None:
         cells = [str(row["horizon"]), str(row["n"]), f"{1e4 * row['crps']:.2f}", *inside]
         if others:
             other = best.get(row["horizon"])
-            own = pooled.filter(horizon=row["horizon"], other=other)
+            own = pooled.filter(horizon=row["horizon"], other=other).drop_nulls("error")
             cells.append(f"{own['skill'][0]:z.2f} ±{own['error'][0]:.2f} {other}" if own.height else "-")
         scores.add_row(*cells)
     books = Table(title="books, after costs", title_justify="left", box=SIMPLE_HEAD)
@@ -508,7 +508,8 @@ def _print_result(result: "BacktestResult") -> None:
     wide().print(scores, books)
     if result.trainings.height:
         served = int(result.trainings["accepted"].sum())
-        out.print(f"{result.trainings.height} trainings, {served} of them took over")
+        why = "" if served else f": {result.trainings['reason'][-1]}"
+        out.print(f"{result.trainings.height} trainings, {served} of them took over{why}", soft_wrap=True)
 
 
 def _print_evaluation(result: "Evaluation") -> None:

@@ -233,7 +233,7 @@ def test_file_faults(tmp_path: Path) -> None:
         ([foreign], "close", "neither .parquet nor .csv"),
         ([damaged], "close", "damaged.parquet cannot be read as parquet"),
         ([ragged], "close", "ragged.csv cannot be read as csv"),
-        ([empty], "close", "no bar in that time"),
+        ([empty], "close", "no bar; name files with bars"),
         ([two], "open", "has 2 time column.*: ts, time; have one"),
         ([tmp_path / "nothing"], "close", "holds no .parquet or .csv file"),
         ([], "close", "No file with bars was named"),

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from barcast.backtest.replay import Recording, replay
 from barcast.daemon.calendar import iso
 from barcast.daemon.live import LiveSink
-from barcast.daemon.pipeline import Pipeline, try_strategies
+from barcast.daemon.pipeline import Pipeline, StrategyError, try_strategies
 from barcast.daemon.ports import Arrival
 from barcast.models import ConfigError
 from tests.fakes import MINUTE, START, Spread, bar, opening
@@ -149,14 +149,28 @@ def test_straggler_is_no_group_to_ask_about():
 )
 def test_strategy_cannot_change_a_signal(spoil):
     """A strategy that writes into a forecast fails at once: what is published is what the model said."""
-    with pytest.raises((ValueError, AttributeError, TypeError)):
+    with pytest.raises(ConfigError, match=r"(ValueError|AttributeError|TypeError): ") as caught:
         asked(spoil)
+    assert isinstance(caught.value.__cause__, StrategyError)
 
 
 def test_error_inside_a_strategy_propagates():
-    """What a strategy raises is a fault in it, which nothing hides."""
-    with pytest.raises(ZeroDivisionError):
+    """What a strategy raises is a fault in it, which nothing hides: strategy, close, and the line."""
+    said = rf"strategy s0, close {AT}: ZeroDivisionError: .*; correct it there:\n.*test_targets.py\", line"
+    with pytest.raises(ConfigError, match=said) as caught:
         asked(lambda forecasts: 1 / 0)
+    assert isinstance(caught.value.__cause__.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("raised", [KeyError("IBM"), SystemExit(3)])
+def test_error_on_trial_is_found_at_the_start(raised):
+    """A strategy that raises is refused before anything is journalled, and cannot end the program."""
+
+    def fail(_):
+        raise raised
+
+    with pytest.raises(ConfigError, match=rf"strategy given, asked on trial: {type(raised).__name__}: "):
+        try_strategies([Given(fail)], Spread().card)
 
 
 @pytest.mark.parametrize("targets", [{"TRIAL": nan}, {"TRIAL": 2}, {"IBM": 0.5}, None])
