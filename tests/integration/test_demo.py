@@ -96,7 +96,7 @@ def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     assert signals is not None
     assert int(signals[1]) > 400
     assert "refused" in run.stdout
-    page = (folder / "report.html").read_text()
+    page = (folder / "backtest" / "report.html").read_text()
     assert len(page) > 100_000
     assert Loads(page).found == []
 
