@@ -98,13 +98,15 @@ def of_jumps(found: Sequence[Jump]) -> list[str]:
     ]
 
 
-def of_ends(windows: Mapping[str, Window], calendars: Calendars) -> list[str]:
-    """Symbols whose bars end before those of others do."""
+def of_ends(windows: Mapping[str, Window], start: int, calendars: Calendars) -> list[str]:
+    """Symbols whose bars end before those of others do, or before the close `start` of the test."""
     end = max(int(window.close_times[-1]) for window in windows.values())
     found = []
     for symbol, window in windows.items():
         last = int(window.close_times[-1])
-        if missing := calendars.of(symbol).missing_between(last, end + 1):
+        if last < start:
+            found.append(f"{symbol} ends at {iso(last)}, before the test, and has no part in it.")
+        elif missing := calendars.of(symbol).missing_between(last, end + 1):
             found.append(
                 f"{symbol} ends at {iso(last)}, {missing} bars before the end: what a book holds of it from "
                 "then on stays there at its last close; end the test there, or give bars up to what was paid."

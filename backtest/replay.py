@@ -359,7 +359,7 @@ def run_backtest(
         learnt_warning(model, start),
         caveats.few(caveats.of_jumps(jumps)),
         holes,
-        caveats.few(caveats.of_ends(windows, closes)),
+        caveats.few(caveats.of_ends(windows, start, closes)),
         *caveats.of_volumes(windows, start, execution),
         *caveats.of_adjustments(windows, in_reach),
         untrained,

@@ -674,7 +674,7 @@ PARQUET: dict[str, tuple[Build, str]] = {
         "row 1 | 1969-12-31 23:00 | write a date and time from 1970 on",
     ),
     "a time in the year 49503": (bars(close_time=FAR), "row 1 | 1500000000000000000 | write a date and time"),
-    "a time when an exchange is shut": (bars("--calendar", "XNYS"), "row 1 | 09:00 | take the calendar and"),
+    "a time when an exchange is shut": (bars("--calendar", "XNYS"), "row 1 | 09:00 | take the calendar ("),
     "a time beyond an exchange's sessions": (
         bars("--calendar", "XNYS", close_time={2: dt.datetime(2250, 1, 3, 15, tzinfo=dt.UTC)}),
         "'close_time' | 2250-01-03 | it reaches from 1970 to 2199",
@@ -714,7 +714,7 @@ PARQUET: dict[str, tuple[Build, str]] = {
         bars("--symbol", "DOGE"),
         "No bar of DOGE | correct the symbols",
     ),
-    "no bars since then": (bars("--since", "2027-01-01"), "2027-01-01 | widen the time"),
+    "no bars since then": (bars("--since", "2027-01-01"), "2027-01-01 | give an earlier one"),
     "no bars until then": (
         bars("--until", "2020-01-01", by="train"),
         "before 2020-01-01T00:00:00Z | widen",

@@ -333,6 +333,13 @@ def test_symbol_that_ends_keeps_its_last_close(backtest):
     assert last["equity"] == pytest.approx(last["cash"] + worth)
 
 
+def test_symbol_that_ends_before_the_test_is_told(backtest):
+    """It is neither forecast nor held, and not one of the symbols among which the benchmark is parted."""
+    result = backtest(AAA, BBB.slice(0, 150), since=HOURS[200])
+    assert warning(result) == f"BBB ends at {written(HOURS[149])}, before the test, and has no part in it."
+    assert result.equity.equals(backtest(AAA, since=HOURS[200]).equity)
+
+
 # --- files
 
 
@@ -494,3 +501,35 @@ def test_training_on_too_few_bars_has_a_row_with_the_reason(backtest):
         assert "AAA has " in reason
         assert "bars to learn from: give at least" in reason
     assert warning(result) == ""
+
+
+# --- what the command line shows
+
+
+def test_command_line_shows_what_may_mislead(run, tmp_path):
+    """The warning stands under the tables, and why no training took over; a single origin breaks nothing."""
+    bars = bars_of("IBM", _sessions("XNYS", "2023-01-03", 271))
+    without(bars, 200, 201).write_parquet(tmp_path / "bars.parquet")
+    options = ["--stamp", "close", "--calendar", "XNYS", "--model", "hs", "--out", str(tmp_path / "out")]
+    options += ["--retrain", "0 3 1 1 *", "--retrain-steps", "1"]
+    status, out, err = run("backtest", str(tmp_path / "bars.parquet"), *options)
+    assert status == 0, err
+    assert "1 trainings, 0 of them took over: " in out
+    assert "IBM lacks bars that the calendar XNYS has" in " ".join(err.split())
+
+
+def test_command_line_shows_the_lines_of_a_strategy_that_raises(run, tmp_path):
+    """Not the program's own."""
+    AAA.write_parquet(tmp_path / "bars.parquet")
+    (tmp_path / "mine.py").write_text(HOLD.format(first=HOURS[200], then="return dict(gone)"))
+    options = ["--stamp", "close", "--model", "hs", "--strategy", str(tmp_path / "mine.py")]
+    options += ["--out", str(tmp_path / "out")]
+    status, _, err = run("backtest", str(tmp_path / "bars.parquet"), *options)
+    assert status == 78
+    told = err[err.index("error: ") :]
+    assert told.startswith(
+        f"error: strategy Hold, close {written(HOURS[200])}: NameError: name 'gone' is not"
+    )
+    assert "return dict(gone)" in told
+    assert told.count("File ") == 1
+    assert not (tmp_path / "out").exists()

@@ -250,8 +250,8 @@ def test_signals_before_the_start_are_not_made(whole):
     [
         ({"file": "absent.parquet"}, DataError, "absent.parquet does not exist"),
         ({"symbols": ["IBM", "TSLA"]}, DataError, "TSLA"),
-        ({"since": "2030-01-01", "until": "2031-01-01"}, DataError, "No bar"),
-        ({"since": "2009-12-01", "until": "2009-06-01"}, DataError, "No bar"),
+        ({"since": "2030-01-01", "until": "2031-01-01"}, DataError, "the last bar closes at 2013-03-01"),
+        ({"since": "2009-12-01", "until": "2009-06-01"}, ConfigError, "give a since before until"),
         ({"until": "1990-01-01", "since": "1980-01-01"}, DataError, "no bar"),
         ({"model": "no-such-model"}, CheckpointError, "no-such-model"),
         (

@@ -202,7 +202,8 @@ def test_off_grid_open(tmp_path: Path) -> None:
     """An open at which no bar of the calendar opens is refused by row."""
     path = written(tmp_path, table().with_columns(ts=pl.col("close_time") + dt.timedelta(minutes=1)))
     with pytest.raises(
-        DataError, match=r"row 1, BTC at .*when no 1h bar of the calendar 24x7 opens; correct the time"
+        DataError,
+        match=r"row 1, BTC at .*when no 1h bar of the calendar 24x7 opens: around it its bars close at ",
     ):
         scan([path], "open", HOURS)
     dates = table(close_time=None, date=[dt.date(2012, 11, day) for day in (21, 22, 23)])
