@@ -313,7 +313,8 @@ def test_symbol_that_starts_later_joins_when_it_has_a_window(backtest):
     firsts = result.signals.group_by("symbol").agg(pl.col("close_time").min().to_physical())
     assert dict(firsts.iter_rows()) == {"AAA": HOURS[LENGTH - 1], "BBB": HOURS[100 + LENGTH - 1]}
     assert warning(result) == ""
-    assert result.meta["withheld"]["BBB"] == f"{LENGTH - 1}: {LENGTH - 1} of at least {LENGTH} bars"
+    said = f"{LENGTH - 1} times, the last: {LENGTH - 1} of at least {LENGTH} bars"
+    assert result.meta["withheld"]["BBB"] == said
 
 
 def test_symbol_that_ends_keeps_its_last_close(backtest):
