@@ -305,7 +305,7 @@ def test_half_a_model_is_no_model(tmp_path, monkeypatch):
     """A copy that found no room leaves nothing that could be taken for a model, nor takes room."""
     from pathlib import Path
 
-    sample = next(Path(cli.__file__).parent.glob("sample/*/model.json")).parent
+    sample = sample_checkpoint()
     store = ModelStore(tmp_path / "models", "1d")
     copies = []
 

@@ -20,7 +20,7 @@ from tests.fakes import MINUTE, START, settings
 from tests.garch import simulate
 
 WARM, LIVE = 300, 8
-SAMPLE = next(Path(cli.__file__).parent.glob("sample/*/model.json")).parent
+SAMPLE = sample_checkpoint()
 
 
 @pytest.fixture
