@@ -4,8 +4,9 @@ The rules. An order is fixed when it is decided: its value is the leverage x the
 target / number of symbols seen up to then. At the market it is filled by the next accepted bar of its symbol,
 at its open or close: `value / price` units are held, whatever the price did in between. What a bar's volume
 leaves over of these units waits for the bar after it. A limit order is for `value / reference` units, and
-lapses after one bar. A newer order of the symbol replaces one not filled yet; a symbol without a target in a
-group keeps what it has, an open order too.
+lapses after one bar. An order waits for its symbol's next bar, however long, and takes its room until then.
+A newer order of the symbol replaces one not filled yet; a symbol without a target in a group keeps what it
+has, an open order too.
 
 Costs are paid in cash. A book without equity left only closes positions. At a decision the values held, or
 ordered where an order is in force, may not exceed the leverage x equity in all: what is ordered beyond what

@@ -155,7 +155,7 @@ def monthly_returns(result: BacktestResult, strategy: str) -> pl.DataFrame:
     """A strategy's returns, a row for each year: year, `Jan` ... `Dec`, total.
 
     A month's return runs from the last equity before it (the first's from the first equity) to its own last,
-    by UTC dates; null where there was none, or nothing left. Raise ConfigError for a strategy without equity.
+    by UTC dates, a close at midnight with the day that it ends; null where there was none, or nothing left. Raise ConfigError for a strategy without equity.
     """
     own = result.equity.filter(pl.col("strategy") == strategy).sort("close_time")
     if not own.height:
@@ -163,7 +163,7 @@ def monthly_returns(result: BacktestResult, strategy: str) -> pl.DataFrame:
         raise ConfigError(f"strategy {strategy!r} has no equity: take one of {known or 'none'}")
     before = pl.col("equity").shift(fill_value=own["equity"][0])
     change = pl.when(before > 0).then(pl.col("equity") / before - 1)
-    when, last = pl.col("close_time").dt, pl.col("equity").last()
+    when, last = pl.col("close_time").dt.offset_by("-1ns").dt, pl.col("equity").last()
     by_month = own.group_by(year=when.year(), month=when.month(), maintain_order=True).agg(last)
     by_year = own.group_by(year=when.year(), maintain_order=True).agg(last)
     months = by_month.with_columns(change=change)

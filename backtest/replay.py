@@ -13,10 +13,11 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 import polars as pl
 
 from barcast.backtest import caveats
-from barcast.backtest.ledger import Execution, Ledger
+from barcast.backtest.ledger import YEAR, Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
@@ -32,7 +33,6 @@ from barcast.daemon.pipeline import (
     MAX_JUMP,
     Pipeline,
     Settings,
-    StrategyError,
     StrategySettings,
     in_strategy,
     run,
@@ -166,14 +166,8 @@ def replay(
     end: int | None = None,
     agenda: Agenda | None = None,
 ) -> None:
-    """Drive the path with events until their end, and on to the last group that waits, or is due by `end`.
-
-    Raise ConfigError for a strategy that raises.
-    """
-    try:
-        drive(run(ReplaySource(source, end, agenda), pipeline, sink))
-    except StrategyError as error:
-        raise ConfigError(in_strategy(error)) from error
+    """Drive the path with events until their end, and on to the last group that waits, or is due by `end`."""
+    drive(run(ReplaySource(source, end, agenda), pipeline, sink))
 
 
 class _Messages:
@@ -204,7 +198,9 @@ class _Messages:
         await self._ledger.settle(now)
 
     async def emit(self, outcome: Outcome) -> None:
-        """Hash the outcome's messages and hand it on. Raise ConfigError for targets that are none."""
+        """Hash the outcome's messages and hand it on. Raise ConfigError for a strategy without targets."""
+        for error in outcome.raised.values():
+            raise ConfigError(in_strategy(error)) from error
         for sentence in outcome.refused.values():
             raise ConfigError(f"{sentence}; live it would have no targets in this group: mend the strategy")
         for symbol, why in outcome.withheld.items():
@@ -256,7 +252,8 @@ def run_backtest(
 
     With `retrain`, as in the configuration of a daemon, challengers are trained when they would be live, of
     which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the bars that closed when
-    it was asked for, and is judged, and may take over, `training_time` (such as 30m) later. Models that
+    it was asked for, and is judged, and may take over, `training_time` (such as 30m) later. The schedule
+    counts from the first close on, which is no occasion itself. Models that
     served are kept in the folder `models`, if one is named.
 
     Raise DataError for bars that cannot be used, ConfigError for settings, for a strategy that raises and for
@@ -347,7 +344,7 @@ def run_backtest(
         why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*messages.withheld.items()][:3])
         raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
     trials = len(settings.strategies) if trials is None else trials
-    windows = read_windows(frame)
+    windows, periods = read_windows(frame), _periods_per_year(closes, equity)
     beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
     jumps = caveats.jumps(adjusted(windows, adjustments), start, card.window, max_jump)
     in_reach = [
@@ -374,7 +371,7 @@ def run_backtest(
         trainings=trainings,
         scores=scores(signals, outcomes),
         skill=beside.filter(pl.col("other") != model) if retrain is None else beside,
-        portfolio=portfolio(equity, fills, closes.periods_per_year, max(1, trials)),
+        portfolio=portfolio(equity, fills, periods, max(1, trials)),
         meta={
             "warning": " ".join(filter(None, warnings)),
             "model": card.model,
@@ -386,7 +383,7 @@ def run_backtest(
             "timeframe": timeframe,
             "calendar": calendar,
             "calendars": dict(calendars),
-            "periods_per_year": closes.periods_per_year,
+            "periods_per_year": periods,
             "strategies": [msgspec.to_builtins(strategy) for strategy in settings.strategies],
             "execution": asdict(execution),
             "trials": trials,
@@ -407,6 +404,14 @@ def run_backtest(
             },
         },
     )
+
+
+def _periods_per_year(closes: Calendars, equity: pl.DataFrame) -> int:
+    """The calendar's; where symbols keep other hours than one another, the marks of the books in a year."""
+    marks = np.unique(equity["close_time"].to_physical().to_numpy())
+    if not closes.others or len(marks) < 2:
+        return closes.periods_per_year
+    return max(1, round((len(marks) - 1) / (int(marks[-1] - marks[0]) / YEAR)))
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

@@ -26,7 +26,7 @@ class BacktestResult:
     - `outcomes`: symbol, close_time, horizon, end_time, price and outcome (the log return of the symbol's own
       `horizon`-th next bar), of the forecasts whose horizon has passed.
     - `bars`: symbol, close_time, open, high, low, close, basis, of the accepted bars of the tested time.
-      `basis` is what costs now what cost 1 at the symbol's first bar: 0.5 after a split of two for one.
+      `basis` is what costs now what cost 1 before all declared adjustments: 0.5 after a split in two.
     - `targets`: strategy, symbol, close_time, target (-1 to 1).
     - `fills`: strategy, symbol, decided, close_time, price, units, commission, spread and slippage (cash),
       position (units after it), basis.

@@ -84,7 +84,7 @@ def replay_journal(journal: Path) -> Replayed:
                 raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
             list(events([revision]))  # names the record if it is damaged
             store = ModelStore(journal.parent / "models", Settings.decode(revision.payload).timeframe)
-            pipeline = Pipeline(store.open)
+            pipeline = Pipeline(store.open, journal.parent / "strategies")
             recording = _Replaying(pipeline)
             base = restore(reader, pipeline, reader.base)
             left = pipeline.batcher.state.closed

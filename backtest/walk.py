@@ -51,7 +51,7 @@ TRAININGS = pl.Schema(
 )
 
 LOOK = int(LOOK_SECONDS * 1e9)
-"""How long after bars came age and drift are looked at, in nanoseconds: live they are, as often."""
+"""How long after bars came drift is looked for, in nanoseconds: live it is as often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,11 +104,12 @@ class WalkForward:
     def next(self) -> int | None:
         """The next moment at which something is to be done, in nanoseconds."""
         over = None if self._run is None else self._run.over
-        return min((m for m in (over, self._fires, self._look) if m is not None), default=None)
+        old = None if self._age is None else self._age.next(self._since)
+        return min((m for m in (over, self._fires, self._look, old) if m is not None), default=None)
 
     def came(self, time: int) -> None:
-        """Take note that bars came: a while later it is time to look."""
-        if self._look is None and (self._age or self._drifted):
+        """Take note that bars came: a while later it is time to look for drift."""
+        if self._look is None and self._drifted:
             self._look = time + LOOK
 
     def said(self, signals: list[tuple[str, bytes]]) -> None:
@@ -131,8 +132,9 @@ class WalkForward:
             self._ask("cron", now)
         if self._look is not None and self._look <= now:
             self._look = None
-            for reason in self._reasons(now):
-                self._ask(reason, now)
+            self._ask(self._drift(now), now)
+        if self._age is not None:
+            self._ask(self._age.due(self._since, now), now)
         return events
 
     def frame(self) -> pl.DataFrame:
@@ -156,7 +158,9 @@ class WalkForward:
         nothing = f"Nothing asked for a training by the last bar, {iso(last)}"
         return f"{nothing}{fires}: give more bars, or ask sooner."
 
-    def _ask(self, reason: str, now: int) -> None:
+    def _ask(self, reason: str | None, now: int) -> None:
+        if reason is None:
+            return
         if reason not in self._waiting:
             self._waiting.append(reason)
         if self._run is None:
@@ -166,21 +170,19 @@ class WalkForward:
         self._run = _Run(tuple(self._waiting), now, now + self._training_time)
         self._waiting = []
 
-    def _reasons(self, now: int) -> list[str]:
-        """What age and drift have to say, see `Lookout.look`."""
-        reasons = [self._age.due(self._since, now)] if self._age else []
-        if self._drifted:
-            windows = self._pipeline.windows
-            closes: dict[str, Window] = {}
-            for symbol in chosen(windows.symbols):
-                window = windows.foreseen(symbol, BARS, ())
-                if window is not None:
-                    closes[symbol] = window
-            newest_first = (signal for group in reversed(self._signals) for signal in reversed(group))
-            reading = measure(reign(newest_first, self._pipeline.forecaster.card, closes), closes)
-            if reading is not None:
-                reasons.append(self._drifted.due(reading, self.champion.crps, now))
-        return [reason for reason in reasons if reason is not None]
+    def _drift(self, now: int) -> str | None:
+        """What drift has to say, see `Lookout.look`."""
+        pipeline, drifted = self._pipeline, self._drifted
+        if drifted is None or pipeline.model != self.champion.model:  # else it takes over at this moment
+            return None
+        closes: dict[str, Window] = {}
+        for symbol in chosen(pipeline.windows.symbols):
+            window = pipeline.windows.foreseen(symbol, BARS, ())
+            if window is not None:
+                closes[symbol] = window
+        newest_first = (signal for group in reversed(self._signals) for signal in reversed(group))
+        reading = measure(reign(newest_first, pipeline.forecaster.card, closes), closes)
+        return None if reading is None else drifted.due(reading, self.champion.crps, now)
 
     @property
     def _since(self) -> int:

@@ -145,7 +145,7 @@ class Daemon:
         """Recover from the journal, and build the parts; nothing runs yet."""
         config, journal, topics = self.config, self.scribe.journal, self.config.topics
         self.store = ModelStore(config.state_dir / "models", config.timeframe)
-        self.pipeline = Pipeline(self.store.open)
+        self.pipeline = Pipeline(self.store.open, config.state_dir / "strategies")
         backlog = await asyncio.to_thread(recover, journal, self.pipeline)
         address = config.mqtt.address(f"barcast-{config.instance}")
         canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)

@@ -434,7 +434,8 @@ class LiveSink:
             straggler=outcome.group.straggler,
         )
         for strategy, reason in outcome.refused.items():
-            log.warning("targets_refused", strategy=strategy, reason=reason)
+            error = outcome.raised.get(strategy)
+            log.warning("targets_refused", strategy=strategy, reason=reason, exc_info=error)
 
     def _count(self, outcome: Outcome) -> None:
         counts, group = self.counts, outcome.group

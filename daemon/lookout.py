@@ -31,13 +31,13 @@ class Rests:
     """Lets a reason to train pass, and then none for a `REST`; the state is when one passed last."""
 
     def __init__(self) -> None:
-        self._passed: int | None = None
+        self.passed: int | None = None
 
     def passes(self, reason: str | None, now: int) -> str | None:
         """The reason, if there is one and it need not rest."""
-        if reason is None or (self._passed is not None and now - self._passed < REST):
+        if reason is None or (self.passed is not None and now - self.passed < REST):
             return None
-        self._passed = now
+        self.passed = now
         return reason
 
 
@@ -51,6 +51,11 @@ class Age(Rests):
     def over(self, since: int, now: int) -> bool:
         """Whether a champion whose age counts from `since` is too old."""
         return now - since > self._most
+
+    def next(self, since: int) -> int:
+        """The first moment at which it asks, as long as the champion stays."""
+        old = since + self._most + 1
+        return old if self.passed is None else max(old, self.passed + REST)
 
     def due(self, since: int, now: int) -> str | None:
         """The reason to train now, if there is one."""

@@ -7,7 +7,8 @@ from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
-from traceback import format_tb
+from pathlib import Path
+from traceback import extract_tb
 from types import MappingProxyType
 from typing import Any
 
@@ -114,9 +115,12 @@ class StrategySettings(msgspec.Struct, frozen=True):
         name = params.pop("name", None)
         return cls.of(found["kind"], None if name is None else str(name), params)
 
-    def build(self) -> Strategy:
-        """The strategy. Raise ConfigError when it cannot be made, or its file is not what it was."""
-        return build(self.kind, self.name, self.params, self.digest)
+    def build(self, kept: Path | None = None) -> Strategy:
+        """The strategy, of a file as it was, if need be from the folder where versions are `kept`.
+
+        Raise ConfigError when it cannot be made, or its file is not what it was and was not kept.
+        """
+        return build(self.kind, self.name, self.params, self.digest, kept)
 
 
 def _value(text: str) -> float | int | str | bool:
@@ -147,12 +151,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """The bar closes of the path."""
         return Calendars(self.calendar, Timeframe.parse(self.timeframe), self.calendars)
 
-    def build(self) -> tuple[Strategy, ...]:
-        """The strategies of the path. Raise ConfigError for one that cannot be made and names that repeat."""
+    def build(self, kept: Path | None = None) -> tuple[Strategy, ...]:
+        """The strategies of the path, see `StrategySettings.build`.
+
+        Raise ConfigError for one that cannot be made, and for names that repeat.
+        """
         names = [s.name for s in self.strategies]
         if len(set(names)) < len(names):
             raise ConfigError(f"strategy names {', '.join(names)} repeat; give each a name of its own")
-        return tuple(s.build() for s in self.strategies)
+        return tuple(s.build(kept) for s in self.strategies)
 
     def encode(self) -> bytes:
         """Canonical JSON: the same settings always give the same bytes."""
@@ -211,10 +218,11 @@ class Pipeline:
     symbols that came without a history since, in order; and `lacking`, of those whose history was looked up
     after that, the newest close then. `forecasts` counts how often the model was asked, for whoever watches.
     The first event must be a `Revision`; a model is opened, and strategies are made, when the first group
-    needs them: recovery passes over settings whose files may have changed since.
+    needs them: recovery passes over settings whose files may have changed since. A file of a user's own is
+    taken as it was when its settings were journalled, if it is `kept` in a folder.
     """
 
-    def __init__(self, open_model: OpenModel) -> None:
+    def __init__(self, open_model: OpenModel, kept: Path | None = None) -> None:
         self.counts, self.forecasts = Counts(), 0
         self.model: str | None = None
         self.fingerprint: str | None = None
@@ -226,7 +234,7 @@ class Pipeline:
         self._strategies: tuple[Strategy, ...] | None = None
         self.newcomers: dict[str, None] = {}
         self.lacking: dict[str, int] = {}
-        self._open_model = open_model
+        self._open_model, self._kept = open_model, kept
         self._forecaster: Forecaster | None = None
 
     @property
@@ -271,7 +279,7 @@ class Pipeline:
     def strategies(self) -> tuple[Strategy, ...]:
         """The strategies of the settings in force, made on first use."""
         if self._strategies is None:
-            self._strategies = self.settings.build()
+            self._strategies = self.settings.build(self._kept)
         return self._strategies
 
     @property
@@ -351,9 +359,14 @@ class Pipeline:
                 withheld[forecast.symbol] = "the model gave no forecast that can be a price"
         targets: dict[str, dict[str, float]] = {}
         refused: dict[str, str] = {}
+        raised: dict[str, Exception] = {}
         if forecasts and not group.straggler:
             for strategy in self.strategies:
-                own, fault = _asked(strategy, group.close_time, forecasts)
+                try:
+                    own, fault = _asked(strategy, group.close_time, forecasts)
+                except StrategyError as error:
+                    raised[strategy.name] = error
+                    fault = f"it raised {type(error.__cause__).__name__}"
                 if fault:
                     refused[strategy.name] = (
                         f"strategy {strategy.name}, close {iso(group.close_time)}: {fault}; none of its "
@@ -373,6 +386,7 @@ class Pipeline:
             targets=targets,
             terms=terms,
             refused=refused,
+            raised=raised,
         )
 
     def _unasked(self, window: Window, calendar: Calendar, bars: int) -> Hole | None:
@@ -466,7 +480,7 @@ def _asked(
     except (Exception, SystemExit) as error:
         raise StrategyError(
             f"strategy {strategy.name}, {f'close {iso(close_time)}' if close_time else 'asked on trial'}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(given, Mapping):
         return {}, f"it gave {_kind(given)}, not a target for each symbol"
@@ -486,11 +500,13 @@ def _asked(
     return targets, ""
 
 
-def in_strategy(error: StrategyError) -> str:
-    """What a strategy raised, and where in its own files."""
+def in_strategy(error: Exception) -> str:
+    """What a strategy raised, and in which line of its own file."""
     cause = error.__cause__
-    frames = format_tb(cause.__traceback__)[1:] if cause is not None else []
-    return f"{error}; correct it there:\n{''.join(frames).rstrip()}"
+    frames = extract_tb(cause.__traceback__)[1:] if cause is not None else []
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    where = f", in {own[-1].filename}, line {own[-1].lineno}" if own else ""
+    return f"{error}{where}; correct it there"
 
 
 def _kind(thing: object) -> str:

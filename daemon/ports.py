@@ -118,7 +118,8 @@ class Outcome(msgspec.Struct, frozen=True):
     `degraded` what is wrong with the bars of those that were. `holes` are the gaps right before the bars of
     this group, and before the first bar of a new symbol, to be asked for. `targets` is strategy -> symbol ->
     wanted exposure from -1 to 1, empty for a straggler; `refused` says why a strategy has none in this group
-    although it was asked. `root` is the root topic it is published under.
+    although it was asked, and `raised` holds what those that failed raised, for the log: it is not published.
+    `root` is the root topic it is published under.
     """
 
     root: str
@@ -132,6 +133,7 @@ class Outcome(msgspec.Struct, frozen=True):
     targets: Mapping[str, Mapping[str, float]]
     terms: Mapping[str, Term]
     refused: Mapping[str, str] = msgspec.field(default_factory=dict)
+    raised: Mapping[str, Exception] = msgspec.field(default_factory=dict)
 
     def tradable(self, symbol: str) -> bool:
         """Whether the group was due before the symbol's next bar should have closed: news, not a backlog."""

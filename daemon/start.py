@@ -1,6 +1,7 @@
 """What a start does before it serves: holds the state directory, recovers, and decides what has changed."""
 
 import fcntl
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from barcast.daemon.history import bars, digest, history_files, scan
 from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategies
 from barcast.daemon.ports import Event
-from barcast.daemon.room import hand_over, room
+from barcast.daemon.room import flush, hand_over, make, room
 from barcast.daemon.store import ModelStore
 from barcast.models import Bar, ConfigError
+from barcast.strategies import PATH
 
 CLOCK_BACK = 86_400 * 10**9
 """How far the clock may be behind the newest record of the journal at a start, in nanoseconds."""
@@ -66,6 +68,7 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     model = store.resolve(config.model.name, config.model.first, known.model if known else None)
     card = store.open(model, config.model.sampler, config.model.steps).card
     try_strategies(settings.build(), card)
+    keep_strategies(settings, config.state_dir / "strategies")
     reason = "the configuration names it"
     activated: int | None = None
     if known and (known.model, known.fingerprint) == (model, card.fingerprint):
@@ -83,6 +86,27 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
         activated,
         warmth(config, card.window, have, journal.last(Kind.WARMUP), now),
     )
+
+
+def keep_strategies(settings: Settings, folder: Path) -> None:
+    """Keep a copy of each file of a user's own strategies, as DIGEST.py, for recovery and replays.
+
+    Raise ConfigError for one that changed since the configuration was read, DiskFullError without room.
+    """
+    for strategy in settings.strategies:
+        path, version = PATH.fullmatch(strategy.kind), folder / f"{strategy.digest}.py"
+        if path is None or version.is_file():
+            continue
+        source = Path(path["file"]).read_bytes()
+        if hashlib.sha256(source).hexdigest()[: len(strategy.digest)] != strategy.digest:
+            raise ConfigError(f"strategy {strategy.kind}: it changed during the start; start again")
+        partial = folder / f".{version.name}"
+        with room(folder.parent):
+            make(folder)
+            partial.write_bytes(source)
+            flush(partial)
+            partial.replace(version)
+            flush(folder)
 
 
 def warmth(config: Config, length: int, have: int, record: Record | None, now: int) -> list[Warmth]:

@@ -71,15 +71,17 @@ def identify(kind: str) -> tuple[str, str]:
     return re.sub(r"[^A-Za-z0-9._-]", "", name).lstrip("._-")[:32], digest
 
 
-def build(kind: str, name: str, params: Mapping[str, object], digest: str = "") -> Strategy:
+def build(
+    kind: str, name: str, params: Mapping[str, object], digest: str = "", kept: Path | None = None
+) -> Strategy:
     """The strategy of this kind, called `name`.
 
     A kind is built in, the name of an entry point in the group `barcast.strategies`, or `FILE.py:CLASS`. With
-    a `digest` the file must be the one that had it. Raise `ConfigError` for an unknown kind or parameter,
-    saying which exist, for a value that does not fit, for a file that is no strategy or has changed, and for
-    a name that cannot be a segment of a topic.
+    a `digest` the file must be the one that had it, or the folder `kept` hold that one as DIGEST.py. Raise
+    `ConfigError` for an unknown kind or parameter, saying which exist, for a value that does not fit, for a
+    file that is no strategy or has changed, and for a name that cannot be a segment of a topic.
     """
-    cls, _ = _found(kind, digest)
+    cls, _ = _found(kind, digest, kept)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", name):
         raise ConfigError(
             f"strategy name {name!r} cannot be part of a topic: "
@@ -92,9 +94,9 @@ def build(kind: str, name: str, params: Mapping[str, object], digest: str = "") 
         raise ConfigError(f"strategy {name!r}: {error}") from error
 
 
-def _found(kind: str, digest: str) -> tuple[type, str]:
+def _found(kind: str, digest: str, kept: Path | None = None) -> tuple[type, str]:
     if path := PATH.fullmatch(kind):
-        return from_file(Path(path["file"]), path["name"], digest)
+        return from_file(Path(path["file"]), path["name"], digest, kept)
     if kind in KINDS:
         return KINDS[kind], ""
     if found := from_package(kind):

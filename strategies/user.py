@@ -29,17 +29,19 @@ def packaged() -> list[str]:
     return sorted({point.name for point in entry_points(group=GROUP)})
 
 
-def from_file(path: Path, name: str | None, digest: str) -> tuple[type, str]:
+def from_file(path: Path, name: str | None, digest: str, kept: Path | None = None) -> tuple[type, str]:
     """The strategy's class of a file, and the digest of the file.
 
-    With a `digest` it is the file as it was then: a process that has loaded it goes on with it, whatever the
-    file says now. The file stands alone: what it imports must be installed. Raise `ConfigError` for one that
-    is missing, that fails, that has another digest, or that has no such strategy in it.
+    With a `digest` it is the file as it was then, which may be `kept` as DIGEST.py in a folder: whatever the
+    file says now, and wherever it is. The file stands alone: what it imports must be installed. Raise
+    `ConfigError` for one that is missing, that fails, that has another digest, or that has no such strategy
+    in it.
     """
     module = sys.modules.get(_module(path, digest))
     if module is None:
+        version = None if kept is None else kept / f"{digest}.py"
         try:
-            source = path.read_bytes()
+            source = (version if version is not None and version.is_file() else path).read_bytes()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"strategy {path}: {reason}; name a Python file that can be read") from error

@@ -1,6 +1,7 @@
 """Commands of those who look for forecasts and strategies that hold."""
 
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -217,8 +218,9 @@ def backtest(
         typer.Option(help="Optimiser steps of each phase of these trainings; default: from the data.", min=1),
     ] = None,
     training_time: Annotated[
-        str, typer.Option(help="After how long a challenger is judged and may take over: 90s, 30m, 2h.")
-    ] = "30m",
+        str | None,
+        typer.Option(help="After how long a challenger is judged and may take over: 90s, 2h. [default: 30m]"),
+    ] = None,
     trials: Annotated[
         int | None,
         typer.Option(
@@ -289,6 +291,8 @@ def backtest(
         raise typer.BadParameter(f"--{named[0]} is taken from --config: give one of the two")
     if retrain_steps is not None and retrain is None:
         raise typer.BadParameter("--retrain-steps goes with --retrain")
+    if training_time is not None and retrain is None and config is None:
+        raise typer.BadParameter("--training-time goes with --retrain or --config")
     check_result_folder(out_dir, [*files, *([adjustments] if adjustments else [])])
     from barcast.backtest.ledger import Execution
     from barcast.backtest.replay import run_backtest
@@ -324,6 +328,7 @@ def backtest(
             "strategies": strategy or ["quantile-band", "median-drift"],
             "retrain": None if retrain is None else cron_schedule(retrain, retrain_steps),
         }
+    shutil.rmtree(out_dir / "models", ignore_errors=True)
     with progressing("replaying", None) as advance:
         result = run_backtest(
             files,
@@ -333,7 +338,7 @@ def backtest(
             since=moment(since),
             until=moment(until),
             execution=execution,
-            training_time=training_time,
+            training_time=training_time or "30m",
             models=out_dir / "models" if settings["retrain"] else None,
             trials=trials,
             progress=advance,
@@ -352,7 +357,7 @@ def _of_instance(config: Path) -> dict[str, Any]:
     from barcast.daemon.config import load
 
     settings = load(config)
-    model, path = settings.model, settings.settings()
+    model, path, asked = settings.model, settings.settings(), settings.retrain
     return {
         "model": model.first if model.name == "champion" else model.name,
         "timeframe": path.timeframe,
@@ -363,7 +368,7 @@ def _of_instance(config: Path) -> dict[str, Any]:
         "steps": path.steps,
         "max_jump": path.max_jump,
         "strategies": path.strategies,
-        "retrain": settings.retrain,
+        "retrain": asked if asked and (asked.cron or asked.max_age or asked.drift) else None,
     }
 
 

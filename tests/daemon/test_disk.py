@@ -11,6 +11,7 @@ import pytest
 import structlog
 
 from barcast.backtest import cli
+from barcast.backtest.sample import sample_checkpoint
 from barcast.daemon import live, mqtt, vitals
 from barcast.daemon.app import Daemon
 from barcast.daemon.config import load
@@ -303,7 +304,6 @@ def test_faults_of_the_disk_are_told_apart(tmp_path, number, kind):
 
 def test_half_a_model_is_no_model(tmp_path, monkeypatch):
     """A copy that found no room leaves nothing that could be taken for a model, nor takes room."""
-    from pathlib import Path
 
     sample = sample_checkpoint()
     store = ModelStore(tmp_path / "models", "1d")

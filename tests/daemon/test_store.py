@@ -8,8 +8,8 @@ from weakref import ref
 
 import pytest
 
-from barcast.backtest import cli
 from barcast.backtest.replay import Recording, replay
+from barcast.backtest.sample import sample_checkpoint
 from barcast.daemon.bars import received, write_days
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Activation, Arrival, Revision, Warmup
