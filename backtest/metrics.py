@@ -43,7 +43,8 @@ DEFINITIONS = {
     "psr": "probabilistic Sharpe ratio, Bailey and López de Prado (2012): the probability that the true one "
     "is above 0, N(s sqrt(periods - 1) / sqrt(1 - skew s + (kurtosis + 2) / 4 s^2)), s = Sharpe / sqrt(P)",
     "dsr": "deflated Sharpe ratio, Bailey and López de Prado (2014): as the probabilistic one, but above the "
-    "best ratio to expect of so many trials without skill; null for the benchmark, which is no trial",
+    "best ratio to expect of so many independent trials without skill, whose ratios vary by chance alone, "
+    "by 1 / (periods - 1); null for the benchmark, which is no trial",
 }
 """Null where a number is not defined: rates and moments of fewer than two returns, ratios over nothing, and
 rates of growth to below 0 or beyond what a float holds."""

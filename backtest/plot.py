@@ -155,7 +155,8 @@ def monthly_returns(result: BacktestResult, strategy: str) -> pl.DataFrame:
     """A strategy's returns, a row for each year: year, `Jan` ... `Dec`, total.
 
     A month's return runs from the last equity before it (the first's from the first equity) to its own last,
-    by UTC dates, a close at midnight with the day that it ends; null where there was none, or nothing left. Raise ConfigError for a strategy without equity.
+    by UTC dates, a close at midnight with the day that it ends; null where there was none, or nothing left.
+    Raise ConfigError for a strategy without equity.
     """
     own = result.equity.filter(pl.col("strategy") == strategy).sort("close_time")
     if not own.height:

@@ -26,9 +26,9 @@ from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.config import Retrain, duration
+from barcast.daemon.config import Retrain, cron_schedule, duration
 from barcast.daemon.events import Champion
-from barcast.daemon.history import Stamp, bars, digest, read_windows, scan
+from barcast.daemon.history import Stamp, bars, digest, find_timeframe, read_windows, scan
 from barcast.daemon.pipeline import (
     MAX_JUMP,
     Pipeline,
@@ -216,11 +216,11 @@ class _Messages:
 
 
 def run_backtest(
-    files: Sequence[Path | str],
+    files: Sequence[Path | str] | Path | str,
     *,
     stamp: Stamp,
     model: str = "fhs",
-    timeframe: str = "1d",
+    timeframe: str | None = None,
     calendar: str = "24x7",
     calendars: Mapping[str, str] = MappingProxyType({}),
     adjustments: Sequence[Adjustment] = (),
@@ -232,7 +232,7 @@ def run_backtest(
     steps: int | None = None,
     max_jump: float = MAX_JUMP,
     execution: Execution | None = None,
-    retrain: Retrain | None = None,
+    retrain: Retrain | str | None = None,
     training_time: str = "30m",
     models: Path | None = None,
     trials: int | None = None,
@@ -240,21 +240,21 @@ def run_backtest(
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
 
-    `stamp` says which end of a bar the files' times name. `since` and `until` are datetimes, ISO 8601 texts
-    or nanoseconds since 1970, UTC where they name no zone: bars before `since` only warm the windows up.
-    `model` is a checkpoint directory or the name of a baseline. Bars of one close count as received together
-    at that moment. How targets are filled, and what that costs, says `execution`; without it they are filled
-    at the next bar's open. A strategy is settings, or a text such as `median-drift:costs=1` or
-    `mine.py:Mine`. `calendars` (symbol -> name) are those of symbols that keep other hours than `calendar`;
-    an adjustment takes effect with the first bar after its time. `trials` is how many strategies and
-    settings were tried in all until these were found, for the deflated Sharpe ratio; by default those of
-    this run.
+    `stamp` says which end of a bar the files' times name; the timeframe is found in them unless it is given.
+    `since` and `until` are datetimes, ISO 8601 texts or nanoseconds since 1970, UTC where they name no zone:
+    bars before `since` only warm the windows up. `model` is a checkpoint directory or the name of a baseline.
+    Bars of one close count as received together at that moment. How targets are filled, and what that costs,
+    says `execution`; without it they are filled at the next bar's open. A strategy is settings, or a text
+    such as `median-drift:costs=1` or `mine.py:Mine`. `calendars` (symbol -> name) are those of symbols that
+    keep other hours than `calendar`; an adjustment takes effect with the first bar after its time. `trials`
+    is how many strategies and settings were tried in all until these were found, for the deflated Sharpe
+    ratio; by default those of this run.
 
-    With `retrain`, as in the configuration of a daemon, challengers are trained when they would be live, of
-    which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the bars that closed when
-    it was asked for, and is judged, and may take over, `training_time` (such as 30m) later. The schedule
-    counts from the first close on, which is no occasion itself. Models that
-    served are kept in the folder `models`, if one is named.
+    With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
+    they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
+    bars that closed when it was asked for, and is judged, and may take over, `training_time` (such as 30m)
+    later. The schedule counts from the first close on, which is no occasion itself. Models that took over are
+    kept in the folder `models`, if one is named.
 
     Raise DataError for bars that cannot be used, ConfigError for settings, for a strategy that raises and for
     one whose targets are none, CheckpointError for the model. What can be used and may mislead, such as
@@ -262,7 +262,10 @@ def run_backtest(
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
-    paths = [Path(file) for file in files]
+    paths = [Path(file) for file in ([files] if isinstance(files, Path | str) else files)]
+    timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
+    if isinstance(retrain, str):
+        retrain = cron_schedule(retrain, None)
     since, until = _ns(since), _ns(until)
     if since is not None and until is not None and since >= until:
         raise ConfigError(
@@ -360,6 +363,7 @@ def run_backtest(
         *caveats.of_volumes(windows, start, execution),
         *caveats.of_adjustments(windows, in_reach),
         untrained,
+        *(f"{name} never traded." for name in _idle(settings, fills)),
     ]
     return BacktestResult(
         signals=signals,
@@ -384,7 +388,8 @@ def run_backtest(
             "calendar": calendar,
             "calendars": dict(calendars),
             "periods_per_year": periods,
-            "strategies": [msgspec.to_builtins(strategy) for strategy in settings.strategies],
+            "strategies": _built(settings),
+            "models": signals["model"].unique(maintain_order=True).to_list(),
             "execution": asdict(execution),
             "trials": trials,
             "retraining": _asked(retrain, training_time),
@@ -406,12 +411,33 @@ def run_backtest(
     )
 
 
+def found_timeframe(
+    files: Sequence[Path], stamp: Stamp, calendar: str, symbols: Sequence[str] | None
+) -> tuple[str, str]:
+    """The timeframe of the files, and what it was found by; days of an exchange are its sessions."""
+    found, how = find_timeframe(files, stamp, symbols)
+    return "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text, how
+
+
 def _periods_per_year(closes: Calendars, equity: pl.DataFrame) -> int:
     """The calendar's; where symbols keep other hours than one another, the marks of the books in a year."""
     marks = np.unique(equity["close_time"].to_physical().to_numpy())
     if not closes.others or len(marks) < 2:
         return closes.periods_per_year
     return max(1, round((len(marks) - 1) / (int(marks[-1] - marks[0]) / YEAR)))
+
+
+def _idle(settings: Settings, fills: pl.DataFrame) -> list[str]:
+    traded = set(fills["strategy"])
+    return [one.name for one in settings.strategies if one.name not in traded]
+
+
+def _built(settings: Settings) -> list[dict[str, object]]:
+    """The strategies with all their parameters, those by default as well."""
+    return [
+        {"kind": one.kind, "digest": one.digest, **msgspec.to_builtins(built)}
+        for one, built in zip(settings.strategies, settings.build(), strict=True)
+    ]
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

@@ -179,9 +179,9 @@ td.text, th.text { text-align: left; }
 """
 
 
-def write_report(result: BacktestResult, path: Path, title: str = "Barcast backtest") -> None:
+def write_report(result: BacktestResult, path: Path | str, title: str = "Barcast backtest") -> None:
     """Write the page of a backtest to `path`; it needs no network to be read."""
-    path.write_text(html(result, title), encoding="utf-8")
+    Path(path).write_text(html(result, title), encoding="utf-8")
 
 
 def write_evaluation(result: Evaluation, path: Path) -> None:

@@ -200,7 +200,7 @@ class WalkForward:
         self._trainings.append(row)
 
         def stand(p: "Progress") -> None:
-            self._progress(f"training {number}: {p.phase} {p.step} of {p.steps}")
+            self._progress(f"training {number}, {iso(run.asked)[:10]}: {p.phase} {p.step} of {p.steps}")
 
         def judging(done: int, count: int, _: Window) -> None:
             self._progress(f"judging {number}: {done} of {count} forecasts")

@@ -147,6 +147,8 @@ def find_timeframe(
     named = ", ".join(map(str, paths))
     times = pl.concat(stamps).filter(pl.col("time") >= 0).unique().sort("time") if stamps else pl.DataFrame()
     steps = times.select(pl.col("time").diff().over("symbol").drop_nulls()) if times.height else times
+    if not steps.height and stamps and pl.concat(stamps).filter(pl.col("time") == -2).height:
+        raise DataError(f"{named}: the times name no zone: {_REMEDIES['naive']}.")
     if not steps.height:
         whose = f" of {', '.join(symbols)}" if symbols else ""
         raise DataError(

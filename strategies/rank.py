@@ -22,7 +22,7 @@ class Rank:
 
     name: str
     share: Annotated[float, Meta(gt=0, le=0.5)] = 0.2
-    least: Annotated[int, Meta(ge=2)] = 4
+    least: Annotated[int, Meta(ge=2)] = 2
     horizon: Bars = None
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:

@@ -183,8 +183,8 @@ def backtest(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="Take timeframe, calendars, symbols, model, strategies and [retrain] from the TOML file of "
-            "an instance, not from options."
+            help="Take timeframe, calendars, symbols, model, strategies and \\[retrain] from the TOML file "
+            "of an instance, not from options."
         ),
     ] = None,
     model: Annotated[
@@ -514,7 +514,8 @@ def _print_result(result: "BacktestResult") -> None:
     if result.trainings.height:
         served = int(result.trainings["accepted"].sum())
         why = "" if served else f": {result.trainings['reason'][-1]}"
-        out.print(f"{result.trainings.height} trainings, {served} of them took over{why}", soft_wrap=True)
+        count = result.trainings.height
+        out.print(f"{count} training{'s' * (count > 1)}, {served} took over{why}", soft_wrap=True)
 
 
 def _print_evaluation(result: "Evaluation") -> None:

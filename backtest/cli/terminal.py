@@ -121,10 +121,9 @@ def others_of(given: list[str] | None) -> dict[str, str]:
 
 def found_timeframe(files: list[Path], stamp: Stamp, calendar: str, symbols: list[str] | None) -> str:
     """The timeframe of the files, and say so; days of an exchange are its sessions."""
-    from barcast.daemon.history import find_timeframe
+    from barcast.backtest.replay import found_timeframe as found
 
-    found, how = find_timeframe(files, stamp.value, symbols)
-    text = "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text
+    text, how = found(files, stamp.value, calendar, symbols)
     err.print(f"timeframe {text}: {how}", highlight=False, markup=False, soft_wrap=True)
     return text
 

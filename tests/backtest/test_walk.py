@@ -202,15 +202,24 @@ def test_drift_asks_on_replay_time(tmp_path):
 
 
 def test_age_asks_on_replay_time(hourly, times, tmp_path):
-    """A champion that is older than `max_age` asks for a training, once a day."""
+    """A champion that is older than `max_age` asks for a training at that moment, then once a day."""
     bars = hourly.filter(pl.col("ns") < times[400])
-    found = walk(
-        bars, tmp_path / "bars.parquet", times, retrain=Retrain(max_age="2d", steps=1), since=times[260]
-    )
-    hours = (found.trainings["asked"].to_physical() - times[260]) / HOUR
-    assert all(24 * (k + 2) <= h <= 24 * (k + 2) + 2 for k, h in enumerate(hours))
-    assert found.trainings.height == 4
-    assert found.trainings["reasons"][0].startswith("age: the champion is 2.0 days old")
+    schedule = Retrain(max_age="2d", steps=1)
+    found = walk(bars, tmp_path / "bars.parquet", times, retrain=schedule, since=times[260]).trainings
+    asked = found["asked"].to_physical() - times[260]
+    assert asked.to_list() == [(2 + k) * DAY + 1 for k in range(4)]
+    assert found["reasons"][0].startswith("age: the champion is 2.0 days old")
+
+
+def test_age_asks_while_no_bar_comes(hourly, times, tmp_path):
+    """A market that is shut keeps no champion young: live the lookout goes on looking, too."""
+    shut = pl.col("ns").is_between(times[300], times[372], closed="none")
+    bars = hourly.filter(pl.col("ns") < times[390]).filter(~shut)
+    schedule = Retrain(max_age="2d", steps=1)
+    found = walk(bars, tmp_path / "bars.parquet", times, retrain=schedule, since=times[260], model="hs")
+    asked = found.trainings["asked"].to_physical() - times[260]
+    assert asked.to_list() == [(2 + k) * DAY + 1 for k in range(4)]
+    assert times[300] < times[260] + asked[0] < times[372]
 
 
 def test_retrain_without_a_trigger_is_an_error(hourly, times, tmp_path):

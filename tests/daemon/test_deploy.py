@@ -22,7 +22,9 @@ def test_example_configuration_is_in_order(tmp_path):
         shown = shown.replace(f"# {key} = ", f"{key} = ")
     path.write_text(shown)
     explicit = load(path)
+    assert explicit.strategies() == plain.strategies()
     changed = {
+        "strategy": plain.strategy,
         "model": explicit.model.model_copy(update={"sampler": None, "steps": None}),
         "retrain": explicit.retrain.model_copy(update={"steps": None, "max_age": None, "drift": None}),
     }

@@ -187,6 +187,10 @@ def test_strategy_whose_file_changed_is_journalled_anew(tmp_path):
             digests.append(Settings.decode(record.payload).strategies[0].digest)
         daemon.scribe.close()
     assert len(set(digests)) == len(digests) == 2
+    kept = {path.stem: path.read_bytes() for path in (tmp_path / "state" / "strategies").iterdir()}
+    assert list(map(len, kept)) == [16, 16]
+    assert set(kept) == set(digests)
+    assert kept[digests[1]] == mine.read_bytes() == kept[digests[0]] + b"\n"
 
 
 def test_state_of_another_timeframe_is_refused(tmp_path):

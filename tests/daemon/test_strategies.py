@@ -190,6 +190,22 @@ def test_replay_refuses_a_changed_file(mine):
         replay(story(str(mine), "0" * 16), Pipeline(lambda *_: Spread()), Kept())
 
 
+def test_replay_takes_the_version_that_was_kept(mine, tmp_path):
+    """Where a file changed, or is gone, the kept version of the journalled digest gives the same targets."""
+    settings = StrategySettings.of(str(mine))
+    kept = tmp_path / "strategies"
+    kept.mkdir()
+    (kept / f"{settings.digest}.py").write_bytes(mine.read_bytes())
+    before, after = Kept(), Kept()
+    replay(story(str(mine), settings.digest), Pipeline(lambda *_: Spread()), before)
+    elsewhere = str(tmp_path / "elsewhere" / "mine.py")
+    replay(story(elsewhere, settings.digest), Pipeline(lambda *_: Spread(), kept), after)
+    assert [o.targets for o in after.outcomes] == [o.targets for o in before.outcomes]
+    assert after.outcomes[2].targets["own"]
+    with pytest.raises(ConfigError, match="No such file"):
+        replay(story(elsewhere, "1" * 16), Pipeline(lambda *_: Spread(), kept), Kept())
+
+
 def test_settings_that_are_passed_over_need_no_file(tmp_path):
     """Recovery passes over groups without asking: strategies whose files are gone are not missed."""
     path = Pipeline(lambda *_: Spread())
