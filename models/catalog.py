@@ -1,12 +1,11 @@
 """Every forecaster by its name: the baselines, which need no files, and the directories of trained models."""
 
 from collections.abc import Callable, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
-from barcast.models.errors import CheckpointError, ConfigError
+from barcast.models.errors import ConfigError
 from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Card, Forecaster, default_horizons
 from barcast.models.garch import Garch
@@ -30,12 +29,6 @@ def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None
     """
     if name in BASELINES:
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
-    if not Path(name).is_dir():
-        near = get_close_matches(name, BASELINES, n=1)
-        raise CheckpointError(
-            f"{name!r} is neither a baseline ({', '.join(BASELINES)}) nor a checkpoint directory"
-            + (f"; did you mean {near[0]}?" if near else "; train one with `barcast train`")
-        )
     from barcast.models.checkpoint import open_forecaster
 
     forecaster = open_forecaster(Path(name), sampler, steps)

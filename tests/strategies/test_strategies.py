@@ -143,8 +143,9 @@ def test_rank() -> None:
 
 def test_rank_of_few() -> None:
     """A group of fewer symbols than wanted holds nothing."""
-    assert ranked({"A": 0.01, "B": 0.02, "C": 0.03}) == {}
-    assert ranked({"A": 0.01, "B": 0.02, "C": 0.03}, least=3) == {"C": 1.0, "A": -1.0}
+    assert ranked({"A": 0.01, "B": 0.02, "C": 0.03}, least=4) == {}
+    assert ranked({"A": 0.01, "B": 0.02, "C": 0.03}) == {"C": 1.0, "A": -1.0}
+    assert ranked({"A": 0.01}) == {}
     assert ranked({}) == {}
 
 
