@@ -1,5 +1,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
+ALONE := "not broker and not promtool and not browser"
+SERVICE := tests/daemon tests/deploy tests/integration
 
 .PHONY: help demo test check bench bench-peers study clean
 help: ## this list
@@ -14,12 +16,13 @@ test: check ## all checks and tests, with a real mosquitto, promtool and Chromiu
 	.ci/chromium
 	$(BIN)/pytest -m "broker or promtool or browser"
 
-check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
+check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker; those that wait run one at a time
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest
 	$(BIN)/lint-imports
-	$(BIN)/pytest -m "not broker and not promtool and not browser"
+	$(BIN)/pytest -n 2 --dist loadfile -m $(ALONE) $(addprefix --ignore=,$(SERVICE)) tests
+	$(BIN)/pytest -m $(ALONE) $(SERVICE)
 
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench
