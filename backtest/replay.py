@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
@@ -25,7 +25,7 @@ from barcast.backtest.skill import skill
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.adjustments import adjusted
-from barcast.daemon.calendar import Calendars
+from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.config import Retrain, cron_schedule, duration
 from barcast.daemon.events import Champion
 from barcast.daemon.history import Stamp, bars, digest, find_timeframe, read_windows, scan
@@ -50,7 +50,6 @@ from barcast.daemon.ports import (
     Warmup,
 )
 from barcast.daemon.store import ModelStore
-from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing
 from barcast.models import (
     BASELINES,
@@ -58,6 +57,7 @@ from barcast.models import (
     Bar,
     ConfigError,
     DataError,
+    Forecaster,
     check_sampled,
     open_model,
 )
@@ -271,11 +271,6 @@ def run_backtest(
         raise ConfigError(
             f"since is {wire.to_text(since)}, and until {wire.to_text(until)}: give a since before until"
         )
-    closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
-    forecaster = open_model(model, timeframe, sampler, steps)
-    card = forecaster.card
-    check_sampled(model, card, sampler, steps)
-    frame = scan(paths, stamp, closes, symbols, None, until)
     settings = Settings(
         root="backtest",
         timeframe=timeframe,
@@ -288,11 +283,15 @@ def run_backtest(
         steps=steps,
         strategies=tuple(StrategySettings.parse(s) if isinstance(s, str) else s for s in strategies),
     )
-    try_strategies(settings.build(), card)
+    closes = settings.bar_calendars()
+    forecaster = open_model(model, timeframe, sampler, steps)
+    check_sampled(model, forecaster.card, sampler, steps)
+    try_strategies(settings.build(), forecaster.card)
     execution = execution or Execution()
     if execution.fill == "limit":
         for buy in (True, False):
-            execution.limit_at(buy, card.levels)
+            execution.limit_at(buy, forecaster.card.levels)
+    frame = scan(paths, stamp, closes, symbols, None, until)
     closed = pl.col("close_time").to_physical()
     first, last = frame.select(first=closed.min(), last=closed.max()).collect().row(0)
     start = first if since is None else since
@@ -301,70 +300,43 @@ def run_backtest(
             f"{', '.join(map(str, paths))}: the last bar closes at {wire.to_text(last)}, and since is "
             f"{wire.to_text(start)}: give an earlier one."
         )
-    begins = pl.lit(start).cast(pl.Datetime("ns", "UTC"))
-    before = frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
-    tested = frame.filter(pl.col("close_time") >= begins)
-
-    def story(first: str) -> Iterator[Event]:
-        yield Revision(start - 1, settings.encode())
-        yield Activation(start - 1, first, card.fingerprint, card.window)
-        yield Warmup(start - 1, "", tuple(bars(before)))
-        for adjustment in adjustments:
-            yield Declaration(start - 1, adjustment)
-        for arrival in arrivals(bars(tested)):
-            progress(len(arrival.bars), wire.to_text(arrival.time))
-            yield arrival
-
+    past = _Past(settings, model, forecaster, frame, adjustments, start, last)
     ledger = Ledger(execution)
     messages = _Messages(ledger)
-    trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
     if retrain is None:
         pipeline = Pipeline(lambda *_: forecaster)
-        replay(story(model), pipeline, messages)
+        replay(past.story(model, progress), pipeline, messages)
+        trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
     else:
         with TemporaryDirectory() as unnamed:
             store = ModelStore(models or Path(unnamed), timeframe)
-            first_model = model if model in BASELINES else store.adopt(Path(model))
             pipeline = Pipeline(store.open)
-            until_known = store.known_until(first_model)
-            champion = Champion(first_model, card.fingerprint, card.window, "first", until=until_known)
-            walk = messages.walk = WalkForward(
-                retrain,
-                duration(training_time),
-                champion,
-                start,
-                frame,
-                adjustments,
-                store,
-                pipeline,
-                lambda text: progress(0, text),
-            )
-            replay(story(first_model), pipeline, messages, agenda=walk)
+            walk = messages.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
+            replay(past.story(walk.champion.model, progress), pipeline, messages, agenda=walk)
             trainings, untrained = walk.frame(), walk.untrained(last)
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     holes = caveats.few(messages.holes.sentences(closes))
     if not signals.height:
         why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*messages.withheld.items()][:3])
         raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
-    trials = len(settings.strategies) if trials is None else trials
     windows, periods = read_windows(frame), _periods_per_year(closes, equity)
-    beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
-    jumps = caveats.jumps(adjusted(windows, adjustments), start, card.window, max_jump)
-    in_reach = [
-        each
-        for each in adjustments
-        if (not symbols or each.symbol in symbols) and (until is None or each.time < until)
+    jumps = caveats.jumps(adjusted(windows, adjustments), start, forecaster.card.window, max_jump)
+    declared = [
+        a for a in adjustments if (not symbols or a.symbol in symbols) and (not until or a.time < until)
     ]
+    idle = [one.name for one in settings.strategies if one.name not in set(fills["strategy"])]
     warnings = [
         learnt_warning(model, start),
         caveats.few(caveats.of_jumps(jumps)),
         holes,
         caveats.few(caveats.of_ends(windows, start, closes)),
         *caveats.of_volumes(windows, start, execution),
-        *caveats.of_adjustments(windows, in_reach),
+        *caveats.of_adjustments(windows, declared),
         untrained,
-        *(f"{name} never traded." for name in _idle(settings, fills)),
+        *(f"{name} never traded." for name in idle),
     ]
+    beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
+    trials = max(1, len(settings.strategies)) if trials is None else trials
     return BacktestResult(
         signals=signals,
         outcomes=outcomes,
@@ -375,40 +347,106 @@ def run_backtest(
         trainings=trainings,
         scores=scores(signals, outcomes),
         skill=beside.filter(pl.col("other") != model) if retrain is None else beside,
-        portfolio=portfolio(equity, fills, periods, max(1, trials)),
+        portfolio=portfolio(equity, fills, periods, trials),
         meta={
             "warning": " ".join(filter(None, warnings)),
+            **past.told(),
+            "models": signals["model"].unique(maintain_order=True).to_list(),
+            "periods_per_year": periods,
+            "execution": asdict(execution),
+            "trials": trials,
+            "retraining": _asked(retrain, training_time),
+            "files": [path.name for path in paths],
+            "files_sha256": digest(paths),
+            "jumps": [msgspec.to_builtins(jump) | {"close_time": iso(jump.close_time)} for jump in jumps],
+            "messages_sha256": messages.sha256.hexdigest(),
+            "bars": asdict(pipeline.counts),
+            "degraded": dict(messages.degraded),
+            "withheld": {s: f"{n} times, the last: {why}" for s, (n, why) in messages.withheld.items()},
+        },
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """What a backtest replays: settings, the first model by name, all bars, and the closes that are tested.
+
+    Times are nanoseconds; bars before `start` only warm the windows up.
+    """
+
+    settings: Settings
+    model: str
+    forecaster: Forecaster
+    frame: pl.LazyFrame
+    adjustments: Sequence[Adjustment]
+    start: int
+    last: int
+
+    def story(self, first: str, progress: Callable[[int, str], None]) -> Iterator[Event]:
+        """The events in order of time, beginning with the activation of the model `first`."""
+        card, before = self.forecaster.card, self.start - 1
+        begins = pl.lit(self.start).cast(pl.Datetime("ns", "UTC"))
+        older = self.frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
+        yield Revision(before, self.settings.encode())
+        yield Activation(before, first, card.fingerprint, card.window)
+        yield Warmup(before, "", tuple(bars(older)))
+        for adjustment in self.adjustments:
+            yield Declaration(before, adjustment)
+        for arrival in arrivals(bars(self.frame.filter(pl.col("close_time") >= begins))):
+            progress(len(arrival.bars), wire.to_text(arrival.time))
+            yield arrival
+
+    def walk(
+        self,
+        retrain: Retrain,
+        training_time: int,
+        store: ModelStore,
+        pipeline: Pipeline,
+        progress: Callable[[int, str], None],
+    ) -> WalkForward:
+        """The schedule of trainings beside the path, whose models are those of the store."""
+        card = self.forecaster.card
+        first = self.model if self.model in BASELINES else store.adopt(Path(self.model))
+        champion = Champion(
+            first, card.fingerprint, card.window, "it is the first", until=store.known_until(first)
+        )
+
+        def say(text: str) -> None:
+            progress(0, text)
+
+        return WalkForward(
+            retrain,
+            training_time,
+            champion,
+            self.start,
+            self.frame,
+            self.adjustments,
+            store,
+            pipeline,
+            say,
+        )
+
+    def told(self) -> dict[str, object]:
+        """What identifies it, for `BacktestResult.meta`."""
+        settings, card = self.settings, self.forecaster.card
+        strategies = [
+            {"kind": one.kind, "digest": one.digest, **msgspec.to_builtins(built, enc_hook=str)}
+            for one, built in zip(settings.strategies, settings.build(), strict=True)
+        ]
+        return {
             "model": card.model,
             "kind": card.kind,
             "sampler": card.sampler,
             "steps": card.steps,
             "samples": card.samples,
             "fingerprint": card.fingerprint,
-            "timeframe": timeframe,
-            "calendar": calendar,
-            "calendars": dict(calendars),
-            "periods_per_year": periods,
-            "strategies": _built(settings),
-            "models": signals["model"].unique(maintain_order=True).to_list(),
-            "execution": asdict(execution),
-            "trials": trials,
-            "retraining": _asked(retrain, training_time),
-            "files": [path.name for path in paths],
-            "files_sha256": digest(paths),
-            "max_jump": max_jump,
-            "jumps": [
-                {"symbol": jump.symbol, "close_time": wire.to_text(jump.close_time), "ratio": jump.ratio}
-                for jump in jumps
-            ],
-            "adjustments": [msgspec.to_builtins(adjustment) for adjustment in adjustments],
-            "messages_sha256": messages.sha256.hexdigest(),
-            "bars": asdict(pipeline.counts),
-            "degraded": dict(messages.degraded),
-            "withheld": {
-                symbol: f"{n} times, the last: {why}" for symbol, (n, why) in messages.withheld.items()
-            },
-        },
-    )
+            "timeframe": settings.timeframe,
+            "calendar": settings.calendar,
+            "calendars": settings.calendars,
+            "max_jump": settings.max_jump,
+            "adjustments": [msgspec.to_builtins(adjustment) for adjustment in self.adjustments],
+            "strategies": strategies,
+        }
 
 
 def found_timeframe(
@@ -425,19 +463,6 @@ def _periods_per_year(closes: Calendars, equity: pl.DataFrame) -> int:
     if not closes.others or len(marks) < 2:
         return closes.periods_per_year
     return max(1, round((len(marks) - 1) / (int(marks[-1] - marks[0]) / YEAR)))
-
-
-def _idle(settings: Settings, fills: pl.DataFrame) -> list[str]:
-    traded = set(fills["strategy"])
-    return [one.name for one in settings.strategies if one.name not in traded]
-
-
-def _built(settings: Settings) -> list[dict[str, object]]:
-    """The strategies with all their parameters, those by default as well."""
-    return [
-        {"kind": one.kind, "digest": one.digest, **msgspec.to_builtins(built)}
-        for one, built in zip(settings.strategies, settings.build(), strict=True)
-    ]
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

@@ -501,8 +501,10 @@ def _asked(
 
 
 def in_strategy(error: Exception) -> str:
-    """What a strategy raised, and in which line of its own file."""
+    """What a strategy raised, and in which line of its own file; a fault of the settings says all itself."""
     cause = error.__cause__
+    if isinstance(cause, ConfigError):
+        return str(cause)
     frames = extract_tb(cause.__traceback__)[1:] if cause is not None else []
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     where = f", in {own[-1].filename}, line {own[-1].lineno}" if own else ""
