@@ -317,6 +317,7 @@ def test_capture_is_read_as_mosquitto_sub_prints_it(tmp_path):
         (["predict", "BARS", "--model", "hs", "--origins", "ORIGINS", "--out", "q.csv"], "to hold Parquet"),
         (["backtest", "BARS", "--model", "hs", "--out", "."], "not empty, and holds no backtest"),
         (["backtest", "kept/BARS", "--model", "hs", "--out", "kept"], "which is read"),
+        (["backtest", "BARS", "--model", "kept/models/a", "--out", "kept"], "which is read"),
         (["evaluate", "BARS", "--model", "hs", "--json", "BARS"], "in use by this"),
         (["evaluate", "BARS", "--model", "hs", "--report", "r.html", "--json", "r.html"], "in use by this"),
     ],

@@ -42,7 +42,7 @@ from barcast.backtest.cli.terminal import (
     wide,
     writing,
 )
-from barcast.models import DataError
+from barcast.models import BASELINES, DataError
 
 if TYPE_CHECKING:
     from barcast.backtest.evaluate import Evaluation
@@ -293,7 +293,8 @@ def backtest(
         raise typer.BadParameter("--retrain-steps goes with --retrain")
     if training_time is not None and retrain is None and config is None:
         raise typer.BadParameter("--training-time goes with --retrain or --config")
-    check_result_folder(out_dir, [*files, *([adjustments] if adjustments else [])])
+    read = [*files, *([adjustments] if adjustments else [])]
+    check_result_folder(out_dir, [*read, *([Path(model)] if model and model not in BASELINES else [])])
     from barcast.backtest.ledger import Execution
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
@@ -328,6 +329,8 @@ def backtest(
             "strategies": strategy or ["quantile-band", "median-drift"],
             "retrain": None if retrain is None else cron_schedule(retrain, retrain_steps),
         }
+    if settings["model"] not in BASELINES:
+        check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
     with progressing("replaying", None) as advance:
         result = run_backtest(
