@@ -30,7 +30,8 @@ from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.season import ZONES
-from barcast.models.sssd import SSSD, Architecture
+from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
 FORMAT = 2

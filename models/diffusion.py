@@ -10,7 +10,8 @@ from torch import Tensor
 from barcast.models import samplers
 from barcast.models.forecast import Card, Forecast, forecast_from
 from barcast.models.scaling import Frame, Scaling
-from barcast.models.sssd import SSSD, knot_scores, piecewise
+from barcast.models.sssd.marginal import knot_scores, piecewise
+from barcast.models.sssd.network import SSSD
 from barcast.models.window import Window
 
 SAMPLER, STEPS = "dpmpp", 8
@@ -41,10 +42,10 @@ class Distribution:
     """
 
     def __init__(self, net: SSSD, sampler: str, steps: int, samples: int) -> None:
-        timesteps = samplers.grid(steps)
+        solver = samplers.build(sampler, steps)
         self.net = net
-        self.run = samplers.build(sampler, timesteps)
-        self.lam = samplers.lambdas()[timesteps].float()  # (steps,)
+        self.run = solver.run
+        self.lam = solver.lambdas.float()  # (evaluations,)
         self.noise = net.noise[:samples]  # (S, H)
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)

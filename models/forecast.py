@@ -31,6 +31,20 @@ class Coverage(msgspec.Struct, frozen=True, eq=False, gc=False):
     outcomes: tuple[int, ...]
 
 
+class Paths(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """S equally likely ways that the closing price may take, along some of the symbol's next bars.
+
+    `returns` (S, G) float64 are log returns from the reference to each of the rising `steps` (G,), counted in
+    bars ahead; the longest is the longest horizon, and every horizon is among them. `bridge` (G,) is the
+    standard deviation of the Brownian motion that stands for the prices between one step and the next: it
+    says how far highs and lows go beyond the closes.
+    """
+
+    steps: tuple[int, ...]
+    returns: NDArray[np.float64]
+    bridge: NDArray[np.float64]
+
+
 class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     """Quantiles of one symbol's log return over each horizon, seen from the close of one bar.
 
@@ -38,7 +52,8 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     that the price is above `reference`) are (H,). Returns are log(price at the horizon / reference). Bars
     that no model can make sense of give quantiles that are not finite; they are withheld. While a symbol is
     `warming` the model saw fewer bars than it looks back for; those behind its calibration do not count.
-    `coverage` is that of the forecasts before, where it is known.
+    `coverage` is that of the forecasts before, where it is known. `paths` are there where they were asked
+    for: their distribution at each horizon is that of the quantiles.
     """
 
     symbol: str
@@ -52,6 +67,7 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     rise: NDArray[np.float64]
     warming: bool
     coverage: Coverage | None = None
+    paths: Paths | None = None
 
     def quantile(self, level: float, horizon: int) -> float:
         """The log return that the outcome stays below with probability `level` over `horizon` bars."""
@@ -60,7 +76,10 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """What identifies a forecaster and what it needs."""
+    """What identifies a forecaster and what it needs.
+
+    `path` are the steps of the paths that its forecasts carry, none where they carry none.
+    """
 
     model: str
     kind: str
@@ -73,6 +92,7 @@ class Card:
     steps: int
     samples: int
     fingerprint: str
+    path: tuple[int, ...] = ()
 
 
 def forecast_from(

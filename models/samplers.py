@@ -8,6 +8,7 @@ which the tests tie it bit by bit.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from math import cos, pi
 
 import torch
@@ -23,8 +24,21 @@ SIGMA_MAX, SIGMA_MIN = 20.0, 0.02  # noise over signal at the two ends of the gr
 Velocity = Callable[[Tensor, int], Tensor]
 """(x_t, i) -> v: the predicted velocity, of x_t's shape, at the i-th timestep of the grid."""
 
-Sampler = Callable[[Velocity, Tensor], Tensor]
+Run = Callable[[Velocity, Tensor], Tensor]
 """(velocity, noise) -> x_0, of the noise's shape."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Solver:
+    """A sampler on its grid: `lambdas` (NFE,) float64 are log(alpha / sigma) of each evaluation, in order."""
+
+    lambdas: Tensor
+    run: Run
+
+    @property
+    def evaluations(self) -> int:
+        """How often the velocity is asked for."""
+        return len(self.lambdas)
 
 
 def alphas_cumprod() -> Tensor:
@@ -58,7 +72,7 @@ def grid(steps: int) -> list[int]:
     return [int(t) for t in timesteps]
 
 
-def ddim(timesteps: Sequence[int]) -> Sampler:
+def ddim(timesteps: Sequence[int]) -> Run:
     """DDIM with eta = 0 (Song et al. 2021, eq. 12), ending at x_0."""
     a = alphas_cumprod()
     here = a[list(timesteps)]
@@ -77,7 +91,7 @@ def ddim(timesteps: Sequence[int]) -> Sampler:
     return run
 
 
-def dpmpp(timesteps: Sequence[int]) -> Sampler:
+def dpmpp(timesteps: Sequence[int]) -> Run:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, alg. 2); the first and the last step are first order."""
     a = alphas_cumprod()
     ratio = ((1 - a) / a) ** 0.5  # sigma_t / alpha_t
@@ -108,12 +122,13 @@ def dpmpp(timesteps: Sequence[int]) -> Sampler:
     return run
 
 
-SAMPLERS: dict[str, Callable[[Sequence[int]], Sampler]] = {"ddim": ddim, "dpmpp": dpmpp}
+SAMPLERS: dict[str, Callable[[Sequence[int]], Run]] = {"ddim": ddim, "dpmpp": dpmpp}
 """The samplers by the key that configurations use."""
 
 
-def build(sampler: str, timesteps: Sequence[int]) -> Sampler:
-    """The sampler of this key on a grid; raises `ConfigError` naming the choices."""
+def build(sampler: str, steps: int) -> Solver:
+    """The sampler of this key in so many steps; raises `ConfigError` naming the choices."""
     if sampler not in SAMPLERS:
         raise ConfigError(f"sampler = {sampler!r} is unknown: choose one of {', '.join(sorted(SAMPLERS))}")
-    return SAMPLERS[sampler](timesteps)
+    timesteps = grid(steps)
+    return Solver(lambdas()[timesteps], SAMPLERS[sampler](timesteps))

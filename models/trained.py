@@ -9,7 +9,7 @@ from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Forecaster
 from barcast.models.scaling import Scaling
-from barcast.models.sssd import SSSD
+from barcast.models.sssd.network import SSSD
 
 
 @dataclass(frozen=True, slots=True)

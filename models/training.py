@@ -28,7 +28,9 @@ from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
 from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned, to_text
 from barcast.models.scaling import CHANNELS, signed_features
-from barcast.models.sssd import PROBABILITIES, SSSD, Architecture, knot_scores, piecewise
+from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.marginal import PROBABILITIES, knot_scores, piecewise
+from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Record, Trained, check_outputs
 from barcast.models.window import Window
 
@@ -190,7 +192,7 @@ class _Training:
         data = self.data
         s, times = data.scaling, (data.train_end, data.validation_end, data.until)
         scope = (data.digest, times, s.timeframe, s.horizons, self.levels.tolist())
-        sources = [path.read_bytes() for path in sorted(SOURCES.glob("*.py"))]
+        sources = [path.read_bytes() for path in sorted(SOURCES.rglob("*.py"))]
         code = sha256(b"".join(sources)).hexdigest()
         program = (code, fingerprint(SAMPLES), asdict(self.net.architecture), self.steps, seconds)
         return sha256(json.dumps([scope, program, options], sort_keys=True).encode()).hexdigest()

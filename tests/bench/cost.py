@@ -14,7 +14,8 @@ from barcast.models import LEVELS, Forecaster, Window, gbm, open_model
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, use_one_thread
 from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
-from barcast.models.sssd import Denoiser, knot_scores, piecewise
+from barcast.models.sssd.head import Denoiser
+from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.training import BATCH, DRAWS, _Dropout, _Training, train
 from tests.bench.report import Row, Section, Target
 from tests.garch import windows

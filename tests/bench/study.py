@@ -83,7 +83,7 @@ class Cells:
     def __init__(self, folder: Path, minutes: float) -> None:
         folder.mkdir(exist_ok=True)
         self.folder, self.minutes = folder, minutes
-        sources = sorted(Path(models.__file__).parent.glob("*.py"))
+        sources = sorted(Path(models.__file__).parent.rglob("*.py"))
         self.code = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()
         self.frames: dict[Any, Frame] = {}
 

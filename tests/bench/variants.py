@@ -15,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from barcast.models import BASELINES, LEVELS, Forecaster, default_horizons, optimiser, scaling, sssd, training
+from barcast.models import BASELINES, LEVELS, Forecaster, default_horizons, optimiser, scaling, training
 from barcast.models.diffusion import STEPS
 from barcast.models.scaling import Frame, Scaling, feature_names, layout_of
+from barcast.models.sssd.encoder import Encoder
+from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Trained
 
 Patch = AbstractContextManager[Any]
@@ -71,7 +74,7 @@ def _masked(keeps: Callable[[str], bool]) -> Patch:
 
 def members(count: int) -> Patch:
     """So many members; one alone learns from three blocks of four, mirrored."""
-    return patch.object(training, "Architecture", partial(sssd.Architecture, members=count))
+    return patch.object(training, "Architecture", partial(Architecture, members=count))
 
 
 def mirrored(every: bool) -> Patch:
@@ -87,12 +90,12 @@ def mirrored(every: bool) -> Patch:
 
 def no_sequence() -> Patch:
     """The encoder's S4D layers see zeros; the rolling features are left."""
-    forward = sssd.Encoder.forward
+    forward = Encoder.forward
 
     def blind(self: Any, features: Tensor, sequence: Tensor, drop: Any = None) -> Tensor:
         return forward(self, features, torch.zeros_like(sequence), drop)
 
-    return patch.object(sssd.Encoder, "forward", blind)
+    return patch.object(Encoder, "forward", blind)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class Training:
     def run(self, start: Trained | None, histories: Sequence[Any], **options: Any) -> Trained:
         """Train; arguments are those of `training.train`, and the model of `start`."""
 
-        def fit(net: sssd.SSSD, phases: Sequence[optimiser.Phase], *args: Any) -> optimiser.Fitted:
+        def fit(net: SSSD, phases: Sequence[optimiser.Phase], *args: Any) -> optimiser.Fitted:
             if start is not None:
                 net.map.load_state_dict(start.net.map.state_dict())
             else:

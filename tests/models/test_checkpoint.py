@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from barcast.models import CheckpointError, ConfigError, Window, checkpoint
 from barcast.models.checkpoint import load, open_forecaster, save
 from barcast.models.scaling import feature_names
-from barcast.models.sssd import SSSD
+from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Trained
 from tests import kinds
 from tests.models.conftest import HORIZONS

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from barcast.models import ConfigError, Forecast, Window
 from barcast.models.diffusion import SSSDForecaster, use_one_thread
 from barcast.models.samplers import SAMPLERS
-from barcast.models.sssd import knot_scores, piecewise
+from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.trained import Trained
 from tests.checks import forecast_does_not_depend_on_its_batch
 from tests.garch import simulate

@@ -129,7 +129,7 @@ def _error(mixture: Mixture, x: Tensor) -> float:
 
 def _sampled(sampler: str, steps: int, mixture: Mixture) -> Tensor:
     timesteps = samplers.grid(steps)
-    return samplers.build(sampler, timesteps)(mixture.velocity(timesteps), GAUSS)
+    return samplers.build(sampler, steps).run(mixture.velocity(timesteps), GAUSS)
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +224,9 @@ def test_a_sampler_keeps_nothing_of_a_window(sampler: str) -> None:
     """One sampler gives the same bits again: after other inputs, after a failure, and amid another run."""
     first, second = MIXTURES["bimodal"], MIXTURES["skew"]
     timesteps = samplers.grid(20)
-    alone = samplers.build(sampler, timesteps)(first.velocity(timesteps), GAUSS)
-    other = samplers.build(sampler, timesteps)(second.velocity(timesteps), GAUSS[:999])
-    run = samplers.build(sampler, timesteps)
+    alone = samplers.build(sampler, 20).run(first.velocity(timesteps), GAUSS)
+    other = samplers.build(sampler, 20).run(second.velocity(timesteps), GAUSS[:999])
+    run = samplers.build(sampler, 20).run
 
     def fails(x: Tensor, i: int) -> Tensor:
         if i == 7:
@@ -268,4 +268,4 @@ def test_impossible_step_counts_are_refused(steps: int) -> None:
 def test_an_unknown_sampler_is_refused_with_the_choices() -> None:
     """An unknown key raises ConfigError that names the choices."""
     with pytest.raises(ConfigError, match="'euler' is unknown: choose one of ddim, dpmpp"):
-        samplers.build("euler", samplers.grid(8))
+        samplers.build("euler", 8)

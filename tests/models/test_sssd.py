@@ -7,16 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from barcast.models.sssd import (
-    PROBABILITIES,
-    S4D,
-    Architecture,
-    Encoder,
-    QuantileMap,
-    knot_scores,
-    piecewise,
-    sobol_normals,
-)
+from barcast.models.sssd.encoder import Encoder
+from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.marginal import PROBABILITIES, QuantileMap, knot_scores, piecewise
+from barcast.models.sssd.network import sobol_normals
+from barcast.models.sssd.s4d import S4D
 from barcast.models.trained import Trained
 
 A = Architecture(features=5, channels=4, context=64, horizons=3, samples=256, members=4)

@@ -26,7 +26,8 @@ from barcast.models.ensemble import Member
 from barcast.models.optimiser import Progress, Share
 from barcast.models.origins import BLOCKS, Origins, Split, split, to_text
 from barcast.models.scaling import signed_features
-from barcast.models.sssd import PROBABILITIES, Architecture
+from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.marginal import PROBABILITIES
 from barcast.models.trained import Trained
 from barcast.models.training import _Training, train
 from tests.garch import HOUR, START, simulate
