@@ -17,10 +17,10 @@ class Denoiser(nn.Module):
         D = a.denoiser
         self.time = linear(17, a.code, generator)
         self.film = linear(a.code, 2 * D * a.blocks, generator)
-        self.enter = linear(a.horizons, D, generator)
+        self.enter = linear(a.path, D, generator)
         self.first = nn.ModuleList([linear(D, D, generator) for _ in range(a.blocks)])
         self.second = nn.ModuleList([linear(D, D, generator) for _ in range(a.blocks)])
-        self.leave = linear(D, a.horizons, None)
+        self.leave = linear(D, a.path, None)
 
     def modulation(self, c: Tensor, lam: Tensor, drop: Dropout | None = None) -> Tensor:
         """c (..., code) and lambda = log(alpha / sigma) (...) -> scales and shifts (..., 2 D blocks)."""
@@ -31,7 +31,7 @@ class Denoiser(nn.Module):
         return film
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        """x_t (..., H) and its modulation (..., 2 D blocks), broadcast -> v (..., H)."""
+        """x_t (..., G) and its modulation (..., 2 D blocks), broadcast -> v (..., G)."""
         y = self.enter(x)
         parts = film.chunk(2 * len(self.first), -1)
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
