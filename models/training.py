@@ -251,15 +251,14 @@ class _Training:
         net, part, steps = self.net.eval(), self.learn, path_steps(self.data.scaling.horizons)
         self.older = (part.block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
         self.newest = part.only(self.apart[-1])
-        with torch.no_grad():
-            scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
-            quantiles = self._path_quantiles(self.newest)  # (n, G, K)
-            p = (torch.arange(LOOK_SAMPLES, dtype=torch.float64) + 0.5) / LOOK_SAMPLES
-            u = torch.special.ndtri(p).expand(*quantiles.shape[:2], -1).contiguous()
-            values = piecewise(u, knot_scores().expand(quantiles.shape), quantiles)  # (n, G, S)
-            size = values[:, -1:].std(-1, correction=0)  # (n, 1): of the whole path
-            self.look_values = (values / size[..., None]).transpose(1, 2).float()  # (n, S, G)
-            self.look_moves = _moves((self.newest.path(steps) / size).float())  # (n, G)
+        scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
+        quantiles = self._path_quantiles(self.newest)  # (n, G, K)
+        p = (torch.arange(LOOK_SAMPLES, dtype=torch.float64) + 0.5) / LOOK_SAMPLES
+        u = torch.special.ndtri(p).expand(*quantiles.shape[:2], -1).contiguous()
+        values = piecewise(u, knot_scores().expand(quantiles.shape), quantiles)  # (n, G, S)
+        size = values[:, -1:].std(-1, correction=0)  # (n, 1): of the whole path
+        self.look_values = (values / size[..., None]).transpose(1, 2).float()  # (n, S, G)
+        self.look_moves = _moves((self.newest.path(steps) / size).float())  # (n, G)
         G = scores.shape[1]
         W = torch.linalg.cholesky(torch.corrcoef(scores[self.older].T).reshape(G, G))
         net.whiten.copy_(W)
@@ -326,7 +325,8 @@ class _Training:
     def _path_quantiles(self, part: Origins) -> Tensor:
         """Quantiles (n, G, K) float64 of the returns to all steps, by those that have not seen them."""
         s = self.data.scaling
-        knots = (self._unseen_knots(part) * part.scale[..., None]).numpy()
+        with torch.no_grad():
+            knots = (self._unseen_knots(part) * part.scale[..., None]).numpy()
         return torch.from_numpy(between(knots, s.horizons, path_steps(s.horizons)))
 
     def _scores(self, part: Origins) -> Tensor:
@@ -342,8 +342,7 @@ class _Training:
         is exponentially distributed with mean 1, and its root has the mean sqrt(pi) / 2; so has the lowest.
         """
         steps = path_steps(self.data.scaling.horizons)
-        with torch.no_grad():
-            quantiles = self._path_quantiles(part)
+        quantiles = self._path_quantiles(part)
         i = quantiles.shape[-1] // 4  # of the knot at one tenth
         width = (quantiles[..., -1 - i] - quantiles[..., i]) ** 2
         expected = functional.pad(width, (1, 0))

@@ -14,7 +14,7 @@ from barcast.models.sssd.network import sobol_normals
 from barcast.models.sssd.s4d import S4D
 from barcast.models.trained import Trained
 
-A = Architecture(features=5, channels=4, context=64, horizons=3, samples=256, members=4)
+A = Architecture(features=5, channels=4, context=64, horizons=3, path=16, samples=256, members=4)
 K = len(PROBABILITIES)
 
 
