@@ -38,28 +38,37 @@ class Distribution:
     """The scores of each horizon given a context, as fixed samples in ascending order.
 
     What the sampler makes of the noise without a velocity is known to be standard normal. The difference at
-    each rank, the error of the sample and of the solver, is taken off every forecast (a control variate).
+    each rank, the error of the sample and of the solver, is taken off every forecast (a control variate). The
+    fresh noise of a stochastic sampler is that of a key, and so is its error.
     """
 
     def __init__(self, net: SSSD, sampler: str, steps: int, samples: int) -> None:
         solver = samplers.build(sampler, steps)
         self.net = net
         self.run = solver.run
+        self.draws = solver.draws
         self.lam = solver.lambdas.float()  # (evaluations,)
         self.noise = net.noise[:samples]  # (S, H)
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)
         with torch.inference_mode():
-            zero = self.run(lambda x, _: torch.zeros_like(x), self.noise)
-            self.error = self._ordered(zero) - self.normal  # (S, H)
+            self.error = torch.empty(0) if self.draws else self._error(self.noise)  # (S, H)
 
-    def sample(self, c: Tensor) -> Tensor:
-        """c (B, code) -> scores (B, S, H) float64, rising along S."""
+    def sample(self, c: Tensor, key: tuple[str, str, int] = ("", "", 0)) -> Tensor:
+        """c (B, code) -> scores (B, S, H) float64, rising along S.
+
+        The key, of model, symbol and close time, decides what a stochastic sampler draws.
+        """
         denoise, lam = self.net.denoiser, self.lam[:, None].expand(-1, len(c))
         film = denoise.modulation(c.expand(len(lam), -1, -1), lam)[:, :, None]  # (steps, B, 1, .)
-        start = self.noise.expand(len(c), -1, -1)
+        noise, error = self.noise, self.error
+        if self.draws:
+            fresh = samplers.keyed_normals(self.draws, noise.shape, *key)
+            noise = torch.cat([noise[None], fresh])  # (1 + draws, S, H)
+            error = self._error(noise)
+        start = noise[..., None, :, :].expand(*noise.shape[:-2], len(c), -1, -1)
         w = self.run(lambda x, i: denoise(x, film[i]), start)  # (B, S, H)
-        return torch.cummax(self._ordered(w) - self.error, 1).values
+        return torch.cummax(self._ordered(w) - error, 1).values
 
     def quantiles(self, scores: Tensor, levels: Tensor) -> Tensor:
         """Scores (B, S, H) -> their quantiles at levels (Q,), (B, H, Q), not falling along Q.
@@ -82,6 +91,11 @@ class Distribution:
         normal = self.normal.T.expand(apart.shape)
         probability: Tensor = torch.special.ndtr(piecewise(at[..., None], apart, normal)[..., 0])
         return probability
+
+    def _error(self, noise: Tensor) -> Tensor:
+        zero = self.run(lambda x, _: torch.zeros_like(x), noise)
+        error: Tensor = self._ordered(zero) - self.normal
+        return error
 
     def _ordered(self, w: Tensor) -> Tensor:
         scores: Tensor = torch.sort((w @ self.net.whiten.T).double(), -2).values
@@ -152,7 +166,9 @@ class SSSDForecaster:
         else:
             context = self._net.architecture.context
             sequence = torch.from_numpy(frame.channels[-context:]).float()
-            scores = self._distribution.sample(self._net.encoder(features, sequence[None]))  # (1, S, H)
+            c = self._net.encoder(features, sequence[None])
+            key = (self.card.model, window.symbol, window.close_time)
+            scores = self._distribution.sample(c, key)  # (1, S, H)
             q = self._distribution.quantiles(scores, self._levels)
             z = piecewise(scores.transpose(1, 2), u, knots)
             fall = self._distribution.below(scores, zero)
