@@ -34,7 +34,7 @@ from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
-from barcast.models import BASELINES, ConfigError, open_model
+from barcast.models import BASELINES, MOST_STEPS, ConfigError, check_sampler, open_model
 from barcast.strategies import PATH
 
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
@@ -100,6 +100,14 @@ def _model(value: str) -> str:
         f"{value!r} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor a "
         "checkpoint directory; name one of these"
     )
+
+
+def _sampler(value: str, steps: int | None = None) -> str:
+    try:
+        check_sampler(value, steps)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return value
 
 
 def duration(text: str) -> int:
@@ -177,8 +185,15 @@ class Model(_Section):
 
     name: Annotated[str, AfterValidator(_model)] = "champion"
     first: Annotated[str, AfterValidator(_model)] = "fhs"
-    sampler: Literal["dpmpp", "ddim"] | None = None
-    steps: int | None = Field(default=None, ge=2, le=400)
+    sampler: Annotated[str, AfterValidator(_sampler)] | None = None
+    steps: int | None = Field(default=None, ge=2, le=MOST_STEPS)
+
+    @field_validator("steps")
+    @classmethod
+    def _can_be_sampled(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        if sampler := info.data.get("sampler"):
+            _sampler(sampler, steps)
+        return steps
 
 
 class StrategyTable(_Section):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,11 +43,12 @@ from barcast.backtest.cli.terminal import (
     wide,
     writing,
 )
-from barcast.models import BASELINES, DataError
+from barcast.models import BASELINES, MOST_STEPS, DataError
 
 if TYPE_CHECKING:
     from barcast.backtest.evaluate import Evaluation
     from barcast.backtest.result import BacktestResult
+    from barcast.backtest.schedulers import Comparison
 
 
 @app.command(rich_help_panel=HISTORY)
@@ -460,6 +462,55 @@ def evaluate(
 
 
 @app.command(rich_help_panel=HISTORY)
+def schedulers(
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory of a diffusion model.")],
+    files: Files,
+    stamp: Stamped,
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    until: Until = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps to try; may be repeated. Default: 2, 4, 8 and 20.", min=2, max=MOST_STEPS),
+    ] = None,
+    origins: Annotated[int, typer.Option(help="Bars to forecast from, about.", min=10)] = 300,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
+    ] = None,
+) -> None:
+    """Compare the samplers of a diffusion model, and choose one: the cheapest that is as good as the best.
+
+    Forecasts are made where the model has not learnt from; the choice is made by the older half of them, and
+    the newer half shows whether it holds.
+    """
+    if json_file is not None:
+        check_output("--json", json_file, [*files, *([adjustments] if adjustments else [])])
+    from barcast.backtest.schedulers import STEPS, compare
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
+    with progressing("forecasting", None) as advance:
+        result = compare(
+            model,
+            list(histories.values()),
+            closes.timeframe,
+            steps=steps or STEPS,
+            origins=origins,
+            clock=time.process_time,
+            progress=advance,
+        )
+    _print_schedulers(result)
+    if json_file is not None:
+        with writing("--json", json_file):
+            json_file.write_text(result.json())
+        out.print(f"numbers: {json_file.absolute()}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=HISTORY)
 def demo(
     folder: Annotated[Path, typer.Option(help="Working folder; made anew.")] = Path("demo-run"),
     broker: Annotated[
@@ -561,6 +612,40 @@ def _print_evaluation(result: "Evaluation") -> None:
     )
     for model, count in result.meta["withheld"].items():
         out.print(f"{count} origins left out for all, as {model} makes nothing usable of them", markup=False)
+
+
+def _print_schedulers(result: "Comparison") -> None:
+    """A row for each sampler and steps, the chosen one bold, and what to write into a configuration."""
+    meta, chosen = result.meta, result.chosen
+    halves = [f"{meta[a][:10]} to {meta[b][:10]}" for a, b in (("since", "cut"), ("cut", "until"))]
+    table = Table(
+        title="CRPS over that of {sampler}, {steps} steps, in %".format(**meta["reference"]),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("sampler")
+    for column in ("steps", "evaluations", "CPU ms", *halves):
+        table.add_column(column, justify="right", no_wrap=True)
+    for trial in result.trials:
+        over = [f"{e.value:+z.3f} ±{e.error:.3f}" for e in (trial.validation, trial.confirmation)]
+        cells = (str(trial.steps), str(trial.evaluations), f"{trial.cpu_ms:.1f}", *over)
+        table.add_row(trial.sampler, *cells, style="bold" if trial is chosen else None)
+    console = wide()
+    console.print(table)
+    counts = meta["origins"]
+    console.print(
+        f"{counts['validation']} and {counts['confirmation']} forecasts, before calibration. The first half "
+        f"chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
+        highlight=False,
+    )
+    if not result.adds:
+        console.print(
+            "Training found that the diffusion adds nothing to this model: all samplers are the same but for "
+            "the error of the sample, and without these lines nothing is sampled.",
+            highlight=False,
+        )
+    print(f'sampler = "{chosen.sampler}"\nsteps = {chosen.steps}')
 
 
 def _share(value: float | None, error: float | None) -> str:

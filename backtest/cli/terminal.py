@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from barcast.models import ConfigError
+from barcast.models import SAMPLERS, ConfigError
 
 if TYPE_CHECKING:
     from barcast.daemon.calendar import Calendars
@@ -102,11 +102,12 @@ ModelName = Annotated[
     ),
 ]
 Sampler = Annotated[
-    str | None, typer.Option(help="Of a diffusion model: dpmpp (fast) or ddim; default: the model's own.")
+    str | None,
+    typer.Option(help=f"Of a diffusion model: {', '.join(SAMPLERS)}; default: the model's own."),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(help="Of a diffusion model: its evaluations per sample; default: the model's own.", min=2),
+    typer.Option(help="Of a diffusion model: the steps of its sampler; default: the model's own.", min=2),
 ]
 
 
