@@ -206,11 +206,11 @@ class WalkForward:
             self._progress(f"judging {number}: {done} of {count} forecasts")
 
         try:
-            steps = self._retrain.steps
-            train_challenger(self._known(run.asked), challenger, timeframe, card, steps, stand)
+            steps, path = self._retrain.steps, self._store.path(champion.model)
+            train_challenger(self._known(run.asked), challenger, timeframe, card, path, steps, stand)
             verdict = judge(
                 challenger,
-                self._store.path(champion.model),
+                path,
                 self._known(now),
                 timeframe,
                 0.0 if eased else self._retrain.margin,

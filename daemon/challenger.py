@@ -19,17 +19,18 @@ def train_challenger(
     out: Path,
     timeframe: str,
     champion: Card,
+    path: str,
     steps: int | None,
     progress: "Callable[[Progress], None]",
 ) -> "tuple[str, Trained]":
     """Train on all bars and write the checkpoint `out`; return its id and the model.
 
-    It has the champion's horizons and levels, so that the gate can compare them. `steps` are those of each
-    phase, None: from the data. The same call again goes on with one that was interrupted. Raise as
-    `barcast.models.training.train` does.
+    It has the champion's horizons and levels, so that the gate can compare them, and the sizes of the model
+    at the champion's `path`, as `open_model` takes it. `steps` are those of each phase, None: from the data.
+    The same call again goes on with one that was interrupted. Raise as `barcast.models.training.train` does.
     """
     from barcast.models import training
-    from barcast.models.checkpoint import check_target, save
+    from barcast.models.checkpoint import check_target, preset_of, save
 
     out = check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -39,6 +40,7 @@ def train_challenger(
         timeframe=timeframe,
         horizons=champion.horizons,
         levels=champion.levels,
+        preset=preset_of(path),
         hold_out=HELD_OUT_SHARE,
         steps=steps,
         state=state,

@@ -31,7 +31,7 @@ from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.season import ZONES
-from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.layers import PRESET, Architecture
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
@@ -39,6 +39,7 @@ FORMAT = 3
 JSON, WEIGHTS, MEMBERS = "model.json", "weights.safetensors", "members"
 AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
+LATER = {"encoder": "s4d", "head": "mlp"}  # fields of an architecture that older checkpoints have not
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
 
 
@@ -126,6 +127,17 @@ def open_forecaster(
     return load(directory).forecaster(sampler, steps, paths)
 
 
+def preset_of(name: str) -> str:
+    """The preset whose sizes a model has, or a diffusion model in it; `PRESET` where there is none.
+
+    `name` is a baseline or a checkpoint directory.
+    """
+    trained = open_member(name).trained
+    members = trained.members if isinstance(trained, Ensemble) else [Member(name, trained)]
+    found = [m.trained.net.architecture.preset for m in members if isinstance(m.trained, Trained)]
+    return next((preset for preset in found if preset), PRESET)
+
+
 def open_member(name: str) -> Member:
     """A member of an ensemble: a baseline by its name, else a checkpoint directory."""
     if name in BASELINES:
@@ -166,11 +178,16 @@ def _body(trained: Trained) -> dict[str, Any]:
         "window": s.window,
         "schedule": [samplers.SCHEDULE, samplers.TIMESTEPS],
         "prediction": samplers.PREDICTION,
-        "architecture": asdict(trained.net.architecture),
+        "architecture": _sizes(trained.net.architecture),
         "features": feature_names(s.timeframe, s.horizons),
         "scaling": _scaling_body(s),
         "record": asdict(trained.record),
     }
+
+
+def _sizes(a: Architecture) -> dict[str, Any]:
+    """The architecture, without what is as in older checkpoints: these keep their ids when saved again."""
+    return {name: size for name, size in asdict(a).items() if LATER.get(name) != size}
 
 
 def _scaling_body(s: Scaling) -> dict[str, Any]:
@@ -247,9 +264,6 @@ def _trained(path: Path, body: dict[str, Any]) -> Trained:
     scaling, levels, record = _scaling(path, body, Record)
     with _foreign(path):
         architecture = Architecture(**body["architecture"])
-        for name, size in asdict(architecture).items():
-            if type(size) is not int or size < 1:
-                raise ValueError(f"architecture.{name} is {size!r}, not a whole number above 0")
         known = msgspec.convert(body["path"], tuple[int, ...])
         net = SSSD(architecture, torch.Generator().manual_seed(0))
     for field, found, mine in (

@@ -31,8 +31,8 @@ from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
 from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned, to_text
 from barcast.models.paths import between, path_steps
-from barcast.models.scaling import CHANNELS, signed_features
-from barcast.models.sssd.layers import Architecture
+from barcast.models.scaling import CHANNELS, feature_names, layout_of, signed_features
+from barcast.models.sssd.layers import PRESET, Architecture
 from barcast.models.sssd.marginal import PROBABILITIES, knot_scores, piecewise
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Record, Trained, check_outputs
@@ -69,6 +69,7 @@ def train(
     seconds: float | None = None,
     clock: Callable[[], float] | None = None,
     init_from: tuple[str, Trained] | None = None,
+    preset: str | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
     state: Path | None = None,
@@ -81,8 +82,9 @@ def train(
     default it follows from the number of origins. `seconds` on the monotonic `clock` caps the training, half
     for each phase, and the record says if it did. `init_from`, a model's id and the model, gives the starting
     weights; what that model has learnt from, the record counts as learnt from. Each member then begins with
-    weights that have seen the block it leaves out, so that its CRPS there flatters it. `precision` is fp32 or
-    bf16, of the losses only; `accumulate` is the number of parts in which a process computes a batch.
+    weights that have seen the block it leaves out, so that its CRPS there flatters it. `preset` names the
+    sizes of the network, by default those of the starting model. `precision` is fp32 or bf16, of the losses
+    only; `accumulate` is the number of parts in which a process computes a batch.
 
     `state` is a file that is written at the end of each epoch. Where it is already there, of the same bars,
     options and version, the training goes on from it, to the bits of one that was not interrupted; whoever
@@ -98,18 +100,39 @@ def train(
     use_one_thread()
     folder = None if state is None else state.parent
     data = split(histories, timeframe, tuple(horizons), until, folder, validation=0.0, hold_out=hold_out)
-    training = _Training(data, tuple(levels), seed, steps, state)
+    if preset is None:
+        preset = (init_from and init_from[1].net.architecture.preset) or PRESET
+    training = _Training(data, tuple(levels), seed, steps, state, preset)
     cap = inf if seconds is None else seconds / 2
     trained = training.run(accelerator, cap, None if seconds is None else clock, init_from, progress)
     accelerator.end_training()
     return trained
 
 
+def architecture(preset: str, timeframe: str, horizons: tuple[int, ...]) -> Architecture:
+    """The architecture that a preset means for these bars and horizons."""
+    return Architecture.of(
+        preset,
+        features=len(feature_names(timeframe, horizons)),
+        channels=CHANNELS,
+        context=layout_of(timeframe).context,
+        horizons=len(horizons),
+        path=len(path_steps(horizons)),
+        samples=SAMPLES,
+    )
+
+
 class _Training:
     """One training. The state is the network, the generator, and what the second phase learns from."""
 
     def __init__(
-        self, data: Split, levels: tuple[float, ...], seed: int, steps: int | None, state: Path | None
+        self,
+        data: Split,
+        levels: tuple[float, ...],
+        seed: int,
+        steps: int | None,
+        state: Path | None,
+        preset: str = PRESET,
     ) -> None:
         self.data, self.seed, self.state = data, seed, state
         self.levels = torch.tensor(levels, dtype=torch.float64)
@@ -117,16 +140,9 @@ class _Training:
         self.steps = steps or min(max(len(self.learn) // 60, LEAST_STEPS), MOST_STEPS)
         self.signed = torch.from_numpy(signed_features(data.scaling.timeframe, data.scaling.horizons))
         self.generator = Generator().manual_seed(seed)
-        architecture = Architecture(
-            features=self.learn.features.shape[1],
-            channels=CHANNELS,
-            context=data.scaling.layout.context,
-            horizons=len(data.scaling.horizons),
-            path=len(path_steps(data.scaling.horizons)),
-            samples=SAMPLES,
-        )
-        self.net = SSSD(architecture, self.generator)
-        members = torch.arange(architecture.members)
+        a = architecture(preset, data.scaling.timeframe, data.scaling.horizons)
+        self.net = SSSD(a, self.generator)
+        members = torch.arange(a.members)
         self.alike = not data.scaling.layout.falls  # up and down are exchangeable
         self.unseen = members % BLOCKS  # (M,): the block that a member does not learn from
         self.mirrored = members >= len(members) // 2  # (M,)

@@ -343,6 +343,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         f"{JSON} | validation_end | got `str` | train again",
     ),
     "an unknown size": (field("architecture.heads", 4), f"{JSON} | Architecture | 'heads' | train again"),
+    "an encoder that there is not": (
+        field("architecture.encoder", "lstm"),
+        f"{JSON} | architecture.encoder | 'lstm' | s4d, multiscale | train again",
+    ),
     "a negative size": (field("architecture.width", -1), f"{JSON} | architecture.width | -1 | train again"),
     "weights of another size": (field("architecture.width", 48), f"{WEIGHTS} | map. | 96 | train again"),
     "members of another number": (

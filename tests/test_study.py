@@ -16,6 +16,7 @@ QUICK = {
     "MAP_RATE": 5e-2,
     "DENOISER_RATE": 1e-2,
     "LOOK_ORIGINS": 60,
+    "BATCH": 32,
 }
 """A training of a blink, at rates that change something."""
 
@@ -40,6 +41,7 @@ def test_every_variant_is_another_forecaster_at_the_same_origins(fold, tmp_path,
     found = {v.name: cells.compute(fold, v, 0) for v in VARIANTS}
     losses = {name: json.dumps(cell["losses"]) for name, cell in found.items()}
     assert losses.pop("full") in (losses["map"], losses["diffusion"])
+    assert losses.pop("base") not in (losses["map"], losses["diffusion"])  # where its map stays static
     assert len(set(losses.values())) == len(losses), losses.keys()
     assert all(cells.path(fold, v, 0).exists() for v in VARIANTS)
     assert not any(cells.path(fold, v, 1).exists() for v in VARIANTS if v.seeded)

@@ -258,11 +258,12 @@ def train_challenger(
     from barcast.daemon.store import ModelStore
 
     settings, histories = _known(config, parent)
-    card = ModelStore(settings.state_dir / "models", settings.timeframe).open(champion, None, None).card
+    store = ModelStore(settings.state_dir / "models", settings.timeframe)
+    card = store.open(champion, None, None).card
     steps = settings.retrain.steps if settings.retrain else None
     with epochs() as stand:
         model, trained = challenger.train_challenger(
-            histories, out_dir, settings.timeframe, card, steps, stand
+            histories, out_dir, settings.timeframe, card, store.path(champion), steps, stand
         )
     tell_model(model, trained, out_dir)
 

@@ -49,6 +49,14 @@ class Kind(StrEnum):
     ensemble = "ensemble"
 
 
+class Preset(StrEnum):
+    """How large a network is trained: the names of `barcast.models.sssd.layers.PRESETS`."""
+
+    tiny = "tiny"
+    small = "small"
+    base = "base"
+
+
 class Precision(StrEnum):
     """In which numbers the losses of a training are computed."""
 
@@ -102,6 +110,12 @@ def train(
             metavar="MODEL", help="Of an ensemble: a baseline or a checkpoint directory; to be repeated."
         ),
     ] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(
+            help="Sizes of the network, see barcast models describe; default: small, or as --init-from."
+        ),
+    ] = None,
     precision: Annotated[
         Precision,
         typer.Option(help="Numbers of the losses; bf16 pays only where the processor is built for it."),
@@ -114,14 +128,14 @@ def train(
 
     An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
     of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --init-from,
-    --precision and --accumulate go with sssd alone.
+    --preset, --precision and --accumulate go with sssd alone.
 
     The same command again goes on with a training that was interrupted. Several processes share a training
     under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
     """
     wrong: dict[str, object] = {"--seed": seed} if kind == Kind.ensemble else {"--member": member}
     if kind != Kind.sssd:
-        wrong |= {"--steps": steps, "--minutes": minutes, "--init-from": init_from}
+        wrong |= {"--steps": steps, "--minutes": minutes, "--init-from": init_from, "--preset": preset}
         wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
     for option, given in wrong.items():
         if given:
@@ -141,6 +155,7 @@ def train(
         init_from=init_from,
         hold_out=hold_out,
         seed=seed,
+        preset=preset,
         precision=precision,
         accumulate=accumulate,
     )
@@ -165,6 +180,7 @@ def _train(
     init_from: Path | None,
     hold_out: float,
     seed: int,
+    preset: str | None,
     precision: str,
     accumulate: int,
 ) -> None:
@@ -199,6 +215,7 @@ def _train(
                 clock=time.monotonic,
                 init_from=start,
                 seed=seed,
+                preset=preset,
                 precision=precision,
                 accumulate=accumulate,
                 state=state,
@@ -216,7 +233,7 @@ def _train(
                 opened = [open_member(name) for name in members]
                 known = next((m.trained for m in opened if m.trained is not None), None)
                 if horizons is None and known is not None:
-                    outputs["horizons"] = known.forecaster("", None, None).card.horizons
+                    outputs["horizons"] = known.forecaster("", None, None, False).card.horizons
                 trained = ensemble.train(bars, opened, **outputs, progress=say)
             else:
                 trained = gbm.train(bars, **outputs, seed=seed, progress=say)

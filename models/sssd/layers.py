@@ -1,16 +1,29 @@
 """Sizes of the network, and the layers that all of its parts are made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import sqrt
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
+from barcast.models.errors import ConfigError
+
+CHOICES = {"encoder": ("s4d", "multiscale"), "head": ("mlp", "unet1d")}
+"""What the fields of an architecture that are no sizes may be."""
+_SIZES = ("width", "state", "poles", "code", "denoiser", "blocks", "encoder", "head")
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny": dict(zip(_SIZES, (32, 8, 4, 16, 32, 1, "s4d", "mlp"), strict=True)),
+    "small": dict(zip(_SIZES, (96, 16, 8, 48, 64, 2, "s4d", "mlp"), strict=True)),
+    "base": dict(zip(_SIZES, (128, 32, 16, 64, 64, 2, "multiscale", "unet1d"), strict=True)),
+}
+"""Architectures by name, but for what follows from the bars and from what is forecast."""
+PRESET = "small"
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """Sizes of the network."""
+    """Sizes of the network, and of which kind its parts are; raises `ConfigError` for any it cannot have."""
 
     features: int
     channels: int
@@ -23,8 +36,31 @@ class Architecture:
     state: int = 16  # channels of the S4D layers
     poles: int = 8  # complex conjugate pairs of each S4D channel
     code: int = 48  # of the context c
-    denoiser: int = 64  # width of the denoiser
-    blocks: int = 2  # residual blocks of the denoiser
+    denoiser: int = 64  # width of the denoiser; of a U-Net that of every second step
+    blocks: int = 2  # residual blocks of the denoiser; of a U-Net at each level
+    encoder: str = "s4d"
+    head: str = "mlp"
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, known = getattr(self, field.name), CHOICES.get(field.name)
+            if known and value not in known:
+                raise ConfigError(f"architecture.{field.name} is {value!r}, none of {', '.join(known)}")
+            if not known and (type(value) is not int or value < 1):
+                raise ConfigError(f"architecture.{field.name} is {value!r}, not a whole number above 0")
+
+    @classmethod
+    def of(cls, preset: str, **given: Any) -> "Architecture":
+        """The architecture of a preset, with the given sizes; raise `ConfigError` for an unknown preset."""
+        if preset not in PRESETS:
+            raise ConfigError(f"preset {preset!r} is unknown: take one of {', '.join(PRESETS)}")
+        return cls(**(PRESETS[preset] | given))
+
+    @property
+    def preset(self) -> str | None:
+        """The preset whose sizes these are, if there is one."""
+        fits = (all(getattr(self, k) == v for k, v in sizes.items()) for sizes in PRESETS.values())
+        return next((name for name, fit in zip(PRESETS, fits, strict=True) if fit), None)
 
 
 class Dropout(Protocol):
@@ -47,10 +83,25 @@ def uniform(shape: tuple[int, int, int], generator: Generator) -> Tensor:
 def linear(n_in: int, n_out: int, generator: Generator | None) -> nn.Linear:
     """A linear layer drawn from `generator`; zero without one."""
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, n_in, n_out)  # type: ignore[no-untyped-call]
+    _draw(layer, n_in, generator)
+    return layer
+
+
+def convolution(n_in: int, n_out: int, generator: Generator, *, reach: int = 1, stride: int = 1) -> nn.Conv1d:
+    """A convolution over each step, or every `stride`-th, and `reach` steps on both sides, zero beyond."""
+    size = 2 * reach + 1
+    layer: nn.Conv1d = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Conv1d, n_in, n_out, size, stride=stride, padding=reach
+    )
+    _draw(layer, size * n_in, generator)
+    return layer
+
+
+def _draw(layer: nn.Linear | nn.Conv1d, n_in: int, generator: Generator | None) -> None:
+    assert layer.bias is not None
     with torch.no_grad():
         layer.bias.zero_()
         if generator is None:
             layer.weight.zero_()
         else:
             layer.weight.uniform_(-1 / sqrt(n_in), 1 / sqrt(n_in), generator=generator)
-    return layer

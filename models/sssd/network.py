@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from barcast.models.sssd.encoder import Encoder
-from barcast.models.sssd.head import Denoiser
+from barcast.models.sssd.head import build_head
 from barcast.models.sssd.layers import Architecture
 from barcast.models.sssd.marginal import QuantileMap
 
@@ -35,7 +35,7 @@ class SSSD(nn.Module):
         self.architecture = a
         self.map = QuantileMap(a, generator)
         self.encoder = Encoder(a, generator)
-        self.denoiser = Denoiser(a, generator)
+        self.denoiser = build_head(a, generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         self.register_buffer("whiten", torch.eye(a.path))
         self.register_buffer("noise", sobol_normals(a.samples, a.path, seed))

@@ -146,7 +146,7 @@ def test_replay_trains_the_very_model_that_the_daemon_would(whole, hourly, tmp_p
     calendars = Calendars("24x7", Timeframe.parse("1h"))
     known = known_bars(tmp_path, calendars, now)
     card = open_model("fhs", "1h", None, None).card
-    model, _ = train_challenger(known, tmp_path / "out", "1h", card, SCHEDULE.steps, lambda _: None)
+    model, _ = train_challenger(known, tmp_path / "out", "1h", card, "fhs", SCHEDULE.steps, lambda _: None)
     assert model == first["challenger"]
 
 

@@ -14,7 +14,7 @@ from barcast.models import LEVELS, Forecaster, Window, gbm, open_model
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, use_one_thread
 from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
-from barcast.models.sssd.head import Denoiser
+from barcast.models.sssd.head import MLP
 from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.training import BATCH, DRAWS, _Dropout, _Training, train
 from tests.bench.report import Row, Section, Target
@@ -78,9 +78,9 @@ def _forecasts(section: Section, histories: Sequence[Window], tell: Callable[[st
     trained = train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=TRAINING_STEPS)
     note("sssd, the map alone", trained.forecaster("map", None, 0))
     whole = trained.net.noise
-    forward = Denoiser.forward
+    forward = MLP.forward
 
-    def bf16(self: Denoiser, x: Tensor, film: Tensor) -> Tensor:
+    def bf16(self: MLP, x: Tensor, film: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return forward(self, x, film).float()
 
@@ -89,7 +89,7 @@ def _forecasts(section: Section, histories: Sequence[Window], tell: Callable[[st
         forecaster = trained.forecaster("sssd", SAMPLER, STEPS)
         what = f"sssd, diffusion, {samples} samples x {STEPS} evaluations"
         note(f"{what}, fp32", forecaster)
-        with patch.object(Denoiser, "forward", bf16):
+        with patch.object(MLP, "forward", bf16):
             note(f"{what}, bf16", forecaster)
 
 

@@ -19,7 +19,7 @@ from barcast.models import BASELINES, LEVELS, Forecaster, default_horizons, opti
 from barcast.models.diffusion import STEPS
 from barcast.models.scaling import Frame, Scaling, feature_names, layout_of
 from barcast.models.sssd.encoder import Encoder
-from barcast.models.sssd.layers import Architecture
+from barcast.models.sssd.layers import PRESETS, Architecture
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Trained
 
@@ -72,9 +72,29 @@ def _masked(keeps: Callable[[str], bool]) -> Patch:
     return patch.object(Scaling, "frame", masked)
 
 
+def sized(**sizes: Any) -> Patch:
+    """A network of other sizes, or of other parts."""
+    return patch.object(Architecture, "of", partial(Architecture.of, **sizes))
+
+
 def members(count: int) -> Patch:
     """So many members; one alone learns from three blocks of four, mirrored."""
-    return patch.object(training, "Architecture", partial(Architecture, members=count))
+    return sized(members=count)
+
+
+def preset(name: str) -> Patch:
+    """The sizes of a preset."""
+    return sized(**PRESETS[name])
+
+
+def encoder(name: str) -> Patch:
+    """Another encoder of the sequence."""
+    return sized(encoder=name)
+
+
+def head(name: str, blocks: int) -> Patch:
+    """Another head of the denoiser, with so many residual blocks at each level."""
+    return sized(head=name, blocks=blocks)
 
 
 def mirrored(every: bool) -> Patch:
@@ -155,6 +175,11 @@ DENOISER = Training(("denoiser",), start=FULL, forced=True)
 BLIND = replace(DENOISER, changes=((no_sequence, ()),))
 
 
+def _denoiser(change: Callable[..., Patch], *args: Any) -> Training:
+    """Another denoiser on the same map."""
+    return replace(DENOISER, changes=((change, args),))
+
+
 @dataclass(frozen=True)
 class Variant:
     """A forecaster of the study; without `training` a baseline of that name.
@@ -215,6 +240,8 @@ VARIANTS = (
     Variant("hs", "historical simulation", None),
     Variant("static", "static map: no member learns", Training(())),
     Variant("full", "the product: diffusion where validation likes it", FULL),
+    Variant("tiny", "the product, of the preset tiny", replace(FULL, changes=((preset, ("tiny",)),))),
+    Variant("base", "the product, of the preset base", replace(FULL, changes=((preset, ("base",)),))),
     Variant("map", "the map alone", FULL, steps=0),
     Variant("uncalibrated", "the map alone, not calibrated", FULL, steps=0, raw=True),
     Variant("no-level", "scale without the level of realised residuals", _map((no_level, ()))),
@@ -227,6 +254,8 @@ VARIANTS = (
     Variant("mirrored-all", "all members mirrored", _map((mirrored, (True,)))),
     _sampled("diffusion", "diffusion always: dpmpp, 8 evaluations, 256 Sobol points"),
     _sampled("no-sequence", "diffusion without the S4D sequence", BLIND),
+    _sampled("multiscale", "diffusion with S4D layers on three timeframes", _denoiser(encoder, "multiscale")),
+    _sampled("unet1d", "diffusion by a U-Net along the path", _denoiser(head, "unet1d", 1)),
     _sampled("nfe-4", "diffusion, 4 evaluations", steps=4),
     _sampled("nfe-20", "diffusion, 20 evaluations", steps=20),
     _sampled("ddim", "diffusion, ddim", sampler="ddim"),

@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from barcast.models import CheckpointError, ConfigError, Window, checkpoint
-from barcast.models.checkpoint import load, open_forecaster, save
+from barcast.models import CheckpointError, ConfigError, Window, checkpoint, training
+from barcast.models.checkpoint import load, open_forecaster, preset_of, save
 from barcast.models.scaling import feature_names
+from barcast.models.sssd.layers import PRESET, PRESETS
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Trained
 from tests import kinds
@@ -117,6 +118,35 @@ def test_the_id_is_a_hash_of_the_contents(trained: Trained, directory: Path, tmp
     assert save(changed, tmp_path / "other") != model
     assert len(model) == 16
     assert int(model, 16) >= 0
+
+
+def test_parts_that_older_checkpoints_have_are_not_named(directory: Path) -> None:
+    """Without encoder and head a checkpoint has those of the first versions, and keeps its id."""
+    sizes = _body(directory)["architecture"]
+    assert not {"encoder", "head"} & set(sizes)
+    found = load(directory).trained.net.architecture
+    assert (found.encoder, found.head) == ("s4d", "mlp")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_comes_back(preset: str, trained: Trained, tmp_path: Path, newest: list[Window]) -> None:
+    """A network of any sizes and parts forecasts what it did, to the bit, and its preset is known."""
+    s = trained.scaling
+    net = SSSD(training.architecture(preset, s.timeframe, s.horizons), torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        net.denoiser.leave.weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(2))
+    made = replace(trained, net=net.eval())
+    save(made, tmp_path / "model")
+    assert preset_of(str(tmp_path / "model")) == preset
+    before, after = made.raw("x"), load(tmp_path / "model").trained.raw("x")
+    for a, b in zip(before.forecast(newest[:1]), after.forecast(newest[:1]), strict=True):
+        assert np.isfinite(a.quantiles).all()
+        assert a.quantiles.tobytes() == b.quantiles.tobytes()
+
+
+def test_the_preset_of_a_model(mixed: Path, trees: Path) -> None:
+    """An ensemble has that of the diffusion model in it; models without one have the default."""
+    assert preset_of(str(mixed)) == preset_of(str(trees)) == preset_of("fhs") == PRESET
 
 
 def test_saving_replaces_a_directory_as_a_whole(trained: Trained, directory: Path) -> None:
@@ -264,6 +294,18 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no window": (lambda d: _signed(d, _without(_body(d), "window")), "window is None"),
     "nested too deep": (lambda d: (d / "model.json").write_text("[" * 99_999), "not JSON"),
     "no record": (lambda d: _signed(d, _without(_body(d), "record")), "record is missing; train"),
+    "unknown encoder": (
+        lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"encoder": "lstm"}}),
+        "architecture.encoder is 'lstm', none of s4d, multiscale; train again",
+    ),
+    "a number for a head": (
+        lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"head": 1}}),
+        "architecture.head is 1, none of mlp, unet1d; train again",
+    ),
+    "weights of another head": (
+        lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"head": "unet1d"}}),
+        r"tensor denoiser\..* is missing or unknown",
+    ),
     "unknown size": (
         lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"heads": 4}}),
         "unexpected keyword argument 'heads'",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from barcast.models import FilteredHistoricalSimulation, HistoricalSimulation, Window, compare
-from barcast.models.checkpoint import Checkpoint, load
+from barcast.models.checkpoint import Checkpoint, load, save
 from barcast.models.diffusion import STEPS
 
 SAMPLE = Path(__file__).parents[2] / "backtest" / "sample"
@@ -39,6 +39,13 @@ def test_it_was_trained_on_the_sample_before_2010(checkpoint: Checkpoint) -> Non
     assert record.symbols == ("AAPL", "GOOG", "IBM", "MSFT")
     assert not record.capped
     assert (record.seed, record.init_from) == (0, None)
+
+
+def test_it_is_what_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Saved again it has the same id and bytes, so that an ensemble may hold it."""
+    assert save(checkpoint.trained, tmp_path / "again") == checkpoint.model
+    for name in ("model.json", "weights.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (SAMPLE / "checkpoint" / name).read_bytes()
 
 
 def test_its_card_says_whether_the_denoiser_matters(checkpoint: Checkpoint, histories: list[Window]) -> None:

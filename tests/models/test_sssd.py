@@ -1,4 +1,4 @@
-"""The network's parts: state-space layer, quantile map, noise."""
+"""The network: its sizes, quantile map and noise, and that all of it can learn."""
 
 import numpy as np
 import pytest
@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from barcast.models.sssd.encoder import Encoder
-from barcast.models.sssd.layers import Architecture
+from barcast.models import ConfigError
+from barcast.models.sssd.layers import CHOICES, PRESET, PRESETS, Architecture
 from barcast.models.sssd.marginal import PROBABILITIES, QuantileMap, knot_scores, piecewise
-from barcast.models.sssd.network import sobol_normals
-from barcast.models.sssd.s4d import S4D
+from barcast.models.sssd.network import SSSD, sobol_normals
 from barcast.models.trained import Trained
 
 A = Architecture(features=5, channels=4, context=64, horizons=3, path=16, samples=256, members=4)
@@ -20,62 +19,6 @@ K = len(PROBABILITIES)
 
 def _generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize("L", [1, 2, 64, 300])
-def test_s4d_convolution_is_its_recurrence(L: int) -> None:
-    """The convolution of a sequence equals the recurrence x' = A x + u, y = 2 Re(C x) + D u, step by step."""
-    layer = S4D(6, 4, _generator()).eval()
-    u = torch.randn(2, 6, L, generator=_generator(1))
-    with torch.no_grad():
-        A, C = layer.discretise()
-        x = torch.zeros(2, 6, 4, dtype=torch.complex128)
-        y = []
-        for k in range(L):
-            x = A * x + u[..., k, None]
-            y.append(2 * (C * x).sum(-1).real + layer.D * u[..., k])
-        expected = torch.stack(y, -1)
-        tolerance = 1e-5 * expected.abs().max()
-        assert (layer(u) - expected).abs().max() < tolerance
-        assert (layer.newest(u) - expected[..., -1]).abs().max() < tolerance
-
-
-def test_s4d_is_causal() -> None:
-    """Later inputs do not change earlier outputs."""
-    layer = S4D(6, 4, _generator()).eval()
-    u = torch.randn(1, 6, 64, generator=_generator(1))
-    later = u.clone()
-    later[..., 40:] = 100.0
-    with torch.no_grad():
-        assert (layer(u) - layer(later))[..., :40].abs().max() == 0
-
-
-def test_s4d_keeps_its_kernel_in_eval_mode_only() -> None:
-    """A kernel is computed once in eval mode, and anew after the weights may have changed."""
-    layer = S4D(6, 4, _generator()).eval()
-    before = layer.kernel(64)
-    assert layer.kernel(64) is before
-    layer.train()
-    with torch.no_grad():
-        layer.C.mul_(2)
-    layer.eval()
-    torch.testing.assert_close(layer.kernel(64), 2 * before)
-
-
-def test_the_encoder_sees_features_and_the_whole_sequence() -> None:
-    """The context depends on every feature and on the oldest as on the newest step of the sequence."""
-    encoder = Encoder(A, _generator()).eval()
-    x, s = torch.randn(1, 5, generator=_generator(1)), torch.randn(1, 64, 4, generator=_generator(2))
-    with torch.no_grad():
-        c = encoder(x, s)
-        for k in (0, 63):
-            other = s.clone()
-            other[:, k] += 1
-            assert not torch.equal(encoder(x, other), c)
-        for f in range(5):
-            other = x.clone()
-            other[:, f] += 1
-            assert not torch.equal(encoder(other, s), c)
 
 
 def _map(seed: int, size: float = 0.3) -> QuantileMap:
@@ -202,3 +145,72 @@ def test_training_moves_the_map(trained: Trained) -> None:
     with torch.no_grad():
         knots = trained.net.map.average(torch.randn(2, len(trained.scaling.mean), generator=_generator()))
     assert not torch.equal(knots[0], knots[1])
+
+
+SHAPE = {"features": 50, "channels": 4, "context": 64, "horizons": 3, "path": 16, "samples": 256}
+
+
+def _count(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_presets_are_named_sizes() -> None:
+    """Each is found again by its sizes, whatever the data; the default has those of an architecture's."""
+    for name in PRESETS:
+        assert Architecture.of(name, **SHAPE).preset == name
+        assert Architecture.of(name, **(SHAPE | {"features": 7}), members=2).preset == name
+    assert Architecture.of(PRESET, **SHAPE) == Architecture(**SHAPE)
+    assert Architecture(**SHAPE, width=97).preset is None
+    assert Architecture(**SHAPE, head="unet1d").preset is None
+    assert len({tuple(sizes) for sizes in PRESETS.values()}) == 1
+
+
+def test_presets_grow() -> None:
+    """A larger preset has more parameters in every part."""
+    nets = [SSSD(Architecture.of(name, **SHAPE), _generator()) for name in PRESETS]
+    for part in ("map", "encoder", "denoiser"):
+        counts = [_count(getattr(net, part)) for net in nets]
+        assert counts == sorted(set(counts)), part
+    assert [round(_count(net), -5) for net in nets] == [100_000, 400_000, 2_400_000]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"width": 0}, "architecture.width is 0, not a whole number above 0"),
+        ({"state": 16.0}, "architecture.state is 16.0, not a whole"),
+        ({"blocks": True}, "architecture.blocks is True, not a whole"),
+        ({"encoder": "lstm"}, "architecture.encoder is 'lstm', none of s4d, multiscale"),
+        ({"head": 3}, "architecture.head is 3, none of mlp, unet1d"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes: dict[str, int], said: str) -> None:
+    """The field, its value and what it may be are named."""
+    with pytest.raises(ConfigError, match=said):
+        Architecture(**(SHAPE | sizes))
+    with pytest.raises(ConfigError, match="preset 'huge' is unknown: take one of tiny, small, base"):
+        Architecture.of("huge", **SHAPE)
+
+
+@pytest.mark.parametrize("encoder", CHOICES["encoder"])
+@pytest.mark.parametrize("head", CHOICES["head"])
+def test_every_parameter_learns(encoder: str, head: str) -> None:
+    """After two steps of training every parameter of encoder and head has a gradient, and has moved."""
+    a = Architecture(**(SHAPE | {"features": 5}), denoiser=8, encoder=encoder, head=head)
+    net = SSSD(a, _generator()).train()
+    begun = {name: p.clone() for name, p in net.named_parameters()}
+    optimiser = torch.optim.SGD(net.parameters(), 1e-2)
+    g = _generator(1)
+    features, sequence = torch.randn(8, 5, generator=g), torch.randn(8, 64, 4, generator=g)
+    x, target, lam = (torch.randn(shape, generator=g) for shape in ((8, 3, 16), (8, 3, 16), (8, 3)))
+    for _ in range(2):
+        optimiser.zero_grad()
+        c = net.encoder(features, sequence)[:, None].expand(-1, 3, -1)
+        v = net.denoiser(x, net.denoiser.modulation(c, lam))
+        ((v - target) ** 2).sum().backward()
+        optimiser.step()
+    for name, p in net.named_parameters():
+        if not name.startswith("map."):
+            assert p.grad is not None, name
+            assert p.grad.abs().max() > 0, name
+            assert not torch.equal(p, begun[name]), name

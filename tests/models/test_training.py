@@ -47,7 +47,7 @@ def _state(trained: Trained) -> dict[str, bytes]:
 def _small_network() -> Iterator[None]:
     """What takes time and is not tested here: the width of the map, and the origins that are looked at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "Architecture", partial(Architecture, width=32))
+        patch.setattr(Architecture, "of", partial(Architecture.of, width=32))
         patch.setattr(training, "LOOK_ORIGINS", 100)
         yield
 
