@@ -2,9 +2,11 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 
 import msgspec
 import numpy as np
+import polars as pl
 import pytest
 
 from barcast.backtest.replay import run_backtest
@@ -166,3 +168,91 @@ def test_backtest_keeps_what_signals_tell(monkeypatch):
     without = run_backtest(sample_bars(), timeframe="session", **options)
     assert result.signals.drop(named).equals(without.signals)
     assert result.meta["messages_sha256"] != without.meta["messages_sha256"]
+
+
+ORIGINS = "symbol,ts\nIBM,2012-06-06\nIBM,2012-06-04\n"
+
+
+@pytest.fixture
+def winding(monkeypatch):
+    """Commands that open a model get the fake, with a card of sessions."""
+    model = Winding()
+    model.card = replace(model.card, timeframe="session")
+    monkeypatch.setattr("barcast.models.open_model", lambda *_: model)
+    monkeypatch.setattr("barcast.backtest.replay.open_model", lambda *_: model)
+
+
+def test_commands_print_and_write_what_paths_say(run, tmp_path, winding):
+    """`forecast` has a table and JSON as signals have, `predict` columns, alike in the rows of an origin."""
+    files = [str(sample_bars()), "--stamp", "close", "--calendar", "XNYS"]
+    more = ["--model", "m", "--touch", "2,1", "--touch", "0.5,1"]
+    status, out, err = run("forecast", *files, "--symbol", "IBM", "--until", "2012-06-07", *more)
+    assert status == 0, err
+    assert "which barrier is touched first within +2" in out
+    status, out, err = run("forecast", *files, "--symbol", "IBM", "--until", "2012-06-07", *more, "--json")
+    assert status == 0, err
+    line = json.loads(out)
+    assert [(pair["up"], pair["down"]) for pair in line["touch"]] == [(2.0, 1.0), (0.5, 1.0)]
+    assert line["touch"][0]["up_price"] > line["reference"] > line["touch"][0]["down_price"]
+    assert np.array(line["path"]["quantiles"]).shape == (2, 3)
+    (tmp_path / "origins.csv").write_text(ORIGINS)
+    to = tmp_path / "x.parquet"
+    status, _, err = run(
+        "predict", *files, *more, "--origins", str(tmp_path / "origins.csv"), "--out", str(to)
+    )
+    assert status == 0, err
+    made = pl.read_parquet(to)
+    assert made.columns[-5:] == [
+        *(f"touch_{side}_{pair}" for pair in ("2_1", "0.5_1") for side in ("up", "down")),
+        "drawdown",
+    ]
+    rows = made.select(made.columns[-5:]).rows()
+    assert rows[0] == rows[1] != rows[2] == rows[3]
+    assert rows[0][0] == pytest.approx(line["touch"][0]["up_first"], rel=1e-8)
+
+
+def test_backtest_of_a_configuration_takes_its_barriers(run, tmp_path, winding):
+    """What the instance's file says, and what options say, are the same messages."""
+    hashes = []
+    file = tmp_path / "x.toml"
+    text = 'instance="i"\ntimeframe="session"\ncalendar="XNYS"\nstate_dir="s"\nsymbols=["IBM"]\n'
+    file.write_text(text + "[model]\ntouch=[[2, 1]]\n")
+    options = ["--symbol", "IBM", "--calendar", "XNYS", "--touch", "2,1", "--strategy", "median-drift"]
+    file.write_text(file.read_text() + '[[strategy]]\nkind="median-drift"\n')
+    for how in (["--config", str(file)], options):
+        to = tmp_path / f"out{len(hashes)}"
+        status, _, err = run(
+            "backtest",
+            str(sample_bars()),
+            "--stamp",
+            "close",
+            "--since",
+            "2012-09-01",
+            *how,
+            "--out",
+            str(to),
+        )
+        assert status == 0, err
+        hashes.append(json.loads((to / "result.json").read_text())["meta"]["messages_sha256"])
+        assert "touch_up_2_1" in pl.read_parquet(to / "signals.parquet").columns
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [("2", "write UP,DOWN, such as 2,1"), ("a,b", "write UP,DOWN"), ("0,1", "each from 0.1 to 10")],
+)
+def test_barriers_of_options_that_cannot_be(run, given, said):
+    """An option that is no pair of barriers is one that is wrong, with what to write."""
+    status, out, err = run(
+        "forecast", str(sample_bars()), "--stamp", "close", "--model", "m", "--touch", given
+    )
+    assert status == 2
+    assert said in " ".join((out + err).replace("│", " ").split())
+
+
+def test_commands_refuse_models_without_paths(run):
+    """The sentence names the model and the way out."""
+    files = [str(sample_bars()), "--stamp", "close", "--calendar", "XNYS"]
+    status, _, err = run("forecast", *files, "--model", "hs", "--touch", "2,1")
+    assert (status, "hs forecasts no paths, which `touch` and `--paths` need" in err) == (78, True)
