@@ -140,6 +140,22 @@ def first_passage(up: ArrayLike, down: ArrayLike, sd: ArrayLike) -> Touch:
     return _at_once(Touch(side(u), side(d)), u, d)
 
 
+def first_touched(high: Array, low: Array, up: Array, down: Array) -> Touch:
+    """Which barrier bars touched first: 1, or 0, or 1/2 each where one bar touches both, (n, K).
+
+    `high` and `low` (n, T) are log returns from the reference to the extremes of the bars, in order; barriers
+    (n, K) as in `touch`.
+    """
+    T = high.shape[1]
+    times = []
+    for extreme, barrier in ((high, up), (-low, down)):
+        over = extreme[:, :, None] >= barrier[:, None]
+        times.append(np.where(over.any(1), over.argmax(1), T))  # (n, K)
+    first, second = times
+    both = 0.5 * ((first == second) & (first < T))
+    return Touch((first < second) + both, (second < first) + both)
+
+
 def _first(near: Array, end: Array, w: Array, variance: Array) -> Array:
     """The probability that a bridge touches one barrier before the other one, which lies `w` behind it.
 

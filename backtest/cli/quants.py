@@ -47,6 +47,8 @@ from barcast.backtest.cli.terminal import (
 from barcast.models import BASELINES, DataError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from barcast.backtest.evaluate import Evaluation
     from barcast.backtest.result import BacktestResult
 
@@ -441,6 +443,14 @@ def evaluate(
             min=1,
         ),
     ] = None,
+    paths: Annotated[
+        bool,
+        typer.Option(
+            "--paths",
+            help="Also judge paths, of models that forecast them: energy and variogram score, and which of "
+            "two barriers is touched first, beside other couplings and a diffusion.",
+        ),
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
@@ -462,7 +472,7 @@ def evaluate(
 
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
-    field = open_field(model or [], timeframe)
+    field = open_field(model or [], timeframe, paths)
     for name, reason in field.left_out.items():
         err.print(f"{name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     histories = histories_of(files, stamp, closes, symbol, until, adjustments)
@@ -584,6 +594,8 @@ def _print_evaluation(result: "Evaluation") -> None:
                 row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, f"{row['worst']:.3f}", style=style
             )
         console.print(table)
+    if result.paths is not None and result.touch is not None:
+        console.print(_paths_table(result.paths, result.touch))
     folds = result.meta["folds"]
     console.print(
         f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
@@ -593,6 +605,29 @@ def _print_evaluation(result: "Evaluation") -> None:
     )
     for model, count in result.meta["withheld"].items():
         out.print(f"{count} origins left out for all, as {model} makes nothing usable of them", markup=False)
+
+
+def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
+    """Joint scores of each model's paths by coupling, and the Brier score of the first pair of barriers."""
+    up, down = touch.row(0, named=True)["up"], touch.row(0, named=True)["down"]
+    table = Table(title="paths", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("model", overflow="fold")
+    table.add_column("coupling")
+    brier = f"Brier {up:g} up, {down:g} down"
+    for name in ("energy, bp", "own better, %", "variogram", "own better, %", brier, "% over diffusion"):
+        table.add_column(name, justify="right")
+    for row in touch.filter(up=up, down=down).iter_rows(named=True):
+        cells = [row["model"], row["coupling"]]
+        for score in ("energy", "variogram"):
+            found = paths.filter(model=row["model"], coupling=row["coupling"], score=score).to_dicts()
+            cells += [f"{1e4 * one['value']:.2f}" for one in found] or ["-"]
+            cells += [_gained(one, "own_gain") for one in found] or ["-"]
+        table.add_row(*cells, f"{row['brier']:.4f}", _gained(row, "over_har"))
+    return table
+
+
+def _gained(row: dict[str, Any], name: str) -> str:
+    return "-" if row[name] is None else f"{row[name]:z.2f} ±{row[f'{name}_error']:.2f}"
 
 
 def _share(value: float | None, error: float | None) -> str:

@@ -146,13 +146,13 @@ def test_barriers_that_cannot_be_are_named(touch, said):
 
 def test_model_without_paths_is_refused(tmp_path):
     """A baseline has none: the configuration says so, and so does whoever opens it."""
-    with pytest.raises(ConfigError, match=r"model: fhs forecasts no paths, which `touch` and `--paths` need"):
+    with pytest.raises(ConfigError, match="model: fhs is a baseline, which forecasts each horizon alone"):
         parse(BASE | {"model": {"name": "fhs", "touch": [[1, 1]]}}, "x.toml")
     parsed = parse(BASE | {"model": {"touch": [[2, 1]]}}, "x.toml")  # the champion may have some
     assert parsed.settings().touch == ((2.0, 1.0),)
-    with pytest.raises(ConfigError, match="fhs forecasts no paths"):
+    with pytest.raises(ConfigError, match="fhs is a baseline"):
         ModelStore(tmp_path, "1m").open("fhs", None, None, True)
-    with pytest.raises(ConfigError, match="hs forecasts no paths"):
+    with pytest.raises(ConfigError, match="hs is a baseline"):
         run_backtest(sample_bars(), stamp="close", calendar="XNYS", model="hs", touch=[(2, 1)])
 
 
@@ -255,4 +255,4 @@ def test_commands_refuse_models_without_paths(run):
     """The sentence names the model and the way out."""
     files = [str(sample_bars()), "--stamp", "close", "--calendar", "XNYS"]
     status, _, err = run("forecast", *files, "--model", "hs", "--touch", "2,1")
-    assert (status, "hs forecasts no paths, which `touch` and `--paths` need" in err) == (78, True)
+    assert (status, "hs is a baseline, which forecasts each horizon alone" in err) == (78, True)
