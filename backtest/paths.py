@@ -33,9 +33,9 @@ BINS = 10
 
 DEFINITIONS = {
     "coupling": "how the steps of a path go together: own; or the same quantiles at every step, put together "
-    "otherwise: independent, comonotone (always the same rank), random walk (ranks of a Brownian motion), "
-    "gaussian (the model's own copula without its diffusion); diffusion: a Brownian motion without drift "
-    "that has the volatility of har-s, of har for daily bars, over the longest horizon",
+    "otherwise: gaussian (the model's Gaussian copula), random walk (ranks of a Brownian motion), "
+    "independent, comonotone (the same rank at all steps); diffusion is no coupling but a Brownian motion "
+    "without drift, with the volatility of har-s, of har for daily bars, over the longest horizon",
     "energy": "energy score of the log returns at all steps, Gneiting and Raftery (2007), fair",
     "variogram": "variogram score of order 1/2 of the same, Scheuerer and Hamill (2015)",
     "own_gain": "100 (1 - score of the model's own paths / score of these), on the same origins",
@@ -43,7 +43,8 @@ DEFINITIONS = {
     "horizon; a path that touches one first touches it before the other and within that horizon",
     "brier": "(p - y)^2 summed over up first, down first and neither: Brier (1950); what came true is read "
     "from the highs and lows of bars, and one that touches both counts half each",
-    "over_har": "100 (1 - Brier score / Brier score of the diffusion), for the same barriers",
+    "over_har": "100 (1 - Brier score / Brier score of the diffusion), for the same barriers; what S paths "
+    "say has noise of its own, which costs up to a share of 1/S of the score",
     "said": "mean of the probabilities in a bin, of up first and down first",
     "seen": "share of those that came true",
 }

@@ -433,7 +433,18 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
                     for k, model in enumerate(result.paths["model"].unique(maintain_order=True))
                 },
             ),
-            _terms(PATHS),
+            _terms(
+                {
+                    "coupling": PATHS["coupling"],
+                    "energy, bp": f"{PATHS['energy']}; basis points, 0.0001",
+                    "variogram, bp": PATHS["variogram"],
+                    "own, % better": PATHS["own_gain"],
+                    "up, down": PATHS["up, down"],
+                    "Brier": PATHS["brier"],
+                    "% over diffusion": PATHS["over_har"],
+                    "±": COMPARED["error"],
+                }
+            ),
         )
     yield _section("What was compared", "", _meta(result.meta))
 

@@ -8,15 +8,18 @@ import numpy as np
 import polars as pl
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
+from barcast.backtest import cli
 from barcast.backtest import evaluate as module
 from barcast.backtest.evaluate import Field, evaluate, open_field
 from barcast.backtest.paths import BINS, COUPLINGS, DIFFUSION, OWN, PAIRS
 from barcast.backtest.report import write_evaluation
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import LEVELS, Card, ConfigError, Forecast, Window, open_model
+from barcast.models import LEVELS, Card, ConfigError, Forecast, Window
 from barcast.models.forecast import Paths
 from barcast.models.joint import first_passage
+from tests.backtest.browser import chromium, faults, find_chromium
 
 HOUR = 3600 * 10**9
 HORIZONS, STEPS, SIGMA = (1, 6), tuple(range(1, 7)), 0.01
@@ -192,6 +195,18 @@ def test_numbers_and_page(known, tmp_path):
     assert "part-paths" not in (tmp_path / "without.html").read_text()
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_page_is_drawn(known, tmp_path, width):
+    """On a screen and on a phone every figure is drawn, and nothing fails, is fetched or juts out."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium is installed: how the page is drawn was not looked at")
+    write_evaluation(known, tmp_path / "page.html")
+    with chromium(program, tmp_path / "profile") as page:
+        assert faults(page, tmp_path / "page.html", width) == []
+
+
 def test_field_of_models_with_paths(monkeypatch, tmp_path):
     """A checkpoint is opened with paths and once more for its rival; one without is compared all the same."""
     (tmp_path / "a").mkdir()
@@ -213,4 +228,32 @@ def test_field_of_models_with_paths(monkeypatch, tmp_path):
         open_field(["flat"], "1h", paths=True)
     with pytest.raises(ConfigError, match="--paths needs a model of paths: name an SSSD"):
         open_field(["hs"], "1h", paths=True)
-    monkeypatch.setattr(module, "open_model", open_model)
+
+
+def test_command_prints_and_writes_paths(run, tmp_path, monkeypatch):
+    """With --paths the table of couplings fits 100 columns; a field without any path is refused."""
+    bars = walk("A", 600, 1)
+    names = ("open", "high", "low", "close", "volume")
+    frame = pl.DataFrame(dict(zip(names, bars.values.T, strict=True)))
+    times = pl.Series(bars.close_times).cast(pl.Datetime("ns", "UTC"))
+    frame.with_columns(symbol=pl.lit("A"), ts=times).write_parquet(tmp_path / "bars.parquet")
+    files = [str(tmp_path / "bars.parquet"), "--stamp", "close", "--model", "hs"]
+    status, _, err = run("evaluate", *files, "--paths")
+    assert (status, "--paths needs a model of paths: name an SSSD by --model" in err) == (78, True)
+
+    def opens(name, _timeframe, _sampler, _steps, paths=False):
+        return Says(name, 1.0, paths)
+
+    monkeypatch.setattr(module, "open_model", opens)
+    monkeypatch.setattr(module, "learnt_until", lambda _name: 0)
+    monkeypatch.setattr(module, "learnt_warning", lambda *_: "")
+    monkeypatch.setattr(cli, "out", Console(width=100))
+    for name in ("hs", "har-s"):
+        monkeypatch.setitem(module.BASELINES, name, lambda *_: Says("b"))
+    more = ["--model", "mine", "--folds", "1", "--paths", "--json", str(tmp_path / "x.json")]
+    status, out, err = run("evaluate", *files, *more)
+    assert status == 0, err
+    assert all(coupling in out for coupling in (*COUPLINGS, DIFFUSION))
+    assert max(len(line.rstrip()) for line in out.splitlines() if str(tmp_path) not in line) <= 100
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [row["coupling"] for row in found["paths"][: len(COUPLINGS)]] == list(COUPLINGS)
