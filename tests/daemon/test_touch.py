@@ -146,7 +146,7 @@ def test_barriers_that_cannot_be_are_named(touch, said):
 
 def test_model_without_paths_is_refused(tmp_path):
     """A baseline has none: the configuration says so, and so does whoever opens it."""
-    with pytest.raises(ConfigError, match="model: fhs is a baseline, which forecasts each horizon alone"):
+    with pytest.raises(ConfigError, match="model: fhs is a baseline, without paths or touches"):
         parse(BASE | {"model": {"name": "fhs", "touch": [[1, 1]]}}, "x.toml")
     parsed = parse(BASE | {"model": {"touch": [[2, 1]]}}, "x.toml")  # the champion may have some
     assert parsed.settings().touch == ((2.0, 1.0),)
@@ -255,4 +255,4 @@ def test_commands_refuse_models_without_paths(run):
     """The sentence names the model and the way out."""
     files = [str(sample_bars()), "--stamp", "close", "--calendar", "XNYS"]
     status, _, err = run("forecast", *files, "--model", "hs", "--touch", "2,1")
-    assert (status, "hs is a baseline, which forecasts each horizon alone" in err) == (78, True)
+    assert (status, "hs is a baseline, without paths or touches" in err) == (78, True)
