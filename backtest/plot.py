@@ -520,7 +520,7 @@ def touches(result: Evaluation, model: str) -> go.Figure:
     bins = pl.DataFrame() if result.reliability is None else result.reliability
     bins = bins.filter(pl.col("model") == model, pl.col("n") >= FEW)
     shown, pairs = bins.filter(pl.col("coupling").is_in([OWN, DIFFUSION])), PAIRS
-    most = min(1.0, max([0.2, *(1.05 * shown["said"]), *(1.05 * shown["seen"])]))
+    most = min(1.0, max([0.2, *(1.05 * shown["said"]), *(1.05 * (shown["seen"] + SURE * shown["error"]))]))
     figure = make_subplots(
         cols=len(pairs),
         shared_yaxes=True,
