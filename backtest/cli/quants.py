@@ -693,22 +693,20 @@ def _print_schedulers(result: "Comparison") -> None:
 
 
 def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
-    """Joint scores of each model's paths by coupling, and the Brier score of the first pair of barriers."""
+    """How much better each model's own paths are than others, and Brier scores of the first barriers."""
     from barcast.backtest.paths import JOINT
 
     up, down = touch.row(0, named=True)["up"], touch.row(0, named=True)["down"]
-    table = Table(title="paths", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(title="paths: by how much the model's own are better, in %", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     table.add_column("model", overflow="fold")
     table.add_column("coupling")
     brier = f"Brier {up:g} up, {down:g} down"
-    scores = [label for score in JOINT for label in (score, "own better, %")]
-    for name in (*scores, brier, "% over diffusion"):
+    for name in (*(f"{score}, %" for score in JOINT), brier, "% over diffusion"):
         table.add_column(name, justify="right")
     for row in touch.filter(up=up, down=down).iter_rows(named=True):
         cells = [row["model"], row["coupling"]]
         for score in JOINT:
             found = paths.filter(model=row["model"], coupling=row["coupling"], score=score).to_dicts()
-            cells += [f"{one['value']:.4f}" for one in found] or ["-"]
             cells += [_gained(one, "own_gain") for one in found] or ["-"]
         table.add_row(*cells, f"{row['brier']:.4f}", _gained(row, "over_har"))
     return table
