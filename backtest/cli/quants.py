@@ -661,26 +661,27 @@ def _print_evaluation(result: "Evaluation") -> None:
 def _print_schedulers(result: "Comparison") -> None:
     """A row for each sampler and steps, the chosen one bold, and what to write into a configuration."""
     meta, chosen = result.meta, result.chosen
-    halves = [f"{meta[a][:10]} to {meta[b][:10]}" for a, b in (("since", "cut"), ("cut", "until"))]
     table = Table(
-        title="CRPS over that of {sampler}, {steps} steps, in %".format(**meta["reference"]),
+        title="scores over those of {sampler}, {steps} steps, in %".format(**meta["reference"]),
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
     table.add_column("sampler")
-    for column in ("steps", "evaluations", "CPU ms", *halves):
+    heads = (f"{score}, {half} half" for score in ("paths", "CRPS") for half in ("1st", "2nd"))
+    for column in ("steps", "asks", "CPU ms", *heads):
         table.add_column(column, justify="right", no_wrap=True)
     for trial in result.trials:
-        over = [f"{e.value:+z.3f} ±{e.error:.3f}" for e in (trial.validation, trial.confirmation)]
+        over = [f"{e.value:+z.2f} ±{e.error:.2f}" for score in (trial.energy, trial.crps) for e in score[1:]]
         cells = (str(trial.steps), str(trial.evaluations), f"{trial.cpu_ms:.1f}", *over)
         table.add_row(trial.sampler, *cells, style="bold" if trial is chosen else None)
     console = wide()
     console.print(table)
     counts = meta["origins"]
     console.print(
-        f"{counts['validation']} and {counts['confirmation']} forecasts, before calibration. The first half "
-        f"chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
+        f"{counts['validation']} forecasts from {meta['since'][:10]} on, and {counts['confirmation']} from "
+        f"{meta['cut'][:10]} to {meta['until'][:10]}, before calibration; paths by their energy score. The "
+        f"first half chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
         highlight=False,
     )
     if not result.adds:
