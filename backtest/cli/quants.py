@@ -698,7 +698,12 @@ def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
     from barcast.backtest.paths import JOINT
 
     up, down = touch.row(0, named=True)["up"], touch.row(0, named=True)["down"]
-    table = Table(title="paths: by how much the model's own are better, in %", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(
+        title="paths: by how much the model's own are better, in %",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
     table.add_column("model", overflow="fold")
     table.add_column("coupling")
     brier = f"Brier {up:g} up, {down:g} down"
