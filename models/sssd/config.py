@@ -91,8 +91,10 @@ class HorizonConfig:
 
     minutes: tuple[int, ...] = (5, 15, 60, 240)
     weights: tuple[float, ...] = (0.4, 0.3, 0.2, 0.1)
+    embedding_dim: int = 128
 
     def __post_init__(self) -> None:
+        _whole("model.horizons.embedding_dim", self.embedding_dim)
         _listed("model.horizons.minutes", self.minutes)
         _listed("model.horizons.weights", self.weights)
         for m in self.minutes:

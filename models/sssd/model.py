@@ -26,7 +26,7 @@ from barcast.models.scores import crps
 from barcast.models.sssd import legacy
 from barcast.models.sssd.config import SSSDConfig
 from barcast.models.sssd.encoder import Fused, MultiScaleS4D
-from barcast.models.sssd.head import build_head
+from barcast.models.sssd.head import HorizonEmbedding, build_head
 from barcast.models.sssd.layers import Architecture, linear
 from barcast.models.sssd.network import sobol_normals
 
@@ -104,7 +104,9 @@ class SSSDModel(nn.Module):
         self.encoder = MultiScaleS4D(channels, a.state, a.poles, layers, self.generator)
         self.leave = linear(a.state, a.code, self.generator)
         self.head = build_head(a, self.generator)
-        self.location = linear(a.code, a.horizons, None)
+        width = config.model.horizons.embedding_dim
+        self.horizons = HorizonEmbedding(horizons, width, self.generator)
+        self.location = linear(a.code, width, None)
         self.register_buffer("centre", torch.zeros(a.horizons))
         self.register_buffer("spread", torch.zeros(a.horizons))
         level = samplers.alphas_cumprod()
@@ -211,10 +213,11 @@ class SSSDModel(nn.Module):
     def modulation(self, c: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
         """Contexts (..., code) and log(alpha / sigma) (...) -> what `velocity` takes of them."""
         sigma = torch.sigmoid(-2 * lam).sqrt()
-        return self.head.modulation(c, lam), sigma[..., None] * self.location(c)
+        location = self.location(c) @ self.horizons(self.config.model.horizons.minutes).T  # (..., H)
+        return self.head.modulation(c, lam), sigma[..., None] * location
 
     def velocity(self, x: Tensor, film: Tensor, shift: Tensor) -> Tensor:
-        """v of x_t (..., H): that of the denoiser, and of a location linear in the context.
+        """v of x_t (..., H): that of the denoiser, and of a location linear in context and horizon.
 
         Through the denoiser alone a location is learnt late: all that leads to it begins near zero.
         """

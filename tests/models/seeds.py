@@ -12,7 +12,7 @@ TABLES: dict[str, Any] = {
         "s4": {"state_dim": 16, "n_layers": 1},
         "encoder": {"timeframes": ["5m", "1h"], "feature_dim": 6, "context_dim": 24},
         "head": {"latent_dim": 32},
-        "horizons": {"minutes": [5, 15, 60], "weights": [0.5, 0.3, 0.2]},
+        "horizons": {"minutes": [5, 15, 60], "weights": [0.5, 0.3, 0.2], "embedding_dim": 8},
     },
     "data": {"lookback_bars": {"5m": 24, "1h": 8}},
     "training": {"steps": 150, "learning_rate": 8e-3},
@@ -48,7 +48,8 @@ def model(kind: type[SSSDModel] = SSSDModel, **arguments: Any) -> SSSDModel:
     """A model whose denoiser has been made to matter, without training."""
     made = kind(config(), **arguments)
     with torch.no_grad():
-        made.head.leave.weight.normal_(0, 0.1, generator=generator(3))
+        for layer in (made.head.leave, made.location):
+            layer.weight.normal_(0, 0.1, generator=generator(3))
         made.centre.copy_(torch.tensor([1e-4, 0.0, -1e-4]))
         made.spread.copy_(torch.tensor([1e-3, 2e-3, 4e-3]))
     return made.eval()

@@ -55,6 +55,7 @@ def test_the_published_settings_are_the_defaults() -> None:
     assert config.model.head.latent_dim == 256
     assert config.model.horizons.minutes == (5, 15, 60, 240)
     assert config.model.horizons.weights == (0.4, 0.3, 0.2, 0.1)
+    assert config.model.horizons.embedding_dim == 128
     assert dict(config.data.lookback_bars) == {"5m": 500, "15m": 166, "1h": 41, "4h": 10}
     assert SSSDConfig.from_dict(config.to_dict()) == config
     assert seeds.config() == SSSDConfig.from_dict(seeds.config().to_dict())
@@ -304,14 +305,16 @@ def test_v_is_the_rotation_of_noise_and_outcome() -> None:
             torch.testing.assert_close(noisy, x_t)
             return v
 
-    model.head = Knows()  # and the location is zero until it has learnt
+    model.head = Knows()
+    nn.init.zeros_(model.location.weight)
     assert model.loss(x, y, t, eps) == 0
 
 
 def test_the_loss_weighs_rows_by_min_snr_and_horizons_as_configured() -> None:
     """A denoiser that says zero has the loss sum_h w_h v_h^2 min(SNR, 5) / (SNR + 1), by hand."""
     model, x = seeds.model(), seeds.features(4)
-    nn.init.zeros_(model.head.leave.weight)
+    for layer in (model.head.leave, model.location):
+        nn.init.zeros_(layer.weight)
     y, t = seeds.targets(x), torch.tensor([3, 200, 600, 990])
     eps = torch.randn(4, 3, generator=seeds.generator())
     x0 = ((y - model.centre) / model.spread).double()

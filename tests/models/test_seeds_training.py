@@ -49,7 +49,7 @@ def test_it_learns_what_the_features_tell(trained: tuple[SSSDModel, Fitted]) -> 
 def short() -> SSSDModel:
     model, x = SSSDModel(_config(steps=SHORT)), seeds.features(ROWS)
     fitted = fit(model, x, seeds.targets(x))
-    assert fitted.chosen == {"denoiser": (SHORT,)}
+    assert fitted.chosen["denoiser"][0] > 0  # it is not the model that nothing has taught
     return model
 
 
