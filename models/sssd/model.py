@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from statistics import median
-from timeit import repeat
+from timeit import default_timer, repeat
 from typing import Any, TypedDict, TypeVar
 
 import torch
@@ -38,6 +38,8 @@ REFERENCE = ("dpmpp", 200)  # what the error of other samplers is measured again
 RUNS = 5  # of what is timed, after one to warm up
 LOOK_SAMPLES, LOOK_SAMPLER = 64, ("dpmpp", 8)
 HELD_OUT = 6  # one in so many rows, the newest, chooses between the weights of a training
+
+Timer = Callable[[], float]
 
 Features = Mapping[str, Tensor]
 """A sequence for each timeframe, (B, L, F); L may differ between them."""
@@ -93,6 +95,7 @@ class SSSDModel(nn.Module):
             channels=encoder.feature_dim,
             context=max(config.data.lookback_bars.values()),
             horizons=len(horizons),
+            path=len(horizons),
             samples=1,
             state=config.model.s4.state_dim,
             code=encoder.context_dim,
@@ -250,14 +253,19 @@ class SSSDModel(nn.Module):
         legacy.write(path, self.state_dict(), self.config.to_dict(), epoch, optimizer_state, metrics)
 
     def compare_schedulers(
-        self, features: Features, horizons: Sequence[int], num_samples: int = 50, num_steps: int = 20
+        self,
+        features: Features,
+        horizons: Sequence[int],
+        num_samples: int = 50,
+        num_steps: int = 20,
+        timer: Timer = default_timer,
     ) -> dict[str, Comparison]:
-        """Forecast by each sampler of `STEPS` in so many steps, from the same noise."""
+        """Forecast by each sampler of `STEPS` in so many steps, from the same noise; `timer` is in seconds."""
         forecast = partial(self.inference_forward, features, horizons, num_samples)
         exact = _stacked(forecast(*REFERENCE))
         found: dict[str, Comparison] = {}
         for name in STEPS:
-            time, predictions = timed(partial(forecast, name, num_steps))
+            time, predictions = timed(partial(forecast, name, num_steps), timer)
             missed = (_stacked(predictions) - exact) / exact.std(1, correction=0, keepdim=True)
             found[name] = Comparison(
                 time_ms=time,
@@ -371,10 +379,10 @@ def draw(rows: int, horizons: int, generator: Generator) -> tuple[Tensor, Tensor
 T = TypeVar("T")
 
 
-def timed(forecast: Callable[[], T]) -> tuple[float, T]:
+def timed(forecast: Callable[[], T], timer: Timer = default_timer) -> tuple[float, T]:
     """The median milliseconds of a forecast, and what it says."""
     found = forecast()
-    return 1000 * median(repeat(forecast, number=1, repeat=RUNS)), found
+    return 1000 * median(repeat(forecast, number=1, repeat=RUNS, timer=timer)), found
 
 
 def _forget(model: nn.Module, _: Any) -> None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from functools import partial
+from timeit import default_timer
 from typing import TypedDict
 
 import torch
 
 from barcast.models import samplers
-from barcast.models.sssd.model import Features, ImprovedSSSDModel, SSSDModel, Statistics, timed
+from barcast.models.sssd.model import Features, ImprovedSSSDModel, SSSDModel, Statistics, Timer, timed
 
 ORIGINAL = ("ddim", 50)  # how the model's predecessor sampled
 
@@ -29,6 +30,7 @@ def benchmark_improvement(
     features: Features,
     horizons: Sequence[int] = (0,),
     num_samples: int = 100,
+    timer: Timer = default_timer,
 ) -> Improvement:
     """Time a forecast by its sampler against one of 50 DDIM steps for each sample of each horizon in turn.
 
@@ -49,11 +51,11 @@ def benchmark_improvement(
 
     folded = partial(model_original.inference_forward, features, horizons, num_samples, *ORIGINAL)
     improved = partial(model_improved.inference_forward, features, horizons, num_samples)
-    original_ms, original = timed(one_by_one)
-    improved_ms, predictions = timed(improved)
+    original_ms, original = timed(one_by_one, timer)
+    improved_ms, predictions = timed(improved, timer)
     return Improvement(
         time_original_ms=original_ms,
-        time_folded_ms=timed(folded)[0],
+        time_folded_ms=timed(folded, timer)[0],
         time_improved_ms=improved_ms,
         speedup=original_ms / improved_ms,
         predictions_original=original,

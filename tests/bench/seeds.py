@@ -7,6 +7,7 @@ Errors and scores are of a small one that has learnt rows whose law is known.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from time import process_time
 
 import torch
 from torch import Tensor
@@ -33,8 +34,8 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
         "seeds",
         f"SSSDModel: {SAMPLES} samples of {len(HORIZONS)} horizons, on one core",
         {
-            "ms": ("ms", ",.1f"),
-            "per_row": ("ms a row", ",.1f"),
+            "ms": ("CPU ms", ",.1f"),
+            "per_row": ("CPU ms a row", ",.1f"),
             "evaluations": ("evaluations", ",.0f"),
             "error": ("error, sd", ".3f"),
             "crps": ("CRPS, sd", ".4f"),
@@ -56,7 +57,9 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
     for name, default in STEPS.items():
         for steps in sorted({default, *SWEEP.get(name, ())}):
             tell(f"{name}, {steps} steps")
-            ms, _ = timed(partial(large.inference_forward, features, HORIZONS, SAMPLES, name, steps))
+            ms, _ = timed(
+                partial(large.inference_forward, features, HORIZONS, SAMPLES, name, steps), process_time
+            )
             samples, score = _solved(small, unseen, outcome, name, steps)
             numbers = {
                 "ms": ms,
@@ -67,7 +70,7 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
             section.rows.append(Row(f"{name}, {steps} steps", numbers))
 
     tell("one call for each sample")
-    one = benchmark_improvement(large, large, features, HORIZONS, SAMPLES)
+    one = benchmark_improvement(large, large, features, HORIZONS, SAMPLES, process_time)
     original, folded, improved = (one[f"time_{k}_ms"] for k in ("original", "folded", "improved"))  # type: ignore[literal-required]
     section.rows += [
         Row("ddim, 50 steps for each sample of each horizon in turn", {"ms": original, "times_faster": 1.0}),
@@ -77,14 +80,14 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
     for rows in SYMBOLS:
         tell(f"{rows} rows")
         many = _features(large, rows)
-        ms, _ = timed(partial(large.inference_forward, many, HORIZONS, SAMPLES))
+        ms, _ = timed(partial(large.inference_forward, many, HORIZONS, SAMPLES), process_time)
         section.rows.append(Row(f"dpmpp, 20 steps, a batch of {rows}", {"ms": ms, "per_row": ms / rows}))
 
     tell("a step of training")
     batch = large.config.training.batch_size
     rows = _features(large, batch), torch.randn(batch, 4, generator=seeds.generator())
     large.standardise(rows[1])
-    ms, _ = timed(lambda: large.training_step(rows)["loss"].backward())
+    ms, _ = timed(lambda: large.training_step(rows)["loss"].backward(), process_time)
     size = 4 * sum(p.numel() for p in large.parameters()) / 1e6
     section.rows.append(Row(f"a step of training, {batch} rows", {"ms": ms, "mb": size}))
     return section
