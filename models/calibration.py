@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Card, Coverage, Forecast, Forecaster, usable
+from barcast.models.paths import Coupler, with_paths
 from barcast.models.quantiles import central, forecast_of
 from barcast.models.window import Window, check_long_enough
 
@@ -115,17 +116,25 @@ class Calibrated:
     the same bars, all but what the bars since then say is taken from there; what follows a changed bar is
     worked out again.
 
+    With `couple`, which is asked about the newest bar alone, the forecasts carry paths.
+
     Raises `ConfigError` for an inner forecaster of fewer than two levels, or of levels 0 or 1.
     """
 
-    def __init__(self, inner: Forecaster, outcomes: int = OUTCOMES, judged: int = JUDGED) -> None:
+    def __init__(
+        self,
+        inner: Forecaster,
+        outcomes: int = OUTCOMES,
+        judged: int = JUDGED,
+        couple: Coupler | None = None,
+    ) -> None:
         card = inner.card
         if len(card.levels) < 2 or not 0 < card.levels[0] < card.levels[-1] < 1:
             raise ConfigError(
                 f"levels {card.levels} of {card.model} cannot be recalibrated: give two or more, rising "
                 "between 0 and 1"
             )
-        self._inner, self._outcomes, self._judged = inner, outcomes, judged
+        self._inner, self._outcomes, self._judged, self._couple = inner, outcomes, judged, couple
         self._reach = max(card.horizons)
         self._first = card.window - 1  # place in the window of the first bar with all the bars it needs
         self._full = self._first + outcomes + self._reach - 1  # of the first that is corrected by them all
@@ -142,6 +151,7 @@ class Calibrated:
             steps=card.steps,
             samples=card.samples,
             fingerprint=f"{card.fingerprint}; calibration={VERSION} outcomes={outcomes} judged={judged}",
+            path=() if couple is None else couple.path,
         )
         self._pasts: dict[str, _Past] = {}
 
@@ -191,7 +201,7 @@ class Calibrated:
         for symbol, past in latest.items():
             past.keep()
             self._pasts[symbol] = past
-        return made
+        return made if self._couple is None else with_paths(self._couple, [cut for cut, _ in plans], made)
 
     def _ask(self, windows: Sequence[Window]) -> Array:
         """What the inner forecaster says, (n, H, Q); NaN where that can be no price."""

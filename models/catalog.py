@@ -22,16 +22,21 @@ All raise `ConfigError` where they cannot serve: -s on daily bars, GARCH without
 """
 
 
-def open_model(name: str, timeframe: str, sampler: str | None, steps: int | None) -> Forecaster:
+def open_model(
+    name: str, timeframe: str, sampler: str | None, steps: int | None, paths: bool = False
+) -> Forecaster:
     """Open a checkpoint directory, or a baseline by its name. Imports torch for a checkpoint only.
 
-    Sampler and steps are for models that are sampled; the others have none, see `check_sampled`.
+    Sampler and steps are for models that are sampled; the others have none, see `check_sampled`. With `paths`
+    forecasts carry them; raises `ConfigError` for a model that knows none.
     """
     if name in BASELINES:
+        if paths:
+            raise ConfigError(f"{name} is a baseline, without paths or touches: name an SSSD for these")
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
     from barcast.models.checkpoint import open_forecaster
 
-    forecaster = open_forecaster(Path(name), sampler, steps)
+    forecaster = open_forecaster(Path(name), sampler, steps, paths)
     if forecaster.card.timeframe != timeframe:
         raise ConfigError(
             f"{name}: the model was trained on {forecaster.card.timeframe!r} bars, not on {timeframe!r}; "

@@ -28,17 +28,17 @@ from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
+from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.season import ZONES
 from barcast.models.sssd.layers import PRESET, Architecture
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
-FORMAT = 2
+FORMAT = 3
 JSON, WEIGHTS, MEMBERS = "model.json", "weights.safetensors", "members"
 AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
-LATER = {"encoder": "s4d", "head": "mlp"}  # fields of an architecture that older checkpoints have not
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
 
 
@@ -49,9 +49,14 @@ class Checkpoint:
     model: str
     trained: Model
 
-    def forecaster(self, sampler: str | None = None, steps: int | None = None) -> Forecaster:
-        """A forecaster of this model; raises `ConfigError` for an unknown sampler or number of steps."""
-        return self.trained.forecaster(self.model, sampler, steps)
+    def forecaster(
+        self, sampler: str | None = None, steps: int | None = None, paths: bool = False
+    ) -> Forecaster:
+        """A forecaster of this model, see `Model.forecaster`.
+
+        Raise `ConfigError` for an unknown sampler or number of steps, and for paths that it does not know.
+        """
+        return self.trained.forecaster(self.model, sampler, steps, paths)
 
 
 def check_target(directory: Path) -> Path:
@@ -114,9 +119,11 @@ def load(directory: Path) -> Checkpoint:
     return Checkpoint(str(claimed), kind.read(directory, body, weights))
 
 
-def open_forecaster(directory: Path, sampler: str | None = None, steps: int | None = None) -> Forecaster:
+def open_forecaster(
+    directory: Path, sampler: str | None = None, steps: int | None = None, paths: bool = False
+) -> Forecaster:
     """The forecaster of the model in a directory, with the default sampler and steps where None is given."""
-    return load(directory).forecaster(sampler, steps)
+    return load(directory).forecaster(sampler, steps, paths)
 
 
 def preset_of(name: str) -> str:
@@ -166,19 +173,15 @@ def _body(trained: Trained) -> dict[str, Any]:
         "timeframe": s.timeframe,
         "horizons": list(s.horizons),
         "levels": list(trained.levels),
+        "path": list(trained.path),
         "window": s.window,
         "schedule": [samplers.SCHEDULE, samplers.TIMESTEPS],
         "prediction": samplers.PREDICTION,
-        "architecture": _sizes(trained.net.architecture),
+        "architecture": asdict(trained.net.architecture),
         "features": feature_names(s.timeframe, s.horizons),
         "scaling": _scaling_body(s),
         "record": asdict(trained.record),
     }
-
-
-def _sizes(a: Architecture) -> dict[str, Any]:
-    """The architecture, without what is as in older checkpoints: these keep their ids when saved again."""
-    return {name: size for name, size in asdict(a).items() if LATER.get(name) != size}
 
 
 def _scaling_body(s: Scaling) -> dict[str, Any]:
@@ -255,10 +258,13 @@ def _trained(path: Path, body: dict[str, Any]) -> Trained:
     scaling, levels, record = _scaling(path, body, Record)
     with _foreign(path):
         architecture = Architecture(**body["architecture"])
+        known = msgspec.convert(body["path"], tuple[int, ...])
         net = SSSD(architecture, torch.Generator().manual_seed(0))
     for field, found, mine in (
         ("architecture.features", architecture.features, len(scaling.mean)),
         ("architecture.horizons", architecture.horizons, len(scaling.horizons)),
+        ("architecture.path", architecture.path, len(known)),
+        ("path", known, path_steps(scaling.horizons)),
         ("architecture.context", architecture.context, scaling.layout.context),
         ("architecture.channels", architecture.channels, CHANNELS),
     ):

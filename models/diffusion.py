@@ -1,4 +1,4 @@
-"""The forecaster that serves: windows -> quantiles through the map and the diffusion model."""
+"""The forecaster that serves: windows -> quantiles through the map, and paths by the diffusion model."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from barcast.models import samplers
 from barcast.models.forecast import Card, Forecast, forecast_from
+from barcast.models.paths import Coupling, path_steps
 from barcast.models.scaling import Frame, Scaling
 from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.sssd.network import SSSD
@@ -35,7 +36,7 @@ def use_one_thread() -> None:
 
 
 class Distribution:
-    """The scores of each horizon given a context, as fixed samples in ascending order.
+    """The scores of each step of a path given a context, as fixed samples.
 
     What the sampler makes of the noise without a velocity is known to be standard normal. The difference at
     each rank, the error of the sample and of the solver, is taken off every forecast (a control variate).
@@ -46,20 +47,25 @@ class Distribution:
         self.net = net
         self.run = solver.run
         self.lam = solver.lambdas.float()  # (evaluations,)
-        self.noise = net.noise[:samples]  # (S, H)
+        self.noise = net.noise[:samples]  # (S, G)
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)
         with torch.inference_mode():
             zero = self.run(lambda x, _: torch.zeros_like(x), self.noise)
-            self.error = self._ordered(zero) - self.normal  # (S, H)
+            self.error = self._scores(zero).sort(-2).values - self.normal  # (S, G)
 
-    def sample(self, c: Tensor) -> Tensor:
-        """c (B, code) -> scores (B, S, H) float64, rising along S."""
+    def joint(self, c: Tensor) -> Tensor:
+        """c (B, code) -> scores (B, S, G) float64: in each sample those of one path."""
         denoise, lam = self.net.denoiser, self.lam[:, None].expand(-1, len(c))
         film = denoise.modulation(c.expand(len(lam), -1, -1), lam)[:, :, None]  # (steps, B, 1, .)
         start = self.noise.expand(len(c), -1, -1)
-        w = self.run(lambda x, i: denoise(x, film[i]), start)  # (B, S, H)
-        return torch.cummax(self._ordered(w) - self.error, 1).values
+        return self._scores(self.run(lambda x, i: denoise(x, film[i]), start))
+
+    def sample(self, c: Tensor, at: Sequence[int]) -> Tensor:
+        """c (B, code) -> scores (B, S, H) float64 of the steps at these H places, each rising along S."""
+        places = list(at)
+        ordered = self.joint(c)[..., places].sort(-2).values
+        return torch.cummax(ordered - self.error[:, places], 1).values
 
     def quantiles(self, scores: Tensor, levels: Tensor) -> Tensor:
         """Scores (B, S, H) -> their quantiles at levels (Q,), (B, H, Q), not falling along Q.
@@ -83,17 +89,17 @@ class Distribution:
         probability: Tensor = torch.special.ndtr(piecewise(at[..., None], apart, normal)[..., 0])
         return probability
 
-    def _ordered(self, w: Tensor) -> Tensor:
-        scores: Tensor = torch.sort((w @ self.net.whiten.T).double(), -2).values
-        return scores
+    def _scores(self, w: Tensor) -> Tensor:
+        return (w @ self.net.whiten.T).double()
 
 
 class SSSDForecaster:
     """Forecasts of one model by one sampler. It has no state that a forecast changes.
 
-    With `steps` 0 the scores are taken as normal: the quantile map alone, of which nothing is sampled. The
-    tile is one window and its S samples: each call of the network has that shape, whatever the number of
-    windows, and runs on one thread.
+    With `steps` 0 the scores of each horizon are taken as normal: the quantile map alone, of which nothing is
+    sampled. Couplings are sampled in `coupling` steps, where 0 is a Gaussian copula. The tile is one window
+    and its S samples: each call of the network has that shape, whatever the number of windows, and runs on
+    one thread.
     """
 
     def __init__(
@@ -104,10 +110,14 @@ class SSSDForecaster:
         model: str,
         sampler: str = SAMPLER,
         steps: int = STEPS,
+        coupling: int = 0,
     ) -> None:
         samples = len(net.noise)
         use_one_thread()
-        self._distribution = Distribution(net, sampler, steps, samples) if steps else None
+        built = {n: Distribution(net, sampler, n, samples) for n in {steps, coupling} - {0}}
+        self._distribution, self._joint = built.get(steps), built.get(coupling)
+        self._path = path_steps(scaling.horizons)
+        self._places = [self._path.index(h) for h in scaling.horizons]
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self._normal = torch.special.ndtri(ranks).expand(1, len(scaling.horizons), -1).contiguous()
         self._net = net.eval()
@@ -121,9 +131,9 @@ class SSSDForecaster:
             levels=levels,
             window=scaling.window,
             min_window=scaling.min_window,
-            sampler=sampler if steps else "none",
-            steps=steps,
-            samples=samples if steps else 0,
+            sampler=sampler if built else "none",
+            steps=max(built, default=0),
+            samples=samples if built else 0,
             fingerprint=fingerprint(samples),
         )
 
@@ -139,6 +149,32 @@ class SSSDForecaster:
             frames = self._scaling.of_windows(windows)
             return [self._forecast(*pair) for pair in zip(windows, frames, strict=True)]
 
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The steps of the paths, in bars ahead; see `path_steps`."""
+        return self._path
+
+    def couplings(self, windows: Sequence[Window]) -> list[Coupling]:
+        """How the steps of each window's path go together; errors as in `forecast`."""
+        use_one_thread()
+        with torch.inference_mode():
+            return [self._coupling(frame) for frame in self._scaling.of_windows(windows)]
+
+    def _coupling(self, frame: Frame) -> Coupling:
+        net = self._net
+        if self._joint is None:
+            scores = (net.noise @ net.whiten.T).double()
+        else:
+            scores = self._joint.joint(self._context(frame))[0]  # (S, G)
+        ranks = scores.argsort(stable=True, dim=0).argsort(0)
+        return Coupling(self._path, ranks.numpy(), _array(net.bridge.double()))
+
+    def _context(self, frame: Frame) -> Tensor:
+        features = torch.from_numpy(frame.features).float()  # (1, F)
+        sequence = torch.from_numpy(frame.channels[-self._net.architecture.context :]).float()
+        c: Tensor = self._net.encoder(features, sequence[None])
+        return c
+
     def _forecast(self, window: Window, frame: Frame) -> Forecast:
         features = torch.from_numpy(frame.features).float()  # (1, F)
         knots = self._net.map.average(features)  # (1, H, K)
@@ -150,9 +186,7 @@ class SSSDForecaster:
             z = piecewise(self._normal, u, knots)  # (1, H, S)
             fall = torch.special.ndtr(zero)
         else:
-            context = self._net.architecture.context
-            sequence = torch.from_numpy(frame.channels[-context:]).float()
-            scores = self._distribution.sample(self._net.encoder(features, sequence[None]))  # (1, S, H)
+            scores = self._distribution.sample(self._context(frame), self._places)  # (1, S, H)
             q = self._distribution.quantiles(scores, self._levels)
             z = piecewise(scores.transpose(1, 2), u, knots)
             fall = self._distribution.below(scores, zero)

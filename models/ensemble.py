@@ -17,7 +17,7 @@ from barcast.models.forecast import FAR, Card, Forecast, Forecaster
 from barcast.models.gbm import VALIDATION
 from barcast.models.origins import LEAST, parts
 from barcast.models.quantiles import forecast_of
-from barcast.models.trained import Model, Past, check_outputs
+from barcast.models.trained import Model, Past, check_outputs, check_paths
 from barcast.models.window import Window, check_long_enough
 
 Array = NDArray[np.float64]
@@ -45,7 +45,7 @@ class Member:
         """Its forecaster. Raise `ConfigError` for a checkpoint that forecasts something else."""
         if self.trained is None:
             return BASELINES[self.name](timeframe, horizons, levels)
-        forecaster = self.trained.forecaster(self.name, sampler, steps)
+        forecaster = self.trained.forecaster(self.name, sampler, steps, False)
         wanted = {"timeframe": timeframe, "horizons": horizons, "levels": levels}
         for field, mine in wanted.items():
             if (theirs := getattr(forecaster.card, field)) != mine:
@@ -79,9 +79,10 @@ class Ensemble:
         ]
 
     def forecaster(
-        self, model: str, sampler: str | None = None, steps: int | None = None
+        self, model: str, sampler: str | None = None, steps: int | None = None, paths: bool = False
     ) -> "EnsembleForecaster":
         """See `Model.forecaster`; sampler and steps go to the members that are sampled."""
+        check_paths(model, paths)
         return EnsembleForecaster(self.open_members(sampler, steps), self.weights, model)
 
 

@@ -20,7 +20,7 @@ from barcast.models.forecast import Card, Forecast
 from barcast.models.origins import Origins, split
 from barcast.models.quantiles import forecast_of
 from barcast.models.scaling import Scaling
-from barcast.models.trained import Past, check_outputs
+from barcast.models.trained import Past, check_outputs, check_paths
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
@@ -119,9 +119,10 @@ class Boosted:
     record: TreesRecord
 
     def forecaster(
-        self, model: str, sampler: str | None = None, steps: int | None = None
+        self, model: str, sampler: str | None = None, steps: int | None = None, paths: bool = False
     ) -> "BoostedForecaster":
         """See `Model.forecaster`."""
+        check_paths(model, paths)
         return BoostedForecaster(self, model)
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -26,11 +27,12 @@ OUTLIER = 50.0  # outcomes count as at most this many scales
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Origins:
-    """n forecast origins over H horizons, with the T rows of channels of all symbols."""
+    """n forecast origins over H horizons, with the T rows of channels and prices of all symbols."""
 
     features: Tensor  # (n, F)
     channels: Tensor  # (T, C)
-    row: Tensor  # (n,): the channel row of the origin's bar
+    prices: Tensor  # (T, 3) log of close, high and low, float64
+    row: Tensor  # (n,): the row of the origin's bar
     z: Tensor  # (n, H) outcome over scale, float64
     scale: Tensor  # (n, H)
     block: Tensor  # (n, 2): the block of the origin's bar, and that of its last outcome
@@ -47,6 +49,7 @@ class Origins:
         return Origins(
             self.features[keep],
             self.channels,
+            self.prices,
             self.row[keep],
             self.z[keep],
             self.scale[keep],
@@ -56,6 +59,23 @@ class Origins:
     def sequence(self, at: Tensor, context: int) -> Tensor:
         """The sequences (b, L, C) of some origins (b,), L = context."""
         return self.channels[self.row[at][:, None] + torch.arange(1 - context, 1)]
+
+    def path(self, steps: Sequence[int]) -> Tensor:
+        """The log returns (n, G) float64 from each origin's close to those so many steps ahead."""
+        start = self.prices[self.row, :1]
+        return self.prices[self.row[:, None] + torch.tensor(steps), 0] - start
+
+    def reach(self, steps: Sequence[int]) -> Tensor:
+        """The highest high and lowest low (n, G, 2) of the bars up to each step, after the one before it.
+
+        They are log returns from the origin's close, as float64.
+        """
+        start = self.prices[self.row, :1]
+        found = []
+        for first, last in pairwise((0, *steps)):
+            bars = self.prices[self.row[:, None] + torch.arange(first + 1, last + 1)]  # (n, bars, 3)
+            found.append(torch.stack([bars[..., 1].amax(1), bars[..., 2].amin(1)], -1) - start)
+        return torch.stack(found, 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,10 +251,10 @@ class _Part:
         self.scale = Table(horizons, np.float64, folder)
         self.block = Table(2, np.int64, folder)
 
-    def origins(self, channels: Tensor) -> Origins:
+    def origins(self, channels: Tensor, prices: Tensor) -> Origins:
         tables = (self.features, self.row, self.z, self.scale, self.block)
         features, row, z, scale, block = (t.tensor() for t in tables)
-        return Origins(features, channels, row[:, 0], z, scale, block)
+        return Origins(features, channels, prices, row[:, 0], z, scale, block)
 
 
 def _collect(
@@ -248,7 +268,7 @@ def _collect(
     reach = max(scaling.horizons)
     first = scaling.layout.har[-1] + 1
     edges = _edges(histories, first, reach, train_end)
-    channels = Table(CHANNELS, np.float32, folder)
+    channels, prices = Table(CHANNELS, np.float32, folder), Table(3, np.float64, folder)
     F, H = len(scaling.mean), len(scaling.horizons)
     learnt, validated = (_Part(F, H, folder) for _ in range(2))
     for w in histories:
@@ -268,12 +288,13 @@ def _collect(
             part.scale.add(scale)
             part.block.add(np.searchsorted(edges, np.stack([opened, closed], 1)[chosen]))
         channels.add(frame.channels)
+        prices.add(np.log(w.values[1:, [3, 1, 2]]))
     apart = validation_end > train_end
     for part, what in ((learnt, "learn from"), (validated, "validate on"))[: 1 + apart]:
         if len(part.row) < LEAST:
             raise DataError(f"only {len(part.row)} forecast origins to {what}, not {LEAST}: give more bars")
-    table = channels.tensor()
-    return learnt.origins(table), validated.origins(table) if apart else None
+    bars = channels.tensor(), prices.tensor()
+    return learnt.origins(*bars), validated.origins(*bars) if apart else None
 
 
 def _edges(histories: Sequence[Window], first: int, reach: int, train_end: int) -> NDArray[np.int64]:

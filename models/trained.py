@@ -8,6 +8,7 @@ from barcast.models.calibration import Calibrated
 from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Forecaster
+from barcast.models.paths import path_steps
 from barcast.models.scaling import Scaling
 from barcast.models.sssd.network import SSSD
 
@@ -18,7 +19,8 @@ class Candidate:
 
     phase: str  # "map" or "denoiser"
     step: int
-    crps: float  # normalised, of forecasts in full on what was not learnt from; the mean of all members
+    crps: float  # of forecasts in full on what was not learnt from, the mean of all members, normalised; of
+    # the denoiser the energy score, which is the CRPS of a whole path
     loss: float | None = None  # the fast loss, averaged over the steps since the look before
 
 
@@ -46,7 +48,7 @@ class Record(Past):
     init_from: str | None  # id of the model from which training started
     candidates: tuple[Candidate, ...]
     map_step: tuple[int, ...]  # of each member, chosen on the block that it has not learnt from
-    denoiser_step: int  # chosen on the newest block; with 0 the map alone forecasts
+    denoiser_step: int  # chosen on the newest block; with 0 the steps of a path have a Gaussian copula
     precision: str = "fp32"  # of the losses' arithmetic
     processes: int = 1  # that shared each batch
     accumulate: int = 1  # parts of a batch in each process
@@ -62,8 +64,11 @@ class Model(Protocol):
         """What it has learnt from."""
         ...
 
-    def forecaster(self, model: str, sampler: str | None, steps: int | None) -> Forecaster:
-        """A forecaster of this model under an id; sampler and steps are for models that are sampled."""
+    def forecaster(self, model: str, sampler: str | None, steps: int | None, paths: bool) -> Forecaster:
+        """A forecaster of this model under an id; sampler and steps are for models that are sampled.
+
+        With `paths` its forecasts carry paths; raises `ConfigError` for a model that knows none.
+        """
         ...
 
 
@@ -76,19 +81,42 @@ class Trained:
     levels: tuple[float, ...]
     record: Record
 
-    def forecaster(self, model: str, sampler: str | None = None, steps: int | None = None) -> Calibrated:
-        """A calibrated forecaster, see `raw` and `Model.forecaster`."""
-        return Calibrated(self.raw(model, sampler, steps), self.scaling.layout.calibration)
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The steps of its paths, in bars ahead."""
+        return path_steps(self.scaling.horizons)
 
-    def raw(self, model: str, sampler: str | None = None, steps: int | None = None) -> SSSDForecaster:
+    def forecaster(
+        self, model: str, sampler: str | None = None, steps: int | None = None, paths: bool = False
+    ) -> Calibrated:
+        """A calibrated forecaster, see `raw` and `Model.forecaster`."""
+        raw = self.raw(model, sampler, steps, paths)
+        return Calibrated(raw, self.scaling.layout.calibration, couple=raw if paths else None)
+
+    def raw(
+        self, model: str, sampler: str | None = None, steps: int | None = None, paths: bool = False
+    ) -> SSSDForecaster:
         """A forecaster that is not calibrated; default sampler and steps where None is given.
 
-        By default nothing is sampled where training found that the diffusion model adds nothing. Raise
-        `ConfigError` for an unknown sampler or number of steps.
+        By default the quantiles are those of the map, of which nothing is sampled, and the paths those of the
+        diffusion model if training found that it adds to a Gaussian copula. Raise `ConfigError` for an
+        unknown sampler or number of steps.
         """
-        if steps is None:
-            steps = STEPS if self.record.denoiser_step or sampler else 0
-        return SSSDForecaster(self.net, self.scaling, self.levels, model, sampler or SAMPLER, steps)
+        quantiles = STEPS if sampler else 0
+        coupling = STEPS if sampler or self.record.denoiser_step else 0
+        if steps is not None:
+            quantiles = coupling = steps
+        of = self.net, self.scaling, self.levels, model, sampler or SAMPLER
+        return SSSDForecaster(*of, quantiles, coupling if paths else 0)
+
+
+def check_paths(model: str, paths: bool) -> None:
+    """Raise `ConfigError` where paths are asked of a model that knows none."""
+    if paths:
+        raise ConfigError(
+            f"model {model} forecasts each horizon alone, not the path to it: name an SSSD, or leave "
+            "out what needs paths, such as touch"
+        )
 
 
 def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:

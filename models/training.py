@@ -4,29 +4,33 @@ Phase A fits the members of the map by the pinball loss of their knots. Each lea
 the bars, by calendar, and is stopped where it forecasts that block best: every bar is learnt from, and every
 choice between weights is made on bars that these were not fitted to. The scaling is fitted once, to all
 blocks: scores on a block are not quite out of sample, those on held-out bars are. Half of the members see up
-and down as exchangeable: bars are mirrored at random. Phase B turns outcomes into whitened normal scores, by
-the members that have not learnt from them, and trains encoder and denoiser on all blocks but the newest. Both
-phases keep the state that unseen bars like best, the first one included. Randomness comes from one generator;
-the number of steps is fixed before the first.
+and down as exchangeable: bars are mirrored at random. Phase B turns the returns to all steps of a path into
+whitened normal scores, by the members that have not learnt from them, and trains encoder and denoiser on all
+blocks but the newest, on which paths are judged by their energy score: the quantiles at each step are the
+map's, whatever the denoiser says of how steps go together. Both phases keep the state that unseen bars like
+best, the first one included. Randomness comes from one generator; the number of steps is fixed before the
+first.
 """
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
-from math import gcd, inf
+from math import gcd, inf, pi, sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Generator, Tensor
+from torch.nn import functional
 
 from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
 from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned, to_text
+from barcast.models.paths import between, path_steps
 from barcast.models.scaling import CHANNELS, feature_names, layout_of, signed_features
 from barcast.models.sssd.layers import PRESET, Architecture
 from barcast.models.sssd.marginal import PROBABILITIES, knot_scores, piecewise
@@ -40,8 +44,11 @@ MAP_BATCH = 384  # origins of a batch of each member, of which it may learn thre
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
 LEAST_STEPS, MOST_STEPS = 400, 1200  # of each phase
 LOOK_ORIGINS = 1500  # of what was not learnt from, thinned evenly, for each member
-MARGIN = 0.002  # of the map's CRPS: what the denoiser must gain on one block to be more than luck
+MARGIN = 0.001  # of a Gaussian copula's energy score: what the denoiser must gain on one block
 LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
+BRIDGED = 20_000  # origins behind the bridge, about
+Z10 = 1.2815515655446004  # the standard normal's upper tenth begins there
+SIGNED_CHANNELS = torch.tensor([True, False, True, False])  # of the sequence: return and close location
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
 INPUT_DROP, HIDDEN_DROP = 0.3, 0.4
@@ -110,6 +117,7 @@ def architecture(preset: str, timeframe: str, horizons: tuple[int, ...]) -> Arch
         channels=CHANNELS,
         context=layout_of(timeframe).context,
         horizons=len(horizons),
+        path=len(path_steps(horizons)),
         samples=SAMPLES,
     )
 
@@ -135,6 +143,7 @@ class _Training:
         a = architecture(preset, data.scaling.timeframe, data.scaling.horizons)
         self.net = SSSD(a, self.generator)
         members = torch.arange(a.members)
+        self.alike = not data.scaling.layout.falls  # up and down are exchangeable
         self.unseen = members % BLOCKS  # (M,): the block that a member does not learn from
         self.mirrored = members >= len(members) // 2  # (M,)
         blocks = self.learn.block
@@ -180,7 +189,7 @@ class _Training:
                 modules=[net.encoder, net.denoiser],
                 rate=DENOISER_RATE,
                 loss=self._denoiser_loss,
-                look=self._denoiser_crps,
+                look=self._denoiser_energy,
                 prepare=self._prepare_denoiser,
                 margin=MARGIN,
             ),
@@ -254,16 +263,22 @@ class _Training:
         return found
 
     def _prepare_denoiser(self) -> None:
-        """The scores of all outcomes, whitened; the newest block is left to judge by."""
-        net, part = self.net.eval(), self.learn
+        """The scores of all paths, whitened; the newest block is left to judge by."""
+        net, part, steps = self.net.eval(), self.learn, path_steps(self.data.scaling.horizons)
         self.older = (part.block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
         self.newest = part.only(self.apart[-1])
-        with torch.no_grad():
-            scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
-            self.look_knots = self._unseen_knots(self.newest)
-        H = scores.shape[1]
-        W = torch.linalg.cholesky(torch.corrcoef(scores[self.older].T).reshape(H, H))
+        scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
+        quantiles = self._path_quantiles(self.newest)  # (n, G, K)
+        p = (torch.arange(LOOK_SAMPLES, dtype=torch.float64) + 0.5) / LOOK_SAMPLES
+        u = torch.special.ndtri(p).expand(*quantiles.shape[:2], -1).contiguous()
+        values = piecewise(u, knot_scores().expand(quantiles.shape), quantiles)  # (n, G, S)
+        size = values[:, -1:].std(-1, correction=0)  # (n, 1): of the whole path
+        self.look_values = (values / size[..., None]).transpose(1, 2).float()  # (n, S, G)
+        self.look_moves = _moves((self.newest.path(steps) / size).float())  # (n, G)
+        G = scores.shape[1]
+        W = torch.linalg.cholesky(torch.corrcoef(scores[self.older].T).reshape(G, G))
         net.whiten.copy_(W)
+        net.bridge.copy_(self._bridge(part.only(thinned(self.older, BRIDGED))))
         self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
         a = samplers.alphas_cumprod()
         self.alpha, self.sigma, self.lam = a**0.5, (1 - a) ** 0.5, samplers.lambdas().float()
@@ -272,7 +287,9 @@ class _Training:
         """v-prediction loss at stratified noise levels, weighted so that the error of eps counts evenly."""
         g, n = share.generator, BATCH * DRAWS
         at = self.older[share.rows(torch.randint(len(self.older), (BATCH,), generator=g))]
-        w = self.w[at][:, None]  # (B, 1, H)
+        sign = share.rows(1 - 2 * torch.randint(2, (BATCH, 1), generator=g).float())
+        sign = sign if self.alike else torch.ones_like(sign)
+        w = (sign * self.w[at])[:, None]  # (B, 1, G)
         low, high = LOG_SNR
         position = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n
         wanted = share.rows(low + (high - low) * position.reshape(BATCH, DRAWS)) / 2
@@ -281,23 +298,31 @@ class _Training:
         eps = torch.cat([half, -half], 1)  # antithetic
         alpha, sigma, lam = self.alpha[t][..., None], self.sigma[t][..., None], self.lam[t]
         drop, part, denoiser = _Dropout(share), self.learn, self.net.denoiser
-        sequence = part.sequence(at, self.net.architecture.context)
-        c = self.net.encoder(part.features[at], sequence, drop)[:, None].expand(-1, DRAWS, -1)
+        features, sequence = part.features[at], part.sequence(at, self.net.architecture.context)
+        features = torch.where(self.signed, sign * features, features)
+        sequence = torch.where(SIGNED_CHANNELS, sign[..., None] * sequence, sequence)
+        c = self.net.encoder(features, sequence, drop)[:, None].expand(-1, DRAWS, -1)
         v: Tensor = denoiser(alpha * w + sigma * eps, denoiser.modulation(c, lam, drop))
         error = ((v - (alpha * eps - sigma * w)) ** 2).mean(-1)
         loss: Tensor = (torch.sigmoid(2 * lam) * error).mean()
         return loss
 
-    def _denoiser_crps(self) -> list[float]:
-        """CRPS of forecasts sampled in full on the newest block, from the first rows of the fixed noise."""
-        net, part, knots = self.net, self.newest, self.look_knots
+    def _denoiser_energy(self) -> list[float]:
+        """Energy score of paths on the newest block, sampled in full from the first rows of the noise.
+
+        It is that of the moves from step to step over the path's size, and over the moves' mean norm.
+        """
+        net, part = self.net, self.newest
         distribution = Distribution(net, SAMPLER, STEPS, LOOK_SAMPLES)
-        parts = []
+        total = 0.0
         for at in _pieces(len(part), BATCH):
             c = net.encoder(part.features[at], part.sequence(at, net.architecture.context))
-            parts.append(distribution.quantiles(distribution.sample(c), self.levels))
-        z = piecewise(torch.cat(parts).contiguous(), knot_scores().expand(knots.shape), knots)
-        return [self._crps(part, z)]
+            ranks = distribution.joint(c).argsort(stable=True, dim=1).argsort(1)  # (b, S, G)
+            x, y = _moves(self.look_values[at].gather(1, ranks)), self.look_moves[at]
+            miss = (x - y[:, None]).norm(dim=-1).mean(1)  # (b,)
+            apart = torch.cdist(x, x).sum((1, 2)) / (LOOK_SAMPLES * (LOOK_SAMPLES - 1))
+            total += float((miss - apart / 2).sum())
+        return [total / float(self.look_moves.norm(dim=-1).sum())]
 
     def _crps(self, part: Origins, z: Tensor) -> float:
         """CRPS over the mean absolute outcome, averaged over the horizons, of quantiles z (n, H, Q)."""
@@ -313,11 +338,36 @@ class _Training:
         mean: Tensor = (knots * apart[..., None, None]).sum(1) / apart.sum(1)[:, None, None]
         return mean
 
+    def _path_quantiles(self, part: Origins) -> Tensor:
+        """Quantiles (n, G, K) float64 of the returns to all steps, by those that have not seen them."""
+        s = self.data.scaling
+        with torch.no_grad():
+            knots = (self._unseen_knots(part) * part.scale[..., None]).numpy()
+        return torch.from_numpy(between(knots, s.horizons, path_steps(s.horizons)))
+
     def _scores(self, part: Origins) -> Tensor:
-        """Normal scores (n, H) float64 of the outcomes by the map of those that have not learnt from them."""
-        knots = self._unseen_knots(part)
-        u = piecewise(part.z[..., None], knots, knot_scores().expand(knots.shape))[..., 0]
+        """Normal scores (n, G) float64 of the returns to the steps of the path."""
+        quantiles, y = self._path_quantiles(part), part.path(path_steps(self.data.scaling.horizons))
+        u = piecewise(y[..., None], quantiles, knot_scores().expand(quantiles.shape))[..., 0]
         return u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
+
+    def _bridge(self, part: Origins) -> Tensor:
+        """The bridge (G,) of a `Coupling`: how far highs and lows go beyond the ends of their interval.
+
+        A Brownian bridge from a to b of variance s^2 has a highest point M for which 2 (M - a)(M - b) / s^2
+        is exponentially distributed with mean 1, and its root has the mean sqrt(pi) / 2; so has the lowest.
+        """
+        steps = path_steps(self.data.scaling.horizons)
+        quantiles = self._path_quantiles(part)
+        i = quantiles.shape[-1] // 4  # of the knot at one tenth
+        width = (quantiles[..., -1 - i] - quantiles[..., i]) ** 2
+        expected = functional.pad(width, (1, 0))
+        expected = torch.diff(expected, dim=-1).clamp(min=1e-12).sqrt() / (2 * Z10)  # (n, G): of an interval
+        to = part.path(steps)
+        since, reach = functional.pad(to, (1, 0))[:, :-1], part.reach(steps)
+        beyond = (reach - since[..., None]) * (reach - to[..., None])  # (n, G, 2)
+        root = (2 * beyond.clamp(min=0)).sqrt().mean(-1) / expected
+        return (root.mean(0) / (sqrt(pi) / 2)).float()
 
 
 class _Dropout:
@@ -336,6 +386,11 @@ class _Dropout:
         share = self.share
         whole = torch.rand((share.of * len(x), *x.shape[1:]), generator=share.generator)
         return x * (share.rows(whole) >= p) / (1 - p)
+
+
+def _moves(returns: Tensor) -> Tensor:
+    """Returns from step to step of returns from the start, (..., G)."""
+    return torch.diff(functional.pad(returns, (1, 0)), dim=-1)
 
 
 def _pieces(n: int, size: int) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from barcast.models.sssd.layers import Architecture, Dropout, convolution, linea
 class Denoiser(nn.Module):
     """Velocity of the scores: layers modulated by c and noise level (FiLM, Perez et al. 2018).
 
-    A head takes x_t (..., H) and its modulation, broadcast, and gives v (..., H). It says zero until it has
+    A head takes x_t (..., G) and its modulation, broadcast, and gives v (..., G). It says zero until it has
     learnt: its last layer, `leave`, begins at zero.
     """
 
@@ -37,18 +37,18 @@ class Denoiser(nn.Module):
 
 
 class MLP(Denoiser):
-    """Residual blocks over all horizons at once."""
+    """Residual blocks over the whole path at once."""
 
     def __init__(self, a: Architecture, generator: Generator) -> None:
         D = a.denoiser
         super().__init__(a, D * a.blocks, generator)
-        self.enter = linear(a.horizons, D, generator)
+        self.enter = linear(a.path, D, generator)
         self.first = nn.ModuleList([linear(D, D, generator) for _ in range(a.blocks)])
         self.second = nn.ModuleList([linear(D, D, generator) for _ in range(a.blocks)])
-        self.leave = linear(D, a.horizons, None)
+        self.leave = linear(D, a.path, None)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        """See `Denoiser.forward`."""
+        """See `Denoiser`."""
         y = self.enter(x)
         parts = film.chunk(2 * len(self.first), -1)
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
@@ -73,7 +73,7 @@ class UNet1D(Denoiser):
         self.scales = [2 * n for n in widths for _ in range(a.blocks)]
         down, up = list(pairwise(widths[:4])), list(pairwise(widths[3:]))
         self.enter = convolution(1, fine[0], generator)
-        self.step = nn.Parameter(torch.randn(fine[0], a.horizons, generator=generator))
+        self.step = nn.Parameter(torch.randn(fine[0], a.path, generator=generator))
         self.down = nn.ModuleList([_Blocks(n, n, a.blocks, generator) for n in fine])
         self.shrink = nn.ModuleList([convolution(*pair, generator, stride=2) for pair in down])
         self.middle = _Blocks(widths[3], widths[3], a.blocks, generator)
@@ -85,7 +85,7 @@ class UNet1D(Denoiser):
         """See `Denoiser`."""
         film = film.expand(*x.shape[:-1], -1).reshape(-1, film.shape[-1], 1)
         parts = iter(torch.split(film, self.scales, 1))
-        y = self.enter(x.reshape(-1, 1, x.shape[-1])) + self.step  # (n, denoiser / 2, H)
+        y = self.enter(x.reshape(-1, 1, x.shape[-1])) + self.step  # (n, denoiser / 2, G)
         skips = []
         for blocks, shrink in zip(self.down, self.shrink, strict=True):
             skips.append(blocks(y, parts))

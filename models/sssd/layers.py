@@ -29,6 +29,7 @@ class Architecture:
     channels: int
     context: int  # L
     horizons: int  # H
+    path: int  # G: steps of the path that the denoiser knows
     samples: int  # S: rows of the fixed noise
     members: int = 8  # M
     width: int = 96  # of the map's layers, and the encoder's

@@ -120,10 +120,12 @@ def test_the_id_is_a_hash_of_the_contents(trained: Trained, directory: Path, tmp
     assert int(model, 16) >= 0
 
 
-def test_parts_that_older_checkpoints_have_are_not_named(directory: Path) -> None:
-    """Without encoder and head a checkpoint has those of the first versions, and keeps its id."""
-    sizes = _body(directory)["architecture"]
-    assert not {"encoder", "head"} & set(sizes)
+def test_a_checkpoint_that_names_no_parts_has_those_of_the_first(directory: Path) -> None:
+    """Without encoder and head they are the layers on the bars alone and the perceptron."""
+    body = _body(directory)
+    for part in ("encoder", "head"):
+        del body["architecture"][part]
+    _signed(directory, body)
     found = load(directory).trained.net.architecture
     assert (found.encoder, found.head) == ("s4d", "mlp")
 
@@ -179,7 +181,8 @@ def test_every_number_of_the_network_is_read(
 
 def test_sampler_and_steps_are_chosen_when_a_model_is_opened(directory: Path) -> None:
     """One key chooses the sampler; what does not exist is refused with the choices."""
-    assert open_forecaster(directory).card.sampler == "dpmpp"
+    assert open_forecaster(directory).card.sampler == "none"
+    assert open_forecaster(directory, paths=True).card.sampler == "dpmpp"
     card = open_forecaster(directory, "ddim", 20).card
     assert (card.sampler, card.steps) == ("ddim", 20)
     with pytest.raises(ConfigError, match="ddim, dpmpp"):
@@ -254,8 +257,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda d: (d / "model.json").write_text(json.dumps(_body(d) | {"timeframe": "4h"})),
         "does not fit the contents",
     ),
-    "newer format": (_field("format", 3), "format is 3, not 2"),
-    "older format": (_field("format", 1), "format is 1, not 2; .*train again"),
+    "newer format": (_field("format", 4), "format is 4, not 3"),
+    "older format": (_field("format", 2), "format is 2, not 3; .*train again"),
     "foreign kind": (_field("kind", "ldm"), "kind is 'ldm'"),
     "other schedule": (_field("schedule", ["linear", 1000]), "schedule is"),
     "other prediction": (_field("prediction", "epsilon"), "prediction is 'epsilon'"),
@@ -345,7 +348,7 @@ def _nested(d: Path) -> None:
 
 
 TREES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "newer format": (_field("format", 3), "format is 3, not 2"),
+    "newer format": (_field("format", 4), "format is 4, not 3"),
     "no record": (lambda d: _signed(d, _without(_body(d), "record")), "record is missing; train"),
     "record of a network": (_field("record", {"seed": 0}), "missing required field"),
     "no weights": (lambda d: (d / "weights.safetensors").unlink(), "weights.safetensors: cannot be read"),
@@ -383,7 +386,7 @@ TREES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 MIXED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "newer format": (_field("format", 3), "format is 3, not 2"),
+    "newer format": (_field("format", 4), "format is 4, not 3"),
     "edited weights": (
         lambda d: (d / "model.json").write_text(json.dumps(_body(d) | {"weights": [[1]]})),
         "does not fit the contents of model.json, which",

@@ -194,7 +194,9 @@ def test_a_model_whose_denoiser_adds_nothing_is_served_as_the_map_alone(
         assert np.abs(sampled.quantiles / said.quantiles - 1).max() > 1e-3
     with pytest.raises(ConfigError, match="euler"):
         plain.forecaster("x", "euler")
-    assert trained.forecaster("x").card.sampler == "dpmpp"
+    coupled = trained.forecaster("x", paths=True).card
+    assert (coupled.sampler, coupled.steps, coupled.samples) == ("dpmpp", 8, 256)
+    assert trained.forecaster("x").card.sampler == plain.forecaster("x", paths=True).card.sampler == "none"
 
 
 def test_the_denoiser_matters(trained: Trained, opened: Open, windows: list[Window]) -> None:

@@ -18,7 +18,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _encoder(name: str) -> Encoder:
-    sizes = {"features": 5, "channels": CHANNELS, "context": 64, "horizons": 3, "samples": 256}
+    sizes = {"features": 5, "channels": CHANNELS, "context": 64, "horizons": 3, "path": 16, "samples": 256}
     return Encoder(Architecture(**sizes, encoder=name), _generator()).eval()
 
 

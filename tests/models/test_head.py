@@ -18,7 +18,7 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 def _head(name: str, steps: int, learnt: bool = True, **sizes: int) -> Denoiser:
     """A head for paths of some steps; what it has learnt is random."""
-    given = {"features": 5, "channels": 4, "context": 64, "horizons": steps, "samples": 256}
+    given = {"features": 5, "channels": 4, "context": 64, "horizons": 1, "path": steps, "samples": 256}
     head = build_head(Architecture(**given, **sizes, head=name), _generator()).eval()
     if learnt:
         with torch.no_grad():

@@ -13,7 +13,7 @@ from barcast.models.sssd.marginal import PROBABILITIES, QuantileMap, knot_scores
 from barcast.models.sssd.network import SSSD, sobol_normals
 from barcast.models.trained import Trained
 
-A = Architecture(features=5, channels=4, context=64, horizons=3, samples=256, members=4)
+A = Architecture(features=5, channels=4, context=64, horizons=3, path=16, samples=256, members=4)
 K = len(PROBABILITIES)
 
 
@@ -147,7 +147,7 @@ def test_training_moves_the_map(trained: Trained) -> None:
     assert not torch.equal(knots[0], knots[1])
 
 
-SHAPE = {"features": 50, "channels": 4, "context": 64, "horizons": 16, "samples": 256}
+SHAPE = {"features": 50, "channels": 4, "context": 64, "horizons": 3, "path": 16, "samples": 256}
 
 
 def _count(net: torch.nn.Module) -> int:
@@ -171,7 +171,7 @@ def test_presets_grow() -> None:
     for part in ("map", "encoder", "denoiser"):
         counts = [_count(getattr(net, part)) for net in nets]
         assert counts == sorted(set(counts)), part
-    assert [round(_count(net), -5) for net in nets] == [100_000, 400_000, 2_400_000]
+    assert [round(_count(net), -4) for net in nets] == [40_000, 210_000, 2_160_000]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,16 @@ def _with_other(data: Split, at: Tensor) -> Split:
     return replace(data, learn=replace(learn, features=features, z=z))
 
 
+def _with_other_prices(data: Split, block: int) -> Split:
+    """The same in which the bars of the newest block closed, and reached, elsewhere."""
+    learn = data.learn
+    rows = learn.row[learn.block[:, 0] == block]
+    rows = (rows[:, None] + torch.arange(max(HORIZONS) + 1)).unique()
+    prices = learn.prices.clone()
+    prices[rows] += 0.01 * torch.randn(prices[rows].shape, generator=Generator().manual_seed(3))
+    return replace(data, learn=replace(learn, prices=prices))
+
+
 def _share(index: int = 0, of: int = 1, seed: int = 7) -> Share:
     return Share(index, of, Generator().manual_seed(seed))
 
@@ -210,16 +220,17 @@ def test_the_denoiser_learns_from_all_but_the_newest_block_and_is_judged_there(d
     """No origin that reaches into the newest block changes its loss or the whitening, only its score."""
     newest = BLOCKS - 1
     clean, dirty = _prepared(data), _prepared(data)
-    dirty.learn = _with_other(data, _touching(data, newest)).learn
+    dirty.learn = _with_other_prices(_with_other(data, _touching(data, newest)), newest).learn
     for found in (clean, dirty):
         found._prepare_denoiser()
         with torch.no_grad():
             found.net.denoiser.leave.weight.normal_(0, 0.1, generator=Generator().manual_seed(1))
     assert torch.equal(clean.net.whiten, dirty.net.whiten)
+    assert torch.equal(clean.net.bridge, dirty.net.bridge)
     assert torch.equal(clean._denoiser_loss(_share()), dirty._denoiser_loss(_share()))
     assert (clean.newest.block == newest).all()
     with torch.no_grad():
-        assert clean._denoiser_crps() != dirty._denoiser_crps()
+        assert clean._denoiser_energy() != dirty._denoiser_energy()
     older = _prepared(data)
     older.learn = _with_other(data, _touching(data, 0)).learn
     older._prepare_denoiser()
