@@ -75,6 +75,7 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
             ("preset", about["preset"] or "none: sizes of its own"),
             ("sizes", ", ".join(sizes)),
             ("parameters", ", ".join(f"{part} {count:,}" for part, count in about["parameters"].items())),
+            ("paths", f"{len(about['path'])} steps: {_listed(about['path'])}"),
             ("denoiser", f"of step {chosen}" if chosen else "not used: the map alone was better"),
         ]
     if about["kind"] == "lgbm":
