@@ -1,8 +1,9 @@
 """Forecasters side by side on identical rolling origins, over consecutive folds of calendar time."""
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from barcast.backtest.paths import DEFINITIONS as PATHS
+from barcast.backtest.paths import PathScores
 from barcast.backtest.replay import learnt_until, learnt_warning
 from barcast.backtest.scoring import INTERVALS, interval
 from barcast.backtest.skill import VOLATILITY
@@ -70,7 +73,15 @@ class Evaluation:
     - `pit`: fold, horizon, model, lower, upper (levels, 0 and 1 at the ends), share, density.
     - `meta`: models, folds, what was left out and a warning.
 
-    `DEFINITIONS` says what the numbers are.
+    Where models forecast paths, over all folds, and null otherwise:
+
+    - `paths`: model, coupling, score (`energy` or `variogram`), n, times, value, error, own_gain and
+      own_gain_error (percent).
+    - `touch`: up, down (deviations), model, coupling, n, times, up_first and down_first (shares of what came
+      true), said_up_first and said_down_first, brier, error, and over_har and own_gain with their errors.
+    - `reliability`: up, down, model, coupling, lower, upper (of the bin), n, said, seen, error.
+
+    `DEFINITIONS`, here and in `paths`, say what the numbers are.
     """
 
     scores: pl.DataFrame
@@ -79,6 +90,9 @@ class Evaluation:
     levels: pl.DataFrame
     pit: pl.DataFrame
     meta: dict[str, Any]
+    paths: pl.DataFrame | None = None
+    touch: pl.DataFrame | None = None
+    reliability: pl.DataFrame | None = None
 
     def best_baseline(self, horizon: int) -> str:
         """The baseline with the lowest CRPS over all folds."""
@@ -95,40 +109,63 @@ class Evaluation:
 
     def json(self) -> str:
         """Everything as one JSON object; numbers that there are not are null."""
-        frames = {name: getattr(self, name) for name in ("scores", "gains", "thirds", "levels", "pit")}
-        rows = {name: _finite(frame).to_dicts() for name, frame in frames.items()}
-        return json.dumps({"meta": self.meta, "definitions": DEFINITIONS, **rows}, allow_nan=False)
+        names = ("scores", "gains", "thirds", "levels", "pit", "paths", "touch", "reliability")
+        frames = {name: getattr(self, name) for name in names}
+        rows = {name: _finite(frame).to_dicts() for name, frame in frames.items() if frame is not None}
+        told = DEFINITIONS if self.paths is None else DEFINITIONS | PATHS
+        return json.dumps({"meta": self.meta, "definitions": told, **rows}, allow_nan=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Field:
-    """The models to compare by their labels, what each was opened by, and why others were left out."""
+    """The models to compare by their labels, what each was opened by, and why others were left out.
+
+    `rivals` are, for models of paths, those that forecast the same quantiles and paths by a Gaussian copula,
+    and `diffusion` is the label of the baseline that says how far a Brownian motion gets.
+    """
 
     forecasters: dict[str, Forecaster]
     names: dict[str, str]
     left_out: dict[str, str]
+    rivals: dict[str, Forecaster] = dataclasses.field(default_factory=dict)
+    diffusion: str | None = None
 
 
-def open_field(names: Sequence[str], timeframe: str) -> Field:
+def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Field:
     """Open models by name: baselines and checkpoint directories, with horizons and levels in common.
 
     The reference is always among them; without any baseline named, all are that suit the timeframe and whose
     packages are installed. Baselines forecast what the checkpoints do. A checkpoint is labelled by the name
-    of its directory, or by the path as given where another one, or a baseline, has that name. Raise as
-    `open_model` does.
+    of its directory, or by the path as given where another one, or a baseline, has that name. With `paths`
+    those that can forecast them, and HAR stands beside them: with a time-of-week factor, but of daily bars.
+    Raise as `open_model` does, and `ConfigError` for paths that none of them forecasts.
     """
-    trained = {name: open_model(name, timeframe, None, None) for name in names if name not in BASELINES}
+    trained: dict[str, Forecaster] = {}
+    refused = "--paths needs a model of paths: name an SSSD by --model"
+    for name in dict.fromkeys(name for name in names if name not in BASELINES):
+        try:
+            trained[name] = open_model(name, timeframe, None, None, paths)
+        except ConfigError as error:
+            if not paths:
+                raise
+            trained[name], refused = open_model(name, timeframe, None, None), str(error)
+    winding = [name for name, forecaster in trained.items() if forecaster.card.path]
+    if paths and not winding:
+        raise ConfigError(refused)
     card = next((f.card for f in trained.values()), None)
     horizons = card.horizons if card else default_horizons(timeframe)
     levels = card.levels if card else LEVELS
     named = [name for name in names if name in BASELINES]
-    field = Field({}, {}, {})
-    for name in dict.fromkeys([REFERENCE, *(named or BASELINES)]):
+    diffusion = ("har" if (Timeframe.parse(timeframe).duration or DAY) >= DAY else "har-s") if paths else None
+    beside = [] if diffusion is None else [diffusion]
+    rivals: dict[str, Forecaster] = {}
+    field = Field({}, {}, {}, rivals, diffusion)
+    for name in dict.fromkeys([REFERENCE, *(named or BASELINES), *beside]):
         try:
             field.forecasters[name] = BASELINES[name](timeframe, horizons, levels)
             field.names[name] = name
         except ConfigError as error:
-            if name in named:
+            if name in named or name in beside:
                 raise
             field.left_out[name] = str(error)
     taken = Counter([*BASELINES, "", *(Path(name).name for name in trained)])
@@ -136,6 +173,8 @@ def open_field(names: Sequence[str], timeframe: str) -> Field:
         label = Path(name).name
         label = name if taken[label] > 1 else label
         field.forecasters[label], field.names[label] = forecaster, name
+        if name in winding:
+            rivals[label] = open_model(name, timeframe, None, 0, paths)
     return field
 
 
@@ -163,6 +202,11 @@ def evaluate(
     first = max(map(learnt_until, field.names.values())) if since is None else since
     last = max(window.close_time for window in histories)
 
+    watcher = None
+    if field.diffusion is not None:
+        rivals = {labels.index(label): rival for label, rival in field.rivals.items()}
+        watcher = PathScores(list(field.forecasters.values()), rivals, labels.index(field.diffusion))
+
     def stand(done: int, count: int, window: Window) -> None:
         progress(0, f"{done} of {count}, {window.symbol}")
 
@@ -174,8 +218,9 @@ def evaluate(
         stride=step,
         slot=slot,
         progress=stand,
+        watch=None if watcher is None else watcher.watch,
     )
-    found, withheld = _usable(found, labels)
+    found, withheld, keep = _usable(found, labels)
     start = max(first, int(found.close_times.min())) if since is None else since
     end = last if until is None else min(last, until)
     edges = [start + (end - start) * k // folds for k in range(folds + 1)]
@@ -193,6 +238,10 @@ def evaluate(
     for name, chosen in parts.items():
         tables.fold(name, found, chosen, step)
     tables.by_volatility(found, volatility, step)
+    joint: dict[str, pl.DataFrame] = {}
+    if watcher is not None:
+        _, moment = np.unique(found.close_times, return_inverse=True)
+        joint = watcher.frames(labels, keep, moment, step)
     warnings = {label: learnt_warning(name, start) for label, name in field.names.items()}
     return tables.evaluation(
         {
@@ -212,22 +261,23 @@ def evaluate(
             ],
             "left_out": field.left_out,
             "withheld": withheld,
-        }
+        },
+        joint,
     )
 
 
-def _usable(found: Forecasts, labels: Sequence[str]) -> tuple[Forecasts, dict[str, int]]:
-    """The origins at which all models forecast something usable, and at how many each did not."""
+def _usable(found: Forecasts, labels: Sequence[str]) -> tuple[Forecasts, dict[str, int], NDArray[np.bool_]]:
+    """The origins at which all models forecast something usable, at how many each did not, and which."""
     good = [(np.abs(q) < FAR).all((1, 2)) for q in found.quantiles]  # not of nan
     withheld = {label: int((~g).sum()) for label, g in zip(labels, good, strict=True) if not g.all()}
     keep = np.logical_and.reduce(good)
     if not keep.any():
         raise DataError(f"{', '.join(withheld)}: no usable forecast at any origin; leave the model out.")
     if not withheld:
-        return found, {}
+        return found, {}, keep
     symbols = tuple(s for s, k in zip(found.symbols, keep, strict=True) if k)
     quantiles = [q[keep] for q in found.quantiles]
-    return Forecasts(found.outcomes[keep], quantiles, symbols, found.close_times[keep]), withheld
+    return Forecasts(found.outcomes[keep], quantiles, symbols, found.close_times[keep]), withheld, keep
 
 
 class _Tables:
@@ -298,7 +348,7 @@ class _Tables:
                     key = {"horizon": h, "model": label, "third": name, "n": int(own.sum())}
                     self.thirds.append({**key, **covered})
 
-    def evaluation(self, meta: dict[str, object]) -> Evaluation:
+    def evaluation(self, meta: dict[str, object], joint: Mapping[str, pl.DataFrame]) -> Evaluation:
         """The rows as frames."""
         return Evaluation(
             scores=pl.DataFrame(self.scores, infer_schema_length=None),
@@ -307,6 +357,7 @@ class _Tables:
             levels=pl.DataFrame(self.shares, infer_schema_length=None),
             pit=pl.DataFrame(self.bins, infer_schema_length=None),
             meta=meta,
+            **joint,
         )
 
     def _coverage(

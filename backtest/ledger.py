@@ -30,10 +30,11 @@ from operator import mul
 import numpy as np
 import polars as pl
 
-from barcast.backtest.result import level_column
+from barcast.backtest.result import level_column, outlook_columns
 from barcast.daemon.calendar import iso
 from barcast.daemon.ports import Outcome
 from barcast.models import Adjustment, Bar, ConfigError, Forecast
+from barcast.models.joint import Outlook
 
 BENCHMARK = "buy-and-hold"
 """The book that every strategy is compared with."""
@@ -365,6 +366,7 @@ class Ledger:
         self._adjustments: dict[str, dict[int, float]] = {}
         self._bases: dict[str, tuple[list[int], list[float]]] = {}
         self._forecasts: list[tuple[str, Forecast]] = []
+        self._outlooks: dict[tuple[str, int], Outlook] = {}
         self._targets: list[tuple[str, str, int, float]] = []
 
     def accepted(self, bar: Bar) -> None:
@@ -402,6 +404,7 @@ class Ledger:
         not forecast, ValueError for a target that is not in [-1, 1] or of a symbol without a forecast.
         """
         self._forecasts += [(outcome.card.model, forecast) for forecast in outcome.forecasts.values()]
+        self._outlooks |= {(name, outcome.group.close_time): said for name, said in outcome.outlooks.items()}
         if outcome.group.straggler:
             return
         close_time = outcome.group.close_time
@@ -507,6 +510,9 @@ class Ledger:
                 "rise": np.concatenate([forecast.rise for forecast in own]),
                 "model": np.repeat([model for model, _ in made], H),
             }
+            if self._outlooks:
+                said = [self._outlooks[forecast.symbol, forecast.close_time] for forecast in own]
+                columns |= {name: np.repeat(x, H) for name, x in outlook_columns(said).items()}
             frames.append(pl.DataFrame(columns).with_columns(_utc("close_time")))
         if not frames:
             return pl.DataFrame(schema=SIGNALS)

@@ -13,6 +13,7 @@ from plotly.subplots import make_subplots
 
 from barcast.backtest.evaluate import ALL, Evaluation
 from barcast.backtest.ledger import BENCHMARK
+from barcast.backtest.paths import DIFFUSION, OWN, PAIRS
 from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.backtest.scoring import pit as pit_bins
@@ -56,6 +57,8 @@ _MENU: dict[str, Any] = {
 }
 SURE = 2
 """Standard errors that an error bar reaches to either side."""
+FEW = 30
+"""Probabilities in a bin below which it is not drawn."""
 SHOWN = 150
 """Bars that a figure to scroll through shows at first."""
 
@@ -507,6 +510,49 @@ def model_reliability(result: Evaluation) -> go.Figure:
     figure.add_hline(y=0, line=_NOMINAL)
     figure.update_xaxes(title=_title("level"))
     return figure.update_yaxes(tickformat="+.1%")
+
+
+def touches(result: Evaluation, model: str) -> go.Figure:
+    """Reliability of the probabilities that a barrier is touched first: a model's paths, and a diffusion's.
+
+    A panel for each pair of barriers; bins of fewer than `FEW` probabilities are left out.
+    """
+    bins = pl.DataFrame() if result.reliability is None else result.reliability
+    bins = bins.filter(pl.col("model") == model, pl.col("n") >= FEW)
+    shown, pairs = bins.filter(pl.col("coupling").is_in([OWN, DIFFUSION])), PAIRS
+    most = min(1.0, max([0.2, *(1.05 * shown["said"]), *(1.05 * (shown["seen"] + SURE * shown["error"]))]))
+    figure = make_subplots(
+        cols=len(pairs),
+        shared_yaxes=True,
+        horizontal_spacing=0.03,
+        column_titles=[f"{up:g} up, {down:g} down" for up, down in pairs],
+    )
+    for column, (up, down) in enumerate(pairs, 1):
+        for k, (coupling, name) in enumerate(((OWN, model), (DIFFUSION, DIFFUSION))):
+            own = shown.filter(up=up, down=down, coupling=coupling)
+            figure.add_scatter(
+                x=own["said"].to_list(),
+                y=own["seen"].to_list(),
+                error_y=_bar(own["error"]),
+                mode="lines+markers",
+                line={"color": COLOURS[k], "width": 1},
+                marker={"color": COLOURS[k], "symbol": _MARKS[k], "size": 7},
+                customdata=own["n"].to_list(),
+                hovertemplate="said %{x:.1%}, came true %{y:.1%} of %{customdata}",
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                row=1,
+                col=column,
+            )
+        diagonal = {"x0": 0, "y0": 0, "x1": most, "y1": most}
+        figure.add_shape(type="line", line=_NOMINAL, layer="below", row=1, col=column, **diagonal)
+    layout = {"height": 380, "margin": {"l": 84, "r": 16, "t": 64, "b": 52}, "hovermode": "closest"}
+    figure.update_layout(**(_LAYOUT | layout))
+    figure.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"})
+    figure.update_xaxes(**_AXIS, range=[0, most], tickformat=".0%", title=_title("said"))
+    figure.update_yaxes(**_AXIS, range=[0, most], tickformat=".0%")
+    return figure.update_yaxes(title=_title("came true"), col=1)
 
 
 def _coverages(result: Evaluation, rows: pl.DataFrame, x: str) -> go.Figure:

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import polars as pl
 
-from barcast.backtest.result import level_column
+from barcast.backtest.result import level_column, outlook_columns
 from barcast.daemon.adjustments import by_symbol
 from barcast.daemon.calendar import iso
 from barcast.models import Adjustment, DataError, Forecast, Forecaster, Window, usable
 from barcast.models.evaluation import CHUNK
+from barcast.models.joint import Outlook, outlook
 from barcast.models.window import window_at
 
 _FAULTS = {
@@ -34,6 +35,7 @@ def predict(
     origins: pl.DataFrame,
     source: str,
     adjustments: Iterable[Adjustment] = (),
+    touch: Sequence[tuple[float, float]] = (),
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> pl.DataFrame:
     """The quantiles at each of the `origins`, which `history.read_origins` read from the file `source`.
@@ -41,21 +43,27 @@ def predict(
     A row for each origin, in their order, and horizon: symbol, ts, horizon (Int32, bars), and a column for
     each level (`q05` ...), log returns from the origin's close. A window holds bars up to and including the
     origin's own, at most as many as the model's window, on the price basis of then. Windows come symbol by
-    symbol in order of time, so that a forecaster profits from the work on the one before. Raise `DataError`
-    when an origin cannot be forecast.
+    symbol in order of time, so that a forecaster profits from the work on the one before. With pairs of
+    barriers to `touch`, and a forecaster of paths, the columns of `outlook_columns` follow, the same in all
+    rows of an origin. Raise `DataError` when an origin cannot be forecast.
     """
     card = forecaster.card
     places = _places(origins, histories, source, card.model, card.min_window)
     own = by_symbol(adjustments)
     quantiles = np.empty((len(places), len(card.horizons), len(card.levels)))
     withheld: list[int] = []
+    outlooks: dict[int, Outlook] = {}
     for chunk in _chunks(origins["symbol"], places):
         windows = [
             window_at(histories[symbol], places[i], card.window, own.get(symbol, ()))
             for i, symbol in zip(chunk, origins["symbol"][chunk], strict=True)
         ]
         made: list[Forecast] = forecaster.forecast(windows)
-        withheld += [i for i, good in zip(chunk, usable(made, card), strict=True) if not good]
+        for i, forecast, good in zip(chunk, made, usable(made, card), strict=True):
+            if not good:
+                withheld.append(i)
+            elif touch:
+                outlooks[i] = outlook(forecast, touch)
         quantiles[chunk] = [f.quantiles for f in made]
         progress(len(chunk), f"{windows[-1].symbol} {iso(windows[-1].close_time)[:10]}")
     if withheld:
@@ -63,6 +71,9 @@ def predict(
         raise _fault(origins, sorted(withheld), source, said, _MORE)
     H, Q = len(card.horizons), len(card.levels)
     columns = dict(zip(map(level_column, card.levels), quantiles.reshape(-1, Q).T, strict=True))
+    if touch:
+        told = outlook_columns([outlooks[i] for i in range(len(places))])
+        columns |= {name: np.repeat(values, H) for name, values in told.items()}
     return origins.select(
         pl.col("symbol", "ts").repeat_by(H).explode(),
         pl.Series("horizon", np.tile(card.horizons, len(places)), pl.Int32),

@@ -61,6 +61,7 @@ from barcast.models import (
     check_sampled,
     open_model,
 )
+from barcast.models.joint import check_pairs
 
 Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
@@ -230,6 +231,7 @@ def run_backtest(
     until: Moment | None = None,
     sampler: str | None = None,
     steps: int | None = None,
+    touch: Sequence[tuple[float, float]] = (),
     max_jump: float = MAX_JUMP,
     execution: Execution | None = None,
     retrain: Retrain | str | None = None,
@@ -248,7 +250,8 @@ def run_backtest(
     such as `median-drift:costs=1` or `mine.py:Mine`. `calendars` (symbol -> name) are those of symbols that
     keep other hours than `calendar`; an adjustment takes effect with the first bar after its time. `trials`
     is how many strategies and settings were tried in all until these were found, for the deflated Sharpe
-    ratio; by default those of this run.
+    ratio; by default those of this run. `touch` are pairs of barriers, how far up and how far down in
+    standard deviations of the forecast over the longest horizon: see `BacktestResult.signals`.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
@@ -281,10 +284,11 @@ def run_backtest(
         max_jump=max_jump,
         sampler=sampler,
         steps=steps,
+        touch=check_pairs([(up, down) for up, down in touch]),
         strategies=tuple(StrategySettings.parse(s) if isinstance(s, str) else s for s in strategies),
     )
     closes = settings.bar_calendars()
-    forecaster = open_model(model, timeframe, sampler, steps)
+    forecaster = open_model(model, timeframe, sampler, steps, bool(settings.touch))
     check_sampled(model, forecaster.card, sampler, steps)
     try_strategies(settings.build(), forecaster.card)
     execution = execution or Execution()
@@ -439,6 +443,7 @@ class _Past:
             "sampler": card.sampler,
             "steps": card.steps,
             "samples": card.samples,
+            "touch": settings.touch,
             "fingerprint": card.fingerprint,
             "timeframe": settings.timeframe,
             "calendar": settings.calendar,

@@ -15,6 +15,8 @@ from barcast.backtest import metrics, plot, scoring, skill
 from barcast.backtest.evaluate import ALL, Evaluation
 from barcast.backtest.evaluate import DEFINITIONS as COMPARED
 from barcast.backtest.ledger import BENCHMARK
+from barcast.backtest.paths import DEFINITIONS as PATHS
+from barcast.backtest.paths import OWN
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.models.scores import Estimate
@@ -417,6 +419,33 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
         "<h3>Where outcomes fell between the levels</h3><p>Flat at 1 when calibrated.</p>",
         _draw(plot.pits(result), "pits", PANELS),
     )
+    if result.paths is not None:
+        longest = plot.bars(horizons[-1])
+        yield _section(
+            "Paths",
+            f"What models say of the way to +{longest}. Every row has the same quantiles at each step, put "
+            "together otherwise, and the same barriers; bold where the model's own paths are more than two "
+            "standard errors apart.",
+            _choice(
+                "model",
+                {
+                    model: _paths(result, model) + _draw(plot.touches(result, model), f"touches{k}", PANELS)
+                    for k, model in enumerate(result.paths["model"].unique(maintain_order=True))
+                },
+            ),
+            _terms(
+                {
+                    "coupling": PATHS["coupling"],
+                    "energy, bp": f"{PATHS['energy']}; basis points, 0.0001",
+                    "variogram, bp": PATHS["variogram"],
+                    "own, % better": PATHS["own_gain"],
+                    "up, down": PATHS["up, down"],
+                    "Brier": PATHS["brier"],
+                    "% over diffusion": PATHS["over_har"],
+                    "±": COMPARED["error"],
+                }
+            ),
+        )
     yield _section("What was compared", "", _meta(result.meta))
 
 
@@ -436,6 +465,42 @@ def _pooled(result: Evaluation, horizon: int) -> str:
             cells.append(f"<td{_mark(f'coverage_{percent}', value)}>{shown}</td>")
         rows.append(f"<tr>{''.join(cells)}<td>{row['worst']:.3f}</td></tr>")
     return _table({label: (label, _text) for label in labels}, "".join(rows))
+
+
+def _paths(result: Evaluation, model: str) -> str:
+    """The joint scores of a model's paths, and what was said of barriers and came true."""
+    scores, touch = (frame.filter(model=model) for frame in (result.paths, result.touch) if frame is not None)
+    rows = []
+    for coupling in scores["coupling"].unique(maintain_order=True):
+        cells = [f"<td>{_text(coupling)}</td>"]
+        for score in ("energy", "variogram"):
+            row = scores.filter(coupling=coupling, score=score).row(0, named=True)
+            cells.append(f"<td>{1e4 * row['value']:.2f}</td>{_estimate(_gain(row, 'own_gain'), True)}")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    labels = ["coupling", "energy, bp", "own, % better", "variogram, bp", "own, % better"]
+    joint = f'<div class="tight">{_columns(labels, rows)}</div>'
+    rows = []
+    for row in touch.iter_rows(named=True):
+        shares = [row[name] for side in ("up", "down") for name in (f"said_{side}_first", f"{side}_first")]
+        cells = [f'<td>{row["up"]:g} up, {row["down"]:g} down</td><td class="text">{row["coupling"]}</td>']
+        cells += [f"<td>{_percent(share)}</td>" for share in shares]
+        cells.append(f"<td>{row['brier']:.4f}</td>")
+        cells += [_estimate(_gain(row, name), True) for name in ("over_har", "own_gain")]
+        kind = ' class="pooled"' if row["coupling"] == OWN else ""
+        rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    labels = ["barriers", "coupling", "up first: said", "came true", "down first: said", "came true"]
+    labels += ["Brier", "% over diffusion", "own, % better"]
+    return (
+        f"{joint}<h3>Barriers that are touched first</h3>"
+        f'<div class="tight">{_columns(labels, rows, (1,))}</div>'
+        "<h3>Reliability of touches</h3><p>What was said and what came true, of up first and down first; on "
+        f"the dashed line when calibrated. Bins of fewer than {plot.FEW} are left out.</p>"
+    )
+
+
+def _gain(row: Mapping[str, float | None], name: str) -> Estimate | None:
+    value, error = row[name], row[f"{name}_error"]
+    return None if value is None or error is None else Estimate(value, error)
 
 
 def _gains(result: Evaluation, horizon: int) -> str:

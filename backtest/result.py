@@ -6,9 +6,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from barcast.models import DataError
+from barcast.models.joint import Outlook
 
 INDEX = "result.json"
 """The file of a folder that says it is a saved result: it is written last."""
@@ -22,7 +25,8 @@ class BacktestResult:
     """Everything a replay over history recorded. Times are datetime[ns, UTC], returns are log returns.
 
     - `signals`: symbol, close_time, horizon (bars), a column for each level (`q05` ...), reference, mean,
-      std, rise, model. One row a horizon.
+      std, rise, model. One row a horizon. With `touch` also touch_up_2_1 and touch_down_2_1 for the pair 2, 1
+      and so on, and drawdown, all of the longest horizon: see `outlook_columns`.
     - `outcomes`: symbol, close_time, horizon, end_time, price and outcome (the log return of the symbol's own
       `horizon`-th next bar), of the forecasts whose horizon has passed.
     - `bars`: symbol, close_time, open, high, low, close, basis, of the accepted bars of the tested time.
@@ -132,6 +136,19 @@ def level_column(level: float) -> str:
     """The column of a level: `q05` for 0.05, `q97.5` for 0.975."""
     percent = f"{100 * level:.6g}"
     return f"q0{percent}" if 100 * level < 9.9999995 else f"q{percent}"
+
+
+def outlook_columns(outlooks: Sequence[Outlook]) -> dict[str, NDArray[np.float64]]:
+    """What paths say of the same pairs of barriers, as columns (N,).
+
+    `touch_up_2_1` and `touch_down_2_1` are the probabilities of touching 2 deviations up before 1 down and
+    the other way round, `drawdown` the expected maximum drawdown.
+    """
+    columns = {}
+    for k, (up, down) in enumerate(outlooks[0].pairs):
+        columns[f"touch_up_{up:g}_{down:g}"] = np.array([o.touch.up[k] for o in outlooks])
+        columns[f"touch_down_{up:g}_{down:g}"] = np.array([o.touch.down[k] for o in outlooks])
+    return {**columns, "drawdown": np.array([o.drawdown for o in outlooks])}
 
 
 def levels_of(columns: Sequence[str]) -> dict[float, str]:

@@ -123,8 +123,9 @@ class Apart:
 
     `differing` of `signals` signals differ. `quantile` is the largest difference of a quantile in basis
     points of the reference price, `place` where it is; `deviations` the largest as a multiple of that
-    forecast's standard deviation. `mean` is in basis points, `std` a share of it; `rise`, `coverage` and
-    `target` are differences of what is published. `targets` is how many of those differ.
+    forecast's standard deviation. `mean` is in basis points, `std` a share of it; `rise`, `coverage`, `touch`
+    (of probabilities) and `target` are differences of what is published, `drawdown` is in basis points.
+    `targets` is how many of those differ.
     """
 
     signals: int
@@ -137,6 +138,8 @@ class Apart:
     std: float = 0.0
     rise: float = 0.0
     coverage: float = 0.0
+    touch: float = 0.0
+    drawdown: float = 0.0
     target: float = 0.0
 
     def sentence(self) -> str:
@@ -149,6 +152,8 @@ class Apart:
                 f"forecast's deviation, mean {self.mean:.2g} bp, std {100 * self.std:.2g} %, rise "
                 f"{self.rise:.2g}, coverage {self.coverage:.2g}"
             )
+        if self.touch or self.drawdown:
+            said += f", touch {self.touch:.2g}, drawdown {self.drawdown:.2g} bp"
         if self.targets:
             said += f"; {self.targets} targets differ, by at most {self.target:.2g}"
         return said
@@ -274,9 +279,12 @@ def _frame(body: _Body) -> _Body:
     if coverage is not None:
         shares = {interval: [0.0] * len(share) for interval, share in coverage.share.items()}
         coverage = msgspec.structs.replace(coverage, share=shares)
+    nothing = {"up_price": 0.0, "down_price": 0.0, "up_first": 0.0, "down_first": 0.0}
     return msgspec.structs.replace(
         body,
         id="",
+        touch=body.touch and [msgspec.structs.replace(pair, **nothing) for pair in body.touch],
+        drawdown=body.drawdown and 0.0,
         quantiles=[[0.0] * len(row) for row in body.quantiles],
         mean=[0.0] * len(body.mean),
         std=[0.0] * len(body.std),
@@ -308,6 +316,8 @@ def _apart(bodies: Sequence[tuple[_Body, _Body]], compared: int) -> Apart:
         std=most(lambda was, now: _gaps(was.std, now.std, was.std)),
         rise=most(lambda was, now: _gaps(was.rise, now.rise)),
         coverage=most(lambda was, now: _gaps(_shares(was), _shares(now))),
+        touch=most(lambda was, now: _gaps(_firsts(was), _firsts(now))),
+        drawdown=1e4 * most(lambda was, now: _gaps(was.drawdown or 0.0, now.drawdown or 0.0)),
         target=max((abs(was.target - now.target) for was, now in targets), default=0.0),
     )
 
@@ -334,6 +344,11 @@ def _place(was: wire.Signal, now: wire.Signal) -> str:
 def _shares(signal: wire.Signal) -> list[list[float]]:
     """The shares of a signal's coverage in the order of the intervals' names."""
     return [share for _, share in sorted(signal.coverage.share.items())] if signal.coverage else []
+
+
+def _firsts(signal: wire.Signal) -> list[tuple[float, float]]:
+    """The probabilities of a signal's pairs of barriers."""
+    return [(pair.up_first, pair.down_first) for pair in signal.touch or ()]
 
 
 class _Closed(msgspec.Struct):

@@ -228,7 +228,7 @@ class WalkForward:
 
     def _take_over(self, model: str, verdict: Verdict, now: int) -> list[Event]:
         settings, pipeline = self._pipeline.settings, self._pipeline
-        card = self._store.open(model, settings.sampler, settings.steps).card
+        card = self._store.open(model, settings.sampler, settings.steps, bool(settings.touch)).card
         known = Reign(model, verdict.challenger_crps, self._store.known_until(model))
         self.champion = self.champion.succeeded_by(known, card, verdict.reason)
         self._activated = now

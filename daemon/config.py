@@ -34,7 +34,8 @@ from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
 from barcast.daemon.schedule import cron
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
-from barcast.models import BASELINES, ConfigError, open_model
+from barcast.models import BASELINES, MOST_STEPS, ConfigError, check_sampler, open_model
+from barcast.models.joint import check_pairs
 from barcast.strategies import PATH
 
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
@@ -93,6 +94,13 @@ def _zoned(value: datetime) -> datetime:
     return value
 
 
+def _pairs(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    try:
+        return list(check_pairs(value))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
 def _model(value: str) -> str:
     if value in ("champion", *BASELINES) or re.fullmatch(r"[0-9a-f]{16}", value) or Path(value).is_dir():
         return value
@@ -100,6 +108,14 @@ def _model(value: str) -> str:
         f"{value!r} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor a "
         "checkpoint directory; name one of these"
     )
+
+
+def _sampler(value: str, steps: int | None = None) -> str:
+    try:
+        check_sampler(value, steps)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+    return value
 
 
 def duration(text: str) -> int:
@@ -172,13 +188,22 @@ class Model(_Section):
     """Which model serves and how it is sampled. Without sampler and steps the model's own are used.
 
     `name` is `champion`, a baseline such as `fhs`, a model id or a checkpoint directory; `first` is who
-    serves as long as there is no champion.
+    serves as long as there is no champion. `touch` are pairs of barriers, how far up and how far down in
+    standard deviations of the forecast over the longest horizon, that signals tell of.
     """
 
     name: Annotated[str, AfterValidator(_model)] = "champion"
     first: Annotated[str, AfterValidator(_model)] = "fhs"
-    sampler: Literal["dpmpp", "ddim"] | None = None
-    steps: int | None = Field(default=None, ge=2, le=400)
+    sampler: Annotated[str, AfterValidator(_sampler)] | None = None
+    steps: int | None = Field(default=None, ge=2, le=MOST_STEPS)
+    touch: Annotated[list[tuple[float, float]], AfterValidator(_pairs)] = []
+
+    @field_validator("steps")
+    @classmethod
+    def _can_be_sampled(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        if sampler := info.data.get("sampler"):
+            _sampler(sampler, steps)
+        return steps
 
 
 class StrategyTable(_Section):
@@ -342,7 +367,8 @@ class Config(BaseSettings):
         for name in {model.name, model.first} & BASELINES.keys():
             if "timeframe" in info.data:
                 try:
-                    open_model(name, info.data["timeframe"], None, None)
+                    asked = bool(model.touch) and name == model.name
+                    open_model(name, info.data["timeframe"], None, None, asked)
                 except ConfigError as error:
                     raise ValueError(str(error)) from error
         return model
@@ -378,6 +404,7 @@ class Config(BaseSettings):
             max_jump=self.max_jump,
             sampler=self.model.sampler,
             steps=self.model.steps,
+            touch=tuple(self.model.touch),
             strategies=self.strategies(),
         )
 

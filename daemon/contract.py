@@ -16,6 +16,7 @@ from barcast.daemon import wire
 from barcast.daemon.mqtt import SESSION_SECONDS
 from barcast.daemon.ports import Group, Hole, Outcome, Term
 from barcast.models import Bar, Card, Coverage, Forecast
+from barcast.models.joint import Outlook, Touch
 
 ROOT = "barcast/v1"
 """The root topic that a configuration has when it names no other."""
@@ -284,6 +285,9 @@ def _examples(root: str) -> dict[str, list[Any]]:
         refused={
             "tilt": "strategy tilt, close 2026-01-05T15:00:00Z: its target of BTCUSD is nan, not a number "
             "from -1 to 1; none of its targets is taken"
+        },
+        outlooks={
+            "BTCUSD": Outlook(((2.0, 1.0),), 0.012, Touch(np.array([0.045]), np.array([0.317])), 0.0101)
         },
     )
     signal, target, group, backfill = wire.messages(outcome)

@@ -46,6 +46,8 @@ from barcast.models import (
     Windows,
     usable,
 )
+from barcast.models.forecast import Paths
+from barcast.models.joint import outlook
 from barcast.models.window import WindowsState
 from barcast.strategies import PATH, Strategy, build, identify
 
@@ -134,7 +136,10 @@ def _value(text: str) -> float | int | str | bool:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the path needs to know; journalled at every change, so that a replay knows it too."""
+    """What the path needs to know; journalled at every change, so that a replay knows it too.
+
+    `touch` are the pairs of barriers that signals tell of, see `joint.Outlook`; without any, none is told.
+    """
 
     root: str
     timeframe: str
@@ -145,6 +150,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_jump: float = MAX_JUMP
     sampler: str | None
     steps: int | None
+    touch: tuple[tuple[float, float], ...] = ()
     strategies: tuple[StrategySettings, ...]
 
     def bar_calendars(self) -> Calendars:
@@ -171,8 +177,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.decode(payload, type=cls)
 
 
-OpenModel = Callable[[str, str | None, int | None], Forecaster]
-"""Opens a model by id, with a sampler and a number of steps (None: the model's own)."""
+OpenModel = Callable[[str, str | None, int | None, bool], Forecaster]
+"""Opens a model by id, with a sampler, a number of steps (None: the model's own), and with paths or not."""
 
 
 @dataclass(slots=True)
@@ -272,7 +278,9 @@ class Pipeline:
             if self.model is None:
                 raise RuntimeError("a group is due before an activation")
             settings = self.settings
-            self._forecaster = self._open_model(self.model, settings.sampler, settings.steps)
+            self._forecaster = self._open_model(
+                self.model, settings.sampler, settings.steps, bool(settings.touch)
+            )
         return self._forecaster
 
     @property
@@ -357,6 +365,7 @@ class Pipeline:
         for forecast in made:
             if forecast.symbol not in forecasts:
                 withheld[forecast.symbol] = "the model gave no forecast that can be a price"
+        told = {name: outlook(f, settings.touch) for name, f in forecasts.items()} if settings.touch else {}
         targets: dict[str, dict[str, float]] = {}
         refused: dict[str, str] = {}
         raised: dict[str, Exception] = {}
@@ -374,6 +383,8 @@ class Pipeline:
                     )
                 else:
                     targets[strategy.name] = own
+        if told:  # they are large, and nobody needs them any more
+            forecasts = {name: msgspec.structs.replace(f, paths=None) for name, f in forecasts.items()}
         return Outcome(
             root=settings.root,
             timeframe=settings.timeframe,
@@ -387,6 +398,7 @@ class Pipeline:
             terms=terms,
             refused=refused,
             raised=raised,
+            outlooks=told,
         )
 
     def _unasked(self, window: Window, calendar: Calendar, bars: int) -> Hole | None:
@@ -473,7 +485,8 @@ def _asked(
     given it cannot change. Raise StrategyError for whatever the strategy raises.
     """
     for forecast in forecasts.values():
-        for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
+        paths = (forecast.paths.returns, forecast.paths.bridge) if forecast.paths else ()
+        for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise, *paths):
             array.flags.writeable = False
     try:
         given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
@@ -522,7 +535,7 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
     raises, and for targets that are none: better before the settings are journalled than at the first group.
     """
     rising = np.linspace(-0.01, 0.01, len(card.levels))
-    some = np.full(len(card.horizons), 0.5)
+    some, still = np.full(len(card.horizons), 0.5), np.zeros(len(card.path))
     trial = Forecast(
         symbol="TRIAL",
         close_time=0,
@@ -534,6 +547,7 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
         std=some,
         rise=some,
         warming=False,
+        paths=Paths(card.path, np.zeros((1, len(still))), still) if card.path else None,
     )
     for strategy in strategies:
         try:

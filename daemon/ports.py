@@ -11,6 +11,7 @@ from typing import Protocol
 import msgspec
 
 from barcast.models import Adjustment, Bar, Card, Forecast
+from barcast.models.joint import Outlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +120,8 @@ class Outcome(msgspec.Struct, frozen=True):
     this group, and before the first bar of a new symbol, to be asked for. `targets` is strategy -> symbol ->
     wanted exposure from -1 to 1, empty for a straggler; `refused` says why a strategy has none in this group
     although it was asked, and `raised` holds what those that failed raised, for the log: it is not published.
-    `root` is the root topic it is published under.
+    `outlooks` holds what the paths of each forecast say, where that is asked for; the forecasts come without
+    them. `root` is the root topic it is published under.
     """
 
     root: str
@@ -134,6 +136,7 @@ class Outcome(msgspec.Struct, frozen=True):
     terms: Mapping[str, Term]
     refused: Mapping[str, str] = msgspec.field(default_factory=dict)
     raised: Mapping[str, Exception] = msgspec.field(default_factory=dict)
+    outlooks: Mapping[str, Outlook] = msgspec.field(default_factory=dict)
 
     def tradable(self, symbol: str) -> bool:
         """Whether the group was due before the symbol's next bar should have closed: news, not a backlog."""

@@ -66,7 +66,7 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     served = [(record.time, Champion.decode(record.payload)) for record in journal.of_kind(Kind.ACTIVATION)]
     since, known = served[-1] if served else (None, None)
     model = store.resolve(config.model.name, config.model.first, known.model if known else None)
-    card = store.open(model, config.model.sampler, config.model.steps).card
+    card = store.open(model, settings.sampler, settings.steps, bool(settings.touch)).card
     try_strategies(settings.build(), card)
     keep_strategies(settings, config.state_dir / "strategies")
     reason = "the configuration names it"

@@ -20,14 +20,14 @@ class ModelStore:
     def __init__(self, directory: Path, timeframe: str) -> None:
         self.directory = directory
         self._timeframe = timeframe
-        self._last: tuple[tuple[str, str | None, int | None], Forecaster] | None = None
+        self._last: tuple[tuple[str, str | None, int | None, bool], Forecaster] | None = None
 
-    def open(self, model: str, sampler: str | None, steps: int | None) -> Forecaster:
+    def open(self, model: str, sampler: str | None, steps: int | None, paths: bool = False) -> Forecaster:
         """The forecaster of a model id or baseline: the last one, or loaded; another's files are refused."""
-        key, last = (model, sampler, steps), self._last  # two threads may open at once
+        key, last = (model, sampler, steps, paths), self._last  # two threads may open at once
         if last is not None and last[0] == key:
             return last[1]
-        forecaster = open_model(self.path(model), self._timeframe, sampler, steps)
+        forecaster = open_model(self.path(model), self._timeframe, sampler, steps, paths)
         if model not in BASELINES and forecaster.card.model != model:
             raise CheckpointError(
                 f"{self.path(model)}: holds the model {forecaster.card.model}; copy {model} back, or "

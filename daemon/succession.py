@@ -103,10 +103,12 @@ class Succession:
         self, model: str, follows: Callable[[Card], Champion | None], verdict: Verdict
     ) -> Champion | None:
         """Prepare a model of the store and activate it, unless nobody is to follow by then."""
-        settings, store = self._config.model, self._store
-        forecaster = await asyncio.to_thread(store.open, model, settings.sampler, settings.steps)
+        settings, store = self._config.settings(), self._store
+        forecaster = await asyncio.to_thread(
+            store.open, model, settings.sampler, settings.steps, bool(settings.touch)
+        )
         card = forecaster.card
-        try_strategies(self._config.settings().build(), card)
+        try_strategies(settings.build(), card)
         # A model that looks back further than its predecessor finds windows as long as it likes.
         last = await self._scribe(self._scribe.journal.last, Kind.WARMUP)
         have, now = self._pipeline.windows.length, self._clock.now()
@@ -226,8 +228,9 @@ def rollback_journal(config: Config, now: int, to: str | None) -> str:
             champion = Champion.decode(record.payload)
             store = ModelStore(config.state_dir / "models", config.timeframe)
             reign = way_back(config, champion, store, to)
-            card = store.open(reign.model, config.model.sampler, config.model.steps).card
-            try_strategies(config.settings().build(), card)
+            settings = config.settings()
+            card = store.open(reign.model, settings.sampler, settings.steps, bool(settings.touch)).card
+            try_strategies(settings.build(), card)
             after = champion.rolled_back(reign, card, f"rolled back from {champion.model}")
             time = max(now, journal.last_time(), journal.progress().clock)
             verdict = msgspec.to_builtins(rolled_back(champion.model, after.model))

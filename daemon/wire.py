@@ -20,6 +20,7 @@ from barcast.daemon.calendar import Calendars
 from barcast.daemon.ports import Outcome
 from barcast.models import Adjustment, Bar, Coverage
 from barcast.models.bar import LEAST, MOST
+from barcast.models.joint import Outlook
 
 SCHEMA = 1
 """Version of the outgoing messages. Fields may be added within a version; readers ignore unknown ones."""
@@ -151,6 +152,25 @@ class CoverageOfSignal(msgspec.Struct, frozen=True):
         return cls({f"{nominal:g}": _rounded(row) for nominal, row in rows}, list(coverage.outcomes))
 
 
+class TouchOfSignal(msgspec.Struct, frozen=True):
+    """Two barriers, and which of them the price touches first until the longest horizon ends."""
+
+    up: Annotated[float, _of("How far the upper one is, in the last of `std`.")]
+    down: Annotated[float, _of("How far the lower one is, in the last of `std`.")]
+    up_price: Annotated[float, _of("The upper one: reference * exp(up * std).")]
+    down_price: Annotated[float, _of("The lower one: reference * exp(-down * std).")]
+    up_first: Annotated[float, _of("Probability that the upper one is touched, and before the lower one.")]
+    down_first: Annotated[float, _of("Probability that the lower one is touched, and before the upper one.")]
+
+    @classmethod
+    def of(cls, outlook: Outlook, reference: float) -> "list[TouchOfSignal]":
+        """What is published of an outlook, pair by pair."""
+        units = np.array(outlook.pairs)
+        prices = reference * np.exp(outlook.std * units * (1.0, -1.0))
+        rows = np.column_stack((units, prices, *outlook.touch))
+        return [cls(*_rounded(row)) for row in rows]
+
+
 class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The published forecast of one symbol. Prices are in the unit of the bars."""
 
@@ -180,6 +200,17 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     coverage: Annotated[
         CoverageOfSignal | None,
         _of("Only where the model is calibrated online and has been for long enough."),
+    ] = None
+    touch: Annotated[
+        list[TouchOfSignal] | None,
+        _of("Only where the configuration has such barriers: one for each pair, in its order."),
+    ] = None
+    drawdown: Annotated[
+        float | None,
+        _of(
+            "Only beside touch: the expected maximum drawdown until the longest horizon ends, a log return, "
+            "0 or more, of the reference and the closes on the way."
+        ),
     ] = None
 
 
@@ -583,6 +614,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
     for name, forecast in outcome.forecasts.items():
         prices = forecast.reference * np.exp(forecast.quantiles)
         term, reasons = outcome.terms[name], list(outcome.degraded.get(name, ()))
+        outlook = outcome.outlooks.get(name)
         yield _outgoing(
             Signal(
                 schema=SCHEMA,
@@ -607,6 +639,8 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
                 reasons=reasons,
                 group=GroupOfSignal(close, len(names), names[-1]),
                 coverage=CoverageOfSignal.of(forecast.coverage) if forecast.coverage else None,
+                touch=TouchOfSignal.of(outlook, forecast.reference) if outlook else None,
+                drawdown=float(f"{outlook.drawdown:.9g}") if outlook else None,
             ),
             f"{root}/signals/{timeframe}/{name}",
             retain=True,

@@ -7,7 +7,7 @@ What needs torch is imported by its module: `diffusion` (the forecaster), `train
 from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.calibration import Calibrated
-from barcast.models.catalog import BASELINES, check_sampled, open_model
+from barcast.models.catalog import BASELINES, MOST_STEPS, SAMPLERS, check_sampled, check_sampler, open_model
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError, DiskFullError
 from barcast.models.evaluation import Scores, compare, even_stride, score
 from barcast.models.fitted import Scaled
@@ -18,6 +18,8 @@ from barcast.models.window import Verdict, Window, Windows
 __all__ = [
     "BASELINES",
     "LEVELS",
+    "MOST_STEPS",
+    "SAMPLERS",
     "Adjustment",
     "Bar",
     "BarcastError",
@@ -39,6 +41,7 @@ __all__ = [
     "Window",
     "Windows",
     "check_sampled",
+    "check_sampler",
     "compare",
     "default_horizons",
     "even_stride",

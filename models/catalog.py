@@ -22,6 +22,53 @@ All raise `ConfigError` where they cannot serve: -s on daily bars, GARCH without
 """
 
 
+SAMPLERS: dict[str, int] = {
+    "ddim": 2,
+    "ddpm": 2,
+    "deis": 2,
+    "dpmpp": 2,
+    "dpmpp3": 3,  # predictions for its order
+    "euler": 2,
+    "kdpm2": 3,  # two let it leap from the first noise level to the last: errors of nine deviations
+    "unipc": 2,
+}
+"""The samplers of diffusion models, and the fewest steps of each."""
+
+MOST_STEPS = 400
+
+REFUSED: dict[str, str] = {
+    "euler_a": "it is ddpm in other letters: from the same draws both make the same samples within 0.0002 "
+    "deviations; take ddpm",
+    "heun": "its error with 19 evaluations is 7.4 times that of dpmpp with 20; take dpmpp",
+    "lms": "its error with 8 evaluations is 2.8 times that of dpmpp; take dpmpp",
+    "pndm": "it needs evenly spaced timesteps: its error with 21 evaluations is 7.1 times that of dpmpp with "
+    "20; take dpmpp",
+    "karras": "on these noise levels the error of dpmpp with 8 evaluations is 1.8 times that on its own; "
+    "take dpmpp",
+    "exponential": "these are the noise levels of every sampler here: the error of dpmpp with 20 evaluations "
+    "is 1.0 times that on its own; take dpmpp",
+    "beta": "on these noise levels the error of dpmpp with 20 evaluations is 26 times that on its own; "
+    "take dpmpp",
+}
+"""Names that a user may know from elsewhere, and why there is no such sampler.
+
+An error is the Wasserstein distance from four mixtures of normals in deviations, their mean;
+`tests/models/test_samplers.py` measures each.
+"""
+
+
+def check_sampler(sampler: str, steps: int | None = None) -> None:
+    """Raise `ConfigError` for a sampler that there is not, with the reason or the choices, or its steps."""
+    if sampler in REFUSED:
+        raise ConfigError(f"sampler = {sampler!r} is refused: {REFUSED[sampler]}")
+    if sampler not in SAMPLERS:
+        raise ConfigError(f"sampler = {sampler!r} is unknown: choose one of {', '.join(SAMPLERS)}")
+    if steps is not None and not SAMPLERS[sampler] <= steps <= MOST_STEPS:
+        raise ConfigError(
+            f"steps = {steps} cannot be sampled by {sampler}: choose {SAMPLERS[sampler]} to {MOST_STEPS}"
+        )
+
+
 def open_model(
     name: str, timeframe: str, sampler: str | None, steps: int | None, paths: bool = False
 ) -> Forecaster:

@@ -16,6 +16,9 @@ from barcast.models.sssd.network import SSSD
 from barcast.models.window import Window
 
 SAMPLER, STEPS = "dpmpp", 8
+Key = tuple[str, str, int]
+"""Model, symbol and close time: what decides the draws of a stochastic sampler."""
+NO_KEY: Key = ("", "", 0)
 THREADS = 1
 
 
@@ -39,33 +42,35 @@ class Distribution:
     """The scores of each step of a path given a context, as fixed samples.
 
     What the sampler makes of the noise without a velocity is known to be standard normal. The difference at
-    each rank, the error of the sample and of the solver, is taken off every forecast (a control variate).
+    each rank, the error of the sample and of the solver, is taken off every forecast (a control variate). The
+    fresh noise of a stochastic sampler is that of a key, and so is its error.
     """
 
     def __init__(self, net: SSSD, sampler: str, steps: int, samples: int) -> None:
         solver = samplers.build(sampler, steps)
         self.net = net
         self.run = solver.run
+        self.draws = solver.draws
         self.lam = solver.lambdas.float()  # (evaluations,)
         self.noise = net.noise[:samples]  # (S, G)
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)
         with torch.inference_mode():
-            zero = self.run(lambda x, _: torch.zeros_like(x), self.noise)
-            self.error = self._scores(zero).sort(-2).values - self.normal  # (S, G)
+            self.error = torch.empty(0) if self.draws else self._error(self.noise)  # (S, G)
 
-    def joint(self, c: Tensor) -> Tensor:
-        """c (B, code) -> scores (B, S, G) float64: in each sample those of one path."""
-        denoise, lam = self.net.denoiser, self.lam[:, None].expand(-1, len(c))
-        film = denoise.modulation(c.expand(len(lam), -1, -1), lam)[:, :, None]  # (steps, B, 1, .)
-        start = self.noise.expand(len(c), -1, -1)
-        return self._scores(self.run(lambda x, i: denoise(x, film[i]), start))
+    def joint(self, c: Tensor, key: Key = NO_KEY) -> Tensor:
+        """c (B, code) -> scores (B, S, G) float64: in each sample those of one path.
 
-    def sample(self, c: Tensor, at: Sequence[int]) -> Tensor:
+        The key decides what a stochastic sampler draws.
+        """
+        return self._run(c, self._noise(key))
+
+    def sample(self, c: Tensor, at: Sequence[int], key: Key = NO_KEY) -> Tensor:
         """c (B, code) -> scores (B, S, H) float64 of the steps at these H places, each rising along S."""
-        places = list(at)
-        ordered = self.joint(c)[..., places].sort(-2).values
-        return torch.cummax(ordered - self.error[:, places], 1).values
+        places, noise = list(at), self._noise(key)
+        error = self._error(noise) if self.draws else self.error
+        ordered = self._run(c, noise)[..., places].sort(-2).values
+        return torch.cummax(ordered - error[:, places], 1).values
 
     def quantiles(self, scores: Tensor, levels: Tensor) -> Tensor:
         """Scores (B, S, H) -> their quantiles at levels (Q,), (B, H, Q), not falling along Q.
@@ -88,6 +93,24 @@ class Distribution:
         normal = self.normal.T.expand(apart.shape)
         probability: Tensor = torch.special.ndtr(piecewise(at[..., None], apart, normal)[..., 0])
         return probability
+
+    def _noise(self, key: Key) -> Tensor:
+        """The noise (S, G) that sampling starts from, with fresh draws behind it (1 + draws, S, G)."""
+        if not self.draws:
+            return self.noise
+        fresh = samplers.keyed_normals(self.draws, self.noise.shape, *key)
+        return torch.cat([self.noise[None], fresh])
+
+    def _run(self, c: Tensor, noise: Tensor) -> Tensor:
+        denoise, lam = self.net.denoiser, self.lam[:, None].expand(-1, len(c))
+        film = denoise.modulation(c.expand(len(lam), -1, -1), lam)[:, :, None]  # (evaluations, B, 1, .)
+        start = noise[..., None, :, :].expand(*noise.shape[:-2], len(c), -1, -1)
+        return self._scores(self.run(lambda x, i: denoise(x, film[i]), start))
+
+    def _error(self, noise: Tensor) -> Tensor:
+        zero = self.run(lambda x, _: torch.zeros_like(x), noise)
+        error: Tensor = self._scores(zero).sort(-2).values - self.normal
+        return error
 
     def _scores(self, w: Tensor) -> Tensor:
         return (w @ self.net.whiten.T).double()
@@ -158,14 +181,16 @@ class SSSDForecaster:
         """How the steps of each window's path go together; errors as in `forecast`."""
         use_one_thread()
         with torch.inference_mode():
-            return [self._coupling(frame) for frame in self._scaling.of_windows(windows)]
+            frames = self._scaling.of_windows(windows)
+            return [self._coupling(*pair) for pair in zip(windows, frames, strict=True)]
 
-    def _coupling(self, frame: Frame) -> Coupling:
+    def _coupling(self, window: Window, frame: Frame) -> Coupling:
         net = self._net
         if self._joint is None:
             scores = (net.noise @ net.whiten.T).double()
         else:
-            scores = self._joint.joint(self._context(frame))[0]  # (S, G)
+            key = self.card.model, window.symbol, window.close_time
+            scores = self._joint.joint(self._context(frame), key)[0]  # (S, G)
         ranks = scores.argsort(stable=True, dim=0).argsort(0)
         return Coupling(self._path, ranks.numpy(), _array(net.bridge.double()))
 
@@ -186,7 +211,8 @@ class SSSDForecaster:
             z = piecewise(self._normal, u, knots)  # (1, H, S)
             fall = torch.special.ndtr(zero)
         else:
-            scores = self._distribution.sample(self._context(frame), self._places)  # (1, S, H)
+            key = self.card.model, window.symbol, window.close_time
+            scores = self._distribution.sample(self._context(frame), self._places, key)  # (1, S, H)
             q = self._distribution.quantiles(scores, self._levels)
             z = piecewise(scores.transpose(1, 2), u, knots)
             fall = self._distribution.below(scores, zero)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from barcast.models.bar import Adjustment
 from barcast.models.errors import ConfigError, DataError
-from barcast.models.forecast import Card, Forecaster, usable
+from barcast.models.forecast import Card, Forecast, Forecaster, usable
 from barcast.models.quantiles import central
 from barcast.models.scores import crps as crps_of
 from barcast.models.window import Window, window_at
@@ -104,13 +104,16 @@ def collect(
     stride: float = 1,
     slot: int | None = None,
     progress: Callable[[int, int, Window], None] = lambda _done, _all, _window: None,
+    watch: Callable[[int, Window, Sequence[int], Sequence[Forecast]], None] | None = None,
 ) -> Forecasts:
     """Forecast by all of them at every `stride`-th bar, rounded down, that all can forecast, from `since` on.
 
     With a `slot`, the length of a bar in nanoseconds, it is every `stride`-th slot since 1970, the same for
     all symbols, and the bars that began in these. A target counts the symbol's own bars and is realised by
     `until`. Times are nanoseconds. Raises `ConfigError` if horizons or levels differ, and `DataError` if no
-    origin is left. `progress` is told the forecasts made, those to make, and the window at hand.
+    origin is left. `progress` is told the forecasts made, those to make, and the window at hand. `watch` is
+    told of every forecast, in the order of what is returned: whose it is (the place of the forecaster), of
+    which history, and from which of its bars.
     """
     cards = [f.card for f in forecasters]
     for card in cards[1:]:
@@ -140,11 +143,15 @@ def collect(
         outcomes += [np.array([price[k + h] - price[k] for h in horizons]) for k in origins]
         symbols += [history.symbol] * len(origins)
         close_times += [int(history.close_times[k]) for k in origins]
-        for found, forecaster in zip(quantiles, forecasters, strict=True):
+        for k, (found, forecaster) in enumerate(zip(quantiles, forecasters, strict=True)):
+            before = len(found)
             for windows in windows_at(history, origins, forecaster.card.window):
                 made = forecaster.forecast(windows)
                 usable(made, forecaster.card)
                 found += [f.quantiles for f in made]
+                if watch is not None:
+                    seen = len(found) - before
+                    watch(k, history, origins[seen - len(made) : seen], made)
                 done += len(made)
                 progress(done, count, windows[-1])
     return Forecasts(

@@ -1,4 +1,4 @@
-"""Scores of quantile forecasts, and how sure one can be of their means."""
+"""Scores of quantiles, samples and probabilities, and how sure one can be of their means."""
 
 from math import ceil, nan, sqrt
 from typing import NamedTuple
@@ -31,6 +31,51 @@ def pinball(outcome: ArrayLike, quantiles: ArrayLike, levels: ArrayLike) -> NDAr
 def crps(outcome: ArrayLike, quantiles: ArrayLike, levels: ArrayLike) -> NDArray[np.float64]:
     """Continuous ranked probability score on the grid of levels: twice the mean pinball loss."""
     return 2 * pinball(outcome, quantiles, levels)
+
+
+def brier(outcome: ArrayLike, probability: ArrayLike) -> NDArray[np.float64]:
+    """Brier score of a forecast probability: (p - y)^2, y being 1 where it happened, else 0 (Brier 1950)."""
+    miss = np.asarray(probability, float) - np.asarray(outcome, float)
+    score: NDArray[np.float64] = miss * miss
+    return score
+
+
+def energy(outcome: ArrayLike, samples: ArrayLike) -> NDArray[np.float64]:
+    """Energy score of vectors, in their unit: E|X - y| - E|X - X'| / 2 (Gneiting and Raftery 2007, eq. 22).
+
+    `outcome` is (..., G), `samples` (..., S, G), S >= 2; the result is (...,). Fair: the second mean is over
+    pairs of different samples, S (S - 1) of them, so that its expectation does not depend on S.
+    """
+    x = np.asarray(samples, float)
+    y = np.asarray(outcome, float)
+    S, G = x.shape[-2:]
+    far = np.sqrt(np.square(x - y[..., None, :]).sum(-1)).mean(-1)
+    flat = np.ascontiguousarray(x).reshape(-1, S, G)
+    apart = np.empty(len(flat))
+    for k, own in enumerate(flat):  # one at a time: S x S numbers stay in the cache
+        own = own - own.mean(0)
+        squares = np.square(own).sum(-1)
+        between = squares[:, None] + squares - 2 * (own @ own.T)
+        np.fill_diagonal(between, 0)
+        apart[k] = np.sqrt(np.maximum(between, 0, out=between), out=between).sum()
+    score: NDArray[np.float64] = far - apart.reshape(far.shape) / (2 * S * (S - 1))
+    return score
+
+
+def variogram(outcome: ArrayLike, samples: ArrayLike, p: float = 0.5) -> NDArray[np.float64]:
+    """Variogram score of order p: the sum over i, j of (|y_i - y_j|^p - E|X_i - X_j|^p)^2.
+
+    Scheuerer and Hamill (2015), eq. 4 with all weights 1. Shapes are those of `energy`; the unit is that of
+    the outcome to the power 2p. It sees dependence better than the energy score, and no common shift at all.
+    """
+    x, y = np.asarray(samples, float), np.asarray(outcome, float)
+    G = y.shape[-1]
+    score = np.zeros(y.shape[:-1])
+    for i in range(G - 1):
+        expected = (np.abs(x[..., i + 1 :] - x[..., i, None]) ** p).mean(-2)
+        seen = np.abs(y[..., i + 1 :] - y[..., i, None]) ** p
+        score += 2 * np.square(seen - expected).sum(-1)
+    return score
 
 
 def lag(horizon: int, stride: int, times: int) -> int:

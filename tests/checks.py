@@ -37,7 +37,7 @@ MODELS = {"spread": Spread(), "other": Spread("other", window=6)}
 SYMBOLS = ("A", "B", "C")
 
 
-def open_model(model: str, _sampler: str | None, _steps: int | None) -> Spread:
+def open_model(model: str, _sampler: str | None, _steps: int | None, _paths: bool) -> Spread:
     """The models of the stories."""
     return MODELS[model]
 

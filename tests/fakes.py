@@ -1,7 +1,9 @@
 """A numpy forecaster and ready-made events, for tests of the path without torch."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from barcast.backtest.replay import Recording, ReplaySource, drive
@@ -9,6 +11,7 @@ from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
 from barcast.daemon.ports import Activation, Event, Revision
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, Forecast, Window
+from barcast.models.forecast import Paths
 
 MINUTE = 60 * 10**9
 START = 1_700_000_040 * 10**9 // MINUTE * MINUTE
@@ -43,6 +46,19 @@ class Spread:
         )
 
 
+class Winding(Spread):
+    """Forecasts with three paths of two steps."""
+
+    def __init__(self, model: str = "spread", window: int = 8, min_window: int = 3) -> None:
+        super().__init__(model, window, min_window)
+        self.card = replace(self.card, path=(1, 2))
+
+    def _one(self, w: Window) -> Forecast:
+        forecast = super()._one(w)
+        returns = forecast.std[:1] * np.array([[0.5, 0.2], [-0.4, -1.1], [0.1, 0.9]])
+        return msgspec.structs.replace(forecast, paths=Paths((1, 2), returns, forecast.std / 3))
+
+
 def settings(symbols: Sequence[str] = ("A", "B"), max_wait: int = 10 * 10**9) -> Settings:
     """Settings of a path on one-minute bars with one strategy."""
     return Settings(
@@ -72,6 +88,6 @@ def outgoing(events: Iterable[Event], **models: Spread) -> list[Outgoing]:
     """Everything the path says to these events."""
     recording = Recording()
     known = {"spread": Spread()} | models
-    path = Pipeline(lambda model, _sampler, _steps: known[model])
+    path = Pipeline(lambda model, *_: known[model])
     drive(run(ReplaySource(events), path, recording))
     return recording.messages

@@ -98,7 +98,7 @@ BUGS = {
     ),
     "the noise moves on from window to window": Bug(
         Distribution.sample,
-        {"start = self.noise": "self.noise = self.noise.flip(1); start = self.noise"},
+        {"noise, error = self.noise": "self.noise = self.noise.flip(1); noise, error = self.noise"},
         batch_of_ddim,
     ),
     "the solver keeps its history from window to window": Bug(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ from barcast.backtest.cli.terminal import (
     Steps,
     Symbols,
     Timeframe,
+    Touch,
     Until,
     app,
     calendars_of,
@@ -38,15 +40,19 @@ from barcast.backtest.cli.terminal import (
     moment,
     others_of,
     out,
+    pairs_of,
     progressing,
     wide,
     writing,
 )
-from barcast.models import BASELINES, DataError
+from barcast.models import BASELINES, MOST_STEPS, DataError
 
 if TYPE_CHECKING:
+    import polars as pl
+
     from barcast.backtest.evaluate import Evaluation
     from barcast.backtest.result import BacktestResult
+    from barcast.backtest.schedulers import Comparison
 
 
 @app.command(rich_help_panel=HISTORY)
@@ -62,19 +68,23 @@ def forecast(
     until: Until = None,
     sampler: Sampler = None,
     steps: Steps = None,
+    touch: Touch = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a symbol, with all levels, for scripts.")
     ] = False,
 ) -> None:
     """Forecast every symbol from its last bar and print the quantiles, in prices."""
+    import msgspec
     import numpy as np
 
-    from barcast.daemon.wire import to_text
+    from barcast.daemon.wire import TouchOfSignal, to_text
     from barcast.models import Window, check_sampled, open_model, usable
+    from barcast.models.joint import outlook, path_quantiles
 
+    pairs = pairs_of(touch)
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
-    forecaster = open_model(model, timeframe, sampler, steps)
+    forecaster = open_model(model, timeframe, sampler, steps, bool(pairs))
     card = forecaster.card
     check_sampled(model, card, sampler, steps)
     histories = histories_of(files, stamp, closes, symbol, until, adjustments)
@@ -115,6 +125,12 @@ def forecast(
                 "warming": f.warming,
                 "model": card.model,
             }
+            if pairs and f.paths:
+                said = outlook(f, pairs)
+                line["touch"] = msgspec.to_builtins(TouchOfSignal.of(said, f.reference))
+                line["drawdown"] = said.drawdown
+                steps_of = (f.reference * np.exp(path_quantiles(f.paths, f.levels))).tolist()
+                line["path"] = {"bars": f.paths.steps, "quantiles": steps_of}
             print(json.dumps(line))
         return
     table = Table(title=f"model {card.model}", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
@@ -128,6 +144,19 @@ def forecast(
             prices = [f"{row[card.levels.index(p)]:.5g}" for p in shown]
             table.add_row("", f"+{bars}", to_text(ends[bars - 1])[:16], *prices)
     wide().print(table)
+    if pairs:
+        title = f"which barrier is touched first within +{max(card.horizons)}, and the expected drawdown"
+        firsts = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        firsts.add_column("symbol")
+        for column in ("up", "down", "up first", "down first", "neither", "drawdown"):
+            firsts.add_column(column, justify="right", no_wrap=True)
+        for f in forecasts:
+            said = outlook(f, pairs)
+            for pair in TouchOfSignal.of(said, f.reference):
+                chances = (pair.up_first, pair.down_first, 1 - pair.up_first - pair.down_first)
+                shares = [f"{100 * chance:.1f} %" for chance in (*chances, -np.expm1(-said.drawdown))]
+                firsts.add_row(f.symbol, f"{pair.up_price:.5g}", f"{pair.down_price:.5g}", *shares)
+        wide().print(firsts)
 
 
 @app.command(rich_help_panel=HISTORY)
@@ -148,12 +177,15 @@ def predict(
     adjustments: Adjustments = None,
     sampler: Sampler = None,
     steps: Steps = None,
+    touch: Touch = None,
 ) -> None:
     """Forecast from many bars of the past, each seen without what came after it.
 
     Writes a row for each different origin and horizon (bars): symbol, ts, horizon, and the quantiles as log
-    returns from the origin's close: q05, q10 and so on.
+    returns from the origin's close: q05, q10 and so on. With --touch 2,1 also touch_up_2_1, touch_down_2_1
+    and drawdown (a log return), of the longest horizon and the same in all rows of an origin.
     """
+    pairs = pairs_of(touch)
     check_output("--out", out_file, [*files, origins, *([adjustments] if adjustments else [])])
     if out_file.suffix == ".csv":
         raise typer.BadParameter(f"{out_file} is to hold Parquet: name it so", param_hint="--out")
@@ -164,13 +196,13 @@ def predict(
 
     timeframe = timeframe or found_timeframe(files, stamp, calendar, None)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
-    forecaster = open_model(model, timeframe, sampler, steps)
+    forecaster = open_model(model, timeframe, sampler, steps, bool(pairs))
     check_sampled(model, forecaster.card, sampler, steps)
     wanted = read_origins(origins, stamp.value, closes)
     histories = read_windows(scan(files, stamp.value, closes))
     declared = read_adjustments(adjustments) if adjustments else []
     with progressing("forecasting", wanted.height) as advance:
-        made = quantiles(forecaster, histories, wanted, str(origins), declared, advance)
+        made = quantiles(forecaster, histories, wanted, str(origins), declared, pairs, advance)
     with writing("--out", out_file):
         made.write_parquet(out_file)
     out.print(f"{wanted.height} origins, {made.height} rows: {out_file.absolute()}", soft_wrap=True)
@@ -209,6 +241,7 @@ def backtest(
     until: Until = None,
     sampler: Sampler = None,
     steps: Steps = None,
+    touch: Touch = None,
     retrain: Annotated[
         str | None,
         typer.Option(metavar="CRON", help="Train a challenger at these times, in UTC: '17 3 * * sun'."),
@@ -283,6 +316,7 @@ def backtest(
         "strategy": strategy,
         "sampler": sampler,
         "steps": steps,
+        "touch": touch,
         "retrain": retrain,
         "retrain-steps": retrain_steps,
     }
@@ -326,6 +360,7 @@ def backtest(
             "symbols": symbol,
             "sampler": sampler,
             "steps": steps,
+            "touch": pairs_of(touch),
             "strategies": strategy or ["quantile-band", "median-drift"],
             "retrain": None if retrain is None else cron_schedule(retrain, retrain_steps),
         }
@@ -369,6 +404,7 @@ def _of_instance(config: Path) -> dict[str, Any]:
         "symbols": path.symbols or None,
         "sampler": path.sampler,
         "steps": path.steps,
+        "touch": path.touch,
         "max_jump": path.max_jump,
         "strategies": path.strategies,
         "retrain": asked if asked and (asked.cron or asked.max_age or asked.drift) else None,
@@ -409,6 +445,14 @@ def evaluate(
             min=1,
         ),
     ] = None,
+    paths: Annotated[
+        bool,
+        typer.Option(
+            "--paths",
+            help="Also judge paths, of models that forecast them: energy and variogram score, and which of "
+            "two barriers is touched first, beside other couplings and a diffusion.",
+        ),
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
@@ -430,7 +474,7 @@ def evaluate(
 
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
-    field = open_field(model or [], timeframe)
+    field = open_field(model or [], timeframe, paths)
     for name, reason in field.left_out.items():
         err.print(f"{name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
     histories = histories_of(files, stamp, closes, symbol, until, adjustments)
@@ -453,6 +497,55 @@ def evaluate(
         with writing("--report", report):
             write_evaluation(result, report)
         out.print(f"report: {report.absolute()}", soft_wrap=True)
+    if json_file is not None:
+        with writing("--json", json_file):
+            json_file.write_text(result.json())
+        out.print(f"numbers: {json_file.absolute()}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=HISTORY)
+def schedulers(
+    model: Annotated[Path, typer.Argument(help="Checkpoint directory of a diffusion model.")],
+    files: Files,
+    stamp: Stamped,
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    until: Until = None,
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(help="Steps to try; may be repeated. Default: 2, 4, 8 and 20.", min=2, max=MOST_STEPS),
+    ] = None,
+    origins: Annotated[int, typer.Option(help="Bars to forecast from, about.", min=10)] = 300,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
+    ] = None,
+) -> None:
+    """Compare the samplers of a diffusion model, and choose one: the cheapest that is as good as the best.
+
+    Forecasts are made where the model has not learnt from; the choice is made by the older half of them, and
+    the newer half shows whether it holds.
+    """
+    if json_file is not None:
+        check_output("--json", json_file, [*files, *([adjustments] if adjustments else [])])
+    from barcast.backtest.schedulers import STEPS, compare
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
+    with progressing("forecasting", None) as advance:
+        result = compare(
+            model,
+            list(histories.values()),
+            closes.timeframe,
+            steps=steps or STEPS,
+            origins=origins,
+            clock=time.process_time,
+            progress=advance,
+        )
+    _print_schedulers(result)
     if json_file is not None:
         with writing("--json", json_file):
             json_file.write_text(result.json())
@@ -552,6 +645,8 @@ def _print_evaluation(result: "Evaluation") -> None:
                 row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, f"{row['worst']:.3f}", style=style
             )
         console.print(table)
+    if result.paths is not None and result.touch is not None:
+        console.print(_paths_table(result.paths, result.touch))
     folds = result.meta["folds"]
     console.print(
         f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
@@ -561,6 +656,63 @@ def _print_evaluation(result: "Evaluation") -> None:
     )
     for model, count in result.meta["withheld"].items():
         out.print(f"{count} origins left out for all, as {model} makes nothing usable of them", markup=False)
+
+
+def _print_schedulers(result: "Comparison") -> None:
+    """A row for each sampler and steps, the chosen one bold, and what to write into a configuration."""
+    meta, chosen = result.meta, result.chosen
+    halves = [f"{meta[a][:10]} to {meta[b][:10]}" for a, b in (("since", "cut"), ("cut", "until"))]
+    table = Table(
+        title="CRPS over that of {sampler}, {steps} steps, in %".format(**meta["reference"]),
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("sampler")
+    for column in ("steps", "evaluations", "CPU ms", *halves):
+        table.add_column(column, justify="right", no_wrap=True)
+    for trial in result.trials:
+        over = [f"{e.value:+z.3f} ±{e.error:.3f}" for e in (trial.validation, trial.confirmation)]
+        cells = (str(trial.steps), str(trial.evaluations), f"{trial.cpu_ms:.1f}", *over)
+        table.add_row(trial.sampler, *cells, style="bold" if trial is chosen else None)
+    console = wide()
+    console.print(table)
+    counts = meta["origins"]
+    console.print(
+        f"{counts['validation']} and {counts['confirmation']} forecasts, before calibration. The first half "
+        f"chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
+        highlight=False,
+    )
+    if not result.adds:
+        console.print(
+            "Training found that the diffusion adds nothing to this model: all samplers are the same but for "
+            "the error of the sample, and without these lines nothing is sampled.",
+            highlight=False,
+        )
+    print(f'sampler = "{chosen.sampler}"\nsteps = {chosen.steps}')
+
+
+def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
+    """Joint scores of each model's paths by coupling, and the Brier score of the first pair of barriers."""
+    up, down = touch.row(0, named=True)["up"], touch.row(0, named=True)["down"]
+    table = Table(title="paths", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.add_column("model", overflow="fold")
+    table.add_column("coupling")
+    brier = f"Brier {up:g} up, {down:g} down"
+    for name in ("energy, bp", "own better, %", "variogram", "own better, %", brier, "% over diffusion"):
+        table.add_column(name, justify="right")
+    for row in touch.filter(up=up, down=down).iter_rows(named=True):
+        cells = [row["model"], row["coupling"]]
+        for score in ("energy", "variogram"):
+            found = paths.filter(model=row["model"], coupling=row["coupling"], score=score).to_dicts()
+            cells += [f"{1e4 * one['value']:.2f}" for one in found] or ["-"]
+            cells += [_gained(one, "own_gain") for one in found] or ["-"]
+        table.add_row(*cells, f"{row['brier']:.4f}", _gained(row, "over_har"))
+    return table
+
+
+def _gained(row: dict[str, Any], name: str) -> str:
+    return "-" if row[name] is None else f"{row[name]:z.2f} ±{row[f'{name}_error']:.2f}"
 
 
 def _share(value: float | None, error: float | None) -> str:

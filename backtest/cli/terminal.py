@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from barcast.models import ConfigError
+from barcast.models import SAMPLERS, ConfigError
 
 if TYPE_CHECKING:
     from barcast.daemon.calendar import Calendars
@@ -102,12 +102,36 @@ ModelName = Annotated[
     ),
 ]
 Sampler = Annotated[
-    str | None, typer.Option(help="Of a diffusion model: dpmpp (fast) or ddim; default: the model's own.")
+    str | None,
+    typer.Option(help=f"Of a diffusion model: {', '.join(SAMPLERS)}; default: the model's own."),
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(help="Of a diffusion model: its evaluations per sample; default: the model's own.", min=2),
+    typer.Option(help="Of a diffusion model: the steps of its sampler; default: the model's own.", min=2),
 ]
+Touch = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="UP,DOWN",
+        help="Also the probability of touching the one barrier before the other within the longest horizon, "
+        "and the expected drawdown; in the forecast's standard deviations, such as 2,1. Of a model with "
+        "paths; may be repeated.",
+    ),
+]
+
+
+def pairs_of(given: list[str] | None) -> tuple[tuple[float, float], ...]:
+    """Pairs of barriers, from UP,DOWN."""
+    from barcast.models.joint import check_pairs
+
+    try:
+        pairs = [(float(up), float(down)) for up, down in (text.split(",") for text in given or ())]
+    except ValueError as error:
+        raise typer.BadParameter("write UP,DOWN, such as 2,1", param_hint="--touch") from error
+    try:
+        return check_pairs(pairs)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--touch") from error
 
 
 def others_of(given: list[str] | None) -> dict[str, str]:

@@ -233,7 +233,7 @@ def _train(
                 opened = [open_member(name) for name in members]
                 known = next((m.trained for m in opened if m.trained is not None), None)
                 if horizons is None and known is not None:
-                    outputs["horizons"] = known.forecaster("", None, None).card.horizons
+                    outputs["horizons"] = known.forecaster("", None, None, False).card.horizons
                 trained = ensemble.train(bars, opened, **outputs, progress=say)
             else:
                 trained = gbm.train(bars, **outputs, seed=seed, progress=say)

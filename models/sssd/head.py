@@ -37,7 +37,7 @@ class Denoiser(nn.Module):
 
 
 class MLP(Denoiser):
-    """Residual blocks over the whole path at once."""
+    """Residual blocks over all steps at once."""
 
     def __init__(self, a: Architecture, generator: Generator) -> None:
         D = a.denoiser

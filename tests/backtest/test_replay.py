@@ -259,7 +259,7 @@ def test_signals_before_the_start_are_not_made(whole):
             ConfigError,
             "'session' bars, not on '1d'",
         ),
-        ({"model": str(sample_checkpoint()), "sampler": "euler"}, ConfigError, "euler"),
+        ({"model": str(sample_checkpoint()), "sampler": "heun"}, ConfigError, "take dpmpp"),
         ({"strategies": ["martingale"]}, ConfigError, "martingale"),
         ({"calendar": "XNYX"}, ConfigError, "XNYX"),
         ({"calendar": "24x7"}, ConfigError, "session"),

@@ -28,6 +28,7 @@ from barcast.daemon.wire import (
     Outgoing,
     Signal,
     Target,
+    TouchOfSignal,
     encode_bars,
 )
 from tests.fakes import MINUTE, START, Spread, bar, settings
@@ -157,6 +158,8 @@ SIGNAL = Signal(
     reasons=[],
     group=GroupOfSignal("2025-01-31T21:00:00Z", 1, "A"),
     coverage=CoverageOfSignal({"0.9": [0.88, 0.92]}, [250, 250]),
+    touch=[TouchOfSignal(2.0, 1.0, 221.0, 190.2, 0.05, 0.3)],
+    drawdown=0.04,
 )
 TARGET = Target(
     schema=1,
@@ -230,6 +233,8 @@ def test_largest_difference_of_each_figure_is_known():
         std=[0.02, 0.0505],
         rise=[0.5, 0.59],
         coverage=CoverageOfSignal({"0.9": [0.88, 0.916]}, [250, 250]),
+        touch=[TouchOfSignal(2.0, 1.0, 221.1, 190.3, 0.04, 0.32)],
+        drawdown=0.0403,
     )
     found = beside(moved, other(TARGET, target=0.2))
     assert (found.signals, found.differing, found.missing, found.agrees) == (1, (), (), True)
@@ -240,12 +245,13 @@ def test_largest_difference_of_each_figure_is_known():
     assert apart.deviations == pytest.approx(1e-5 / 0.02)  # nearer, and a narrower forecast
     assert (apart.mean, apart.std) == (pytest.approx(0.03), pytest.approx(0.0005 / 0.0505))
     assert (apart.rise, apart.coverage, apart.target) == tuple(map(pytest.approx, (0.01, 0.004, 0.05)))
+    assert (apart.touch, apart.drawdown) == (pytest.approx(0.02), pytest.approx(3))
     assert found.sentence() == (
         "1 signals captured, 0 messages differ from the replay, figures from elsewhere aside, 0 of the "
         "replay were not captured\nrecorded under 'x', replayed under 'y': bytes are not promised; 1 of 1 "
         "signals differ, by at most 0.2 bp of the price (A at 2025-01-31T21:00:00Z, +5, q50) and 0.0005 of "
-        "the forecast's deviation, mean 0.03 bp, std 0.99 %, rise 0.01, coverage 0.004; 1 targets differ, by "
-        "at most 0.05"
+        "the forecast's deviation, mean 0.03 bp, std 0.99 %, rise 0.01, coverage 0.004, touch 0.02, drawdown "
+        "3 bp; 1 targets differ, by at most 0.05"
     )
 
 
@@ -270,6 +276,9 @@ def test_bits_that_happen_to_agree_elsewhere_are_said_to():
         other(mean=[0.001]),
         other(coverage=None),
         other(coverage=CoverageOfSignal({"0.9": [0.88, 0.92]}, [250, 249])),
+        other(touch=None),
+        other(touch=[TouchOfSignal(2.0, 2.0, 221.0, 190.2, 0.05, 0.3)]),
+        other(drawdown=None),
         other(close_time="2025-01-31T21:01:00Z"),
         other(TARGET, valid_until="2025-01-31T21:03:00Z"),
     ],

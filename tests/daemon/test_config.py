@@ -112,7 +112,7 @@ port = 70000
 root = "prices/#"
 
 [model]
-sampler = "euler"
+sampler = "dpmp"
 steps = "many"
 
 [[strategy]]
@@ -146,7 +146,7 @@ speed = 0
         "mqtt.portt": ("unknown key", "did you mean 'port'?"),
         "mqtt.port": ("70000", "less than 65536"),
         "mqtt.root": ("'prices/#'", "without wildcards"),
-        "model.sampler": ("'euler'", "'dpmpp' or 'ddim'"),
+        "model.sampler": ("'dpmp'", "choose one of ddim, ddpm"),
         "model.steps": ("'many'", "valid integer"),
         "strategy.1": ("median-drit", "median-drift"),
         "strategy.2": ("width", "band"),
@@ -196,6 +196,8 @@ def test_bar_closes_that_do_not_exist_are_refused(write, text, key, parts):
         ),
         ('[retrain]\ncron = "0 3 * *"\n', ("retrain.cron", "4 fields", "write five, or six")),
         ('[retrain]\ncron = "0 25 * * *"\n', ("retrain.cron", "0 25 * * *")),
+        ('[model]\nsampler = "karras"\n', ("model.sampler", "refused", "1.8 times", "take dpmpp")),
+        ('[model]\nsampler = "kdpm2"\nsteps = 2\n', ("model.steps", "steps = 2", "kdpm2", "3 to 400")),
         ("version = 2\n", ("version", "2", "1")),
         ('[mqtt]\nroot = "$SYS"\n', ("mqtt.root", "'$SYS'")),
         ('max_wait = "0s"\n', ("max_wait", "greater than 0")),

@@ -11,9 +11,9 @@ import pytest
 
 from barcast.backtest.cli import app
 from barcast.daemon import contract, wire
-from barcast.daemon.ports import Arrival
+from barcast.daemon.ports import Arrival, Revision
 from barcast.models import Coverage
-from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing
+from tests.fakes import MINUTE, START, Winding, bar, opening, outgoing, settings
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "deploy" / "asyncapi.json"
@@ -47,14 +47,15 @@ def channel_of(topic):
 def real():
     """Messages as they go out: degraded, judged, with holes, a straggler, withheld, and all the others."""
 
-    class Judged(Spread):
+    class Judged(Winding):
         def _one(self, w):
             share = np.array([[2 / 3, 0.5]])
             return msgspec.structs.replace(super()._one(w), coverage=Coverage((0.9,), share, (3, 2)))
 
     model = Judged(window=16, min_window=12)
     minutes = [m for m in range(1, 26) if m != 12]
-    events = [*opening(window=16)]
+    asked = msgspec.structs.replace(settings(), touch=((2.0, 1.0), (0.5, 1.0)))
+    events = [Revision(START, asked.encode()), *opening(window=16)[1:]]
     for m in minutes:
         events.append(Arrival(START + m * MINUTE + 10**9, (bar("A", m),)))
         late = 30 if m == 20 else 2
@@ -185,6 +186,7 @@ def test_real_messages_keep_to_the_contract():
     bodies = [json.loads(m.payload) for m in real()]
     assert any("degraded" in b.get("flags", ()) for b in bodies)
     assert any("coverage" in b for b in bodies)
+    assert any(len(b.get("touch", ())) == 2 and b["drawdown"] > 0 for b in bodies)
     assert any(b.get("straggler") for b in bodies)
     assert any(b.get("withheld") for b in bodies)
 
@@ -199,7 +201,7 @@ def test_wrong_messages_do_not(kind):
     ]
     assert faults(kind, body | {"new": 1}) == []
     for field in body:
-        if field not in ("coverage", "refused"):
+        if field not in ("coverage", "touch", "drawdown", "refused"):
             assert faults(kind, {k: v for k, v in body.items() if k != field}), field
         assert faults(kind, body | {field: [None]}), field
 

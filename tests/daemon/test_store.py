@@ -116,7 +116,7 @@ def test_a_path_that_jumps_between_models_says_what_one_that_holds_them_all_says
         events.append(Arrival(now, (bars[WARM + k],)))
     everything = {name: open_model(name, "1m", None, None) for name in ("hs", "fhs")}
     said = []
-    for opener in (ModelStore(tmp_path, "1m").open, lambda name, _sampler, _steps: everything[name]):
+    for opener in (ModelStore(tmp_path, "1m").open, lambda name, *_: everything[name]):
         recording = Recording()
         replay(events, Pipeline(opener), recording)
         said.append([(m.topic, m.payload) for m in recording.messages])

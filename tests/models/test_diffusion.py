@@ -1,5 +1,7 @@
 """The forecaster: its promises about look-ahead, batches, order and noise."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -11,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from barcast.models import ConfigError, Forecast, Window
+from barcast.models import SAMPLERS, ConfigError, Forecast, Window
 from barcast.models.diffusion import SSSDForecaster, use_one_thread
-from barcast.models.samplers import SAMPLERS
+from barcast.models.samplers import keyed_normals
 from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.trained import Trained
 from tests.checks import forecast_does_not_depend_on_its_batch
@@ -49,10 +51,16 @@ def _bytes(f: Forecast) -> bytes:
     return f.quantiles.tobytes() + f.mean.tobytes() + f.std.tobytes() + f.rise.tobytes()
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", ["dpmpp", "ddim", "ddpm"])
 def test_a_forecast_does_not_depend_on_its_batch(opened: Open, windows: list[Window], sampler: str) -> None:
     """In batches of 1 to 64 windows, in random company, every window gets the same bits."""
     forecast_does_not_depend_on_its_batch(opened(sampler), windows)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_looks_at_the_batch(opened: Open, windows: list[Window], sampler: str) -> None:
+    """The same for few windows by any sampler."""
+    forecast_does_not_depend_on_its_batch(opened(sampler, 4), windows[::8], (1, 3, 8))
 
 
 def test_a_forecast_of_the_map_does_not_depend_on_its_batch(
@@ -84,7 +92,7 @@ def test_later_bars_change_no_forecast(opened: Open, alone: SSSDForecaster, n: i
     w = simulate("NEW", 2000, seed=30).window
     poisoned = w.values.copy()
     poisoned[n:] = np.nan
-    for forecaster in (opened(), alone):
+    for forecaster in (*map(opened, SAMPLERS), alone):
         clean, dirty = (
             forecaster.forecast([Window("NEW", w.close_times[:n], values[:n])])[0]
             for values in (w.values, poisoned)
@@ -119,13 +127,49 @@ def test_the_number_of_threads_is_set_where_forecasts_run(opened: Open, windows:
 
 def test_the_global_generator_is_neither_used_nor_moved(opened: Open, windows: list[Window]) -> None:
     """Forecasts ignore torch's global seed and leave its state as it was."""
-    forecaster = opened()
-    torch.manual_seed(1)
-    before = torch.get_rng_state()
-    first = _bytes(forecaster.forecast(windows[:1])[0])
-    assert torch.equal(before, torch.get_rng_state())
-    torch.manual_seed(2)
-    assert _bytes(forecaster.forecast(windows[:1])[0]) == first
+    for forecaster in map(opened, SAMPLERS):
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        first = _bytes(forecaster.forecast(windows[:1])[0])
+        assert torch.equal(before, torch.get_rng_state())
+        torch.manual_seed(2)
+        assert _bytes(forecaster.forecast(windows[:1])[0]) == first
+
+
+DRAWN = """
+import sys
+from barcast.models.samplers import keyed_normals
+sys.stdout.buffer.write(keyed_normals(7, (256, 3), "test", "SYM0", 1_700_000_000_000_000_000).numpy())
+"""
+
+
+def test_another_process_draws_the_same() -> None:
+    """What a stochastic sampler draws is a function of model, symbol and close time: in any process."""
+    of = ("test", "SYM0", 1_700_000_000_000_000_000)
+    here = keyed_normals(7, (256, 3), *of)
+    there = subprocess.run([sys.executable, "-c", DRAWN], capture_output=True, check=True).stdout
+    assert here.numpy().tobytes() == there
+    others = [("tesu", *of[1:]), (of[0], "SYM1", of[2]), (*of[:2], of[2] + 1)]
+    for other in others:
+        assert abs(float((here * keyed_normals(7, (256, 3), *other)).mean())) < 0.05
+    few = keyed_normals(1, (3, 1), *of)
+    assert few.shape == (1, 3, 1)
+    assert torch.equal(few, keyed_normals(1, (3, 1), *of))
+
+
+def test_the_draws_of_a_stochastic_sampler_have_a_key(trained: Trained, windows: list[Window]) -> None:
+    """Another model id, symbol or close time draws other noise; a deterministic sampler draws none."""
+    window = windows[-1]
+    renamed = Window("OTHER", window.close_times, window.values)
+    later = Window(window.symbol, window.close_times + 7 * 86_400 * 10**9, window.values)
+    for sampler in SAMPLERS:
+        one, other = (
+            SSSDForecaster(trained.net, trained.scaling, trained.levels, model, sampler, 4)
+            for model in ("one", "other")
+        )
+        asked = ((one, window), (other, window), (one, renamed), (one, later))
+        first, *others = (_bytes(forecaster.forecast([w])[0]) for forecaster, w in asked)
+        assert [said == first for said in others] == [sampler != "ddpm"] * 3
 
 
 @given(seed=st.integers(0, 1000), n=st.integers(81, 200), crash=st.floats(-3, 3), quiet=st.booleans())
@@ -192,8 +236,8 @@ def test_a_model_whose_denoiser_adds_nothing_is_served_as_the_map_alone(
         sampled = asked.forecast(windows[-1:])[0]
         assert _bytes(sampled) == _bytes(opened(*wanted).forecast(windows[-1:])[0])
         assert np.abs(sampled.quantiles / said.quantiles - 1).max() > 1e-3
-    with pytest.raises(ConfigError, match="euler"):
-        plain.forecaster("x", "euler")
+    with pytest.raises(ConfigError, match="heun"):
+        plain.forecaster("x", "heun")
     coupled = trained.forecaster("x", paths=True).card
     assert (coupled.sampler, coupled.steps, coupled.samples) == ("dpmpp", 8, 256)
     assert trained.forecaster("x").card.sampler == plain.forecaster("x", paths=True).card.sampler == "none"
@@ -224,13 +268,15 @@ def test_mean_std_and_rise_fit_the_quantiles(
         np.testing.assert_allclose(f.rise, above, atol=0.03)
 
 
-def test_more_steps_and_the_other_sampler_agree(opened: Open, windows: list[Window]) -> None:
-    """Samplers differ in their error only: the default is near both samplers with many steps."""
+def test_more_steps_and_the_other_samplers_agree(opened: Open, windows: list[Window]) -> None:
+    """Samplers differ in their error only: the default is near all samplers with many steps."""
     reference = opened("dpmpp", 100).forecast(windows[-1:])[0]
     width = (reference.quantiles[:, -1] - reference.quantiles[:, 0])[:, None]
-    for sampler, steps, tolerance in (("dpmpp", 8, 0.02), ("ddim", 8, 0.05), ("ddim", 200, 0.005)):
+    many = [(sampler, 0.005 if sampler in ("ddim", "euler") else 0.002) for sampler in SAMPLERS]
+    many = [(sampler, 200, 0.08 if sampler == "ddpm" else near) for sampler, near in many]  # 256 draws
+    for sampler, steps, tolerance in (("dpmpp", 8, 0.02), ("ddim", 8, 0.05), *many):
         f = opened(sampler, steps).forecast(windows[-1:])[0]
-        assert (np.abs(f.quantiles - reference.quantiles) / width).max() < tolerance
+        assert (np.abs(f.quantiles - reference.quantiles) / width).max() < tolerance, sampler
 
 
 def test_short_windows_are_warming_and_shorter_ones_refused(opened: Open) -> None:

@@ -4,8 +4,9 @@ from math import isnan, sqrt
 
 import numpy as np
 import pytest
+import scoringrules
 
-from barcast.models.scores import gain, lag, mean, newey_west, pit, thirds
+from barcast.models.scores import brier, energy, gain, lag, mean, newey_west, pit, thirds, variogram
 
 
 def test_newey_west_by_hand() -> None:
@@ -74,3 +75,46 @@ def test_thirds_are_taken_within_each_group() -> None:
     """A symbol that is always more volatile than another has calm times of its own."""
     values = np.array([1, 2, 3, 30, 20, 10.0])
     assert thirds(values, list("aaabbb")).tolist() == [0, 1, 2, 2, 1, 0]
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("size", [(2, 1), (7, 5), (64, 16)])
+def test_scores_of_samples_are_those_of_scoringrules(shape: tuple[int, ...], size: tuple[int, int]) -> None:
+    """Energy (fair) and variogram scores, to nine digits, in any shape and around any place."""
+    S, G = size
+    rng = np.random.default_rng(S)
+    for place, scale in ((0.0, 1.0), (3.0, 0.01)):
+        y = place + scale * rng.standard_normal((*shape, G)).cumsum(-1)
+        x = place + scale * rng.standard_normal((*shape, S, G)).cumsum(-1)
+        fair = scoringrules.es_ensemble(y, x, estimator="fair", backend="numpy")
+        np.testing.assert_allclose(energy(y, x), fair, rtol=1e-9, atol=1e-9 * scale)
+        for p in (0.5, 1.0):
+            known = scoringrules.vs_ensemble(y, x, p=p, backend="numpy")
+            np.testing.assert_allclose(variogram(y, x, p), known, rtol=1e-9, atol=1e-12)
+
+
+def test_brier_is_that_of_scoringrules() -> None:
+    """The squared distance; an outcome that counts half is at its own distance."""
+    rng = np.random.default_rng(1)
+    p, y = rng.random(20), rng.integers(0, 2, 20)
+    np.testing.assert_allclose(brier(y, p), scoringrules.brier_score(y, p), rtol=1e-12)
+    assert brier(0.5, 0.2) == pytest.approx(0.09)
+
+
+def test_same_samples_score_no_spread() -> None:
+    """Samples that are all one point are judged by their distance alone, whatever is rounded."""
+    x = np.full((5, 3), 0.1)
+    assert energy(np.zeros(3), x) == pytest.approx(0.1 * sqrt(3), rel=1e-9)
+    assert variogram([0.0, 1.0, 1.0], x) == pytest.approx(4)
+
+
+def test_the_truth_has_the_best_scores() -> None:
+    """Brownian paths are judged better than the same marginals coupled otherwise."""
+    rng = np.random.default_rng(0)
+    y, x = (rng.standard_normal((300, *n, 8)).cumsum(-1) for n in ((), (64,)))
+    apart, together = rng.permuted(x, axis=1), np.sort(x, axis=1)
+    for score in (energy, variogram):
+        mine = score(y, x)
+        for other in (apart, together):
+            worse = score(y, other) - mine
+            assert worse.mean() > 3 * worse.std() / sqrt(300)
