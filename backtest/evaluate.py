@@ -75,7 +75,7 @@ class Evaluation:
 
     Where models forecast paths, over all folds, and null otherwise:
 
-    - `paths`: model, coupling, score (`energy` or `variogram`), n, times, value, error, own_gain and
+    - `paths`: model, coupling, score (`energy`, `moves` or `variogram`), n, times, value, error, own_gain and
       own_gain_error (percent).
     - `touch`: up, down (deviations), model, coupling, n, times, up_first and down_first (shares of what came
       true), said_up_first and said_down_first, brier, error, and over_har and own_gain with their errors.

@@ -36,8 +36,10 @@ DEFINITIONS = {
     "otherwise: gaussian (the model's Gaussian copula), random walk (ranks of a Brownian motion), "
     "independent, comonotone (the same rank at all steps); diffusion is no coupling but a Brownian motion "
     "without drift, with the volatility of har-s, of har for daily bars, over the longest horizon",
-    "energy": "energy score of the log returns at all steps, Gneiting and Raftery (2007), fair",
-    "variogram": "variogram score of order 1/2 of the same, Scheuerer and Hamill (2015)",
+    "energy": "energy score of the log returns at all steps, Gneiting and Raftery (2007), fair; these, and "
+    "those of the other joint scores, are in deviations of the model's forecast over the longest horizon",
+    "moves": "energy score of the log returns from each step to the next",
+    "variogram": "variogram score of order 1/2 of the log returns at all steps, Scheuerer and Hamill (2015)",
     "own_gain": "100 (1 - score of the model's own paths / score of these), on the same origins",
     "up, down": "barriers above and below the close, in deviations of the model's forecast over the longest "
     "horizon; a path that touches one first touches it before the other and within that horizon",
@@ -52,6 +54,9 @@ DEFINITIONS = {
 
 COUPLINGS = (OWN, "gaussian", "random walk", "independent", "comonotone")
 """How the steps of the same quantiles are put together, see `DEFINITIONS`."""
+
+JOINT = ("energy", "moves", "variogram")
+"""The scores of whole paths, see `DEFINITIONS`."""
 
 Array = NDArray[np.float64]
 Ranks = NDArray[np.intp]
@@ -68,8 +73,7 @@ class _Said:
         self.steps = np.array(steps)
         self.std: list[Array] = []
         self.touched: list[Array] = []
-        self.energy: dict[str, list[Array]] = defaultdict(list)
-        self.variogram: dict[str, list[Array]] = defaultdict(list)
+        self.scores: dict[str, dict[str, list[Array]]] = {name: defaultdict(list) for name in JOINT}
         self.chances: dict[str, list[Array]] = defaultdict(list)
 
 
@@ -111,16 +115,18 @@ class PathScores:
         for coupling in COUPLINGS:
             if coupling == "gaussian" and k not in self._rivals:
                 continue
-            scores, chances = np.full((2, len(made)), np.nan), np.full((len(made), len(PAIRS), 3), np.nan)
+            scores, chances = np.full((3, len(made)), np.nan), np.full((len(made), len(PAIRS), 3), np.nan)
             if good:
                 keys = [(made[i].close_time, crc32(made[i].symbol.encode())) for i in good]
                 mixed = [self._coupled(k, coupling, *pair) for pair in zip(paths, keys, strict=True)]
-                x = np.array([one.returns for one in mixed])  # (n, S, G)
-                scores[:, good] = energy(y[good], x), variogram(y[good], x)
+                x = np.array([one.returns for one in mixed]) / std[good, None, None]  # (n, S, G)
+                outcome = y[good] / std[good, None]
+                moves = (np.diff(z, axis=-1, prepend=0.0) for z in (outcome, x))
+                scores[:, good] = energy(outcome, x), energy(*moves), variogram(outcome, x)
                 for i, one in zip(good, mixed, strict=True):
                     chances[i] = _three(touch(one, up[i], down[i]))
-            said.energy[coupling].append(scores[0])
-            said.variogram[coupling].append(scores[1])
+            for found, values in zip(said.scores.values(), scores, strict=True):
+                found[coupling].append(values)
             said.chances[coupling].append(chances)
 
     def _ranks_of(self, k: int, history: Window, place: int) -> Ranks:
@@ -160,7 +166,7 @@ class PathScores:
             times = int(at.max()) + 1
             span = times, lag(int(said.steps[-1]), stride, times)
             std, truth = (np.concatenate(x)[keep] for x in (said.std, said.touched))
-            for score, found in (("energy", said.energy), ("variogram", said.variogram)):
+            for score, found in said.scores.items():
                 losses = {coupling: np.concatenate(x)[keep] for coupling, x in found.items()}
                 for coupling, loss in losses.items():
                     value = mean(loss, at, *span)

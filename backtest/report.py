@@ -16,7 +16,7 @@ from barcast.backtest.evaluate import ALL, Evaluation
 from barcast.backtest.evaluate import DEFINITIONS as COMPARED
 from barcast.backtest.ledger import BENCHMARK
 from barcast.backtest.paths import DEFINITIONS as PATHS
-from barcast.backtest.paths import OWN
+from barcast.backtest.paths import JOINT, OWN
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.models.scores import Estimate
@@ -436,8 +436,7 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
             _terms(
                 {
                     "coupling": PATHS["coupling"],
-                    "energy, bp": f"{PATHS['energy']}; basis points, 0.0001",
-                    "variogram, bp": PATHS["variogram"],
+                    **{score: PATHS[score] for score in JOINT},
                     "own, % better": PATHS["own_gain"],
                     "up, down": PATHS["up, down"],
                     "Brier": PATHS["brier"],
@@ -473,11 +472,11 @@ def _paths(result: Evaluation, model: str) -> str:
     rows = []
     for coupling in scores["coupling"].unique(maintain_order=True):
         cells = [f"<td>{_text(coupling)}</td>"]
-        for score in ("energy", "variogram"):
+        for score in JOINT:
             row = scores.filter(coupling=coupling, score=score).row(0, named=True)
-            cells.append(f"<td>{1e4 * row['value']:.2f}</td>{_estimate(_gain(row, 'own_gain'), True)}")
+            cells.append(f"<td>{row['value']:.4f}</td>{_estimate(_gain(row, 'own_gain'), True)}")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    labels = ["coupling", "energy, bp", "own, % better", "variogram, bp", "own, % better"]
+    labels = ["coupling", *(label for score in JOINT for label in (score, "own, % better"))]
     joint = f'<div class="tight">{_columns(labels, rows)}</div>'
     rows = []
     for row in touch.iter_rows(named=True):

@@ -1,39 +1,52 @@
 """The samplers of a diffusion model beside each other: how good, how dear, and which to configure."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from math import gcd
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import gcd, nan
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from barcast.daemon.calendar import iso
 from barcast.daemon.timeframe import DAY, Timeframe
-from barcast.models import SAMPLERS, ConfigError, DataError, Forecaster, Window
+from barcast.models import SAMPLERS, Card, ConfigError, DataError, Forecast, Forecaster, Window
 from barcast.models.evaluation import Forecasts, collect
-from barcast.models.scores import Estimate, crps, gain, lag
+from barcast.models.paths import Coupler, with_paths
+from barcast.models.scores import Estimate, crps, energy, gain, lag
+
+Array = NDArray[np.float64]
 
 STEPS = (2, 4, 8, 20)
 REFERENCE = ("dpmpp3", 100)
 TOLERANCE = 0.0005
-"""The share of CRPS over the best that is given up for fewer evaluations."""
+"""The share of a score over the best that is given up for fewer evaluations."""
 ORIGINS = 300
 TIMED = 7
 """Forecasts that are timed of each sampler, after one that is not."""
 
 DEFINITIONS = {
     "evaluations": "how often the network is asked for each sample",
-    "cpu_ms": f"processor time of one forecast on one thread: the median of {TIMED}",
-    "crps": "in the validation half, of log returns before calibration, each horizon over its mean absolute "
-    "outcome there",
-    "validation": "CRPS over that of the reference in percent, in the older half of the origins; its paired "
-    "error is that of Newey and West (1987)",
+    "cpu_ms": f"processor time of one forecast with paths on one thread: the median of {TIMED}",
+    "energy": "energy score of paths: of the moves from step to step, over the deviation of the whole path",
+    "crps": "of the quantiles, before calibration, each horizon over its mean absolute outcome",
+    "mean": "in the older half of the origins",
+    "validation": "by how much that of the reference is exceeded in the older half, in percent, with the "
+    "paired error of Newey and West (1987)",
     "confirmation": "the same in the newer half, by which nothing was chosen",
 }
+
+
+class Score(NamedTuple):
+    """A score, and its excess over that of the reference; see `DEFINITIONS`."""
+
+    mean: float
+    validation: Estimate
+    confirmation: Estimate
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +57,15 @@ class Trial:
     steps: int
     evaluations: int
     cpu_ms: float
-    crps: float
-    validation: Estimate
-    confirmation: Estimate
+    energy: Score
+    crps: Score
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """All trials, and the one to take: see `choose`.
 
-    `adds` is whether training found that the diffusion adds anything to the map.
+    `adds` is whether training found that the diffusion adds anything to a Gaussian copula.
     """
 
     trials: tuple[Trial, ...]
@@ -63,13 +75,51 @@ class Comparison:
 
     def json(self) -> str:
         """Everything as one JSON object."""
-        trials = [
-            {**asdict(t), "validation": t.validation._asdict(), "confirmation": t.confirmation._asdict()}
-            for t in self.trials
-        ]
-        chosen = {"sampler": self.chosen.sampler, "steps": self.chosen.steps}
-        whole = {"meta": self.meta, "definitions": DEFINITIONS, "trials": trials, "chosen": chosen}
-        return json.dumps({**whole, "adds": self.adds}, allow_nan=False)
+        plain = msgspec.to_builtins(self)
+        plain["chosen"] = {"sampler": self.chosen.sampler, "steps": self.chosen.steps}
+        for trial in plain["trials"]:
+            for score in ("energy", "crps"):
+                mean, *halves = trial[score]
+                excess = [dict(zip(Estimate._fields, half, strict=True)) for half in halves]
+                trial[score] = dict(zip(Score._fields, (mean, *excess), strict=True))
+        return json.dumps({**plain, "definitions": DEFINITIONS}, allow_nan=False)
+
+
+class Winding(Forecaster, Coupler, Protocol):
+    """What forecasts, and knows paths."""
+
+
+class _Winding:
+    """Forecasts with paths, and the energy scores of these; `energies` and `spreads` are the state.
+
+    They are those of the forecasts so far, in order: of the moves, and the deviations of the whole paths.
+    """
+
+    def __init__(self, raw: Winding, histories: Mapping[str, Window]) -> None:
+        self.raw, self._histories = raw, histories
+        self.energies: list[float] = []
+        self.spreads: list[float] = []
+
+    @property
+    def card(self) -> Card:
+        """That of the forecaster within."""
+        return self.raw.card
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """Forecast every window; where there are no paths the score is not a number."""
+        made = with_paths(self.raw, windows, self.raw.forecast(windows))
+        for forecast in made:
+            energy_, spread = nan, nan
+            if forecast.paths is not None:
+                history, steps = self._histories[forecast.symbol], np.array(forecast.paths.steps)
+                at = int(np.searchsorted(history.close_times, forecast.close_time))
+                went = np.log(history.values[at + steps, 3] / forecast.reference)
+                moves = np.diff(forecast.paths.returns, axis=1, prepend=0.0)
+                energy_ = float(energy(np.diff(went, prepend=0.0), moves))
+                spread = float(forecast.paths.returns[:, -1].std())
+            self.energies.append(energy_)
+            self.spreads.append(spread)
+        return made
 
 
 def compare(
@@ -102,7 +152,10 @@ def compare(
             f"{timeframe.text!r}; give bars of its own timeframe"
         )
     keys = [(sampler, n) for sampler, least in SAMPLERS.items() for n in steps if n >= least]
-    forecasters: list[Forecaster] = [trained.raw(checkpoint.model, *key) for key in (REFERENCE, *keys)]
+    by_symbol = {history.symbol: history for history in histories}
+    forecasters = [
+        _Winding(trained.raw(checkpoint.model, *key, paths=True), by_symbol) for key in (REFERENCE, *keys)
+    ]
     since, slot = trained.record.validation_end, timeframe.duration or DAY
     stride = _stride(histories, since, origins)
 
@@ -112,15 +165,20 @@ def compare(
     last = max(int(window.close_time) for window in histories)
     found = collect(forecasters, histories, since=since, until=last, stride=stride, slot=slot, progress=stand)
     horizons, levels = trained.scaling.horizons, trained.levels
-    older, newer, cut = _halves(found, {h.symbol: h for h in histories}, max(horizons))
+    energies = np.array([f.energies for f in forecasters]) / forecasters[0].spreads
+    sound = np.all([np.isfinite(x) for x in (*energies, *(q.sum((1, 2)) for q in found.quantiles))], axis=0)
+    older, newer, cut = _halves(found, sound, by_symbol, max(horizons))
     size = np.abs(found.outcomes[older]).mean(0)
     losses = [(crps(found.outcomes, q, levels) / size).mean(1) for q in found.quantiles]
 
-    def over(own: NDArray[np.float64], half: NDArray[np.bool_]) -> Estimate:
+    def excess(own: Array, reference: Array, half: NDArray[np.bool_]) -> Estimate:
         moments, at = np.unique(found.close_times[half], return_inverse=True)
         lags = lag(max(horizons), stride, len(moments))
-        saved = gain(own[half], losses[0][half], at, len(moments), lags)
+        saved = gain(own[half], reference[half], at, len(moments), lags)
         return Estimate(-100 * saved.value, 100 * saved.error)
+
+    def score(own: Array, reference: Array) -> Score:
+        return Score(float(own[older].mean()), *(excess(own, reference, half) for half in (older, newer)))
 
     window = max(histories, key=len)
     trials = tuple(
@@ -128,12 +186,11 @@ def compare(
             sampler=sampler,
             steps=n,
             evaluations=build(sampler, n).evaluations,
-            cpu_ms=_cpu_ms(forecaster, window, clock),
-            crps=float(own[older].mean()),
-            validation=over(own, older),
-            confirmation=over(own, newer),
+            cpu_ms=_cpu_ms(forecasters[k].raw, window, clock),
+            energy=score(energies[k], energies[0]),
+            crps=score(losses[k], losses[0]),
         )
-        for (sampler, n), forecaster, own in zip(keys, forecasters[1:], losses[1:], strict=True)
+        for k, (sampler, n) in enumerate(keys, 1)
     )
     return Comparison(
         trials,
@@ -155,10 +212,18 @@ def compare(
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The fewest evaluations within `TOLERANCE` of the lowest CRPS in validation, and the best of these."""
-    most = min(trial.crps for trial in trials) * (1 + TOLERANCE)
-    good = [trial for trial in trials if trial.crps <= most]
-    return min(good, key=lambda trial: (trial.evaluations, trial.crps))
+    """The fewest evaluations among those within `TOLERANCE` of the best in validation, and the best of these.
+
+    Best is the least of the worse excess: of paths over the best paths, of quantiles over the best quantiles.
+    """
+    paths, quantiles = min(t.energy.mean for t in trials), min(t.crps.mean for t in trials)
+
+    def excess(trial: Trial) -> float:
+        return max(trial.energy.mean / paths, trial.crps.mean / quantiles)
+
+    most = min(map(excess, trials)) * (1 + TOLERANCE)
+    good = [trial for trial in trials if excess(trial) <= most]
+    return min(good, key=lambda trial: (trial.evaluations, excess(trial)))
 
 
 def _stride(histories: Sequence[Window], since: int, origins: int) -> int:
@@ -171,9 +236,9 @@ def _stride(histories: Sequence[Window], since: int, origins: int) -> int:
 
 
 def _halves(
-    found: Forecasts, histories: dict[str, Window], reach: int
+    found: Forecasts, sound: NDArray[np.bool_], histories: Mapping[str, Window], reach: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_], int]:
-    """Which origins are in the older half of their times and realised in it, which in the newer; the cut."""
+    """Which sound origins are in the older half and realised in it, which in the newer; the cut between."""
     moments = np.unique(found.close_times)
     cut = int(moments[len(moments) // 2])
     realised = np.empty(len(found.symbols), np.int64)
@@ -182,8 +247,8 @@ def _halves(
         realised[own] = history.close_times[
             np.searchsorted(history.close_times, found.close_times[own]) + reach
         ]
-    older, newer = realised < cut, found.close_times >= cut
-    if not older.any():
+    older, newer = sound & (realised < cut), sound & (found.close_times >= cut)
+    if min(len(np.unique(found.close_times[half])) for half in (older, newer)) < 2:
         raise DataError(
             f"The bars from {iso(int(moments[0]))[:10]} on, which the model has not learnt from, are too few "
             "to choose by one half of them: give newer ones."
@@ -191,11 +256,10 @@ def _halves(
     return older, newer, cut
 
 
-def _cpu_ms(forecaster: Forecaster, window: Window, clock: Callable[[], float]) -> float:
-    forecaster.forecast([window])
+def _cpu_ms(forecaster: Winding, window: Window, clock: Callable[[], float]) -> float:
     took = []
-    for _ in range(TIMED):
+    for _ in range(1 + TIMED):
         began = clock()
-        forecaster.forecast([window])
+        with_paths(forecaster, [window], forecaster.forecast([window]))
         took.append(clock() - began)
-    return 1e3 * median(took)
+    return 1e3 * median(took[1:])

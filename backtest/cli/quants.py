@@ -661,26 +661,27 @@ def _print_evaluation(result: "Evaluation") -> None:
 def _print_schedulers(result: "Comparison") -> None:
     """A row for each sampler and steps, the chosen one bold, and what to write into a configuration."""
     meta, chosen = result.meta, result.chosen
-    halves = [f"{meta[a][:10]} to {meta[b][:10]}" for a, b in (("since", "cut"), ("cut", "until"))]
     table = Table(
-        title="CRPS over that of {sampler}, {steps} steps, in %".format(**meta["reference"]),
+        title="scores over those of {sampler}, {steps} steps, in %".format(**meta["reference"]),
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
     table.add_column("sampler")
-    for column in ("steps", "evaluations", "CPU ms", *halves):
+    heads = (f"{score}, {half} half" for score in ("paths", "CRPS") for half in ("1st", "2nd"))
+    for column in ("steps", "asks", "CPU ms", *heads):
         table.add_column(column, justify="right", no_wrap=True)
     for trial in result.trials:
-        over = [f"{e.value:+z.3f} ±{e.error:.3f}" for e in (trial.validation, trial.confirmation)]
+        over = [f"{e.value:+z.2f} ±{e.error:.2f}" for score in (trial.energy, trial.crps) for e in score[1:]]
         cells = (str(trial.steps), str(trial.evaluations), f"{trial.cpu_ms:.1f}", *over)
         table.add_row(trial.sampler, *cells, style="bold" if trial is chosen else None)
     console = wide()
     console.print(table)
     counts = meta["origins"]
     console.print(
-        f"{counts['validation']} and {counts['confirmation']} forecasts, before calibration. The first half "
-        f"chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
+        f"{counts['validation']} forecasts from {meta['since'][:10]} on, and {counts['confirmation']} from "
+        f"{meta['cut'][:10]} to {meta['until'][:10]}, before calibration; paths by their energy score. The "
+        f"first half chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
         highlight=False,
     )
     if not result.adds:
@@ -693,19 +694,25 @@ def _print_schedulers(result: "Comparison") -> None:
 
 
 def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
-    """Joint scores of each model's paths by coupling, and the Brier score of the first pair of barriers."""
+    """How much better each model's own paths are than others, and Brier scores of the first barriers."""
+    from barcast.backtest.paths import JOINT
+
     up, down = touch.row(0, named=True)["up"], touch.row(0, named=True)["down"]
-    table = Table(title="paths", title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table = Table(
+        title="paths: by how much the model's own are better, in %",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
     table.add_column("model", overflow="fold")
     table.add_column("coupling")
     brier = f"Brier {up:g} up, {down:g} down"
-    for name in ("energy, bp", "own better, %", "variogram", "own better, %", brier, "% over diffusion"):
+    for name in (*(f"{score}, %" for score in JOINT), brier, "% over diffusion"):
         table.add_column(name, justify="right")
     for row in touch.filter(up=up, down=down).iter_rows(named=True):
         cells = [row["model"], row["coupling"]]
-        for score in ("energy", "variogram"):
+        for score in JOINT:
             found = paths.filter(model=row["model"], coupling=row["coupling"], score=score).to_dicts()
-            cells += [f"{1e4 * one['value']:.2f}" for one in found] or ["-"]
             cells += [_gained(one, "own_gain") for one in found] or ["-"]
         table.add_row(*cells, f"{row['brier']:.4f}", _gained(row, "over_har"))
     return table

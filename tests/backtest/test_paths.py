@@ -13,7 +13,7 @@ from rich.console import Console
 from barcast.backtest import cli
 from barcast.backtest import evaluate as module
 from barcast.backtest.evaluate import Field, evaluate, open_field
-from barcast.backtest.paths import BINS, COUPLINGS, DIFFUSION, OWN, PAIRS
+from barcast.backtest.paths import BINS, COUPLINGS, DIFFUSION, JOINT, OWN, PAIRS
 from barcast.backtest.report import write_evaluation
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import LEVELS, Card, ConfigError, Forecast, Window
@@ -102,7 +102,7 @@ def known():
 
 def test_true_paths_are_better_than_the_same_marginals_coupled_otherwise(known):
     """Beyond errors where the coupling is another, within them where it is the same."""
-    for score in ("energy", "variogram"):
+    for score in JOINT:
         rows = {row["coupling"]: row for row in known.paths.filter(score=score).to_dicts()}
         assert list(rows) == list(COUPLINGS)
         assert rows[OWN]["own_gain"] is None

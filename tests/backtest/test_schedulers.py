@@ -10,20 +10,23 @@ import polars as pl
 import pytest
 import torch
 
-from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.backtest.schedulers import TIMED, Trial, _halves, choose, compare
+from barcast.backtest import schedulers
+from barcast.backtest.sample import sample_bars
+from barcast.backtest.schedulers import TIMED, Score, Trial, _halves, choose, compare
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import read_windows, scan
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import SAMPLERS, ConfigError, DataError, Window, gbm
+from barcast.models import LEVELS, SAMPLERS, ConfigError, DataError, Window, gbm, training
 from barcast.models.checkpoint import load, save
 from barcast.models.evaluation import Forecasts
+from barcast.models.paths import with_paths
 from barcast.models.scores import Estimate
 
 SESSION = Timeframe.parse("session")
-SAMPLE, MODEL = str(sample_bars()), str(sample_checkpoint())
+DAY = 86_400 * 10**9
+SAMPLE = str(sample_bars())
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS"]
-FEW = ["--symbol", "IBM", "--origins", "24"]
+FEW = ["--symbol", "IBM", "--origins", "10"]
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +41,28 @@ def histories() -> list[Window]:
 
 
 @pytest.fixture(scope="module")
-def wild(tmp_path_factory) -> Path:
-    """The shipped model with a denoiser that says something, as if training had found that it adds."""
-    trained = load(sample_checkpoint()).trained
+def plain(histories, tmp_path_factory) -> Path:
+    """A model of the bars before 2010 that has hardly learnt anything, as if no denoiser had been kept."""
+    torch.set_num_threads(1)
+    end = np.datetime64("2010-01-01", "ns").astype(np.int64)
+    older = [
+        Window(w.symbol, w.close_times[k], w.values[k]) for w in histories for k in [w.close_times < end]
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LOOK_ORIGINS", 100)
+        trained = training.train(older, timeframe="session", horizons=(1, 5), levels=LEVELS, steps=12)
+    with torch.no_grad():
+        trained.net.denoiser.leave.weight.zero_()
+        trained.net.denoiser.leave.bias.zero_()
+    path = tmp_path_factory.mktemp("plain") / "model"
+    save(replace(trained, record=replace(trained.record, denoiser_step=0)), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wild(plain, tmp_path_factory) -> Path:
+    """The same with a denoiser that says something, as if training had found that it adds."""
+    trained = load(plain).trained
     with torch.no_grad():
         trained.net.denoiser.leave.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(5))
     path = tmp_path_factory.mktemp("wild") / "model"
@@ -52,7 +74,7 @@ def wild(tmp_path_factory) -> Path:
 def found(wild, histories):
     """Two numbers of steps, with a clock that goes on by a millisecond each time it is asked."""
     ticks = count()
-    return compare(wild, histories, SESSION, steps=(2, 12), origins=24, clock=lambda: next(ticks) / 1e3)
+    return compare(wild, histories, SESSION, steps=(2, 12), origins=16, clock=lambda: next(ticks) / 1e3)
 
 
 def test_every_sampler_is_tried_with_the_steps_that_it_takes(found):
@@ -68,12 +90,41 @@ def test_every_sampler_is_tried_with_the_steps_that_it_takes(found):
 def test_more_steps_are_nearer_the_reference(found):
     """What a good solver makes in 12 steps scores as 100 steps of the reference do, and in 2 it does not."""
     by = {(t.sampler, t.steps): t for t in found.trials}
+
+    def off(sampler, steps):
+        scores = (by[sampler, steps].energy, by[sampler, steps].crps)
+        return [abs(estimate.value) for score in scores for estimate in score[1:]]
+
     for sampler in ("dpmpp", "unipc", "dpmpp3", "deis"):
-        assert abs(by[sampler, 12].validation.value) < 0.3
-        assert abs(by[sampler, 12].confirmation.value) < 0.3
-    assert abs(by["dpmpp", 2].validation.value) > 5 * abs(by["dpmpp", 12].validation.value)
-    assert all(t.validation.error > 0 for t in found.trials)
+        assert max(off(sampler, 12)) < 0.5
+    assert sum(off("dpmpp", 2)) > 3 * sum(off("dpmpp", 12))
+    assert all(t.energy.validation.error > 0 for t in found.trials)
     assert found.adds
+
+
+def test_scores_are_those_of_the_forecasts(wild, histories, found):
+    """The mean energy score is that of the moves of the paths that are forecast, over their deviation."""
+    trained = load(wild).trained
+    forecaster = trained.raw("any", "dpmpp", 12, paths=True)
+    reference = trained.raw("any", "dpmpp3", 100, paths=True)
+    cut = int(np.datetime64(found.meta["cut"][:-1], "ns").astype(np.int64))
+    since = int(np.datetime64(found.meta["since"][:-1], "ns").astype(np.int64))
+    scores = []
+    for w in histories:
+        log_price = np.log(w.values[:, 3])
+        for k in np.flatnonzero((w.close_times >= since) & (w.close_times < cut)):
+            if (w.close_times[k] // DAY - 1) % found.meta["stride"] or w.close_times[k + 5] >= cut:
+                continue
+            at = [Window(w.symbol, w.close_times[: k + 1], w.values[: k + 1])]
+            [f], [r] = (with_paths(x, at, x.forecast(at)) for x in (forecaster, reference))
+            x = np.diff(f.paths.returns, axis=1, prepend=0)
+            y = np.diff(log_price[k : k + 6])
+            miss = np.linalg.norm(x - y, axis=1).mean()
+            apart = np.linalg.norm(x[:, None] - x, axis=2).sum() / (len(x) * (len(x) - 1))
+            scores.append((miss - apart / 2) / r.paths.returns[:, -1].std())
+    [trial] = [t for t in found.trials if (t.sampler, t.steps) == ("dpmpp", 12)]
+    assert len(scores) == found.meta["origins"]["validation"]
+    assert trial.energy.mean == pytest.approx(np.mean(scores), rel=1e-9)
 
 
 def test_origins_are_new_to_the_model_and_the_halves_apart(wild, histories, found):
@@ -83,16 +134,16 @@ def test_origins_are_new_to_the_model_and_the_halves_apart(wild, histories, foun
     assert np.datetime64(meta["since"][:-1]) >= learnt
     assert meta["since"] < meta["cut"] < meta["until"]
     assert meta["symbols"] == ["IBM", "MSFT"]
-    assert 8 < meta["origins"]["validation"] <= meta["origins"]["confirmation"] < 16
+    assert 5 < meta["origins"]["validation"] <= meta["origins"]["confirmation"] < 11
     [ibm, _] = histories
     every = Forecasts(np.zeros((100, 1)), [], ("IBM",) * 100, ibm.close_times[1000:1100])
-    older, newer, cut = _halves(every, {"IBM": ibm}, 20)
-    assert (older.sum(), newer.sum(), cut) == (30, 50, ibm.close_times[1050])
-    assert older[:30].all()
+    older, newer, cut = _halves(every, np.arange(100) != 7, {"IBM": ibm}, 20)
+    assert (older.sum(), newer.sum(), cut) == (29, 50, ibm.close_times[1050])
+    assert older[8:30].all()
     assert newer[50:].all()
 
 
-def test_the_newer_half_chooses_nothing(wild, histories, found):
+def test_the_newer_half_chooses_nothing(wild, histories, found, monkeypatch):
     """Other prices in the newer half change what confirms, and neither validation nor choice."""
     cut = int(np.datetime64(found.meta["cut"][:-1], "ns").astype(np.int64))
     rng = np.random.default_rng(3)
@@ -102,31 +153,35 @@ def test_the_newer_half_chooses_nothing(wild, histories, found):
         new = w.close_times >= cut
         values[new, :4] *= np.exp(np.cumsum(0.02 * rng.standard_normal(int(new.sum()))))[:, None]
         changed.append(Window(w.symbol, w.close_times, values))
-    other = compare(wild, changed, SESSION, steps=(2, 12), origins=24, clock=lambda: 0.0)
-    assert replace(other.chosen, confirmation=None, cpu_ms=1.0) == replace(
-        found.chosen, confirmation=None, cpu_ms=1.0
-    )
-    for a, b in zip(other.trials, found.trials, strict=True):
-        assert (a.crps, a.validation) == (b.crps, b.validation)
-    assert [t.confirmation for t in other.trials] != [t.confirmation for t in found.trials]
+    monkeypatch.setattr(schedulers, "SAMPLERS", {"ddpm": 2, "dpmpp": 2})
+    other = compare(wild, changed, SESSION, steps=(2, 12), origins=16, clock=lambda: 0.0)
+    same = [trial for trial in found.trials if trial.sampler in ("ddpm", "dpmpp")]
+    assert other.chosen.steps == choose(same).steps
+    for a, b in zip(other.trials, same, strict=True):
+        assert (a.energy[:2], a.crps[:2]) == (b.energy[:2], b.crps[:2])
+        assert a.energy.confirmation != b.energy.confirmation
 
 
 def test_the_cheapest_of_the_good_is_chosen():
-    """Fewest evaluations within 0.05 % of the best; among as many the best; the newer half has no say."""
+    """Fewest evaluations within 0.05 % of the best in both scores; of as many the best, by the older half."""
 
-    def trial(sampler, evaluations, crps, confirmation=0.0):
+    def trial(sampler, evaluations, energy, crps=1.0, confirmation=0.0):
         nothing = Estimate(0.0, 0.0)
-        return Trial(sampler, evaluations, evaluations, 1.0, crps, nothing, Estimate(confirmation, 0.1))
+        scores = (Score(mean, nothing, Estimate(confirmation, 0.1)) for mean in (energy, crps))
+        return Trial(sampler, evaluations, evaluations, 1.0, *scores)
 
-    best, near, too_far = trial("a", 20, 1.0), trial("b", 4, 1.00049), trial("c", 2, 1.00051, -9.0)
-    assert choose([best, near, too_far]) is near
-    assert choose([best, trial("d", 4, 1.0004), near]).sampler == "d"
+    best, near, far = trial("a", 20, 2.0), trial("b", 4, 2.0009), trial("c", 2, 2.0011, confirmation=-9.0)
+    assert choose([best, near, far]) is near
+    assert choose([best, trial("d", 4, 2.0008), near]).sampler == "d"
+    assert choose([best, trial("e", 2, 2.0, crps=1.01)]) is best
 
 
-def test_command_prints_what_to_configure_and_says_that_it_does_not_matter(run, tmp_path):
-    """The shipped model's training kept no denoiser: all samplers are one, and the command says so."""
+def test_command_prints_what_to_configure_and_says_that_it_does_not_matter(run, plain, tmp_path):
+    """Where training kept no denoiser all samplers are one, and the command says so."""
     path = tmp_path / "numbers.json"
-    status, out, err = run("schedulers", MODEL, SAMPLE, *DAILY, *FEW, "--steps", "3", "--json", str(path))
+    status, out, err = run(
+        "schedulers", str(plain), SAMPLE, *DAILY, *FEW, "--steps", "3", "--json", str(path)
+    )
     assert status == 0, err
     said = " ".join(out.split())
     assert "the diffusion adds nothing to this model" in said
@@ -134,10 +189,12 @@ def test_command_prints_what_to_configure_and_says_that_it_does_not_matter(run, 
     assert "steps = 3" in out
     numbers = json.loads(path.read_text())
     assert {t["sampler"] for t in numbers["trials"]} == set(SAMPLERS)
-    assert all(abs(t["validation"]["value"]) < 1e-3 for t in numbers["trials"])
+    assert all(abs(t["crps"]["validation"]["value"]) < 1e-3 for t in numbers["trials"])
+    assert numbers["chosen"]["steps"] == 3
     assert all(t["cpu_ms"] > 0 for t in numbers["trials"])
     assert numbers["adds"] is False
-    assert set(numbers["definitions"]) <= set(numbers["trials"][0])
+    first = numbers["trials"][0]
+    assert set(numbers["definitions"]) <= set(first) | set(first["energy"])
     assert str(TIMED) in numbers["definitions"]["cpu_ms"]
 
 
@@ -150,9 +207,9 @@ def test_a_model_whose_denoiser_adds_is_not_belittled(run, wild):
     assert rows == [[s, str(n)] for s, least in SAMPLERS.items() for n in (2, 4) if n >= least]
 
 
-def test_what_cannot_be_compared_is_said(run, wild, histories, tmp_path):
+def test_what_cannot_be_compared_is_said(run, plain, wild, histories, tmp_path):
     """A model that is not sampled, other bars and bars that it has learnt from end in one sentence."""
-    status, _, err = run("schedulers", MODEL, SAMPLE, *DAILY, "--steps", "1")
+    status, _, err = run("schedulers", str(plain), SAMPLE, *DAILY, "--steps", "1")
     assert status == 2
     status, _, err = run("schedulers", "fhs", SAMPLE, *DAILY)
     assert (status, "fhs" in err) == (78, True)
@@ -162,17 +219,17 @@ def test_what_cannot_be_compared_is_said(run, wild, histories, tmp_path):
         compare(tmp_path / "trees", histories, SESSION, clock=lambda: 0.0)
     with pytest.raises(ConfigError, match="trained on 'session' bars, not on '1h'"):
         compare(wild, histories, Timeframe.parse("1h"), clock=lambda: 0.0)
-    status, _, err = run("schedulers", MODEL, SAMPLE, *DAILY, "--until", "2009-01-01")
+    status, _, err = run("schedulers", str(plain), SAMPLE, *DAILY, "--until", "2009-01-01")
     assert (status, "give more bars or a longer time" in " ".join(err.split())) == (78, True)
-    end = int(np.searchsorted(histories[0].close_times, load(wild).trained.record.validation_end)) + 30
+    end = int(np.searchsorted(histories[0].close_times, load(wild).trained.record.validation_end)) + 12
     short = [Window(w.symbol, w.close_times[:end], w.values[:end]) for w in histories]
     with pytest.raises(DataError, match="too few to choose by one half of them"):
         compare(wild, short, SESSION, steps=(3,), clock=lambda: 0.0)
 
 
-def test_numbers_go_to_a_file_that_can_be_written(run, tmp_path):
+def test_numbers_go_to_a_file_that_can_be_written(run, plain, tmp_path):
     """A file that is read is not written over, before anything is forecast."""
     bars = tmp_path / "bars.parquet"
     pl.read_parquet(SAMPLE).write_parquet(bars)
-    status, _, err = run("schedulers", MODEL, str(bars), *DAILY, "--json", str(bars))
+    status, _, err = run("schedulers", str(plain), str(bars), *DAILY, "--json", str(bars))
     assert (status, "in use by this" in " ".join(err.replace("│", " ").split())) == (2, True)
