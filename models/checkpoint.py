@@ -39,7 +39,6 @@ FORMAT = 3
 JSON, WEIGHTS, MEMBERS = "model.json", "weights.safetensors", "members"
 AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
-LATER = {"encoder": "s4d", "head": "mlp"}  # fields of an architecture that older checkpoints have not
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
 
 
@@ -178,16 +177,11 @@ def _body(trained: Trained) -> dict[str, Any]:
         "window": s.window,
         "schedule": [samplers.SCHEDULE, samplers.TIMESTEPS],
         "prediction": samplers.PREDICTION,
-        "architecture": _sizes(trained.net.architecture),
+        "architecture": asdict(trained.net.architecture),
         "features": feature_names(s.timeframe, s.horizons),
         "scaling": _scaling_body(s),
         "record": asdict(trained.record),
     }
-
-
-def _sizes(a: Architecture) -> dict[str, Any]:
-    """The architecture, without what is as in older checkpoints: these keep their ids when saved again."""
-    return {name: size for name, size in asdict(a).items() if LATER.get(name) != size}
 
 
 def _scaling_body(s: Scaling) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from barcast.models.errors import ConfigError
 from barcast.models.forecast import default_horizons
 from barcast.models.gbm import Boosted
 from barcast.models.origins import to_text
+from barcast.models.paths import path_steps
 from barcast.models.sssd.layers import PRESET, PRESETS
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Trained
@@ -77,8 +78,11 @@ def _made_of(trained: Model) -> dict[str, Any]:
     """What is in a model of this kind."""
     if isinstance(trained, Trained):
         a, record = trained.net.architecture, trained.record
-        made = {"preset": a.preset, "architecture": asdict(a), "parameters": _parameters(trained.net)}
-        return made | {
+        return {
+            "path": path_steps(trained.scaling.horizons),
+            "preset": a.preset,
+            "architecture": asdict(a),
+            "parameters": _parameters(trained.net),
             "seed": record.seed,
             "map_step": record.map_step,
             "denoiser_step": record.denoiser_step,

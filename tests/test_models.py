@@ -25,6 +25,7 @@ def test_a_checkpoint_is_described_for_scripts(run):
     assert (found["horizons"], found["window"]) == ([1, 5, 20], card.window)
     assert (found["sampler"], found["steps"]) == (card.sampler, card.steps)
     assert [found["preset"], *map(found["architecture"].get, ("encoder", "head"))] == ["small", "s4d", "mlp"]
+    assert found["path"] == list(range(1, 21))
     assert found["learnt_until"] == "2009-12-31T21:00:00Z"
     assert found["denoiser_step"] == model.trained.record.denoiser_step
     assert found["fingerprint"] == card.fingerprint
@@ -45,6 +46,7 @@ def test_a_checkpoint_is_described_for_people(run):
         "learnt from 8778 bars to 2009-12-31T21:00:00Z: AAPL, GOOG, IBM, MSFT encoder, head s4d, mlp",
         "preset small sizes features 50, channels 4, context 64",
         "parameters map 155,568, encoder ",
+        "paths 20 steps: 1, 2, 3",
         " MB ",
         f"torch={torch.__version__}",
     ):

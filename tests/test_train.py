@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from barcast.backtest.sample import sample_bars
+from barcast.models.checkpoint import preset_of
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
 QUICK = [*DAILY, "--until", "2003-01-01", "--steps", "13"]
@@ -111,6 +112,20 @@ def test_two_processes_train_one_model(bars, run, tmp_path):
     one, other = (load_file(tmp_path / name / "weights.safetensors") for name in ("one", "two"))
     for name, weights in one.items():
         assert other[name] == pytest.approx(weights, rel=1e-3, abs=1e-4), name
+
+
+def test_the_network_has_the_sizes_of_its_preset(run, bars, tmp_path):
+    """A preset by name, or that of the model to start from; what it does not go with is refused."""
+    tiny, next_one = str(tmp_path / "tiny"), str(tmp_path / "next")
+    status, _, err = run("train", bars, *QUICKER, "--out", tiny, "--preset", "tiny")
+    assert status == 0, err
+    status, _, err = run("train", bars, *QUICKER, "--out", next_one, "--init-from", tiny)
+    assert status == 0, err
+    assert preset_of(tiny) == preset_of(next_one) == "tiny"
+    status, _, err = run("train", bars, *QUICKER, "--out", next_one, "--init-from", tiny, "--preset", "small")
+    assert (status, "train from scratch" in " ".join(err.split())) == (78, True)
+    status, _, err = run("train", bars, *DAILY, "--out", next_one, "--kind", "lgbm", "--preset", "small")
+    assert (status, "--preset does not go with --kind lgbm" in " ".join(err.split())) == (2, True)
 
 
 def test_no_time_at_all_is_a_fault(run, bars, tmp_path):

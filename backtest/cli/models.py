@@ -62,9 +62,7 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
         ("learnt from", f"{about['bars']} bars to {about['learnt_until']}: {symbols}"),
     ]
     if about["known_until"] != about["learnt_until"]:
-        lines.append(
-            ("has seen", f"bars to {about['known_until']}; judged on those to {about['judged_until']}")
-        )
+        lines += [("judged to", about["judged_until"]), ("held out to", about["known_until"])]
     if about["left_out"]:
         lines.append(("left out", ", ".join(about["left_out"])))
     if about["kind"] == "sssd":
@@ -75,6 +73,7 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
             ("preset", about["preset"] or "none: sizes of its own"),
             ("sizes", ", ".join(sizes)),
             ("parameters", ", ".join(f"{part} {count:,}" for part, count in about["parameters"].items())),
+            ("paths", f"{len(about['path'])} steps: {_listed(about['path'])}"),
             ("denoiser", f"of step {chosen}" if chosen else "not used: the map alone was better"),
         ]
     if about["kind"] == "lgbm":
@@ -83,10 +82,9 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
         for member in about["members"]:
             shares = ", ".join(f"{weight:.2f}" for weight in member["weights"])
             lines.append((f"member {member['name']}", f"weights {shares}"))
-    sampled = about["sampler"] != "none"
-    how = (
-        f"{about['sampler']}, {about['steps']} steps, {about['samples']} samples" if sampled else "not at all"
-    )
+    how = "not at all"
+    if about["sampler"] != "none":
+        how = f"{about['sampler']}, {about['steps']} steps, {about['samples']} samples"
     return [
         *lines,
         ("sampled", f"{how}, by default"),

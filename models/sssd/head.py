@@ -48,7 +48,7 @@ class MLP(Denoiser):
         self.leave = linear(D, a.path, None)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
-        """See `Denoiser.forward`."""
+        """See `Denoiser`."""
         y = self.enter(x)
         parts = film.chunk(2 * len(self.first), -1)
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
