@@ -260,7 +260,7 @@ class SSSDModel(nn.Module):
         num_steps: int = 20,
         timer: Timer = default_timer,
     ) -> dict[str, Comparison]:
-        """Forecast by each sampler of `STEPS` in so many steps, from the same noise; `timer` is in seconds."""
+        """Forecast by each sampler of `STEPS` in so many steps, from one noise; `timer` is in seconds."""
         forecast = partial(self.inference_forward, features, horizons, num_samples)
         exact = _stacked(forecast(*REFERENCE))
         found: dict[str, Comparison] = {}
