@@ -338,7 +338,7 @@ def test_third_parties_have_one_place(package: str, places: str) -> None:
     """Each outside library is known to one file or package only, and is used there."""
     users = [name for name, source in SOURCES.items() if package in imports(source)]
     assert [name for name in users if not name.startswith(tuple(places.split()))] == []
-    assert users or package == "diffusers"
+    assert users
 
 
 def test_bare_package_names_are_not_imported() -> None:

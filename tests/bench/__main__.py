@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.bench import cost, ingest, latency, memory, oracle, replay, retraining, scrape, sizing
+from tests.bench import cost, ingest, latency, memory, oracle, replay, retraining, scrape, seeds, sizing
 from tests.bench.report import Section, machine, sentence
 from tests.integration.broker import executable
 
@@ -26,6 +26,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "scrape": scrape.measure,
     "retraining": retraining.measure,
     "cost": cost.measure,
+    "seeds": seeds.measure,
     "oracle": oracle.measure,
 }
 RESULT = Path("bench.json")

@@ -1,0 +1,186 @@
+"""Joint paths: what is read from them at a horizon is the forecast, and they keep its promises."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from barcast.models import SAMPLERS, ConfigError, Forecast, Window, open_model
+from barcast.models.calibration import Calibrated
+from barcast.models.origins import Origins
+from barcast.models.paths import Coupling, between, coupled, path_steps, read
+from barcast.models.quantiles import moments
+from barcast.models.sssd.marginal import PROBABILITIES
+from barcast.models.trained import Trained
+from barcast.models.training import _Training
+from tests.garch import simulate
+
+LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
+Q = np.sort(np.random.default_rng(1).normal(0, 0.01, (3, 7)), -1) * np.array([[1.0], [2.0], [4.0]])
+
+
+@pytest.mark.parametrize("horizons", [(1,), (1, 4, 16), (1, 5, 20), (3, 32), (7, 40, 250), (1, 2, 1000)])
+def test_steps_rise_to_the_longest_horizon_and_hold_them_all(horizons: tuple[int, ...]) -> None:
+    """Every bar up to 32; beyond, 32 even steps and the horizons."""
+    steps = path_steps(horizons)
+    assert list(steps) == sorted(set(steps))
+    assert set(horizons) <= set(steps)
+    assert (steps[0] >= 1, steps[-1]) == (True, max(horizons))
+    assert len(steps) == max(horizons) if max(horizons) <= 32 else 32 <= len(steps) <= 32 + len(horizons)
+
+
+def test_between_is_the_forecast_at_its_horizons_and_wider_by_the_root_of_time_between() -> None:
+    """To the bit at a horizon; of normal quantiles whose variance grows evenly, what a random walk has."""
+    assert between(Q, (1, 4, 16), (1, 4, 16)).tobytes() == Q.tobytes()
+    assert (np.diff(between(Q, (1, 4, 16), range(1, 17)), axis=-1) >= 0).all()
+    walk = norm.ppf(LEVELS) * np.sqrt([[2], [5], [20]])
+    found = between(walk, (2, 5, 20), range(1, 21))
+    np.testing.assert_allclose(found, norm.ppf(LEVELS) * np.sqrt(np.arange(1, 21))[:, None], rtol=1e-12)
+    still = between(np.zeros((2, 7)), (1, 4), (1, 2, 3, 4))
+    assert not still.any()
+
+
+def test_reading_is_the_distribution_that_mean_and_spread_are_of() -> None:
+    """At the levels the quantiles, with the mean and deviation of `moments` over all probabilities."""
+    np.testing.assert_allclose(read(Q, LEVELS, np.array(LEVELS)), Q, atol=1e-17)
+    dense = read(Q, LEVELS, (np.arange(400_000) + 0.5) / 400_000)
+    assert (np.diff(dense) >= 0).all()
+    mean, std, rise = moments(Q, LEVELS)
+    np.testing.assert_allclose(dense.mean(-1), mean, atol=1e-7)
+    np.testing.assert_allclose(dense.std(-1), std, rtol=1e-3)
+    np.testing.assert_allclose((dense > 0).mean(-1), rise, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def windows() -> list[Window]:
+    series = [simulate(name, 1500, seed=20 + i).window for i, name in enumerate(("SYM0", "NEW0", "NEW1"))]
+    return [Window(w.symbol, w.close_times[:n], w.values[:n]) for w in series for n in (90, 700, 1500)]
+
+
+def _paths(forecast: Forecast) -> bytes:
+    assert forecast.paths is not None
+    return forecast.paths.returns.tobytes() + forecast.paths.bridge.tobytes()
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [(None, None), ("ddim", 4), (None, 0)])
+def test_horizons_read_from_the_paths_are_the_forecast(
+    trained: Trained, windows: list[Window], sampler: str | None, steps: int | None
+) -> None:
+    """At each horizon they hold its quantile function at evenly spread probabilities, each once."""
+    forecaster = trained.forecaster("x", sampler, steps, paths=True)
+    assert forecaster.card.path == path_steps(forecaster.card.horizons)
+    plain = trained.forecaster("x", sampler, steps).forecast(windows)
+    for forecast, without in zip(forecaster.forecast(windows), plain, strict=True):
+        assert without.paths is None
+        assert forecast.quantiles.tobytes() == without.quantiles.tobytes()
+        paths = forecast.paths
+        assert paths is not None
+        assert paths.steps == forecaster.card.path
+        at = [paths.steps.index(h) for h in forecast.horizons]
+        S = len(paths.returns)
+        found = np.sort(paths.returns[:, at], 0).T
+        expected = read(forecast.quantiles, forecast.levels, (np.arange(S) + 0.5) / S)
+        np.testing.assert_allclose(found, expected, atol=1e-15)
+        for level, q in zip(forecast.levels, forecast.quantiles.T, strict=True):
+            assert np.abs((found <= q[:, None]).mean(-1) - level).max() <= 1 / S
+        np.testing.assert_allclose(found.mean(-1), forecast.mean, atol=0.01 * forecast.std.max())
+
+
+@pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+def test_paths_depend_on_neither_batch_nor_future(
+    trained: Trained, windows: list[Window], sampler: str | None
+) -> None:
+    """Alone, in company and in another order, and whatever comes after t, paths have the same bits."""
+    steps = None if sampler is None else 4
+    together = trained.forecaster("x", sampler, steps, paths=True).forecast(windows)
+    other = trained.forecaster("x", sampler, steps, paths=True)
+    for k in (7, 2, 5):
+        assert _paths(other.forecast([windows[k]])[0]) == _paths(together[k])
+    w = simulate("NEW0", 1500, seed=21).window
+    later = w.values.copy()
+    later[700:] = np.nan
+    poisoned = Window("NEW0", w.close_times[:700], later[:700])
+    again = trained.forecaster("x", sampler, steps, paths=True).forecast([poisoned])
+    assert _paths(again[0]) == _paths(together[4])
+
+
+def test_the_denoiser_says_how_steps_go_together(trained: Trained, windows: list[Window]) -> None:
+    """Without it, or where training found that it adds nothing, the copula is the Gaussian of the scores."""
+    idle = replace(trained, record=replace(trained.record, denoiser_step=0))
+    mine, plain, zero = (
+        t.forecaster("x", None, steps, paths=True).forecast(windows[-1:])[0]
+        for t, steps in ((trained, None), (idle, None), (trained, 0))
+    )
+    assert _paths(plain) == _paths(zero) != _paths(mine)
+    assert plain.paths is not None
+    scores = norm.ppf((plain.paths.returns.argsort(0).argsort(0) + 0.5) / len(plain.paths.returns))
+    whiten = trained.net.whiten.double().numpy()
+    assert np.abs(np.corrcoef(scores.T) - whiten @ whiten.T).max() < 0.05
+
+
+def test_only_the_newest_bar_is_asked_how_steps_go_together(trained: Trained) -> None:
+    """The forecasts behind the calibration need no paths: one coupling for each window."""
+    w = simulate("NEW0", 1500, seed=21).window
+    raw = trained.raw("x", paths=True)
+    asked: list[int] = []
+
+    class Counted:
+        path = raw.path
+
+        def couplings(self, windows: list[Window]) -> list[Coupling]:
+            asked.append(len(windows))
+            return raw.couplings(windows)
+
+    Calibrated(raw, 200, couple=Counted()).forecast([w])
+    assert asked == [1]
+
+
+def test_a_forecast_that_is_no_number_has_no_paths(trained: Trained) -> None:
+    """It is withheld anyway; that of the other window has its own."""
+    w = simulate("NEW0", 700, seed=21).window
+    broken = w.values.copy()
+    broken[-200:] = np.nan
+    forecaster = trained.forecaster("x", paths=True)
+    with np.errstate(invalid="ignore"):
+        bad, good = forecaster.forecast([Window("BAD", w.close_times, broken), w])
+    assert bad.paths is None
+    assert good.paths is not None
+
+
+def test_what_knows_no_paths_says_so(trained: Trained) -> None:
+    """A baseline is refused by its name, with the remedy."""
+    with pytest.raises(ConfigError, match="fhs is a baseline, without paths or touches: name an SSSD"):
+        open_model("fhs", "1h", None, None, True)
+
+
+def test_values_keep_their_coupling() -> None:
+    """The largest value of every step is in the sample with its highest rank, whatever the quantiles."""
+    forecast = Forecast("A", 0, 1.0, (1, 4, 16), LEVELS, Q, *moments(Q, LEVELS), warming=False)
+    rng = np.random.default_rng(2)
+    ranks = np.argsort(rng.random((64, 16)), 0)
+    paths = coupled(forecast, Coupling(tuple(range(1, 17)), ranks, np.full(16, 0.5)))
+    assert np.array_equal(paths.returns.argsort(0).argsort(0), ranks)
+    moves = np.diff(paths.returns, axis=1, prepend=0.0)
+    np.testing.assert_allclose(paths.bridge, 0.5 * moves.std(0))
+
+
+def test_the_bridge_of_a_brownian_motion_is_the_motion() -> None:
+    """The highs and lows of one go as far beyond its closes as the bridge says: 1, within 4 %."""
+    n, G = 20_000, 16
+    rng = np.random.default_rng(4)
+    closes = rng.normal(0, 0.01, n).cumsum()
+    before = np.concatenate([[0.0], closes[:-1]])
+    far = np.sqrt((closes - before) ** 2 - 2 * 0.01**2 * np.log(rng.random((2, n))))  # of a bridge's extremes
+    high, low = (before + closes + far[0]) / 2, (before + closes - far[1]) / 2
+    row, none = torch.arange(n - G), torch.zeros(0)
+    part = Origins(none, none, torch.from_numpy(np.stack([closes, high, low], 1)), row, none, none, none)
+    true = 0.01 * np.sqrt(np.arange(1, G + 1))[:, None] * norm.ppf(PROBABILITIES)
+    training = _Training.__new__(_Training)
+    training.data = SimpleNamespace(scaling=SimpleNamespace(horizons=(1, 4, 16)))
+    with patch.object(_Training, "_path_quantiles", lambda *_: torch.from_numpy(true).expand(n - G, -1, -1)):
+        bridge = training._bridge(part).numpy()
+    np.testing.assert_allclose(bridge, 1.0, atol=0.04)
