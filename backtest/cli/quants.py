@@ -523,7 +523,7 @@ def schedulers(
         Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
     ] = None,
 ) -> None:
-    """Compare the samplers of a diffusion model, and choose one: the cheapest that is as good as the best.
+    """Compare the samplers of a diffusion model, and choose one: the cheapest that loses nothing.
 
     Forecasts are made where the model has not learnt from; the choice is made by the older half of them, and
     the newer half shows whether it holds.
@@ -681,7 +681,7 @@ def _print_schedulers(result: "Comparison") -> None:
     console.print(
         f"{counts['validation']} forecasts from {meta['since'][:10]} on, and {counts['confirmation']} from "
         f"{meta['cut'][:10]} to {meta['until'][:10]}, before calibration; paths by their energy score. The "
-        f"first half chooses: fewest evaluations within {100 * meta['tolerance']:g} % of the best.",
+        f"first half chooses: fewest asks that lose at most {100 * meta['tolerance']:g} % in either score.",
         highlight=False,
     )
     if not result.adds:

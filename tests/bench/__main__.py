@@ -14,7 +14,19 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.bench import cost, ingest, latency, memory, oracle, replay, retraining, scrape, seeds, sizing
+from tests.bench import (
+    cost,
+    ingest,
+    latency,
+    memory,
+    oracle,
+    replay,
+    retraining,
+    samplers,
+    scrape,
+    seeds,
+    sizing,
+)
 from tests.bench.report import Section, machine, sentence
 from tests.integration.broker import executable
 
@@ -27,6 +39,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "retraining": retraining.measure,
     "cost": cost.measure,
     "seeds": seeds.measure,
+    "samplers": samplers.measure,
     "oracle": oracle.measure,
 }
 RESULT = Path("bench.json")

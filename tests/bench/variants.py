@@ -156,16 +156,16 @@ class Training:
             fitted = optimiser.fit(net, [p for p in phases if p.name in self.phases], *args)
             return replace(fitted, chosen={p.name: (0,) * p.members for p in phases} | fitted.chosen)
 
-        crps = training._Training._denoiser_crps
+        energy = training._Training._denoiser_energy
 
         def look(self_: Any) -> list[float]:
             idle = self.forced and not self_.net.denoiser.leave.weight.any()
-            return [9.0] if idle else crps(self_)
+            return [9.0] if idle else energy(self_)
 
         with (
             self.changed(),
             patch.object(training, "fit", fit),
-            patch.object(training._Training, "_denoiser_crps", look),
+            patch.object(training._Training, "_denoiser_energy", look),
         ):
             return training.train(histories, **options)
 

@@ -140,10 +140,11 @@ def test_every_preset_comes_back(preset: str, trained: Trained, tmp_path: Path, 
     made = replace(trained, net=net.eval())
     save(made, tmp_path / "model")
     assert preset_of(str(tmp_path / "model")) == preset
-    before, after = made.raw("x"), load(tmp_path / "model").trained.raw("x")
-    for a, b in zip(before.forecast(newest[:1]), after.forecast(newest[:1]), strict=True):
-        assert np.isfinite(a.quantiles).all()
-        assert a.quantiles.tobytes() == b.quantiles.tobytes()
+    again = load(tmp_path / "model").trained
+    before, after, map_alone = (m.raw("x", None, n) for m, n in ((made, 4), (again, 4), (again, 0)))
+    (a,), (b,), (c,) = (forecaster.forecast(newest[:1]) for forecaster in (before, after, map_alone))
+    assert np.isfinite(a.quantiles).all()
+    assert a.quantiles.tobytes() == b.quantiles.tobytes() != c.quantiles.tobytes()
 
 
 def test_the_preset_of_a_model(mixed: Path, trees: Path) -> None:
