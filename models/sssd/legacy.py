@@ -11,7 +11,6 @@ a file says of its configuration must be what the model is made with; a file wit
 shapes alone. Files are read with `weights_only`: they hold tensors and plain values, and run nothing.
 """
 
-import pickle
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any
@@ -53,7 +52,7 @@ def read(
         body = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such file; name a checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle fails in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path}: cannot be read as tensors and plain values ({reason}); save its state_dict anew"

@@ -117,6 +117,19 @@ def test_a_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         _load(_save(tmp_path / "x.pt", {"epoch": 3}))
 
 
+def test_a_damaged_file_is_refused_or_loads(tmp_path: Path) -> None:
+    """Whichever of its first bytes is another, there is either a sentence or a model."""
+    path = _save(tmp_path / "whole.pt", seeds.model().state_dict())
+    content, damaged, refused = path.read_bytes(), tmp_path / "damaged.pt", 0
+    for at in range(0, 4000, 40):
+        damaged.write_bytes(content[:at] + bytes([content[at] ^ 0x55]) + content[at + 1 :])
+        try:
+            _load(damaged)
+        except CheckpointError:
+            refused += 1
+    assert refused > 30
+
+
 def test_the_former_weights_are_real_shaped() -> None:
     """The names and shapes that stand in for the former SSSD's have its 7,804,201 parameters."""
     weights = seeds.former_weights()
