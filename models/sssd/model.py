@@ -120,7 +120,7 @@ class SSSDModel(nn.Module):
 
     def standardise(self, targets: Tensor) -> None:
         """Take centre and spread of the outcomes from the targets (B, H) of the training part."""
-        targets = self._targets(targets)
+        targets = self._targets(targets, len(targets))
         spread = targets.std(0, correction=0)
         if not (spread > 0).all():
             minutes = self.config.model.horizons.minutes[int(spread.argmin())]
@@ -145,9 +145,10 @@ class SSSDModel(nn.Module):
         """
         if not self.spread.all():
             raise ConfigError("the spread of outcomes is not known: call `standardise` with the targets")
-        x0 = (self._targets(targets) - self.centre) / self.spread
+        c = self.context(features)
+        x0 = (self._targets(targets, len(c)) - self.centre) / self.spread
         alpha, sigma, lam = self.alpha[t, None], self.sigma[t, None], self.lam[t]
-        v = self.velocity(alpha * x0 + sigma * eps, *self.modulation(self.context(features), lam))
+        v = self.velocity(alpha * x0 + sigma * eps, *self.modulation(c, lam))
         error = (self.weights * (v - (alpha * eps - sigma * x0)) ** 2).mean(-1)
         ratio = torch.exp(2 * lam)
         mean: Tensor = (ratio.clamp(max=GAMMA) / (ratio + 1) * error).mean()
@@ -296,12 +297,12 @@ class SSSDModel(nn.Module):
         fused: Fused = self.encoder([features[name].float() for name in names])
         return fused
 
-    def _targets(self, targets: Tensor) -> Tensor:
-        H = len(self.config.model.horizons.minutes)
-        if targets.dim() != 2 or targets.shape[1] != H or not torch.isfinite(targets).all():
+    def _targets(self, targets: Tensor, rows: int) -> Tensor:
+        shape = (rows, len(self.config.model.horizons.minutes))
+        if targets.shape != shape or not torch.isfinite(targets).all():
             raise DataError(
-                f"targets of the shape {tuple(targets.shape)} cannot be learnt: give finite ones, (B, {H}), "
-                "a column for each of model.horizons.minutes"
+                f"targets of the shape {tuple(targets.shape)} cannot be learnt: give finite ones, {shape}, a "
+                "row for each of the features and a column for each of model.horizons.minutes"
             )
         return targets.float()
 
@@ -344,10 +345,16 @@ def fit(
     those that forecast the newest rows best remain. Raises `DataError` for rows not to be learnt from.
     """
     options, n = model.config.training, len(targets) - len(targets) // HELD_OUT
+    if n == len(targets) or any(len(x) != len(targets) for x in features.values()):
+        counts = ", ".join(f"{len(x)} of {name}" for name, x in features.items())
+        raise DataError(
+            f"{counts} and {len(targets)} rows of targets cannot be learnt: give as many of each, at least "
+            f"{HELD_OUT}"
+        )
     model.standardise(targets[:n])
     learnt = {name: x[:n] for name, x in features.items()}
     newest = {name: x[n:] for name, x in features.items()}
-    levels = torch.arange(1, 20) / 20
+    levels, solver = torch.arange(1, 20) / 20, samplers.build(*LOOK_SAMPLER)
 
     def loss(share: Share) -> Tensor:
         g, B = share.generator, options.batch_size
@@ -357,8 +364,12 @@ def fit(
 
     def look() -> list[float]:
         noise = sobol_normals(LOOK_SAMPLES, targets.shape[1], model.config.system.seed)
-        outcomes = model.solve(samplers.build(*LOOK_SAMPLER), model.context(newest), noise)
-        quantiles = torch.quantile(outcomes, levels, dim=1).permute(1, 2, 0)  # (B, H, Q)
+        found = []
+        for at in torch.split(torch.arange(len(targets) - n), options.batch_size):
+            c = model.context({name: x[at] for name, x in newest.items()})
+            outcomes = model.solve(solver, c, noise)
+            found.append(torch.quantile(outcomes, levels, dim=1).permute(1, 2, 0))  # (., H, Q)
+        quantiles = torch.cat(found)
         return [float((crps(targets[n:], quantiles, levels) / model.spread.numpy()).mean())]
 
     accelerator = processes(options.precision, options.gradient_accumulation_steps, options.batch_size)

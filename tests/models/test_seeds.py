@@ -1,9 +1,11 @@
 """`SSSDModel` and `ImprovedSSSDModel`: what goes in, what comes out, and what must not be possible."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from math import sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from barcast.models.sssd import (
     closed_windows,
 )
 from barcast.models.sssd.config import HEADS, PRECISIONS
+from barcast.models.sssd.head import UNet1D
 from barcast.models.sssd.layers import CHOICES
 from barcast.models.sssd.model import STEPS, draw
 from tests.models import seeds
@@ -227,6 +230,35 @@ def test_the_default_size() -> None:
     x = {name: torch.zeros(1, length, 200) for name, length in model.config.data.lookback_bars.items()}
     found = model.inference_forward(x, [0, 1, 2, 3], num_samples=4)
     assert all(torch.isfinite(one["samples"]).all() for one in found.values())
+
+
+def test_a_unet_may_be_the_denoiser() -> None:
+    """With `model.head.type` another head learns and forecasts, on a checkpoint of its own shape."""
+    model = SSSDModel(seeds.config(head={"type": "unet1d", "latent_dim": 8})).eval()
+    assert type(model.head) is UNet1D
+    x = seeds.features(4)
+    found = model.inference_forward(x, [2, 0], num_samples=6, num_steps=5)
+    assert all(torch.isfinite(one["samples"]).all() for one in found.values())
+    model.standardise(seeds.targets(x))
+    model.training_step((x, seeds.targets(x)))["loss"].backward()
+    assert model.head.leave.weight.grad is not None
+
+
+GOLDEN = {
+    0: (-0.0287, 1.0739, -1.5320, 0.0028, 1.5428),
+    1: (0.0838, 1.9481, -3.0567, 0.0946, 3.0256),
+    2: (0.3537, 4.3489, -5.6566, 0.4417, 7.9535),
+}
+"""Thousandths: mean, std, q05, q50 and q95 of each horizon of the first row."""
+
+
+def test_a_seeded_model_says_what_it_always_said() -> None:
+    """Weights, noise and steps of one seed have pinned statistics: 20 steps of DPM-Solver++, 64 samples."""
+    model = seeds.model(ImprovedSSSDModel, scheduler_type="dpmpp")
+    found = model.inference_forward(seeds.features(2), [0, 1, 2], num_samples=64)
+    for h, expected in GOLDEN.items():
+        said = [1e3 * float(found[h][k][0]) for k in ("mean", "std", "q05", "q50", "q95")]  # type: ignore[literal-required]
+        assert said == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -441,3 +473,14 @@ def test_histories_that_cannot_be_cut_are_named() -> None:
     closes, values = bars["5m"]
     with pytest.raises(DataError, match="the closes of 5m do not rise"):
         closed_windows(bars | {"5m": Bars(closes[::-1], values)}, [60 * MINUTE], lookback)
+
+
+def test_the_page_of_claims_names_tests_that_exist() -> None:
+    """Each test that `deploy/seeds.md` names is there, and so is each file."""
+    root = Path(__file__).parents[2]
+    page = (root / "deploy" / "seeds.md").read_text()
+    sources = "\n".join(path.read_text() for path in (root / "tests").rglob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", page))
+    assert len(named) > 40
+    assert [name for name in named if f"def {name}(" not in sources] == []
+    assert [name for name in re.findall(r"`(tests/[\w/]+\.py)`", page) if not (root / name).is_file()] == []

@@ -183,13 +183,13 @@ def test_accumulation_and_precision_are_settings(short: SSSDModel) -> None:
 
 
 def test_rows_that_cannot_be_learnt_from_are_named() -> None:
-    """Targets of another shape, not finite or that never move, and a batch that does not divide."""
+    """Targets of another shape, too few, not finite or that never move; a batch that does not divide."""
     model, x = SSSDModel(seeds.config()), seeds.features(40)
     y = seeds.targets(x)
     with pytest.raises(ConfigError, match="the spread of outcomes is not known: call `standardise`"):
         model.training_step((x, y))
     with pytest.raises(
-        DataError, match=r"targets of the shape \(34, 2\) cannot be learnt: give finite ones, \(B, 3\)"
+        DataError, match=r"targets of the shape \(34, 2\) cannot be learnt: give finite ones, \(34, 3\)"
     ):
         fit(model, x, y[:, :2])
     with pytest.raises(DataError, match=r"targets of the shape \(34, 3\) cannot be learnt"):
@@ -198,3 +198,11 @@ def test_rows_that_cannot_be_learnt_from_are_named() -> None:
         fit(model, x, y * torch.tensor([1.0, 0.0, 1.0]))
     with pytest.raises(ConfigError, match="a batch of 64 does not divide into 3 parts"):
         fit(SSSDModel(_config(gradient_accumulation_steps=3)), x, y)
+    with pytest.raises(DataError, match="40 of 5m, 40 of 1h and 39 rows of targets cannot be learnt"):
+        fit(model, x, y[:39])
+    few = {name: value[:5] for name, value in x.items()}
+    with pytest.raises(DataError, match=r"5 of 5m, 5 of 1h and 5 rows of targets cannot .* at least 6"):
+        fit(model, few, y[:5])
+    model.standardise(y)
+    with pytest.raises(DataError, match=r"targets of the shape \(1, 3\) cannot be learnt: give finite ones"):
+        model.training_step((x, y[:1]))
