@@ -11,7 +11,6 @@ from torch.nn import functional
 from barcast.models.errors import ConfigError
 from barcast.models.sssd.layers import Architecture, Dropout, convolution, linear
 
-
 FLOOR = 0.05  # of the mean square whose logarithm is taken
 
 
