@@ -39,13 +39,14 @@ from barcast.models.trained import Record, Trained, check_outputs
 from barcast.models.window import Window
 
 SAMPLES = 256
-MAP_RATE, DENOISER_RATE = 2e-3, 5e-4  # of learning
+MAP_RATE, DENOISER_RATE = 2e-3, 1e-3  # of learning
 MAP_BATCH = 384  # origins of a batch of each member, of which it may learn three quarters
 BATCH, DRAWS = 256, 8  # origins of a batch, and noise levels for each
 LEAST_STEPS, MOST_STEPS = 400, 1200  # of each phase
 LOOK_ORIGINS = 1500  # of what was not learnt from, thinned evenly, for each member
 MARGIN = 0.001  # of a Gaussian copula's energy score: what the denoiser must gain on one block
-LOOK_SAMPLES = 64  # of the noise, when the denoiser is validated
+LOOK_PATHS = 750  # origins of the newest block whose paths are judged, thinned evenly
+LOOK_SAMPLES = 128  # of the noise, when paths are judged: with 64 their own arrangement decides
 BRIDGED = 20_000  # origins behind the bridge, about
 Z10 = 1.2815515655446004  # the standard normal's upper tenth begins there
 SIGNED_CHANNELS = torch.tensor([True, False, True, False])  # of the sequence: return and close location
@@ -266,7 +267,7 @@ class _Training:
         """The scores of all paths, whitened; the newest block is left to judge by."""
         net, part, steps = self.net.eval(), self.learn, path_steps(self.data.scaling.horizons)
         self.older = (part.block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
-        self.newest = part.only(self.apart[-1])
+        self.newest = part.only(thinned(self.apart[-1], LOOK_PATHS))
         scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
         quantiles = self._path_quantiles(self.newest)  # (n, G, K)
         p = (torch.arange(LOOK_SAMPLES, dtype=torch.float64) + 0.5) / LOOK_SAMPLES

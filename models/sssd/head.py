@@ -11,6 +11,8 @@ from torch.nn import functional
 from barcast.models.errors import ConfigError
 from barcast.models.sssd.layers import Architecture, Dropout, convolution, linear
 
+FLOOR = 0.05  # of the mean square whose logarithm is taken
+
 
 class Denoiser(nn.Module):
     """Velocity of the scores: layers modulated by c and noise level (FiLM, Perez et al. 2018).
@@ -37,19 +39,23 @@ class Denoiser(nn.Module):
 
 
 class MLP(Denoiser):
-    """Residual blocks over all steps at once."""
+    """Residual blocks over all steps at once.
+
+    They also see the size of x_t: a path is volatile, or calm, in all of its steps together.
+    """
 
     def __init__(self, a: Architecture, generator: Generator) -> None:
         D = a.denoiser
         super().__init__(a, D * a.blocks, generator)
-        self.enter = linear(a.path, D, generator)
+        self.enter = linear(a.path + 1, D, generator)
         self.first = nn.ModuleList([linear(D, D, generator) for _ in range(a.blocks)])
         self.second = nn.ModuleList([linear(D, D, generator) for _ in range(a.blocks)])
         self.leave = linear(D, a.path, None)
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """See `Denoiser`."""
-        y = self.enter(x)
+        size = torch.log((x * x).mean(-1, keepdim=True) + FLOOR)
+        y = self.enter(torch.cat([x, size], -1))
         parts = film.chunk(2 * len(self.first), -1)
         for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
             z = functional.layer_norm(y, y.shape[-1:]) * (1 + parts[2 * i]) + parts[2 * i + 1]

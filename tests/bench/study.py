@@ -34,10 +34,12 @@ from barcast.backtest.sample import sample_bars
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import Stamp, digest, find_timeframe, read_windows, scan
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import LEVELS, Window, compare, default_horizons, open_model
+from barcast.models import LEVELS, Forecast, Window, compare, default_horizons, open_model
 from barcast.models.diffusion import use_one_thread
+from barcast.models.evaluation import collect, windows_at
+from barcast.models.paths import with_paths
 from barcast.models.scaling import Frame, Scaling
-from barcast.models.scores import Estimate, gain, lag
+from barcast.models.scores import Estimate, energy, gain, lag
 from barcast.models.trained import Trained
 from tests.bench.variants import VARIANTS, Training, Variant
 
@@ -47,6 +49,7 @@ FOLDS, TESTED = 2, 0.4
 SEEDS = 3
 MINUTES = 2.0
 STATIC, FULL, HS = "static", "full", "hs"
+GAUSSIAN = "map"  # whose paths have a Gaussian copula
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,31 @@ class Cells:
             "symbols": found.symbols,
             "close_times": found.close_times.tolist(),
             "losses": [[float(f"{x:.7g}") for x in row] for row in found.losses],
+            "moves": [] if trained is None else self._moves(fold, variant, trained),
         }
         _write(self.path(fold, variant, seed), json.dumps(cell).encode())
         return cell
+
+    def _moves(self, fold: Fold, variant: Variant, trained: Trained) -> list[float]:
+        """Energy scores of the moves along paths, which have the map's quantiles; none but of diffusion."""
+        if not variant.coupled:
+            return []
+        quantiles, coupler = trained.raw("map", None, 0), variant.coupler(trained)
+        found: list[float] = []
+
+        def watch(_: int, history: Window, places: Sequence[int], made: Sequence[Forecast]) -> None:
+            windows = [w for few in windows_at(history, places, quantiles.card.window) for w in few]
+            price, steps = np.log(history.values[:, 3]), np.array(coupler.path)
+            for place, forecast in zip(places, with_paths(coupler, windows, made), strict=True):
+                if forecast.paths is None:
+                    raise RuntimeError(f"{fold.name}: {variant.name} forecasts no path at {place}")
+                size = forecast.std[-1]
+                paths = (price[place + steps] - price[place], forecast.paths.returns)
+                y, x = (np.diff(z / size, axis=-1, prepend=0.0) for z in paths)
+                found.append(float(f"{energy(y[None], x[None])[0]:.7g}"))
+
+        collect([quantiles], fold.tested, since=fold.since, until=fold.until, stride=fold.stride, watch=watch)
+        return found
 
     def _trained(self, fold: Fold, training: Training, seed: int) -> Trained:
         path = self._path(fold, training, seed)
@@ -208,7 +233,7 @@ def main() -> None:
     out = Console(highlight=False, soft_wrap=True)
     use_one_thread()
     every = [fold for fold in folds() if fold.data.startswith(given.data or "")]
-    wanted = {*(given.variants or [v.name for v in VARIANTS]), HS, STATIC, FULL}
+    wanted = {*(given.variants or [v.name for v in VARIANTS]), HS, STATIC, FULL, GAUSSIAN}
     chosen = [v for v in VARIANTS if v.name in wanted]
     cells = Cells(FOLDER, given.minutes)
     plan = [
@@ -247,7 +272,8 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """All that the table says: gains are in % of the other's CRPS, on the same origins, ± Newey-West.
 
     The losses of a variant are means over its seeds; of all horizons together each counts in shares of the
-    other's mean. `seeds` is the deviation of the mean gain over `full` from seed to seed.
+    other's mean. `seeds` is the deviation of the mean gain over `full` from seed to seed. `moves` is the gain
+    in the energy score of paths over the same quantiles with a Gaussian copula.
     """
     found: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for cell in cells:
@@ -289,6 +315,10 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "capped": sum(c["capped"] for c in each),
             "diffusion_chosen": sum(bool(c["denoiser_step"]) for c in each),
         }
+        if all(c["moves"] for c in each):
+            rows[name]["moves"] = _pooled([_moves_gain(v, name) for v in own.values()])
+            over = {c["seed"]: [_moves_gain(v, name, c["seed"]).value for v in own.values()] for c in each}
+            rows[name]["moves"]["seeds"] = stdev(map(mean, over.values())) if len(over) > 1 else None
     return {
         "folds": {f: len(next(iter(v.values()))[0]["losses"]) for f, v in found.items()},
         "variants": rows,
@@ -318,6 +348,19 @@ def _gain(
     return gain(mine, theirs, at, len(times), lag(reach, cell["stride"], len(times)))
 
 
+def _moves_gain(
+    variants: Mapping[str, list[Mapping[str, Any]]], name: str, seed: int | None = None
+) -> Estimate:
+    """The gain of a variant's paths over those of the same map with a Gaussian copula, seed by seed."""
+    seeds = [c["seed"] for c in variants[name] if seed in (None, c["seed"])]
+    mine, theirs = (
+        np.mean([c["moves"] for c in variants[of] if c["seed"] in seeds], 0) for of in (name, GAUSSIAN)
+    )
+    cell = variants[name][0]
+    times, at = np.unique(cell["close_times"], return_inverse=True)
+    return gain(mine, theirs, at, len(times), lag(max(cell["horizons"]), cell["stride"], len(times)))
+
+
 def _pooled(gains: Sequence[Estimate]) -> dict[str, float]:
     """The mean of gains in % on bars of other times or other markets, and its error."""
     n = len(gains)
@@ -342,13 +385,19 @@ def markdown(result: Mapping[str, Any]) -> str:
             horizons = row["data"].get(own, {}).values()
             cells.append("; ".join(_shown(h[STATIC]) for h in horizons))
         lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| paths | energy of moves, over a Gaussian copula | seeds |", "|---|---:|---:|"]
+    for name, row in rows.items():
+        if "moves" in row:
+            seeds = row["moves"]["seeds"]
+            shown = "" if seeds is None else f"{100 * seeds:.3f}"
+            lines.append(f"| `{name}` {row['what']} | {_shown(row['moves'], 3)} | {shown} |")
     tested = "; ".join(f"{fold} ({n:,} origins)" for fold, n in result["folds"].items())
     lines += ["", f"Gains in % of CRPS ± Newey-West error, means over folds and horizons. Tested: {tested}."]
     return "\n".join(lines)
 
 
-def _shown(estimate: Mapping[str, float]) -> str:
-    return f"{estimate['gain']:+.2f} ± {estimate['error']:.2f}"
+def _shown(estimate: Mapping[str, float], digits: int = 2) -> str:
+    return f"{estimate['gain']:+.{digits}f} ± {estimate['error']:.{digits}f}"
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from barcast.models import BASELINES, LEVELS, Forecaster, default_horizons, optimiser, scaling, training
-from barcast.models.diffusion import STEPS
+from barcast.models.diffusion import STEPS, SSSDForecaster
 from barcast.models.scaling import Frame, Scaling, feature_names, layout_of
 from barcast.models.sssd.encoder import Encoder
 from barcast.models.sssd.layers import PRESETS, Architecture
@@ -205,6 +205,16 @@ class Variant:
     def suits(self, timeframe: str) -> bool:
         """Whether it is another forecaster on bars of this timeframe."""
         return not self.extras or bool(layout_of(timeframe).tails)
+
+    @property
+    def coupled(self) -> bool:
+        """Whether its paths are judged: of all that have a denoiser, and the noise of the product."""
+        sampled = not self.iid and self.samples is None and (self.steps != 0 or not self.raw)
+        return self.training is not None and "denoiser" in self.training.phases and sampled
+
+    def coupler(self, trained: Trained) -> SSSDForecaster:
+        """What says how the steps of its paths go together."""
+        return trained.raw(self.name, self.sampler, self.steps, paths=True)
 
     def __str__(self) -> str:
         """All that makes it what it is but the training."""
