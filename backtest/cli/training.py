@@ -254,8 +254,8 @@ def tell_model(model: str, trained: "Model", out_dir: Path) -> None:
             tell(line)
     if isinstance(trained, Trained):
         step = trained.record.denoiser_step
-        added = f"the diffusion of step {step}, on top of the map"
-        tell(f"chosen by validation: {added if step else 'the map alone, step 0 of diffusion'}")
+        added = f"the diffusion of step {step}" if step else "a Gaussian copula, step 0 of diffusion"
+        tell(f"chosen by validation, for the steps of paths: {added}")
     tell(f"model {model} written to {out_dir}")
 
 
