@@ -74,7 +74,7 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
             ("sizes", ", ".join(sizes)),
             ("parameters", ", ".join(f"{part} {count:,}" for part, count in about["parameters"].items())),
             ("paths", f"{len(about['path'])} steps: {_listed(about['path'])}"),
-            ("denoiser", f"of step {chosen}" if chosen else "not used: the map alone was better"),
+            ("denoiser", f"of step {chosen}" if chosen else "not used: a Gaussian copula was as good"),
         ]
     if about["kind"] == "lgbm":
         lines.append(("trees", str(about["trees"])))
