@@ -22,6 +22,9 @@ MOST_PAIRS = 8
 NEAREST, FARTHEST = 0.1, 10.0
 """How near and how far a barrier that is asked for may be, in standard deviations."""
 
+MOST_TERMS = 200
+"""Beyond so many terms a bridge is dozens of times as wide as its barriers are apart: it touches both."""
+
 NEGLIGIBLE = 40.0
 """Terms of a series below exp(-40) are left out."""
 
@@ -177,7 +180,8 @@ def _first(near: Array, end: Array, w: Array, variance: Array) -> Array:
 def _terms(w: Array, nearer: float, s: float) -> int:
     """The last k whose terms count: kw (kw - nearer) <= NEGLIGIBLE s^2 / 2 for some w above 0."""
     least = float(w[w > 0].min(initial=np.inf))
-    return floor((nearer / 2 + sqrt(nearer * nearer / 4 + NEGLIGIBLE * s * s / 2)) / least)
+    terms = floor((nearer / 2 + sqrt(nearer * nearer / 4 + NEGLIGIBLE * s * s / 2)) / least)
+    return min(terms, MOST_TERMS)
 
 
 def _at_once(found: Touch, up: Array, down: Array) -> Touch:

@@ -19,8 +19,8 @@ from barcast.models.window import Window
 
 Array = NDArray[np.float64]
 
-MOST_STEPS = 32
-"""The most steps of a path, but for horizons that are added."""
+LONGEST = 32
+"""A path over so many bars has a step at each; a longer one as many steps, and the horizons."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,34 +50,36 @@ class Coupler(Protocol):
 
 
 def path_steps(horizons: Sequence[int]) -> tuple[int, ...]:
-    """The steps of a path, in bars ahead: all up to the longest horizon, or `MOST_STEPS` and horizons."""
+    """The steps of a path, in bars ahead: all up to the longest horizon, or `LONGEST` and horizons."""
     longest = max(horizons)
-    if longest <= MOST_STEPS:
+    if longest <= LONGEST:
         return tuple(range(1, longest + 1))
-    spread = np.rint(np.arange(1, MOST_STEPS + 1) * longest / MOST_STEPS).astype(int).tolist()
+    spread = np.rint(np.arange(1, LONGEST + 1) * longest / LONGEST).astype(int).tolist()
     return tuple(sorted({*horizons, *spread}))
 
 
 def between(quantiles: Array, horizons: Sequence[int], steps: Sequence[int]) -> Array:
     """The quantiles (..., H, Q) of log returns over horizons, at the steps of a path: (..., G, Q).
 
-    At a horizon they are its own, to the bit. Between two the squared width grows evenly, and the shape goes
-    over from one to the other; before the first the width grows with the root of time.
+    At a horizon they are its own, to the bit. Between two, and from none to the first, the middle quantile
+    moves evenly, and so does the squared distance of each other one from it.
     """
-    i = quantiles.shape[-1] // 4
-    width = quantiles[..., -1 - i] - quantiles[..., i]  # (..., H)
-    shape = quantiles / np.where(width > 0, width, 1.0)[..., None]
+    m = quantiles.shape[-1] // 2
+    middle = quantiles[..., m : m + 1]  # (..., H, 1)
+    apart = (quantiles - middle) ** 2
+    side = np.where(np.arange(quantiles.shape[-1]) < m, -1.0, 1.0)
     found = np.empty((*quantiles.shape[:-2], len(steps), quantiles.shape[-1]))
     for k, step in enumerate(steps):
         j = int(np.searchsorted(horizons, step))
         if horizons[j] == step:
             found[..., k, :] = quantiles[..., j, :]
-        elif j == 0:
-            found[..., k, :] = quantiles[..., 0, :] * np.sqrt(step / horizons[0])
-        else:
-            w = (step - horizons[j - 1]) / (horizons[j] - horizons[j - 1])
-            wide = np.sqrt((1 - w) * width[..., j - 1] ** 2 + w * width[..., j] ** 2)
-            found[..., k, :] = wide[..., None] * ((1 - w) * shape[..., j - 1, :] + w * shape[..., j, :])
+            continue
+        since = horizons[j - 1] if j else 0
+        w = (step - since) / (horizons[j] - since)
+        at, square = w * middle[..., j, :], w * apart[..., j, :]
+        if j:
+            at, square = at + (1 - w) * middle[..., j - 1, :], square + (1 - w) * apart[..., j - 1, :]
+        found[..., k, :] = at + side * np.sqrt(square)
     rising: Array = np.maximum.accumulate(found, -1)  # whatever is rounded
     return rising
 

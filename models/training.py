@@ -29,7 +29,7 @@ from barcast.models import samplers
 from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
-from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned, to_text
+from barcast.models.origins import BLOCKS, LEAST, Origins, Split, Table, split, thinned, to_text
 from barcast.models.paths import between, path_steps
 from barcast.models.scaling import CHANNELS, feature_names, layout_of, signed_features
 from barcast.models.sssd.layers import PRESET, Architecture
@@ -47,8 +47,8 @@ LOOK_ORIGINS = 1500  # of what was not learnt from, thinned evenly, for each mem
 MARGIN = 0.001  # of a Gaussian copula's energy score: what the denoiser must gain on one block
 LOOK_PATHS = 750  # origins of the newest block whose paths are judged, thinned evenly
 LOOK_SAMPLES = 128  # of the noise, when paths are judged: with 64 their own arrangement decides
-BRIDGED = 20_000  # origins behind the bridge, about
-Z10 = 1.2815515655446004  # the standard normal's upper tenth begins there
+PAIRED = 50_000  # origins behind the correlation of the steps and the bridge, about
+RIDGE = 1e-4  # of independence: keeps the correlation of prices that rest from being singular
 SIGNED_CHANNELS = torch.tensor([True, False, True, False])  # of the sequence: return and close location
 LOG_SNR = (-5.0, 6.0)  # where the denoiser learns
 SCORE_LIMIT = 5.0  # scores beyond are the fault of linear tails
@@ -268,29 +268,36 @@ class _Training:
         net, part, steps = self.net.eval(), self.learn, path_steps(self.data.scaling.horizons)
         self.older = (part.block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
         self.newest = part.only(thinned(self.apart[-1], LOOK_PATHS))
-        scores = torch.cat([self._scores(part.only(at)) for at in _pieces(len(part), PIECE)])
+        table = Table(len(steps), np.float32, None if self.state is None else self.state.parent)
+        for at in _pieces(len(self.older), PIECE):
+            table.add(self._scores(part.only(self.older[at])).numpy())
+        self.scores = table.tensor()  # (n, G) of the older ones
         quantiles = self._path_quantiles(self.newest)  # (n, G, K)
         p = (torch.arange(LOOK_SAMPLES, dtype=torch.float64) + 0.5) / LOOK_SAMPLES
         u = torch.special.ndtri(p).expand(*quantiles.shape[:2], -1).contiguous()
         values = piecewise(u, knot_scores().expand(quantiles.shape), quantiles)  # (n, G, S)
-        size = values[:, -1:].std(-1, correction=0)  # (n, 1): of the whole path
-        self.look_values = (values / size[..., None]).transpose(1, 2).float()  # (n, S, G)
+        size = self._size(self.newest)  # (n, 1)
+        moving = (size[:, 0] > 0).nonzero()[:, 0]
+        self.newest, size = self.newest.only(moving), size[moving]
+        self.look_values = (values[moving] / size[..., None]).transpose(1, 2).float()  # (n, S, G)
         self.look_moves = _moves((self.newest.path(steps) / size).float())  # (n, G)
-        G = scores.shape[1]
-        W = torch.linalg.cholesky(torch.corrcoef(scores[self.older].T).reshape(G, G))
-        net.whiten.copy_(W)
-        net.bridge.copy_(self._bridge(part.only(thinned(self.older, BRIDGED))))
-        self.w = torch.linalg.solve_triangular(W, scores.T, upper=False).T.float().contiguous()
+        few = thinned(torch.arange(len(self.older)), PAIRED)
+        G = len(steps)
+        correlation = torch.corrcoef(self.scores[few].double().T).reshape(G, G)
+        net.whiten.copy_(torch.linalg.cholesky(torch.lerp(correlation, torch.eye(G).double(), RIDGE)))
+        net.bridge.copy_(self._bridge(part.only(self.older[few])))
         a = samplers.alphas_cumprod()
         self.alpha, self.sigma, self.lam = a**0.5, (1 - a) ** 0.5, samplers.lambdas().float()
 
     def _denoiser_loss(self, share: Share) -> Tensor:
         """v-prediction loss at stratified noise levels, weighted so that the error of eps counts evenly."""
         g, n = share.generator, BATCH * DRAWS
-        at = self.older[share.rows(torch.randint(len(self.older), (BATCH,), generator=g))]
+        drawn = share.rows(torch.randint(len(self.older), (BATCH,), generator=g))
+        at = self.older[drawn]
         sign = share.rows(1 - 2 * torch.randint(2, (BATCH, 1), generator=g).float())
         sign = sign if self.alike else torch.ones_like(sign)
-        w = (sign * self.w[at])[:, None]  # (B, 1, G)
+        scores = (sign * self.scores[drawn]).T
+        w = torch.linalg.solve_triangular(self.net.whiten, scores, upper=False).T[:, None]  # (B, 1, G)
         low, high = LOG_SNR
         position = (torch.randperm(n, generator=g) + torch.rand(n, generator=g)) / n
         wanted = share.rows(low + (high - low) * position.reshape(BATCH, DRAWS)) / 2
@@ -347,28 +354,33 @@ class _Training:
         return torch.from_numpy(between(knots, s.horizons, path_steps(s.horizons)))
 
     def _scores(self, part: Origins) -> Tensor:
-        """Normal scores (n, G) float64 of the returns to the steps of the path."""
+        """Normal scores (n, G) of the returns to the steps of the path."""
         quantiles, y = self._path_quantiles(part), part.path(path_steps(self.data.scaling.horizons))
         u = piecewise(y[..., None], quantiles, knot_scores().expand(quantiles.shape))[..., 0]
-        return u.clamp(-SCORE_LIMIT, SCORE_LIMIT)
+        return u.clamp(-SCORE_LIMIT, SCORE_LIMIT).float()
 
     def _bridge(self, part: Origins) -> Tensor:
         """The bridge (G,) of a `Coupling`: how far highs and lows go beyond the ends of their interval.
 
         A Brownian bridge from a to b of variance s^2 has a highest point M for which 2 (M - a)(M - b) / s^2
         is exponentially distributed with mean 1, and its root has the mean sqrt(pi) / 2; so has the lowest.
+        All is measured in sizes of the whole path, and the spread of the moves is that of all origins.
         """
-        steps = path_steps(self.data.scaling.horizons)
-        quantiles = self._path_quantiles(part)
-        i = quantiles.shape[-1] // 4  # of the knot at one tenth
-        width = (quantiles[..., -1 - i] - quantiles[..., i]) ** 2
-        expected = functional.pad(width, (1, 0))
-        expected = torch.diff(expected, dim=-1).clamp(min=1e-12).sqrt() / (2 * Z10)  # (n, G): of an interval
-        to = part.path(steps)
-        since, reach = functional.pad(to, (1, 0))[:, :-1], part.reach(steps)
+        steps, size = path_steps(self.data.scaling.horizons), self._size(part)
+        moves = size[:, 0] > 0
+        to, reach = part.path(steps)[moves], part.reach(steps)[moves]
+        since, size = functional.pad(to, (1, 0))[:, :-1], size[moves]
         beyond = (reach - since[..., None]) * (reach - to[..., None])  # (n, G, 2)
-        root = (2 * beyond.clamp(min=0)).sqrt().mean(-1) / expected
-        return (root.mean(0) / (sqrt(pi) / 2)).float()
+        root = (2 * beyond.clamp(min=0)).sqrt().mean(-1) / size
+        spread = (((to - since) / size) ** 2).mean(0).sqrt()
+        bridge: Tensor = root.mean(0) / (sqrt(pi) / 2) / spread.clamp(min=1e-6)
+        return bridge.float()
+
+    def _size(self, part: Origins) -> Tensor:
+        """The distance (n, 1) between the quantiles of 10 and 90 % at the end of each path."""
+        knots = self._unseen_knots(part)[:, -1] * part.scale[:, -1:]
+        i = PROBABILITIES.index(0.1)
+        return (knots[:, -1 - i] - knots[:, i])[:, None].detach()
 
 
 class _Dropout:

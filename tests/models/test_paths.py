@@ -9,12 +9,11 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from barcast.models import SAMPLERS, ConfigError, Forecast, Window, open_model
+from barcast.models import SAMPLERS, ConfigError, Forecast, Window, open_model, training
 from barcast.models.calibration import Calibrated
 from barcast.models.origins import Origins
 from barcast.models.paths import Coupling, between, coupled, path_steps, read
 from barcast.models.quantiles import moments
-from barcast.models.sssd.marginal import PROBABILITIES
 from barcast.models.trained import Trained
 from barcast.models.training import _Training
 from tests.garch import simulate
@@ -178,9 +177,45 @@ def test_the_bridge_of_a_brownian_motion_is_the_motion() -> None:
     high, low = (before + closes + far[0]) / 2, (before + closes - far[1]) / 2
     row, none = torch.arange(n - G), torch.zeros(0)
     part = Origins(none, none, torch.from_numpy(np.stack([closes, high, low], 1)), row, none, none, none)
-    true = 0.01 * np.sqrt(np.arange(1, G + 1))[:, None] * norm.ppf(PROBABILITIES)
-    training = _Training.__new__(_Training)
-    training.data = SimpleNamespace(scaling=SimpleNamespace(horizons=(1, 4, 16)))
-    with patch.object(_Training, "_path_quantiles", lambda *_: torch.from_numpy(true).expand(n - G, -1, -1)):
-        bridge = training._bridge(part).numpy()
+    begun = _Training.__new__(_Training)
+    begun.data = SimpleNamespace(scaling=SimpleNamespace(horizons=(1, 4, 16)))
+    with patch.object(_Training, "_size", lambda *_: torch.full((n - G, 1), 0.1).double()):
+        bridge = begun._bridge(part).numpy()
     np.testing.assert_allclose(bridge, 1.0, atol=0.04)
+
+
+def test_a_forecast_that_hardly_moves_over_one_horizon_bounds_its_neighbours() -> None:
+    """Between a horizon of no width but wild tails and a plain one, no step is wilder than both."""
+    still = np.array([-0.002, -1e-6, 0.0, 0.0, 0.0, 1e-6, 0.002])
+    plain = 0.01 * norm.ppf(LEVELS)
+    for pair in ((still, plain), (plain, still), (0 * still, plain), (still, still)):
+        found = between(np.stack(pair), (1, 4), (1, 2, 3, 4))
+        assert (np.diff(found) >= 0).all()
+        assert (found >= np.minimum(*pair) - 1e-15).all()
+        assert (found <= np.maximum(*pair) + 1e-15).all()
+
+
+@pytest.mark.parametrize("horizons", [(1, 4, 16), (2, 15, 16)])
+def test_prices_that_rest_have_bridges_as_others_do(horizons: tuple[int, ...]) -> None:
+    """Where four closes of five are the last one again, highs and lows stay near them, whatever the steps."""
+    w = simulate("SYM0", 2600, seed=7).window
+    values = w.values.copy()
+    rests = np.random.default_rng(3).random(len(values)) < 0.8
+    rests[0] = False
+    last = np.maximum.accumulate(np.where(rests, 0, np.arange(len(values))))
+    close = values[last, 3]
+    values[:, 3], values[:, 0] = close, np.concatenate([close[:1], close[:-1]])
+    values[:, 1], values[:, 2] = values[:, [0, 3]].max(1), values[:, [0, 3]].min(1)
+    with patch.object(training, "LOOK_ORIGINS", 100):
+        model = training.train(
+            [Window("SYM0", w.close_times, values)],
+            timeframe="1h",
+            horizons=horizons,
+            levels=LEVELS,
+            steps=12,
+        )
+    assert (model.net.bridge <= 1.5).all()
+    [forecast] = model.forecaster("x", paths=True).forecast([Window("SYM0", w.close_times, values)])
+    assert forecast.paths is not None
+    widest = np.abs(forecast.paths.returns).max(0)
+    assert (widest <= 1.01 * np.abs(forecast.paths.returns[:, -1]).max()).all()
