@@ -21,7 +21,7 @@ from barcast.models.scores import Estimate, crps, energy, gain, lag
 
 Array = NDArray[np.float64]
 
-STEPS = (2, 4, 8, 20)
+STEPS = (1, 2, 4, 8, 20)
 REFERENCE = ("dpmpp3", 100)
 TOLERANCE = 0.0005
 """The share of a score that is given up for fewer evaluations."""

@@ -195,7 +195,7 @@ class Model(_Section):
     name: Annotated[str, AfterValidator(_model)] = "champion"
     first: Annotated[str, AfterValidator(_model)] = "fhs"
     sampler: Annotated[str, AfterValidator(_sampler)] | None = None
-    steps: int | None = Field(default=None, ge=2, le=MOST_STEPS)
+    steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
     touch: Annotated[list[tuple[float, float]], AfterValidator(_pairs)] = []
 
     @field_validator("steps")

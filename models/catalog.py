@@ -23,6 +23,7 @@ All raise `ConfigError` where they cannot serve: -s on daily bars, GARCH without
 
 
 SAMPLERS: dict[str, int] = {
+    "angle": 1,
     "ddim": 2,
     "ddpm": 2,
     "deis": 2,

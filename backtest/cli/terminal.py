@@ -107,7 +107,7 @@ Sampler = Annotated[
 ]
 Steps = Annotated[
     int | None,
-    typer.Option(help="Of a diffusion model: the steps of its sampler; default: the model's own.", min=2),
+    typer.Option(help="Of a diffusion model: the steps of its sampler; default: the model's own.", min=1),
 ]
 Touch = Annotated[
     list[str] | None,

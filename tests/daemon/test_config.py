@@ -146,7 +146,7 @@ speed = 0
         "mqtt.portt": ("unknown key", "did you mean 'port'?"),
         "mqtt.port": ("70000", "less than 65536"),
         "mqtt.root": ("'prices/#'", "without wildcards"),
-        "model.sampler": ("'dpmp'", "choose one of ddim, ddpm"),
+        "model.sampler": ("'dpmp'", "choose one of angle, ddim"),
         "model.steps": ("'many'", "valid integer"),
         "strategy.1": ("median-drit", "median-drift"),
         "strategy.2": ("width", "band"),
