@@ -255,7 +255,7 @@ def _examples(root: str) -> dict[str, list[Any]]:
     """Payloads of each kind of message, made by what makes the real ones."""
     hour = 3_600_000_000_000
     close = 1_767_625_200_000_000_000  # 2026-01-05T15:00:00Z
-    card = Card("e04ee3be69ca5fe7", "sssd", "1h", (1, 4), (0.05, 0.5, 0.95), 4201, 85, "none", 0, 0, "numpy")
+    card = Card("2c404eb755b950ed", "sssd", "1h", (1, 4), (0.05, 0.5, 0.95), 4201, 85, "none", 0, 0, "numpy")
     forecast = Forecast(
         symbol="BTCUSD",
         close_time=close,
