@@ -13,7 +13,6 @@ from barcast.models.errors import ConfigError
 from barcast.models.forecast import default_horizons
 from barcast.models.gbm import Boosted
 from barcast.models.origins import to_text
-from barcast.models.paths import path_steps
 from barcast.models.sssd.layers import PRESET, PRESETS
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Trained
@@ -25,6 +24,9 @@ PARTS = ("map", "encoder", "denoiser")
 
 def describe(name: str) -> dict[str, Any]:
     """A checkpoint directory: what it forecasts, has learnt and is made of; times are texts, sizes 1e6 bytes.
+
+    `sampler`, `steps` and `samples` are those of its quantiles by default; of an SSSD, `coupling` has those
+    of its paths, with the sampler `none` where they are put together by a Gaussian copula.
 
     Raise `ConfigError` for a baseline, which is no file, and `CheckpointError` for what cannot be read.
     """
@@ -78,8 +80,10 @@ def _made_of(trained: Model) -> dict[str, Any]:
     """What is in a model of this kind."""
     if isinstance(trained, Trained):
         a, record = trained.net.architecture, trained.record
+        joint = trained.forecaster("", paths=True).card
         return {
-            "path": path_steps(trained.scaling.horizons),
+            "path": joint.path,
+            "coupling": {"sampler": joint.sampler, "steps": joint.steps, "samples": joint.samples},
             "preset": a.preset,
             "architecture": asdict(a),
             "parameters": _parameters(trained.net),

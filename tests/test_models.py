@@ -1,6 +1,7 @@
 """`barcast models`: what a model is, and how large a training would make one."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ def test_a_checkpoint_is_described_for_scripts(run):
     assert (found["sampler"], found["steps"]) == (card.sampler, card.steps)
     assert [found["preset"], *map(found["architecture"].get, ("encoder", "head"))] == ["small", "s4d", "mlp"]
     assert found["path"] == list(range(1, 21))
+    assert found["sampler"] == "none"  # the quantiles are those of the map
+    assert found["coupling"] == {"sampler": "none", "steps": 0, "samples": 0}  # a Gaussian copula
     assert found["learnt_until"] == "2009-12-31T21:00:00Z"
     assert found["denoiser_step"] == model.trained.record.denoiser_step
     assert found["fingerprint"] == card.fingerprint
@@ -47,10 +50,27 @@ def test_a_checkpoint_is_described_for_people(run):
         "preset small sizes features 50, channels 4, context 64",
         "parameters map 155,568, encoder ",
         "paths 20 steps: 1, 2, 3",
+        "by default quantiles by the map, not sampled; paths by a Gaussian copula size ",
         " MB ",
         f"torch={torch.__version__}",
     ):
         assert part in said
+
+
+def test_a_denoiser_that_serves_is_said_to_make_the_paths(run, tmp_path):
+    """Where training found that it adds to a Gaussian copula, paths are sampled, and quantiles are not."""
+    trained, folder = load(Path(MODEL)).trained, str(tmp_path / "serves")
+    assert trained.record.denoiser_step == 0
+    save(replace(trained, record=replace(trained.record, denoiser_step=30)), Path(folder))
+    status, out, _ = run("models", "describe", folder, "--json")
+    found, card = json.loads(out), load(Path(folder)).forecaster(paths=True).card
+    assert (status, found["sampler"], card.sampler) == (0, "none", "dpmpp")
+    assert found["coupling"] == {"sampler": "dpmpp", "steps": 8, "samples": card.samples}
+    status, out, _ = run("models", "describe", folder)
+    said = " ".join(out.split())
+    assert status == 0
+    assert "denoiser of step 30" in said
+    assert "by default quantiles by the map, not sampled; paths by the diffusion model: dpmpp, 8 " in said
 
 
 def test_other_kinds_are_described_too(run, tmp_path):
@@ -59,7 +79,7 @@ def test_other_kinds_are_described_too(run, tmp_path):
     save(kinds.ensemble(tmp_path / "members", trained), tmp_path / "mixed")
     status, out, _ = run("models", "describe", str(tmp_path / "members" / "trees"))
     assert status == 0
-    assert "trees 21 sampled not at all" in " ".join(out.split())
+    assert "trees 21 by default nothing is sampled" in " ".join(out.split())
     status, out, _ = run("models", "describe", str(tmp_path / "mixed"))
     assert status == 0
     assert "member hs weights 0.25, 0.00, 1.00" in " ".join(out.split())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
@@ -15,13 +16,16 @@ from barcast.backtest.sample import sample_checkpoint
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import LiveSource
 from barcast.daemon.pipeline import run
-from barcast.models import Window, samplers
-from barcast.models.checkpoint import open_forecaster
-from barcast.models.diffusion import Distribution
+from barcast.models import Forecaster, Window, paths, samplers
+from barcast.models.checkpoint import load, open_forecaster
+from barcast.models.diffusion import Distribution, SSSDForecaster
+from barcast.models.scaling import Scaling
+from barcast.models.trained import Trained
 from tests import checks
 from tests.daemon.test_machine import DaemonMachine
 from tests.fakes import Spread
 from tests.garch import simulate
+from tests.models import test_paths
 from tests.rim import SECOND
 
 DAY = 86_400 * SECOND
@@ -52,6 +56,35 @@ def batch_of_ddim(_folder: Path) -> None:
     """Batches of the shipped model by the other sampler."""
     forecaster = open_forecaster(sample_checkpoint(), "ddim")
     checks.forecast_does_not_depend_on_its_batch(forecaster, some_windows(), (1, 2, 5))
+
+
+def batch_of_paths(_folder: Path) -> None:
+    """Batches of paths, of windows of one array and others."""
+    windows = [*test_paths.consecutive(*NEAR), *some_windows()]
+    test_paths.paths_are_those_of_each_window_alone(with_denoiser(), windows)
+
+
+def look_ahead_of_paths(_folder: Path) -> None:
+    """Paths with other bars behind each of some windows of one array."""
+    test_paths.paths_know_no_later_bar(with_denoiser(), *NEAR)
+
+
+def horizons_of_paths(_folder: Path) -> None:
+    """What is read from the shipped model's paths at its horizons."""
+    forecaster = open_forecaster(sample_checkpoint(), paths=True)
+    test_paths.paths_are_the_forecast_at_its_horizons(forecaster, some_windows())
+
+
+def with_denoiser() -> Forecaster:
+    """The shipped model with paths in four steps of a denoiser that has been made to matter."""
+    trained = load(sample_checkpoint()).trained
+    assert isinstance(trained, Trained)
+    torch.nn.init.normal_(trained.net.denoiser.leave.weight, 0, 0.05, torch.Generator().manual_seed(5))
+    return trained.forecaster("x", None, 4, paths=True)
+
+
+NEAR = simulate("NEAR", 1310, seed=9, step=DAY).window, (1302, 1304, 1310)
+"""Bars of one array, and the rows with which windows end that share the work of them."""
 
 
 def some_windows() -> list[Window]:
@@ -111,6 +144,26 @@ BUGS = {
             "return x\n": "kept.append(previous); return x\n",
         },
         batch_of_dpmpp,
+    ),
+    "ranks are taken over the batch": Bug(
+        SSSDForecaster.couplings,
+        {
+            "return [": "found = [",
+            "zip(windows, frames, strict=True)]": "zip(windows, frames, strict=True)]\n"
+            "        mean = np.mean([c.ranks for c in found], 0).argsort(0).argsort(0)\n"
+            "        return [Coupling(c.steps, mean, c.bridge) for c in found]",
+        },
+        batch_of_paths,
+    ),
+    "a path reads the quantiles of the horizon before": Bug(
+        paths.between,
+        {"found[..., k, :] = quantiles[..., j, :]": "found[..., k, :] = quantiles[..., max(j - 1, 0), :]"},
+        horizons_of_paths,
+    ),
+    "a sequence goes on with the bars of the next window": Bug(
+        Scaling.of_windows,
+        {"whole.channels[: len(whole.channels) - (last - k)]": "whole.channels"},
+        look_ahead_of_paths,
     ),
     "the forecaster of the tests keeps something": Bug(
         Spread._one,

@@ -36,20 +36,11 @@ def describe(
     if as_json:
         print(json.dumps(about))
         return
-    table = Table(
-        title=f"{about['kind']} {about['model']}", title_justify="left", show_header=False, box=None
-    )
-    for name, text in _lines(about):
-        table.add_row(name, text)
-    out.print(table, highlight=False, markup=False)
-
-
-def _model(about: dict[str, Any]) -> Table:
     title = f"{about['kind']} {about['model']}"
     table = Table(title=title, title_justify="left", show_header=False, box=None)
     for name, text in _lines(about):
         table.add_row(name, text)
-    return table
+    out.print(table, highlight=False, markup=False)
 
 
 def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
@@ -82,16 +73,24 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
         for member in about["members"]:
             shares = ", ".join(f"{weight:.2f}" for weight in member["weights"])
             lines.append((f"member {member['name']}", f"weights {shares}"))
-    how = "not at all"
-    if about["sampler"] != "none":
-        how = f"{about['sampler']}, {about['steps']} steps, {about['samples']} samples"
     return [
         *lines,
-        ("sampled", f"{how}, by default"),
+        ("by default", _sampled(about)),
         ("size", f"{about['megabytes']:.2f} MB"),
         ("learnt on", about["learnt_on"]),
         ("here", about["fingerprint"]),
     ]
+
+
+def _sampled(about: dict[str, Any]) -> str:
+    """What is sampled of a model that no option says more of."""
+    if about["kind"] != "sssd":
+        return "nothing is sampled"
+    how = about["coupling"]
+    by = "a Gaussian copula"
+    if how["sampler"] != "none":
+        by = f"the diffusion model: {how['sampler']}, {how['steps']} steps, {how['samples']} samples"
+    return f"quantiles by the map, not sampled; paths by {by}"
 
 
 def _presets(found: list[dict[str, Any]]) -> Table:

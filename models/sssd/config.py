@@ -12,9 +12,8 @@ from math import isfinite
 from typing import Any, TypeVar
 
 from barcast.models.errors import ConfigError
-
-HEADS = ("mlp", "unet1d")
-PRECISIONS = ("fp32", "bf16")
+from barcast.models.optimiser import PRECISIONS
+from barcast.models.sssd.layers import CHOICES
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ class HeadConfig:
     latent_dim: int = 256  # width of its layers
 
     def __post_init__(self) -> None:
-        _one_of("model.head.type", self.type, HEADS)
+        _one_of("model.head.type", self.type, CHOICES["head"])
         _whole("model.head.latent_dim", self.latent_dim, 4)
 
 

@@ -284,6 +284,9 @@ class SSSDModel(nn.Module):
                 f"features are of {', '.join(features) or 'no timeframe'}, and the model sees "
                 f"{', '.join(names)}: give a sequence of each"
             )
+        for name in names:
+            if not isinstance(features[name], Tensor):
+                raise DataError(f"features of {name} are {_kind(features[name])}: give torch tensors")
         rows = len(features[names[0]])
         for name in names:
             x = features[name]
@@ -299,6 +302,8 @@ class SSSDModel(nn.Module):
 
     def _targets(self, targets: Tensor, rows: int) -> Tensor:
         shape = (rows, len(self.config.model.horizons.minutes))
+        if not isinstance(targets, Tensor):
+            raise DataError(f"targets are {_kind(targets)}: give a torch tensor")
         if targets.shape != shape or not torch.isfinite(targets).all():
             raise DataError(
                 f"targets of the shape {tuple(targets.shape)} cannot be learnt: give finite ones, {shape}, a "
@@ -342,7 +347,9 @@ def fit(
     """Train on rows in order of time, as `model.config.training` says; the newest sixth chooses the weights.
 
     The loop is the one that trains the served models: a warm-up and a cosine, and averaged weights, of which
-    those that forecast the newest rows best remain. Raises `DataError` for rows not to be learnt from.
+    those that forecast the newest rows best remain. The outcomes of the last rows before the newest sixth
+    reach into it by up to the longest horizon: where that matters, leave those rows out, since rows bear no
+    times. Raises `DataError` for rows not to be learnt from.
     """
     options, n = model.config.training, len(targets) - len(targets) // HELD_OUT
     if n == len(targets) or any(len(x) != len(targets) for x in features.values()):
@@ -399,6 +406,10 @@ def timed(forecast: Callable[[], T], timer: Timer = default_timer) -> tuple[floa
 def _forget(model: nn.Module, _: Any) -> None:
     """Let the layers forget what they computed from former weights."""
     model.train(model.training)
+
+
+def _kind(x: object) -> str:
+    return f"{type(x).__module__}.{type(x).__name__}"
 
 
 def _stacked(predictions: Mapping[int, Statistics]) -> Tensor:

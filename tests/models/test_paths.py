@@ -1,5 +1,6 @@
 """Joint paths: what is read from them at a horizon is the forecast, and they keep its promises."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -9,11 +10,21 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from barcast.models import SAMPLERS, ConfigError, Forecast, Window, open_model, training
+from barcast.models import (
+    SAMPLERS,
+    ConfigError,
+    Forecast,
+    Forecaster,
+    Window,
+    open_model,
+    training,
+)
 from barcast.models.calibration import Calibrated
+from barcast.models.diffusion import SSSDForecaster
 from barcast.models.origins import Origins
-from barcast.models.paths import Coupling, between, coupled, path_steps, read
+from barcast.models.paths import Coupling, between, coupled, path_steps, read, with_paths
 from barcast.models.quantiles import moments
+from barcast.models.scaling import _runs
 from barcast.models.trained import Trained
 from barcast.models.training import _Training
 from tests.garch import simulate
@@ -60,6 +71,49 @@ def windows() -> list[Window]:
     return [Window(w.symbol, w.close_times[:n], w.values[:n]) for w in series for n in (90, 700, 1500)]
 
 
+def consecutive(whole: Window, ends: Sequence[int]) -> list[Window]:
+    """Windows that end with these rows of one array: where they are near, they share the work of its bars."""
+    return [Window(whole.symbol, whole.close_times[:n], whole.values[:n]) for n in ends]
+
+
+def poisoned(whole: Window, n: int) -> Window:
+    """The same bars up to row n; what comes after them is far away."""
+    values = whole.values.copy()
+    values[n:] *= 1 + np.random.default_rng(n).random((len(values) - n, 1))
+    return Window(whole.symbol, whole.close_times, values)
+
+
+def paths_are_those_of_each_window_alone(forecaster: Forecaster, windows: Sequence[Window]) -> None:
+    """Alone, in company and in another order, paths have the same bits."""
+    together = [_paths(forecast) for forecast in forecaster.forecast(windows)]
+    assert len(set(together)) == len(windows)
+    back = forecaster.forecast(windows[::-1])[::-1]
+    assert [_paths(forecast) for forecast in back] == together
+    assert [_paths(forecaster.forecast([window])[0]) for window in windows] == together
+
+
+def paths_know_no_later_bar(forecaster: Forecaster, whole: Window, ends: Sequence[int]) -> None:
+    """Whatever follows a window in its array, even in later windows of the call, paths keep their bits."""
+    clean = [_paths(forecast) for forecast in forecaster.forecast(consecutive(whole, ends))]
+    for k, n in enumerate(ends[:-1], 1):
+        forecasts = forecaster.forecast(consecutive(poisoned(whole, n), ends))
+        same = [_paths(forecast) == before for forecast, before in zip(forecasts, clean, strict=True)]
+        assert same == [True] * k + [False] * (len(ends) - k)
+
+
+def paths_are_the_forecast_at_its_horizons(forecaster: Forecaster, windows: Sequence[Window]) -> None:
+    """At each horizon they hold its quantile function at evenly spread probabilities, each once."""
+    for forecast in forecaster.forecast(windows):
+        paths = forecast.paths
+        assert paths is not None
+        assert paths.steps == forecaster.card.path
+        at = [paths.steps.index(h) for h in forecast.horizons]
+        S = len(paths.returns)
+        found = np.sort(paths.returns[:, at], 0).T
+        expected = read(forecast.quantiles, forecast.levels, (np.arange(S) + 0.5) / S)
+        assert np.abs(found - expected).max() <= 1e-15
+
+
 def _paths(forecast: Forecast) -> bytes:
     assert forecast.paths is not None
     return forecast.paths.returns.tobytes() + forecast.paths.bridge.tobytes()
@@ -69,8 +123,9 @@ def _paths(forecast: Forecast) -> bytes:
 def test_horizons_read_from_the_paths_are_the_forecast(
     trained: Trained, windows: list[Window], sampler: str | None, steps: int | None
 ) -> None:
-    """At each horizon they hold its quantile function at evenly spread probabilities, each once."""
+    """See there; and their levels are the forecast's, which asking for paths does not change."""
     forecaster = trained.forecaster("x", sampler, steps, paths=True)
+    paths_are_the_forecast_at_its_horizons(forecaster, windows)
     assert forecaster.card.path == path_steps(forecaster.card.horizons)
     plain = trained.forecaster("x", sampler, steps).forecast(windows)
     for forecast, without in zip(forecaster.forecast(windows), plain, strict=True):
@@ -78,33 +133,53 @@ def test_horizons_read_from_the_paths_are_the_forecast(
         assert forecast.quantiles.tobytes() == without.quantiles.tobytes()
         paths = forecast.paths
         assert paths is not None
-        assert paths.steps == forecaster.card.path
-        at = [paths.steps.index(h) for h in forecast.horizons]
-        S = len(paths.returns)
+        S, at = len(paths.returns), [paths.steps.index(h) for h in forecast.horizons]
         found = np.sort(paths.returns[:, at], 0).T
-        expected = read(forecast.quantiles, forecast.levels, (np.arange(S) + 0.5) / S)
-        np.testing.assert_allclose(found, expected, atol=1e-15)
         for level, q in zip(forecast.levels, forecast.quantiles.T, strict=True):
             assert np.abs((found <= q[:, None]).mean(-1) - level).max() <= 1 / S
         np.testing.assert_allclose(found.mean(-1), forecast.mean, atol=0.01 * forecast.std.max())
 
 
+class Coupled:
+    """The couplings of a model on quantiles that every window shares: what a calibration would repeat."""
+
+    def __init__(self, raw: SSSDForecaster) -> None:
+        self.raw = raw
+        self.card = replace(raw.card, path=raw.path)
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """Forecasts of the quantiles `Q`, with paths."""
+        numbers = (LEVELS, Q, *moments(Q, LEVELS))
+        same = [Forecast(w.symbol, w.close_time, 1.0, (1, 4, 16), *numbers, warming=False) for w in windows]
+        return with_paths(self.raw, windows, same)
+
+
+ENDS = (1940, 1941, 1944, 1952)
+"""Rows of one array, so near that the windows which end there are worked out in one go."""
+
+
 @pytest.mark.parametrize("sampler", [None, *SAMPLERS])
+def test_couplings_depend_on_neither_batch_nor_future(
+    trained: Trained, windows: list[Window], sampler: str | None
+) -> None:
+    """Windows of one array and others: bits are those of each alone, whatever comes after t."""
+    whole = simulate("NEW0", ENDS[-1], seed=21).window
+    near = consecutive(whole, ENDS)
+    assert [len(run) for run in _runs(near, trained.scaling.window)] == [len(ENDS)]
+    forecaster = Coupled(trained.raw("x", sampler, None if sampler is None else 4, paths=True))
+    paths_are_those_of_each_window_alone(forecaster, [*near, windows[4], windows[1]])
+    paths_know_no_later_bar(forecaster, whole, ENDS)
+
+
+@pytest.mark.parametrize("sampler", [None, "ddpm"])
 def test_paths_depend_on_neither_batch_nor_future(
     trained: Trained, windows: list[Window], sampler: str | None
 ) -> None:
-    """Alone, in company and in another order, and whatever comes after t, paths have the same bits."""
-    steps = None if sampler is None else 4
-    together = trained.forecaster("x", sampler, steps, paths=True).forecast(windows)
-    other = trained.forecaster("x", sampler, steps, paths=True)
-    for k in (7, 2, 5):
-        assert _paths(other.forecast([windows[k]])[0]) == _paths(together[k])
-    w = simulate("NEW0", 1500, seed=21).window
-    later = w.values.copy()
-    later[700:] = np.nan
-    poisoned = Window("NEW0", w.close_times[:700], later[:700])
-    again = trained.forecaster("x", sampler, steps, paths=True).forecast([poisoned])
-    assert _paths(again[0]) == _paths(together[4])
+    """The same of what is served, quantiles and calibration included."""
+    whole, steps = simulate("NEW0", ENDS[-1], seed=21).window, None if sampler is None else 4
+    forecaster = trained.forecaster("x", sampler, steps, paths=True)
+    paths_are_those_of_each_window_alone(forecaster, [*consecutive(whole, ENDS), *windows[::3]])
+    paths_know_no_later_bar(forecaster, whole, ENDS)
 
 
 def test_the_denoiser_says_how_steps_go_together(trained: Trained, windows: list[Window]) -> None:

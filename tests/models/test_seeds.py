@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from barcast.models import ConfigError, DataError, samplers
+from barcast.models import ConfigError, DataError, optimiser, samplers
 from barcast.models import sssd as package
 from barcast.models.sssd import (
     Bars,
@@ -22,8 +22,8 @@ from barcast.models.sssd import (
     SSSDModel,
     benchmark_improvement,
     closed_windows,
+    fit,
 )
-from barcast.models.sssd.config import HEADS, PRECISIONS
 from barcast.models.sssd.head import UNet1D
 from barcast.models.sssd.layers import CHOICES
 from barcast.models.sssd.model import STEPS, draw
@@ -62,8 +62,10 @@ def test_the_published_settings_are_the_defaults() -> None:
     assert dict(config.data.lookback_bars) == {"5m": 500, "15m": 166, "1h": 41, "4h": 10}
     assert SSSDConfig.from_dict(config.to_dict()) == config
     assert seeds.config() == SSSDConfig.from_dict(seeds.config().to_dict())
-    assert CHOICES["head"] == HEADS
-    assert PRECISIONS == ("fp32", "bf16")
+    for head in CHOICES["head"]:
+        assert seeds.config(head={"type": head}).model.head.type == head
+    for precision in optimiser.PRECISIONS:
+        assert SSSDConfig.from_dict({"training": {"precision": precision}}).training.precision == precision
 
 
 @pytest.mark.parametrize(
@@ -245,9 +247,9 @@ def test_a_unet_may_be_the_denoiser() -> None:
 
 
 GOLDEN = {
-    0: (-0.0287, 1.0739, -1.5320, 0.0028, 1.5428),
-    1: (0.0838, 1.9481, -3.0567, 0.0946, 3.0256),
-    2: (0.3537, 4.3489, -5.6566, 0.4417, 7.9535),
+    0: (0.0721, 1.0554, -1.6890, 0.1239, 1.6394),
+    1: (0.1669, 1.9522, -2.8789, 0.1565, 3.1386),
+    2: (0.2016, 3.9697, -5.6289, 0.3152, 6.9956),
 }
 """Thousandths: mean, std, q05, q50 and q95 of each horizon of the first row."""
 
@@ -282,6 +284,20 @@ def test_wrong_features_are_named(change: dict[str, Tensor | None], words: str) 
     with pytest.raises(DataError) as fault:
         seeds.model().inference_forward({k: v for k, v in given.items() if v is not None}, [0])
     assert words in str(fault.value)
+
+
+def test_arrays_are_no_tensors() -> None:
+    """Features or targets that numpy holds are named, with the remedy."""
+    model, x = seeds.model(), seeds.features(12)
+    y = seeds.targets(x)
+    wrong: dict[str, Any] = x | {"1h": x["1h"].numpy()}
+    words = r"features of 1h are numpy\.ndarray: give torch tensors"
+    with pytest.raises(DataError, match=words):
+        model.inference_forward(wrong, [0])
+    with pytest.raises(DataError, match=words):
+        fit(model, wrong, y)
+    with pytest.raises(DataError, match=r"targets are numpy\.ndarray: give a torch tensor"):
+        fit(model, x, y.numpy())  # type: ignore[arg-type]
 
 
 def test_every_timeframe_matters() -> None:
@@ -473,6 +489,28 @@ def test_histories_that_cannot_be_cut_are_named() -> None:
     closes, values = bars["5m"]
     with pytest.raises(DataError, match="the closes of 5m do not rise"):
         closed_windows(bars | {"5m": Bars(closes[::-1], values)}, [60 * MINUTE], lookback)
+
+
+def test_the_page_of_claims_says_what_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its code runs as it is printed, tells where the training stands, and what it learns is true."""
+    page = (Path(__file__).parents[2] / "deploy" / "seeds.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    said: dict[str, Any] = {}
+    exec("\n".join(blocks), said)
+    lines = capsys.readouterr().out.splitlines()
+    looks = [float(line.split()[-1]) for line in lines if line.startswith("step ")]
+    assert len(looks) > 5
+    assert min(looks) < 0.9 * looks[0]
+    assert {name: x.shape[1] for name, x in said["features"].items()} == said["config"].data.lookback_bars
+    assert list(said["forecast"]) == [1, 2]
+    assert torch.equal(said["again"][1]["samples"], said["forecast"][1]["samples"])
+    assert list(said["compared"]) == list(STEPS)
+    assert said["improved"]["speedup"] > 0
+    assert list(said["piped"]) == [15, 60]
+    assert torch.equal(said["piped"][15]["samples"], said["forecast"][1]["samples"])
 
 
 def test_the_page_of_claims_names_tests_that_exist() -> None:
