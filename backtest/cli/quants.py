@@ -523,7 +523,9 @@ def schedulers(
     until: Until = None,
     steps: Annotated[
         list[int] | None,
-        typer.Option(help="Steps to try; may be repeated. Default: 1, 2, 4, 8 and 20.", min=1, max=MOST_STEPS),
+        typer.Option(
+            help="Steps to try; may be repeated. Default: 1, 2, 4, 8 and 20.", min=1, max=MOST_STEPS
+        ),
     ] = None,
     origins: Annotated[int, typer.Option(help="Bars to forecast from, about.", min=10)] = 300,
     json_file: Annotated[
