@@ -121,14 +121,14 @@ class Field:
     """The models to compare by their labels, what each was opened by, and why others were left out.
 
     `rivals` are, for models of paths, those that forecast the same quantiles and paths by a Gaussian copula,
-    and `diffusion` is the label of the baseline that says how far a Brownian motion gets.
+    and `brownian` is the label of the baseline that says how far a Brownian motion gets.
     """
 
     forecasters: dict[str, Forecaster]
     names: dict[str, str]
     left_out: dict[str, str]
     rivals: dict[str, Forecaster] = dataclasses.field(default_factory=dict)
-    diffusion: str | None = None
+    brownian: str | None = None
 
 
 def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Field:
@@ -156,10 +156,10 @@ def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Fie
     horizons = card.horizons if card else default_horizons(timeframe)
     levels = card.levels if card else LEVELS
     named = [name for name in names if name in BASELINES]
-    diffusion = ("har" if (Timeframe.parse(timeframe).duration or DAY) >= DAY else "har-s") if paths else None
-    beside = [] if diffusion is None else [diffusion]
+    brownian = ("har" if (Timeframe.parse(timeframe).duration or DAY) >= DAY else "har-s") if paths else None
+    beside = [] if brownian is None else [brownian]
     rivals: dict[str, Forecaster] = {}
-    field = Field({}, {}, {}, rivals, diffusion)
+    field = Field({}, {}, {}, rivals, brownian)
     for name in dict.fromkeys([REFERENCE, *(named or BASELINES), *beside]):
         try:
             field.forecasters[name] = BASELINES[name](timeframe, horizons, levels)
@@ -203,9 +203,9 @@ def evaluate(
     last = max(window.close_time for window in histories)
 
     watcher = None
-    if field.diffusion is not None:
+    if field.brownian is not None:
         rivals = {labels.index(label): rival for label, rival in field.rivals.items()}
-        watcher = PathScores(list(field.forecasters.values()), rivals, labels.index(field.diffusion))
+        watcher = PathScores(list(field.forecasters.values()), rivals, labels.index(field.brownian))
 
     def stand(done: int, count: int, window: Window) -> None:
         progress(0, f"{done} of {count}, {window.symbol}")

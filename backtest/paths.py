@@ -22,7 +22,7 @@ from barcast.models.scores import brier, energy, gain, lag, mean, variogram
 OWN = "own"
 """The coupling of the rows about paths as the model forecasts them."""
 
-DIFFUSION = "diffusion"
+BROWNIAN = "brownian"
 """What stands there in the rows about a Brownian motion, which has the volatility of a baseline."""
 
 PAIRS = ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0), (2.0, 2.0))
@@ -34,7 +34,7 @@ BINS = 10
 DEFINITIONS = {
     "coupling": "how the steps of a path go together: own; or the same quantiles at every step, put together "
     "otherwise: gaussian (the model's Gaussian copula), random walk (ranks of a Brownian motion), "
-    "independent, comonotone (the same rank at all steps); diffusion is no coupling but a Brownian motion "
+    "independent, comonotone (the same rank at all steps); brownian is no coupling but a Brownian motion "
     "without drift, with the volatility of har-s, of har for daily bars, over the longest horizon",
     "energy": "energy score of the log returns at all steps, Gneiting and Raftery (2007), fair; these, and "
     "those of the other joint scores, are in deviations of the model's forecast over the longest horizon",
@@ -45,7 +45,7 @@ DEFINITIONS = {
     "horizon; a path that touches one first touches it before the other and within that horizon",
     "brier": "(p - y)^2 summed over up first, down first and neither: Brier (1950); what came true is read "
     "from the highs and lows of bars, and one that touches both counts half each",
-    "over_har": "100 (1 - Brier score / Brier score of the diffusion), for the same barriers; what S paths "
+    "over_har": "100 (1 - Brier score / Brier score of brownian), for the same barriers; what S paths "
     "say has noise of its own, which costs up to a share of 1/S of the score",
     "said": "mean of the probabilities in a bin, of up first and down first",
     "seen": "share of those that came true",
@@ -82,13 +82,14 @@ class PathScores:
 
     `rivals` are, for models of paths by their place, the forecasters that put the same quantiles together by
     the model's Gaussian copula, which is the same for all windows. The state is what the models said, the
-    deviations of the diffusion, the model with the place `diffusion`, and the ranks of the rivals' samples.
+    deviations of the Brownian motion, those of the model with the place `brownian`, and the ranks of the
+    rivals' samples.
     """
 
     def __init__(
-        self, forecasters: Sequence[Forecaster], rivals: Mapping[int, Forecaster], diffusion: int
+        self, forecasters: Sequence[Forecaster], rivals: Mapping[int, Forecaster], brownian: int
     ) -> None:
-        self._rivals, self._diffusion = rivals, diffusion
+        self._rivals, self._brownian = rivals, brownian
         self._said = {k: _Said(f.card.path) for k, f in enumerate(forecasters) if f.card.path}
         self._deviations: list[Array] = []
         self._gaussian: dict[int, Ranks] = {}
@@ -96,7 +97,7 @@ class PathScores:
     def watch(self, k: int, history: Window, places: Sequence[int], made: Sequence[Forecast]) -> None:
         """Score forecasts of the k-th model from these bars; see `evaluation.collect`."""
         std = np.array([forecast.std[-1] for forecast in made])
-        if k == self._diffusion:
+        if k == self._brownian:
             self._deviations.append(std)
         if k not in self._said:
             return
@@ -177,7 +178,7 @@ class PathScores:
                     )
             chances = {coupling: np.concatenate(x)[keep] for coupling, x in said.chances.items()}
             up, down = (std[:, None] * side for side in np.array(PAIRS).T)
-            chances[DIFFUSION] = _three(first_passage(up, down, deviations[:, None]))
+            chances[BROWNIAN] = _three(first_passage(up, down, deviations[:, None]))
             for j, pair in enumerate(PAIRS):
                 happened = truth[:, j]
                 briers = {c: brier(happened, p[:, j]).sum(-1) for c, p in chances.items()}
@@ -189,11 +190,18 @@ class PathScores:
                     rows["touch"].append(
                         {**key, "n": len(at), "times": times, **shares}
                         | {"brier": value.value, "error": value.error}
-                        | _gained("over_har", coupling != DIFFUSION, loss, briers[DIFFUSION], at, *span)
+                        | _gained("over_har", coupling != BROWNIAN, loss, briers[BROWNIAN], at, *span)
                         | _gained("own_gain", coupling != OWN, briers[OWN], loss, at, *span)
                     )
                     rows["reliability"] += [key | row for row in _reliability(p, happened, at, *span)]
         return {name: pl.DataFrame(found, infer_schema_length=None) for name, found in rows.items()}
+
+
+def gaussian(paths: pl.DataFrame) -> list[str]:
+    """The models, of the frame `paths`, whose own paths are those of their Gaussian copula."""
+    scores = {key: frame["value"].to_list() for key, frame in paths.group_by("model", "coupling")}
+    models = paths["model"].unique(maintain_order=True).to_list()
+    return [model for model in models if scores[model, OWN] == scores.get((model, "gaussian"))]
 
 
 def _ranks(values: Array) -> Ranks:

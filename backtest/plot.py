@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 
 from barcast.backtest.evaluate import ALL, Evaluation
 from barcast.backtest.ledger import BENCHMARK
-from barcast.backtest.paths import DIFFUSION, OWN, PAIRS
+from barcast.backtest.paths import BROWNIAN, OWN, PAIRS
 from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.backtest.scoring import pit as pit_bins
@@ -513,13 +513,13 @@ def model_reliability(result: Evaluation) -> go.Figure:
 
 
 def touches(result: Evaluation, model: str) -> go.Figure:
-    """Reliability of the probabilities that a barrier is touched first: a model's paths, and a diffusion's.
+    """Reliability of the probabilities of first touches: a model's paths, and a Brownian motion's.
 
     A panel for each pair of barriers; bins of fewer than `FEW` probabilities are left out.
     """
     bins = pl.DataFrame() if result.reliability is None else result.reliability
     bins = bins.filter(pl.col("model") == model, pl.col("n") >= FEW)
-    shown, pairs = bins.filter(pl.col("coupling").is_in([OWN, DIFFUSION])), PAIRS
+    shown, pairs = bins.filter(pl.col("coupling").is_in([OWN, BROWNIAN])), PAIRS
     most = min(1.0, max([0.2, *(1.05 * shown["said"]), *(1.05 * (shown["seen"] + SURE * shown["error"]))]))
     figure = make_subplots(
         cols=len(pairs),
@@ -528,7 +528,7 @@ def touches(result: Evaluation, model: str) -> go.Figure:
         column_titles=[f"{up:g} up, {down:g} down" for up, down in pairs],
     )
     for column, (up, down) in enumerate(pairs, 1):
-        for k, (coupling, name) in enumerate(((OWN, model), (DIFFUSION, DIFFUSION))):
+        for k, (coupling, name) in enumerate(((OWN, model), (BROWNIAN, BROWNIAN))):
             own = shown.filter(up=up, down=down, coupling=coupling)
             figure.add_scatter(
                 x=own["said"].to_list(),

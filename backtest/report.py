@@ -440,7 +440,7 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
                     "own, % better": PATHS["own_gain"],
                     "up, down": PATHS["up, down"],
                     "Brier": PATHS["brier"],
-                    "% over diffusion": PATHS["over_har"],
+                    "% over brownian": PATHS["over_har"],
                     "±": COMPARED["error"],
                 }
             ),
@@ -488,7 +488,7 @@ def _paths(result: Evaluation, model: str) -> str:
         kind = ' class="pooled"' if row["coupling"] == OWN else ""
         rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
     labels = ["barriers", "coupling", "up first: said", "came true", "down first: said", "came true"]
-    labels += ["Brier", "% over diffusion", "own, % better"]
+    labels += ["Brier", "% over brownian", "own, % better"]
     return (
         f"{joint}<h3>Barriers that are touched first</h3>"
         f'<div class="tight">{_columns(labels, rows, (1,))}</div>'

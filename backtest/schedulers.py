@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import gcd, nan
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 
 from barcast.daemon.calendar import iso
 from barcast.daemon.timeframe import DAY, Timeframe
-from barcast.models import SAMPLERS, Card, ConfigError, DataError, Forecast, Forecaster, Window
+from barcast.models import BASELINES, SAMPLERS, Card, ConfigError, DataError, Forecast, Forecaster, Window
 from barcast.models.evaluation import Forecasts, collect
 from barcast.models.paths import Coupler, with_paths
 from barcast.models.scores import Estimate, crps, energy, gain, lag
+
+if TYPE_CHECKING:
+    from barcast.models.trained import Trained
 
 Array = NDArray[np.float64]
 
@@ -63,14 +66,10 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All trials, and the one to take: see `choose`.
-
-    `adds` is whether training found that the diffusion adds anything to a Gaussian copula.
-    """
+    """All trials, and the one to take: see `choose`."""
 
     trials: tuple[Trial, ...]
     chosen: Trial
-    adds: bool
     meta: dict[str, Any]
 
     def json(self) -> str:
@@ -122,6 +121,14 @@ class _Winding:
         return made
 
 
+def diffuses(directory: Path) -> bool:
+    """Whether training found that the diffusion adds anything to a Gaussian copula.
+
+    Raise `ConfigError` for what is no SSSD, and `CheckpointError` for what cannot be read.
+    """
+    return _sssd(directory)[1].record.denoiser_step > 0
+
+
 def compare(
     directory: Path,
     histories: Sequence[Window],
@@ -138,14 +145,9 @@ def compare(
     by, and a newer one; none of the older is realised in the newer. `clock` gives seconds of processor time.
     Raise `ConfigError` for a model that is not an SSSD or of another timeframe, `DataError` for too few bars.
     """
-    from barcast.models.checkpoint import load
     from barcast.models.samplers import build
-    from barcast.models.trained import Trained
 
-    checkpoint = load(directory)
-    trained = checkpoint.trained
-    if not isinstance(trained, Trained):
-        raise ConfigError(f"{directory} is not sampled by itself: name an SSSD model")
+    model, trained = _sssd(directory)
     if trained.scaling.timeframe != timeframe.text:
         raise ConfigError(
             f"{directory}: the model was trained on {trained.scaling.timeframe!r} bars, not on "
@@ -153,10 +155,15 @@ def compare(
         )
     keys = [(sampler, n) for sampler, least in SAMPLERS.items() for n in steps if n >= least]
     by_symbol = {history.symbol: history for history in histories}
-    forecasters = [
-        _Winding(trained.raw(checkpoint.model, *key, paths=True), by_symbol) for key in (REFERENCE, *keys)
-    ]
+    forecasters = [_Winding(trained.raw(model, *key, paths=True), by_symbol) for key in (REFERENCE, *keys)]
+    horizons, levels = trained.scaling.horizons, trained.levels
     since, slot = trained.record.validation_end, timeframe.duration or DAY
+    if not any(int((window.close_times >= since).sum()) > max(horizons) for window in histories):
+        raise DataError(
+            f"{directory} has learnt, and was validated, until {iso(since)}, and the bars end at "
+            f"{iso(max(int(window.close_time) for window in histories))}: give bars from then on, more than "
+            f"the {max(horizons)} of the longest horizon."
+        )
     stride = _stride(histories, since, origins)
 
     def stand(done: int, count: int, window: Window) -> None:
@@ -164,7 +171,6 @@ def compare(
 
     last = max(int(window.close_time) for window in histories)
     found = collect(forecasters, histories, since=since, until=last, stride=stride, slot=slot, progress=stand)
-    horizons, levels = trained.scaling.horizons, trained.levels
     energies = np.array([f.energies for f in forecasters]) / forecasters[0].spreads
     sound = np.all([np.isfinite(x) for x in (*energies, *(q.sum((1, 2)) for q in found.quantiles))], axis=0)
     older, newer, cut = _halves(found, sound, by_symbol, max(horizons))
@@ -195,9 +201,8 @@ def compare(
     return Comparison(
         trials,
         choose(trials),
-        adds=trained.record.denoiser_step > 0,
         meta={
-            "model": checkpoint.model,
+            "model": model,
             "timeframe": timeframe.text,
             "reference": dict(zip(("sampler", "steps"), REFERENCE, strict=True)),
             "tolerance": TOLERANCE,
@@ -209,6 +214,18 @@ def compare(
             "until": iso(int(found.close_times.max())),
         },
     )
+
+
+def _sssd(directory: Path) -> "tuple[str, Trained]":
+    from barcast.models.checkpoint import load
+    from barcast.models.trained import Trained
+
+    if str(directory) in BASELINES:
+        raise ConfigError(f"{directory} is a baseline, which has no checkpoint; name a checkpoint directory")
+    checkpoint = load(directory)
+    if not isinstance(checkpoint.trained, Trained):
+        raise ConfigError(f"{directory} is not sampled by itself: name an SSSD model")
+    return checkpoint.model, checkpoint.trained
 
 
 def choose(trials: Sequence[Trial]) -> Trial:

@@ -216,6 +216,7 @@ class WalkForward:
                 0.0 if eased else self._retrain.margin,
                 settings.sampler,
                 settings.steps,
+                bool(settings.touch),
                 judging,
             )
             row |= _told(verdict)

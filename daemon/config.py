@@ -94,6 +94,15 @@ def _zoned(value: datetime) -> datetime:
     return value
 
 
+def _written_as_pairs(value: object) -> object:
+    def pair(one: object) -> bool:
+        return isinstance(one, list | tuple) and len(one) == 2 and all(type(x) in (int, float) for x in one)
+
+    if not isinstance(value, list | tuple) or not all(pair(one) for one in value):
+        raise ValueError("write pairs, how far up and how far down, such as [[2, 1]]")
+    return value
+
+
 def _pairs(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
     try:
         return list(check_pairs(value))
@@ -196,7 +205,9 @@ class Model(_Section):
     first: Annotated[str, AfterValidator(_model)] = "fhs"
     sampler: Annotated[str, AfterValidator(_sampler)] | None = None
     steps: int | None = Field(default=None, ge=1, le=MOST_STEPS)
-    touch: Annotated[list[tuple[float, float]], AfterValidator(_pairs)] = []
+    touch: Annotated[
+        list[tuple[float, float]], BeforeValidator(_written_as_pairs), AfterValidator(_pairs)
+    ] = []
 
     @field_validator("steps")
     @classmethod

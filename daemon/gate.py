@@ -61,19 +61,26 @@ def judge(
     margin: float,
     sampler: str | None = None,
     steps: int | None = None,
+    paths: bool = False,
     progress: Callable[[int, int, Window], None] = lambda _done, _all, _window: None,
 ) -> Verdict:
     """Score both, sampled as they would serve, on the bars after the training and validation part of either.
 
-    The champion is a checkpoint directory or a baseline. The challenger needs the same horizons and
-    levels, a CRPS below (1 - margin) times the champion's, and one that is not clearly above that of any of
-    `RIVALS`, by `DOUBT` standard errors of the paired difference.
+    With `paths` a challenger that forecasts none is refused before anything is scored. The champion is a
+    checkpoint directory or a baseline. The challenger needs the same horizons and levels, a CRPS below
+    (1 - margin) times the champion's, and one that is not clearly above that of any of `RIVALS`, by `DOUBT`
+    standard errors of the paired difference.
     `progress` is told the forecasts made, those to make, and the window at hand.
     """
     from barcast.models.checkpoint import load
 
     new, old = (open_model(name, timeframe, sampler, steps) for name in (str(challenger), champion))
     refused = Verdict(accepted=False, reason="", challenger=new.card.model, champion=old.card.model)
+    if paths:
+        try:
+            open_model(str(challenger), timeframe, sampler, steps, paths)
+        except ConfigError as error:
+            return msgspec.structs.replace(refused, reason=str(error))
     until = max(window.close_time for window in histories.values())
     learnt = [name for name in (str(challenger), champion) if name not in BASELINES]
     since = max(load(Path(name)).trained.record.validation_end for name in learnt)

@@ -188,8 +188,8 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rise: Annotated[list[float], _of("Probability of a price above the reference, for each horizon.")]
     model: ModelId
     sampler: Annotated[str, _of("How a diffusion model was sampled; none for what is not sampled.")]
-    steps: Annotated[int, _of("Evaluations of the denoiser for each sample; 0 for none.")]
-    samples: Annotated[int, _of("Samples behind the quantiles; 0 for none.")]
+    steps: Annotated[int, _of("Steps of the sampler; 0 for none.")]
+    samples: Annotated[int, _of("Samples behind quantiles or paths; 0 for none.")]
     valid_until: Until
     tradable: Tradable
     flags: Annotated[

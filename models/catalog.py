@@ -80,7 +80,10 @@ def open_model(
     """
     if name in BASELINES:
         if paths:
-            raise ConfigError(f"{name} is a baseline, without paths or touches: name an SSSD for these")
+            raise ConfigError(
+                f"{name} is a baseline and forecasts no paths: name an SSSD, or leave out what needs paths, "
+                "such as touch"
+            )
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
     from barcast.models.checkpoint import open_forecaster
 

@@ -13,6 +13,8 @@ from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.backtest.verify import read_capture
 from barcast.daemon.adjustments import read_adjustments
+from barcast.daemon.events import Champion
+from barcast.daemon.journal import Journal, Kind
 from barcast.models import ConfigError, DataError, ensemble, gbm
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS"]
@@ -37,6 +39,7 @@ def test_forecast_in_json_holds_every_level(run):
     assert found["symbol"] == "IBM"
     assert found["close_time"] == "2013-03-01T21:00:00Z"
     assert [h["bars"] for h in found["horizons"]] == [1, 5, 20]
+    assert len(found["std"]) == 3
     assert [len(row) for row in found["quantiles"]] == [len(found["levels"])] * 3
     assert found["quantiles"][0] == sorted(found["quantiles"][0])
     assert found["warming"] is False
@@ -365,3 +368,61 @@ def test_check_says_when_a_training_is_wanted(run, tmp_path):
         'instance = "x"\nstate_dir = "s"\ntimeframe = "1m"\n[retrain]\nmax_age = "30d"\ndrift = {}\n'
     )
     assert "at an age of 30 days, at drift, on demand" in run("check", str(config))[1]
+
+
+def test_check_says_how_forecasts_are_sampled_and_what_is_touched(run, tmp_path):
+    """Sampler, steps and barriers have lines where the configuration has them, and only there."""
+    config = tmp_path / "barcast.toml"
+    plain = 'instance = "x"\nstate_dir = "s"\ntimeframe = "session"\ncalendar = "XNYS"\n'
+    config.write_text(plain)
+    said = run("check", str(config))[1]
+    assert "sampler" not in said
+    assert "touch" not in said
+    first = f"first = {json.dumps(MODEL)}\n"
+    asked = f'{plain}[model]\n{first}sampler = "dpmpp"\nsteps = 8\ntouch = [[2, 1], [0.5, 1]]\n'
+    config.write_text(asked)
+    status, out, err = run("check", str(config))
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert "sampler dpmpp, 8 steps" in said
+    assert "touch 2 up / 1 down, 0.5 up / 1 down, in deviations over the longest horizon" in said
+
+
+def test_check_refuses_touch_of_a_model_without_paths(run, tmp_path):
+    """What a start would refuse: a baseline or trees at first, and a champion that is one."""
+    config, state = tmp_path / "barcast.toml", tmp_path / "s"
+
+    def said(model: str) -> str:
+        plain = 'instance = "x"\nstate_dir = "s"\ntimeframe = "1m"\n[model]\n'
+        config.write_text(f"{plain}touch = [[2, 1]]\n{model}")
+        status, out, err = run("check", str(config))
+        assert (status == 78) == bool(err), out
+        return " ".join(err.split())
+
+    remedy = "put a checkpoint directory of an SSSD into model.first, or leave model.touch out"
+    for text in (said(""), said('first = "har-s"')):
+        assert "model.first: " in text
+        assert "of kind baseline and forecasts no paths, which model.touch needs" in text
+        assert remedy in text
+    for kind, refused in (("lgbm", True), ("sssd", False)):
+        (tmp_path / "m").mkdir(exist_ok=True)
+        (tmp_path / "m" / "model.json").write_text(json.dumps({"kind": kind}))
+        assert (remedy in said('first = "m"')) == refused
+        text = said('name = "m"')
+        assert ("into model.name, or leave model.touch out" in text) == refused
+    (tmp_path / "m" / "model.json").write_text("{")
+    assert "not valid JSON" in said('first = "m"')
+    (tmp_path / "m" / "model.json").write_text(json.dumps({"kind": "sssd"}))
+    state.mkdir()
+    journal = Journal(state / "journal.db")
+    assert said('first = "m"') == ""  # no champion yet
+    journal.append([(1, Kind.ACTIVATION, "", Champion("fhs", "f", 100, "named").encode())])
+    text = said('first = "m"')
+    assert "fhs, which is to serve, is of kind baseline" in text
+    assert "barcast rollback --to" in text
+    served = "0123456789abcdef"
+    (state / "models" / served).mkdir(parents=True)
+    (state / "models" / served / "model.json").write_text(json.dumps({"kind": "sssd"}))
+    journal.append([(2, Kind.ACTIVATION, "", Champion(served, "f", 100, "better").encode())])
+    journal.close()
+    assert said("") == ""  # the champion serves, not fhs

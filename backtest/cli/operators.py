@@ -30,7 +30,7 @@ from barcast.backtest.cli.terminal import (
     tell,
 )
 from barcast.backtest.cli.training import epochs, tell_model
-from barcast.models import ConfigError, DataError
+from barcast.models import BASELINES, CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from barcast.daemon.config import Config
@@ -84,6 +84,8 @@ def check(config: ConfigFile) -> None:
 
     settings = load(config)
     settings.mqtt.address("check")
+    if settings.model.touch:
+        _check_paths(settings)
     others = "".join(f"; {name}: {', '.join(own)}" for name, own in settings.calendars.items())
     table = Table(title=f"{config} is in order", show_header=False, box=None)
     for name, value in (
@@ -93,12 +95,61 @@ def check(config: ConfigFile) -> None:
         ("bars", f"{settings.timeframe} on calendar {settings.calendar}{others}"),
         ("symbols", ", ".join(settings.symbols) or "those that come"),
         ("model", f"{settings.model.name}, at first {settings.model.first}"),
+        *_sampling(settings),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
         ("retraining", _occasions(settings)),
         ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
     ):
         table.add_row(name, str(value))
     out.print(table)
+
+
+def _check_paths(settings: "Config") -> None:
+    """Raise ConfigError where the model that a start would let serve knows no paths. Loads no model."""
+    import msgspec
+
+    from barcast.daemon.events import Champion
+    from barcast.daemon.journal import Journal, Kind
+
+    model, path, served = settings.model, settings.state_dir / "journal.db", None
+    if model.name == "champion" and path.is_file():
+        journal = Journal(path, readonly=True)
+        try:
+            served = journal.last(Kind.ACTIVATION)
+        finally:
+            journal.close()
+    key, name = ("first", model.first) if model.name == "champion" else ("name", model.name)
+    remedy = f"put a checkpoint directory of an SSSD into model.{key}, or leave model.touch out"
+    if served is not None:
+        key, name = "name", Champion.decode(served.payload).model
+        remedy = "let an SSSD serve, by `barcast rollback --to` or model.name, or leave model.touch out"
+    kind = "baseline"
+    if name not in BASELINES:
+        store = settings.state_dir / "models" / name
+        file = (store if store.is_dir() else Path(name)) / "model.json"
+        if not file.is_file():
+            return
+        try:
+            kind = str(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]).get("kind"))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not valid JSON ({error}); copy the directory again") from error
+    if kind != "sssd":
+        raise ConfigError(
+            f"model.{key}: {name}, which is to serve, is of kind {kind} and forecasts no paths, which "
+            f"model.touch needs; {remedy}"
+        )
+
+
+def _sampling(settings: "Config") -> list[tuple[str, str]]:
+    """What the configuration has of sampler and touch, as rows."""
+    model, rows = settings.model, []
+    if model.sampler or model.steps:
+        steps = f"{model.steps} steps" if model.steps else "the model's own steps"
+        rows.append(("sampler", f"{model.sampler or 'the default'}, {steps}"))
+    if model.touch:
+        pairs = ", ".join(f"{up:g} up / {down:g} down" for up, down in model.touch)
+        rows.append(("touch", f"{pairs}, in deviations over the longest horizon"))
+    return rows
 
 
 def _occasions(settings: "Config") -> str:
@@ -301,6 +352,7 @@ def gate(
         margin,
         settings.model.sampler,
         settings.model.steps,
+        bool(settings.model.touch),
         lambda done, count, window: say(f"judging: {done} of {count} forecasts, {window.symbol}"),
     )
     print(msgspec.json.encode(verdict).decode())

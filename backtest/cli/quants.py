@@ -121,6 +121,7 @@ def forecast(
                 "levels": f.levels,
                 "horizons": [{"bars": h, "end_time": to_text(ends[h - 1])} for h in f.horizons],
                 "quantiles": prices,
+                "std": f.std.tolist(),
                 "rise": f.rise.tolist(),
                 "warming": f.warming,
                 "model": card.model,
@@ -157,6 +158,11 @@ def forecast(
                 shares = [f"{100 * chance:.1f} %" for chance in (*chances, -np.expm1(-said.drawdown))]
                 firsts.add_row(f.symbol, f"{pair.up_price:.5g}", f"{pair.down_price:.5g}", *shares)
         wide().print(firsts)
+        wide().print(
+            "Up and down are prices; touches include highs and lows. The drawdown is the expected maximum "
+            "fall on closes, in % of the highest close so far.",
+            highlight=False,
+        )
 
 
 @app.command(rich_help_panel=HISTORY)
@@ -305,7 +311,8 @@ def backtest(
 ) -> None:
     """Replay bars through the live path: forecasts, trainings, books, and a report beside the baselines.
 
-    Bars before --since only warm the windows up.
+    Bars before --since only warm the windows up. With --touch 2,1 the table of signals also has touch_up_2_1,
+    touch_down_2_1 and drawdown (a log return).
     """
     given: dict[str, object] = {
         "model": model,
@@ -450,7 +457,7 @@ def evaluate(
         typer.Option(
             "--paths",
             help="Also judge paths, of models that forecast them: energy and variogram score, and which of "
-            "two barriers is touched first, beside other couplings and a diffusion.",
+            "two barriers is touched first, beside other couplings and a Brownian motion.",
         ),
     ] = False,
     report: Annotated[Path | None, typer.Option(help="HTML file to write a report to.")] = None,
@@ -532,8 +539,15 @@ def schedulers(
     """
     if json_file is not None:
         check_output("--json", json_file, [*files, *([adjustments] if adjustments else [])])
-    from barcast.backtest.schedulers import STEPS, compare
+    from barcast.backtest.schedulers import STEPS, compare, diffuses
 
+    if not diffuses(model):
+        out.print(
+            "Training found that the diffusion adds nothing to this model: its denoiser is off, all samplers "
+            "are the same, and there is nothing to compare or to configure.",
+            highlight=False,
+        )
+        return
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
     histories = histories_of(files, stamp, closes, symbol, until, adjustments)
@@ -618,6 +632,8 @@ def _print_result(result: "BacktestResult") -> None:
 
 def _print_evaluation(result: "Evaluation") -> None:
     """A table for each horizon, the best model first; bold is what beats the best baseline."""
+    from barcast.backtest.paths import gaussian
+
     console = wide()
     for horizon in result.meta["horizons"]:
         pooled = result.scores.filter(fold="all", horizon=horizon).sort("crps")
@@ -649,6 +665,9 @@ def _print_evaluation(result: "Evaluation") -> None:
         console.print(table)
     if result.paths is not None and result.touch is not None:
         console.print(_paths_table(result.paths, result.touch))
+        console.print("The other barriers are on the page (--report).", highlight=False)
+        for model in gaussian(result.paths):
+            out.print(f"{model}: its own paths are those of the Gaussian copula", markup=False)
     folds = result.meta["folds"]
     console.print(
         f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
@@ -686,13 +705,8 @@ def _print_schedulers(result: "Comparison") -> None:
         f"first half chooses: fewest asks that lose at most {100 * meta['tolerance']:g} % in either score.",
         highlight=False,
     )
-    if not result.adds:
-        console.print(
-            "Training found that the diffusion adds nothing to this model: all samplers are the same but for "
-            "the error of the sample, and without these lines nothing is sampled.",
-            highlight=False,
-        )
     print(f'sampler = "{chosen.sampler}"\nsteps = {chosen.steps}')
+    console.print("With these lines the quantiles are sampled, too; without them they are those of the map.")
 
 
 def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
@@ -709,7 +723,7 @@ def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
     table.add_column("model", overflow="fold")
     table.add_column("coupling")
     brier = f"Brier {up:g} up, {down:g} down"
-    for name in (*(f"{score}, %" for score in JOINT), brier, "% over diffusion"):
+    for name in (*(f"{score}, %" for score in JOINT), brier, "% over brownian"):
         table.add_column(name, justify="right")
     for row in touch.filter(up=up, down=down).iter_rows(named=True):
         cells = [row["model"], row["coupling"]]

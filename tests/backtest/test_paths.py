@@ -13,7 +13,7 @@ from rich.console import Console
 from barcast.backtest import cli
 from barcast.backtest import evaluate as module
 from barcast.backtest.evaluate import Field, evaluate, open_field
-from barcast.backtest.paths import BINS, COUPLINGS, DIFFUSION, JOINT, OWN, PAIRS
+from barcast.backtest.paths import BINS, BROWNIAN, COUPLINGS, JOINT, OWN, PAIRS, gaussian
 from barcast.backtest.report import write_evaluation
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import LEVELS, Card, ConfigError, Forecast, Window
@@ -96,12 +96,15 @@ def field(har: float = 1.0, silent: int = -1) -> Field:
 
 @pytest.fixture(scope="module")
 def known():
-    """The truth about two Brownian motions, beside a diffusion of the same volatility."""
+    """The truth about two Brownian motions, beside a driftless one of the same volatility."""
     return evaluate(field(), [walk("A", 3000, 1), walk("B", 3000, 2)], HOURLY, folds=2, stride=7)
 
 
 def test_true_paths_are_better_than_the_same_marginals_coupled_otherwise(known):
     """Beyond errors where the coupling is another, within them where it is the same."""
+    assert gaussian(known.paths) == []
+    same = pl.when(coupling=OWN).then(pl.col("value")).max().over("model", "score")
+    assert gaussian(known.paths.with_columns(value=same)) == ["truth"]
     for score in JOINT:
         rows = {row["coupling"]: row for row in known.paths.filter(score=score).to_dicts()}
         assert list(rows) == list(COUPLINGS)
@@ -120,14 +123,14 @@ def test_touches_are_those_of_the_known_motion(known):
         exact = first_passage(up, down, 1.0)
         p = np.array([exact.up, exact.down, 1 - exact.up - exact.down])
         rows = {row["coupling"]: row for row in known.touch.filter(up=up, down=down).to_dicts()}
-        assert list(rows) == [*COUPLINGS, DIFFUSION]
-        for coupling in (OWN, "random walk", DIFFUSION):
+        assert list(rows) == [*COUPLINGS, BROWNIAN]
+        for coupling in (OWN, "random walk", BROWNIAN):
             row = rows[coupling]
             for k, side in enumerate(("up", "down")):
                 assert row[f"{side}_first"] == pytest.approx(p[k], abs=0.05)
                 assert row[f"said_{side}_first"] == pytest.approx(p[k], abs=0.02)
             assert abs(row["brier"] - (1 - (p**2).sum())) < 4 * row["error"] < 0.1
-        assert rows[DIFFUSION]["over_har"] is None
+        assert rows[BROWNIAN]["over_har"] is None
         assert abs(rows[OWN]["over_har"]) < 4 * rows[OWN]["over_har_error"] + 1
         assert rows["independent"]["over_har"] < -3 * rows["independent"]["over_har_error"]
         assert rows["independent"]["own_gain"] > 3 * rows["independent"]["own_gain_error"]
@@ -147,12 +150,12 @@ def test_bins_hold_every_probability_once(known):
 
 
 def test_wrong_volatility_loses_to_the_truth():
-    """A diffusion of half the volatility says too few touches, at barriers that are the model's own."""
+    """A Brownian motion of half the volatility says too few touches, at barriers that are the model's own."""
     found = evaluate(field(har=0.5), [walk("A", 3000, 3)], HOURLY, folds=1, stride=7)
     own = found.touch.filter(pl.col("coupling") == OWN, pl.col("up") + pl.col("down") < 4)
     assert own.height == 3
     assert (own["over_har"] > 3 * own["over_har_error"]).all()
-    [said] = found.touch.filter(coupling=DIFFUSION, up=1.0, down=1.0)["said_up_first"]
+    [said] = found.touch.filter(coupling=BROWNIAN, up=1.0, down=1.0)["said_up_first"]
     assert said == pytest.approx(first_passage(2.0, 2.0, 1.0).up, rel=1e-9)
 
 
@@ -221,9 +224,9 @@ def test_field_of_models_with_paths(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "open_model", opens)
     found = open_field(["a", "flat", "hs"], "1h", paths=True)
     assert list(found.forecasters) == ["hs", "har-s", "a", "flat"]
-    assert (found.diffusion, list(found.rivals)) == ("har-s", ["a"])
+    assert (found.brownian, list(found.rivals)) == ("har-s", ["a"])
     assert asked == [("a", None, True), ("flat", None, True), ("flat", None, False), ("a", 0, True)]
-    assert open_field(["a", "hs"], "1d", paths=True).diffusion == "har"
+    assert open_field(["a", "hs"], "1d", paths=True).brownian == "har"
     with pytest.raises(ConfigError, match="flat has no paths"):
         open_field(["flat"], "1h", paths=True)
     with pytest.raises(ConfigError, match="--paths needs a model of paths: name an SSSD"):
@@ -253,7 +256,8 @@ def test_command_prints_and_writes_paths(run, tmp_path, monkeypatch):
     more = ["--model", "mine", "--folds", "1", "--paths", "--json", str(tmp_path / "x.json")]
     status, out, err = run("evaluate", *files, *more)
     assert status == 0, err
-    assert all(coupling in out for coupling in (*COUPLINGS, DIFFUSION))
+    assert all(coupling in out for coupling in (*COUPLINGS, BROWNIAN))
+    assert "The other barriers are on the page (--report)." in out
     assert max(len(line.rstrip()) for line in out.splitlines() if str(tmp_path) not in line) <= 100
     found = json.loads((tmp_path / "x.json").read_text())
     assert [row["coupling"] for row in found["paths"][: len(COUPLINGS)]] == list(COUPLINGS)

@@ -95,6 +95,24 @@ def test_kinds_are_judged_against_each_other(models, histories, tmp_path, kind, 
     assert (lost.champion, lost.champion_crps) != (won.challenger, None)
 
 
+def test_challenger_without_paths_is_refused_where_they_are_needed(models, histories, tmp_path, monkeypatch):
+    """Before anything is forecast, with the sentence of a start; one that knows paths is judged."""
+    from barcast.models.checkpoint import load, save
+    from tests import kinds
+
+    network = load(models / "good").trained
+    save(kinds.boosted(network.scaling, network.levels, network.record), tmp_path / "trees")
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "collect", None)
+        verdict = judge(tmp_path / "trees", "hs", histories, "1h", 0.0, paths=True)
+    assert not verdict.accepted
+    assert verdict.reason.startswith(f"model {verdict.challenger} forecasts each horizon alone")
+    assert "leave out what needs paths, such as touch" in verdict.reason
+    monkeypatch.setattr(gate, "MAX_ORIGINS", 100)
+    monkeypatch.setattr(gate, "RIVALS", ())
+    assert judge(models / "good", "hs", histories, "1h", 0.0, paths=True).origins >= MIN_ORIGINS
+
+
 @pytest.mark.usefixtures("few")
 def test_spoiled_challenger_is_refused(models, histories):
     """A model made worse on purpose is refused, and the reason says by how much."""

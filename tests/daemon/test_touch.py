@@ -132,9 +132,14 @@ BASE = {"instance": "i", "timeframe": "1m", "state_dir": "/nowhere"}
         ([[1, float("inf")]], "model.touch: the barriers 1, inf cannot be"),
         ([[1, 1], [1.0, 1.0]], "model.touch: a pair of barriers repeats"),
         ([[1 + k / 8, 1] for k in range(9)], "model.touch: 9 pairs of barriers are more than 8"),
-        ([[1, 1, 1]], "model.touch.0"),
-        ([1], "model.touch.0"),
-        ("1,1", "model.touch"),
+        (
+            [[1, 1, 1]],
+            "model.touch: write pairs, how far up and how far down, such as [[2, 1]] (given: [[1, 1, 1]])",
+        ),
+        ([1, 1], "model.touch: write pairs, how far up and how far down, such as [[2, 1]] (given: [1, 1])"),
+        ([["a", 1]], "model.touch: write pairs"),
+        ([[True, 1]], "model.touch: write pairs"),
+        ("1,1", "model.touch: write pairs"),
     ],
 )
 def test_barriers_that_cannot_be_are_named(touch, said):
@@ -146,7 +151,7 @@ def test_barriers_that_cannot_be_are_named(touch, said):
 
 def test_model_without_paths_is_refused(tmp_path):
     """A baseline has none: the configuration says so, and so does whoever opens it."""
-    with pytest.raises(ConfigError, match="model: fhs is a baseline, without paths or touches"):
+    with pytest.raises(ConfigError, match="model: fhs is a baseline and forecasts no paths"):
         parse(BASE | {"model": {"name": "fhs", "touch": [[1, 1]]}}, "x.toml")
     parsed = parse(BASE | {"model": {"touch": [[2, 1]]}}, "x.toml")  # the champion may have some
     assert parsed.settings().touch == ((2.0, 1.0),)
@@ -255,4 +260,4 @@ def test_commands_refuse_models_without_paths(run):
     """The sentence names the model and the way out."""
     files = [str(sample_bars()), "--stamp", "close", "--calendar", "XNYS"]
     status, _, err = run("forecast", *files, "--model", "hs", "--touch", "2,1")
-    assert (status, "hs is a baseline, without paths or touches" in err) == (78, True)
+    assert (status, "hs is a baseline and forecasts no paths" in err) == (78, True)

@@ -227,7 +227,7 @@ def test_a_forecast_that_is_no_number_has_no_paths(trained: Trained) -> None:
 
 def test_what_knows_no_paths_says_so(trained: Trained) -> None:
     """A baseline is refused by its name, with the remedy."""
-    with pytest.raises(ConfigError, match="fhs is a baseline, without paths or touches: name an SSSD"):
+    with pytest.raises(ConfigError, match="fhs is a baseline and forecasts no paths: name an SSSD"):
         open_model("fhs", "1h", None, None, True)
 
 
