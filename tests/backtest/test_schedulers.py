@@ -218,7 +218,7 @@ def test_the_table_has_a_row_for_each_trial(found, capsys):
 
 def test_what_cannot_be_compared_is_said(run, plain, wild, histories, tmp_path, monkeypatch):
     """A model that is not sampled, other bars and bars that it has learnt from end in one sentence."""
-    status, _, err = run("schedulers", str(plain), SAMPLE, *DAILY, "--steps", "1")
+    status, _, err = run("schedulers", str(plain), SAMPLE, *DAILY, "--steps", "0")
     assert status == 2
     status, _, err = run("schedulers", "fhs", SAMPLE, *DAILY)
     assert status == 78
