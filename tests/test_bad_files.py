@@ -193,7 +193,7 @@ CASES |= {
 # --- models
 
 SAMPLE = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
-ID, WEIGHTS, JSON = "e04ee3be69ca5fe7", "weights.safetensors", "model.json"
+ID, WEIGHTS, JSON = "2c404eb755b950ed", "weights.safetensors", "model.json"
 
 
 def model(damage: Damage, *command: str) -> Build:
