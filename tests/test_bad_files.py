@@ -306,8 +306,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "model.json that is a list": (content(JSON, lambda _: b"[1]"), f"{JSON} | holds a list | copy the dir"),
     "another format": (
-        field("format", 3),
-        f"{JSON} | format | is 3 | use the version of barcast that wrote it",
+        field("format", 4),
+        f"{JSON} | format | is 4 | use the version of barcast that wrote it",
     ),
     "a format of the past": (
         field("format", 1),
@@ -458,8 +458,8 @@ def unsigned(name: str) -> Damage:
 
 CASES |= {
     "trees: of another format": (
-        other("lgbm", field("format", 3)),
-        f"{JSON} | format | is 3 | use the version",
+        other("lgbm", field("format", 4)),
+        f"{JSON} | format | is 4 | use the version",
     ),
     "trees: cut off": (
         other("lgbm", content(WEIGHTS, lambda b: b[:1000])),
@@ -502,8 +502,8 @@ CASES |= {
         f"model/{JSON} | weights of horizon 1 | sum of 1 | train again",
     ),
     "ensemble: of another format": (
-        other("ensemble", field("format", 3)),
-        f"{JSON} | format | is 3 | use the version of barcast that wrote it",
+        other("ensemble", field("format", 4)),
+        f"{JSON} | format | is 4 | use the version of barcast that wrote it",
     ),
 }
 HOURLY = ["--stamp", "close", "--timeframe", "1h"]

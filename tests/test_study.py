@@ -16,6 +16,8 @@ QUICK = {
     "MAP_RATE": 5e-2,
     "DENOISER_RATE": 1e-2,
     "LOOK_ORIGINS": 60,
+    "LOOK_PATHS": 6,
+    "LOOK_SAMPLES": 32,
     "BATCH": 32,
 }
 """A training of a blink, at rates that change something."""

@@ -186,7 +186,7 @@ def test_sampler_and_steps_are_chosen_when_a_model_is_opened(directory: Path) ->
     assert open_forecaster(directory, paths=True).card.sampler == "dpmpp"
     card = open_forecaster(directory, "ddim", 20).card
     assert (card.sampler, card.steps) == ("ddim", 20)
-    with pytest.raises(ConfigError, match="choose one of ddim, "):
+    with pytest.raises(ConfigError, match="choose one of angle, "):
         open_forecaster(directory, "dpm")
     with pytest.raises(ConfigError, match=r"'lms' is refused: .* take dpmpp"):
         open_forecaster(directory, "lms")

@@ -273,7 +273,9 @@ def test_more_steps_and_the_other_samplers_agree(opened: Open, windows: list[Win
     reference = opened("dpmpp", 100).forecast(windows[-1:])[0]
     width = (reference.quantiles[:, -1] - reference.quantiles[:, 0])[:, None]
     many = [(sampler, 0.005 if sampler in ("ddim", "euler") else 0.002) for sampler in SAMPLERS]
-    many = [(sampler, 200, 0.08 if sampler == "ddpm" else near) for sampler, near in many]  # 256 draws
+    many = [
+        (sampler, 200, 0.12 if sampler == "ddpm" else near) for sampler, near in many
+    ]  # 3 errors of 256 draws
     for sampler, steps, tolerance in (("dpmpp", 8, 0.02), ("ddim", 8, 0.05), *many):
         f = opened(sampler, steps).forecast(windows[-1:])[0]
         assert (np.abs(f.quantiles - reference.quantiles) / width).max() < tolerance, sampler
