@@ -15,7 +15,7 @@ from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.ports import Activation, Arrival, EndOfSource
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import to_ns
-from barcast.models import Adjustment, ConfigError, Window, open_model
+from barcast.models import Adjustment, ConfigError, Window, open_model, training
 from tests.garch import simulate
 
 HOUR = 3600 * 10**9
@@ -36,6 +36,15 @@ def frame_of(*windows):
         for w in windows
     ]
     return pl.concat(frames)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_looks():
+    """Trainings look at few forecasts: which weights they like is not what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, few in (("LOOK_ORIGINS", 200), ("LOOK_PATHS", 20), ("LOOK_SAMPLES", 32)):
+            patch.setattr(training, name, few)
+        yield
 
 
 @pytest.fixture(scope="module")
