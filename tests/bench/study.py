@@ -34,7 +34,7 @@ from barcast.backtest.sample import sample_bars
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import Stamp, digest, find_timeframe, read_windows, scan
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import LEVELS, Forecast, Window, compare, default_horizons, open_model
+from barcast.models import LEVELS, Forecast, Window, compare, default_horizons, open_model, training
 from barcast.models.diffusion import use_one_thread
 from barcast.models.evaluation import collect, windows_at
 from barcast.models.paths import with_paths
@@ -83,9 +83,12 @@ class Fold:
 class Cells:
     """Finished cells and trained models, as files; and the frames of the fold at hand, kept in memory."""
 
-    def __init__(self, folder: Path, minutes: float) -> None:
+    def __init__(
+        self, folder: Path, minutes: float, steps: int | None = None, looked: int = training.LOOK_PATHS
+    ) -> None:
+        """A training ends after `minutes` of CPU time or `steps`; each look at it judges `looked` paths."""
         folder.mkdir(exist_ok=True)
-        self.folder, self.minutes = folder, minutes
+        self.folder, self.minutes, self.steps, self.looked = folder, minutes, steps, looked
         sources = sorted(Path(models.__file__).parent.rglob("*.py"))
         self.code = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()
         self.frames: dict[Any, Frame] = {}
@@ -150,39 +153,42 @@ class Cells:
         collect([quantiles], fold.tested, since=fold.since, until=fold.until, stride=fold.stride, watch=watch)
         return found
 
-    def _trained(self, fold: Fold, training: Training, seed: int) -> Trained:
-        path = self._path(fold, training, seed)
+    def _trained(self, fold: Fold, how: Training, seed: int) -> Trained:
+        path = self._path(fold, how, seed)
         if path.exists():
             kept: Trained = pickle.loads(path.read_bytes())
             return kept
-        start = None if training.start is None else self._trained(fold, training.start, seed)
+        start = None if how.start is None else self._trained(fold, how.start, seed)
         state = path.with_suffix(".training")
-        trained = training.run(
-            start,
-            fold.histories,
-            timeframe=fold.timeframe,
-            horizons=default_horizons(fold.timeframe),
-            levels=LEVELS,
-            until=fold.since,
-            seed=seed,
-            seconds=60 * self.minutes,
-            clock=time.process_time,
-            state=state,
-        )
+        with patch.object(training, "LOOK_PATHS", self.looked):
+            trained = how.run(
+                start,
+                fold.histories,
+                timeframe=fold.timeframe,
+                horizons=default_horizons(fold.timeframe),
+                levels=LEVELS,
+                until=fold.since,
+                seed=seed,
+                steps=self.steps,
+                seconds=60 * self.minutes,
+                clock=time.process_time,
+                state=state,
+            )
         _write(path, pickle.dumps(trained))
         state.unlink(missing_ok=True)
         return trained
 
-    def _path(self, fold: Fold, training: Training, seed: int) -> Path:
-        return self._file("model", fold.digest, fold.since, str(training), seed, self.minutes)
+    def _path(self, fold: Fold, how: Training, seed: int) -> Path:
+        limits = self.minutes, self.steps, self.looked
+        return self._file("model", fold.digest, fold.since, how, seed, limits)
 
     def _file(self, suffix: str, *what: object) -> Path:
         name = hashlib.sha256(json.dumps([self.code, *map(str, what)]).encode()).hexdigest()[:16]
         return self.folder / f"{name}.{suffix}"
 
-    def _of_window(self, fold: Fold, training: Training | None) -> Any:
+    def _of_window(self, fold: Fold, how: Training | None) -> Any:
         """`Scaling.of_window`, which keeps what it finds: bars and changes alike, frames are alike."""
-        of_window, changes = Scaling.of_window, () if training is None else training.changes
+        of_window, changes = Scaling.of_window, () if how is None else how.changes
 
         def kept(scaling: Scaling, window: Window) -> Frame:
             key = fold.name, changes, window.symbol, window.close_time
@@ -226,6 +232,10 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", metavar="VARIANT", help=f"of {names}; all without")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--minutes", type=float, default=MINUTES, help="cap on a training, CPU [%(default)s]")
+    parser.add_argument("--steps", type=int, help="of a training in each phase; by default the product's")
+    parser.add_argument(
+        "--looked", type=int, default=training.LOOK_PATHS, help="paths judged each time [%(default)s]"
+    )
     parser.add_argument("--data", help="the data sets whose names begin so, only")
     given = parser.parse_args()
     if unknown := set(given.variants) - {v.name for v in VARIANTS}:
@@ -235,7 +245,7 @@ def main() -> None:
     every = [fold for fold in folds() if fold.data.startswith(given.data or "")]
     wanted = {*(given.variants or [v.name for v in VARIANTS]), HS, STATIC, FULL, GAUSSIAN}
     chosen = [v for v in VARIANTS if v.name in wanted]
-    cells = Cells(FOLDER, given.minutes)
+    cells = Cells(FOLDER, given.minutes, given.steps, given.looked)
     plan = [
         (fold, variant, seed)
         for seed in range(given.seeds)
