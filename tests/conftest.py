@@ -32,3 +32,18 @@ def _log_is_nobodys():
     """A command run in this process writes its log to a stream that is closed with its test."""
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(scope="module")
+def few_looks():
+    """Trainings look at few forecasts: for tests of which weights they like does not matter.
+
+    The value is the program that does so in another process.
+    """
+    from barcast.models import training
+
+    few = {"LOOK_ORIGINS": 100, "LOOK_PATHS": 20, "LOOK_SAMPLES": 32}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, count in few.items():
+            patch.setattr(training, name, count)
+        yield f"from barcast.models import training\nvars(training).update({few})\n"

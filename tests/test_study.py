@@ -16,9 +16,10 @@ QUICK = {
     "MAP_RATE": 5e-2,
     "DENOISER_RATE": 1e-2,
     "LOOK_ORIGINS": 60,
-    "LOOK_PATHS": 6,
-    "LOOK_SAMPLES": 32,
-    "BATCH": 32,
+    "LOOK_PATHS": 4,
+    "LOOK_SAMPLES": 16,
+    "BATCH": 16,
+    "DRAWS": 2,
 }
 """A training of a blink, at rates that change something."""
 
@@ -27,7 +28,7 @@ QUICK = {
 def fold() -> Fold:
     histories = windows(1, 2200, seed=7, season=True)  # calibration begins at 1,921
     last = histories[0].close_time
-    return Fold("simulated", "0" * 64, "1h", histories, last - 100 * HOUR, last)
+    return Fold("simulated", "0" * 64, "1h", histories, last - 60 * HOUR, last)
 
 
 @pytest.fixture

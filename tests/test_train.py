@@ -18,11 +18,13 @@ DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--
 QUICK = [*DAILY, "--until", "2003-01-01", "--steps", "13"]
 QUICKER = [*QUICK[:-1], "5"]
 
+pytestmark = pytest.mark.usefixtures("few_looks")
+
 KILLED = """
 import os, random, signal, sys
-import barcast.backtest.cli as cli, barcast.models.training
+import barcast.backtest.cli as cli
 dice = random.Random(4)
-for _ in range(3):
+for _ in range(2):
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -65,12 +67,12 @@ def epochs(err: str) -> list[dict[str, object]]:
     return [line for line in lines if line["event"] == "epoch"]
 
 
-def test_a_killed_training_goes_on_to_the_same_model(run, bars, tmp_path):
+def test_a_killed_training_goes_on_to_the_same_model(run, bars, tmp_path, few_looks):
     """Killed with SIGKILL at random moments and started again, the model has the id of one left alone."""
     status, _, whole = run("train", bars, *QUICK, "--out", str(tmp_path / "whole"))
     assert status == 0, whole
     killed = tmp_path / "killed"
-    assert python("-c", KILLED, "train", bars, *QUICK, "--out", str(killed)).returncode == 0
+    assert python("-c", few_looks + KILLED, "train", bars, *QUICK, "--out", str(killed)).returncode == 0
     assert {p.name for p in tmp_path.iterdir()} - {".killed.training.new"} == {"whole", ".killed.training"}
     status, _, err = run("train", bars, *QUICK, "--out", str(killed))
     assert status == 0, err
@@ -92,16 +94,17 @@ def test_each_epoch_is_a_log_line_with_both_losses(run, bars, tmp_path):
     assert (record["precision"], record["processes"]) == ("fp32", 1)
 
 
-def test_two_processes_train_one_model(bars, run, tmp_path):
+def test_two_processes_train_one_model(bars, run, tmp_path, few_looks):
     """Under torchrun two processes share each batch, and one of them writes and speaks."""
     status, _, err = run("train", bars, *QUICKER, "--out", str(tmp_path / "one"))
     assert status == 0, err
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    me = ["-m", "barcast.backtest.cli", "train", bars, *QUICKER, "--out", str(tmp_path / "two")]
-    two = python(*launch, *me)
+    me = tmp_path / "me.py"
+    me.write_text(f"{few_looks}from barcast.backtest import cli\ncli.main()\n")
+    two = python(*launch, str(me), "train", bars, *QUICKER, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr
     assert two.stderr.count("written to") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["me.py", "one", "two"]
     records = [json.loads((tmp_path / n / "model.json").read_text())["record"] for n in ("one", "two")]
     assert [r["processes"] for r in records] == [1, 2]
     curves = [[(c["phase"], c["step"]) for c in r["candidates"]] for r in records]
@@ -136,7 +139,7 @@ def test_no_time_at_all_is_a_fault(run, bars, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
+def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path, few_looks):
     """What is left of a retraining is gone on from with the same bars only; with others it begins anew."""
     history = tmp_path / "state" / "history"
     history.mkdir(parents=True)
@@ -154,7 +157,8 @@ def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path):
     assert not state.exists()
     first = challenger.joinpath("model.json").read_bytes()
 
-    interrupted = python("-c", KILLED.replace("range(3)", "range(1)").replace("(1, 9)", "(2, 2)"), *arguments)
+    killed = few_looks + KILLED.replace("range(2)", "range(1)").replace("(1, 9)", "(2, 2)")
+    interrupted = python("-c", killed, *arguments)
     assert interrupted.returncode == 0, interrupted.stderr
     assert state.exists()
     left = state.read_bytes()

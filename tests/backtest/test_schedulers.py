@@ -42,16 +42,14 @@ def histories() -> list[Window]:
 
 
 @pytest.fixture(scope="module")
-def plain(histories, tmp_path_factory) -> Path:
+def plain(histories, tmp_path_factory, few_looks) -> Path:
     """A model of the bars before 2010 that has hardly learnt anything, as if no denoiser had been kept."""
     torch.set_num_threads(1)
     end = np.datetime64("2010-01-01", "ns").astype(np.int64)
     older = [
         Window(w.symbol, w.close_times[k], w.values[k]) for w in histories for k in [w.close_times < end]
     ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LOOK_ORIGINS", 100)
-        trained = training.train(older, timeframe="session", horizons=(1, 5), levels=LEVELS, steps=12)
+    trained = training.train(older, timeframe="session", horizons=(1, 5), levels=LEVELS, steps=12)
     with torch.no_grad():
         trained.net.denoiser.leave.weight.zero_()
         trained.net.denoiser.leave.bias.zero_()

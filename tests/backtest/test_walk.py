@@ -7,6 +7,7 @@ from polars.testing import assert_frame_equal
 
 from barcast.backtest.replay import ReplaySource, drive, run_backtest
 from barcast.backtest.walk import LOOK
+from barcast.daemon import gate
 from barcast.daemon.bars import known_bars
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.challenger import train_challenger
@@ -15,7 +16,7 @@ from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.ports import Activation, Arrival, EndOfSource
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import to_ns
-from barcast.models import Adjustment, ConfigError, Window, open_model, training
+from barcast.models import Adjustment, ConfigError, Window, open_model
 from tests.garch import simulate
 
 HOUR = 3600 * 10**9
@@ -39,11 +40,10 @@ def frame_of(*windows):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _short_looks():
-    """Trainings look at few forecasts: which weights they like is not what is tested."""
+def _few_rivals(few_looks):
+    """The gate has two baselines beside a challenger: which of them it passes is not what is tested."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, few in (("LOOK_ORIGINS", 200), ("LOOK_PATHS", 20), ("LOOK_SAMPLES", 32)):
-            patch.setattr(training, name, few)
+        patch.setattr(gate, "RIVALS", ("hs", "fhs"))
         yield
 
 

@@ -8,10 +8,10 @@ from barcast.models.checkpoint import preset_of, save
 from tests.garch import windows
 
 
+@pytest.mark.usefixtures("few_looks")
 @pytest.mark.parametrize("preset", ["tiny", "small"])
-def test_a_challenger_is_as_large_as_the_champion(tmp_path, monkeypatch, preset):
+def test_a_challenger_is_as_large_as_the_champion(tmp_path, preset):
     """It has the champion's horizons, levels and preset; against a baseline it has the default one."""
-    monkeypatch.setattr(training, "LOOK_ORIGINS", 60)
     histories = windows(1, 2200, seed=7, season=True)
     champion = "fhs"
     if preset == "tiny":

@@ -32,6 +32,7 @@ def trained(histories: list[Window]) -> Trained:
     outputs = {"timeframe": "1h", "horizons": HORIZONS, "levels": LEVELS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "LOOK_ORIGINS", 200)
+        patch.setattr(training, "LOOK_PATHS", 40)
         model = training.train(histories, **outputs, steps=STEPS, hold_out=HOLD_OUT)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -24,10 +24,9 @@ def test_the_paths_end_as_the_process_does():
         assert found["worst_coverage"] < 3, (h, found)
 
 
-def test_a_short_training_comes_near_the_oracle(monkeypatch):
+def test_a_short_training_comes_near_the_oracle(monkeypatch, few_looks):
     """The CRPS is within a few percent of what full knowledge of the process gives, at every horizon."""
     monkeypatch.setattr(optimiser, "EPOCHS", 3)
-    monkeypatch.setattr(training, "LOOK_ORIGINS", 200)
     simulations = [simulate(f"SYM{i}", 4000, seed=21, season=True) for i in range(2)]
     histories = [s.window for s in simulations]
     since = int(histories[0].close_times[-1001])

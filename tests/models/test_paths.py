@@ -270,6 +270,7 @@ def test_a_forecast_that_hardly_moves_over_one_horizon_bounds_its_neighbours() -
         assert (found <= np.maximum(*pair) + 1e-15).all()
 
 
+@pytest.mark.usefixtures("few_looks")
 @pytest.mark.parametrize("horizons", [(1, 4, 16), (2, 15, 16)])
 def test_prices_that_rest_have_bridges_as_others_do(horizons: tuple[int, ...]) -> None:
     """Where four closes of five are the last one again, highs and lows stay near them, whatever the steps."""
@@ -281,14 +282,9 @@ def test_prices_that_rest_have_bridges_as_others_do(horizons: tuple[int, ...]) -
     close = values[last, 3]
     values[:, 3], values[:, 0] = close, np.concatenate([close[:1], close[:-1]])
     values[:, 1], values[:, 2] = values[:, [0, 3]].max(1), values[:, [0, 3]].min(1)
-    with patch.object(training, "LOOK_ORIGINS", 100):
-        model = training.train(
-            [Window("SYM0", w.close_times, values)],
-            timeframe="1h",
-            horizons=horizons,
-            levels=LEVELS,
-            steps=12,
-        )
+    model = training.train(
+        [Window("SYM0", w.close_times, values)], timeframe="1h", horizons=horizons, levels=LEVELS, steps=12
+    )
     assert (model.net.bridge <= 1.5).all()
     [forecast] = model.forecaster("x", paths=True).forecast([Window("SYM0", w.close_times, values)])
     assert forecast.paths is not None

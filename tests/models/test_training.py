@@ -44,11 +44,10 @@ def _state(trained: Trained) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _small_network() -> Iterator[None]:
-    """What takes time and is not tested here: the width of the map, and the origins that are looked at."""
+def _small_network(few_looks: str) -> Iterator[None]:
+    """What takes time and is not tested here: the width of the map, and the forecasts that are looked at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Architecture, "of", partial(Architecture.of, width=32))
-        patch.setattr(training, "LOOK_ORIGINS", 100)
         yield
 
 
