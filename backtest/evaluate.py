@@ -55,6 +55,7 @@ DEFINITIONS = {
     "coverage_80": "share of outcomes from q10 to q90; 0.8 when calibrated",
     "coverage_90": "share of outcomes from q05 to q95; 0.9 when calibrated",
     "worst": "largest distance of the share of outcomes at or below a quantile from its level",
+    "direction": "share of outcomes on the side of zero where the median is, of those where neither is 0",
     "third": "a third of each symbol's origins, by the width of the 80 % interval of the model `volatility`",
 }
 
@@ -66,7 +67,8 @@ class Evaluation:
     """Scores of several models on the same origins. Rows of the fold `all` pool the others.
 
     - `scores`: fold, horizon (bars), model, n, times, crps (log return), skill and skill_error (percent),
-      coverage_50, coverage_80, coverage_90 with their errors (null without the levels), worst.
+      coverage_50, coverage_80, coverage_90 with their errors (null without the levels), worst, direction and
+      direction_error (null without a median other than 0).
     - `gains`: fold, horizon, model, other, gain, error (percent).
     - `thirds`: horizon, model, third, n, and the coverages with their errors.
     - `levels`: fold, horizon, model, level, below (share of outcomes at or below the quantile), error.
@@ -316,6 +318,7 @@ class _Tables:
                         "skill_error": 100 * skill.error,
                         **self._coverage(y, q, at, T, lags),
                         "worst": float(np.abs(share - self.levels).max()),
+                        **self._direction(y, q, at, T, lags),
                     }
                 )
                 self.shares += [
@@ -372,6 +375,16 @@ class _Tables:
             inside = mean((y >= q[:, pair[0]]) & (y <= q[:, pair[1]]), at, times, lags)
             found |= {f"coverage_{percent}": inside.value, f"coverage_{percent}_error": inside.error}
         return found
+
+    def _direction(
+        self, y: Array, q: Array, at: NDArray[np.intp], times: int, lags: int
+    ) -> dict[str, float | None]:
+        middle = np.flatnonzero(self.levels == 0.5)
+        side = np.sign(y) * np.sign(q[:, middle[0]]) if len(middle) else np.zeros(len(y))
+        if not side.any():
+            return {"direction": None, "direction_error": None}
+        right = mean(side[side != 0] > 0, at[side != 0], times, lags)
+        return {"direction": right.value, "direction_error": right.error}
 
 
 def _finite(frame: pl.DataFrame) -> pl.DataFrame:

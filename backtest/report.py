@@ -388,7 +388,7 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
                 "% over a model": COMPARED["gain"],
                 "±": COMPARED["error"],
                 **{f"inside {p} %": COMPARED[f"coverage_{p}"] for p in INTERVALS},
-                "worst": COMPARED["worst"],
+                **{name: COMPARED[name] for name in ("worst", "direction")},
             }
         ),
     )
@@ -452,17 +452,19 @@ def _pooled(result: Evaluation, horizon: int) -> str:
     best = result.best_baseline(horizon)
     others = dict.fromkeys([result.meta["reference"], best])
     labels = ["model", "CRPS, bp", *(f"% over {other}" for other in others)]
-    labels += [f"inside {p} %" for p in INTERVALS] + ["worst"]
+    labels += [f"inside {p} %" for p in INTERVALS] + ["worst", "direction"]
     rows = []
     for row in result.scores.filter(fold=ALL, horizon=horizon).sort("crps").iter_rows(named=True):
         model = row["model"]
         cells = [f"<td>{_text(model)}</td>", f"<td>{1e4 * row['crps']:.2f}</td>"]
         cells += [_estimate(result.gain(horizon, model, other), other == best) for other in others]
         for percent in INTERVALS:
-            value, error = row[f"coverage_{percent}"], row[f"coverage_{percent}_error"]
-            shown = f"{_percent(value)} &plusmn;{100 * error:.1f}" if error is not None else "&ndash;"
-            cells.append(f"<td{_mark(f'coverage_{percent}', value)}>{shown}</td>")
-        rows.append(f"<tr>{''.join(cells)}<td>{row['worst']:.3f}</td></tr>")
+            value = row[f"coverage_{percent}"]
+            cells.append(
+                f"<td{_mark(f'coverage_{percent}', value)}>{_within(row, f'coverage_{percent}')}</td>"
+            )
+        cells += [f"<td>{row['worst']:.3f}</td>", f"<td>{_within(row, 'direction')}</td>"]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     return _table({label: (label, _text) for label in labels}, "".join(rows))
 
 
@@ -753,6 +755,11 @@ def _number(value: object) -> str:
 
 def _percent(value: object) -> str:
     return _minus(f"{value:.1%}") if isinstance(value, float) else "&ndash;"
+
+
+def _within(row: Mapping[str, float | None], share: str) -> str:
+    value, error = row[share], row[f"{share}_error"]
+    return "&ndash;" if error is None else f"{_percent(value)} &plusmn;{100 * error:.1f}"
 
 
 def _fine_percent(value: object) -> str:

@@ -648,7 +648,7 @@ def _print_evaluation(result: "Evaluation") -> None:
         table.add_column("model", overflow="fold")
         others = dict.fromkeys(["hs", best])
         names = (f"% over {other}" for other in others)
-        for name in ("CRPS, bp", *names, "in 50 %", "in 80 %", "in 90 %", "worst"):
+        for name in ("CRPS, bp", *names, "in 50 %", "in 80 %", "in 90 %", "worst", "direction"):
             table.add_column(name, justify="right", no_wrap=True)
         for row in pooled.iter_rows(named=True):
             gains = [result.gain(horizon, row["model"], other) for other in others]
@@ -659,9 +659,8 @@ def _print_evaluation(result: "Evaluation") -> None:
                 over[-1] = f"{over[-1][:-1]}*"
                 style = "bold" if last.value > 0 else None
             inside = [_share(row[f"coverage_{p}"], row[f"coverage_{p}_error"]) for p in (50, 80, 90)]
-            table.add_row(
-                row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, f"{row['worst']:.3f}", style=style
-            )
+            said = [f"{row['worst']:.3f}", _share(row["direction"], row["direction_error"])]
+            table.add_row(row["model"], f"{1e4 * row['crps']:.2f}", *over, *inside, *said, style=style)
         console.print(table)
     if result.paths is not None and result.touch is not None:
         console.print(_paths_table(result.paths, result.touch))
@@ -671,8 +670,9 @@ def _print_evaluation(result: "Evaluation") -> None:
     folds = result.meta["folds"]
     console.print(
         f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]}, {len(folds)} fold(s). ± is one standard "
-        "error, * a difference of more than two from the best baseline; worst is the largest distance of the "
-        "share of outcomes below a quantile from its level.",
+        "error, * a difference of more than two from the best baseline. worst: the largest distance of the "
+        "share of outcomes below a quantile from its level. direction: the share of outcomes on the side of "
+        "zero where the median is.",
         highlight=False,
     )
     for model, count in result.meta["withheld"].items():

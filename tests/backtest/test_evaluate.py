@@ -15,7 +15,16 @@ from barcast.backtest.evaluate import ALL, Field, evaluate, open_field
 from barcast.backtest.report import write_evaluation
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import LEVELS, ConfigError, DataError, Forecast, HistoricalSimulation, Window, catalog
+from barcast.models import (
+    BASELINES,
+    LEVELS,
+    ConfigError,
+    DataError,
+    Forecast,
+    HistoricalSimulation,
+    Window,
+    catalog,
+)
 from barcast.models.scores import crps
 
 HOUR = 3600 * 10**9
@@ -99,6 +108,37 @@ def test_scores_are_those_of_the_known_truth(known, j):
             value, error = (pooled[model][f"coverage_{percent}{end}"] for end in ("", "_error"))
             assert abs(value - (2 * NORMAL.cdf(z) - 1)) < 4 * error < 0.1
     assert pooled["truth"]["worst"] < 0.02 < 0.08 < pooled["wide"]["worst"]
+
+
+def test_direction_is_a_share_of_those_that_went_somewhere():
+    """Of independent returns no model says the side; one that knows it does, and is sure; no median, none."""
+
+    class Knowing(Normal):
+        """Its median is .3 deviations on the side of the outcome three times of four."""
+
+        def forecast(self, windows):
+            found = super().forecast(windows)
+            for window, forecast in zip(windows, found, strict=True):
+                k = int(np.searchsorted(history.close_times, window.close_time))
+                away = 0.3 * SIGMA * (1 if k % 4 else -1)
+                forecast.quantiles[0] += away * np.sign(history.values[k + 1, 3] - history.values[k, 3])
+            return found
+
+    history = walk("A", 12_000, 3)
+    models = {
+        "knowing": Knowing(1.0),
+        "none": Normal(1.0),
+        "fhs": BASELINES["fhs"]("1h", HORIZONS, LEVELS),
+    }
+    found = evaluate(fake(**models), [history], HOURLY, folds=1, stride=1)
+    rows = {r["model"]: r for r in found.scores.filter(fold=ALL, horizon=1).to_dicts()}
+    knowing = rows["knowing"]
+    assert knowing["direction"] == pytest.approx(0.75, abs=1e-3)
+    assert rows["none"]["direction"] is None
+    for model in ("hs", "fhs"):
+        binomial = 0.5 / rows[model]["n"] ** 0.5
+        assert abs(rows[model]["direction"] - 0.5) < 0.02
+        assert rows[model]["direction_error"] == pytest.approx(binomial, rel=0.1)
 
 
 def test_bins_levels_and_thirds_belong_together(known):
