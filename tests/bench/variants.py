@@ -108,6 +108,11 @@ def mirrored(every: bool) -> Patch:
     return patch.object(training._Training, "__init__", begun)
 
 
+def last_weights() -> Patch:
+    """What is judged, and serves, are the weights of a step, not their average over the steps before."""
+    return patch.object(optimiser, "MEMORY", 0.0)
+
+
 def no_sequence() -> Patch:
     """The encoder's S4D layers see zeros; the rolling features are left."""
     forward = Encoder.forward
@@ -262,6 +267,7 @@ VARIANTS = (
     Variant("members-4", "four members", _map((members, (4,)))),
     Variant("mirrored-none", "no member mirrored instead of half", _map((mirrored, (False,)))),
     Variant("mirrored-all", "all members mirrored", _map((mirrored, (True,)))),
+    Variant("last-weights", "weights as they are, not averaged over steps", _map((last_weights, ()))),
     _sampled("diffusion", "diffusion always: dpmpp, 8 evaluations, 256 Sobol points"),
     _sampled("no-sequence", "diffusion without the S4D sequence", BLIND),
     _sampled("multiscale", "diffusion with S4D layers on three timeframes", _denoiser(encoder, "multiscale")),
