@@ -229,17 +229,17 @@ def _sssd(directory: Path) -> "tuple[str, Trained]":
 
 
 def choose(trials: Sequence[Trial]) -> Trial:
-    """The fewest evaluations that lose no more than `TOLERANCE` in validation, and the best of as many.
+    """The fewest evaluations whose scores are within `TOLERANCE` in validation, and the nearest of as many.
 
-    What is lost is the greater excess of both scores. Not of the luckiest trial: what is far from the
-    reference, which solves what the model says, is the error of its solver, also where it helps once.
+    Both scores count, better or worse: what is far from the reference, which solves what the model says, is
+    the error of its solver, also where it helps once.
     """
 
-    def lost(trial: Trial) -> float:
-        return max(trial.energy.validation.value, trial.crps.validation.value) / 100
+    def far(trial: Trial) -> float:
+        return max(abs(trial.energy.validation.value), abs(trial.crps.validation.value)) / 100
 
-    good = [trial for trial in trials if lost(trial) <= TOLERANCE] or [min(trials, key=lost)]
-    return min(good, key=lambda trial: (trial.evaluations, lost(trial)))
+    good = [trial for trial in trials if far(trial) <= TOLERANCE] or [min(trials, key=far)]
+    return min(good, key=lambda trial: (trial.evaluations, far(trial)))
 
 
 def _stride(histories: Sequence[Window], since: int, origins: int) -> int:

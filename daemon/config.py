@@ -35,6 +35,7 @@ from barcast.daemon.schedule import cron
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
 from barcast.models import BASELINES, MOST_STEPS, ConfigError, check_sampler, open_model
+from barcast.models.catalog import SAMPLER
 from barcast.models.joint import check_pairs
 from barcast.strategies import PATH
 
@@ -212,8 +213,8 @@ class Model(_Section):
     @field_validator("steps")
     @classmethod
     def _can_be_sampled(cls, steps: int | None, info: ValidationInfo) -> int | None:
-        if sampler := info.data.get("sampler"):
-            _sampler(sampler, steps)
+        if steps is not None and "sampler" in info.data:
+            _sampler(info.data["sampler"] or SAMPLER, steps)
         return steps
 
 

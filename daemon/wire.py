@@ -189,7 +189,7 @@ class Signal(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     model: ModelId
     sampler: Annotated[str, _of("How a diffusion model was sampled; none for what is not sampled.")]
     steps: Annotated[int, _of("Steps of the sampler; 0 for none.")]
-    samples: Annotated[int, _of("Samples behind quantiles or paths; 0 for none.")]
+    samples: Annotated[int, _of("Samples that a diffusion model drew for quantiles or paths; 0 for none.")]
     valid_until: Until
     tradable: Tradable
     flags: Annotated[

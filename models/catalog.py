@@ -1,11 +1,13 @@
 """Every forecaster by its name: the baselines, which need no files, and the directories of trained models."""
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
-from barcast.models.errors import ConfigError
+from barcast.models.errors import CheckpointError, ConfigError
 from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Card, Forecaster, default_horizons
 from barcast.models.garch import Garch
@@ -37,6 +39,9 @@ SAMPLERS: dict[str, int] = {
 
 MOST_STEPS = 400
 
+SAMPLER, STEPS = "dpmpp", 8
+"""What samples where nothing is said."""
+
 REFUSED: dict[str, str] = {
     "euler_a": "it is ddpm in other letters: from the same draws both make the same samples within 0.0002 "
     "deviations; take ddpm",
@@ -56,6 +61,32 @@ REFUSED: dict[str, str] = {
 An error is the Wasserstein distance from four mixtures of normals in deviations, their mean;
 `tests/models/test_samplers.py` measures each.
 """
+
+
+FORMAT = 3
+"""That of a checkpoint's `JSON`."""
+JSON = "model.json"
+
+
+def header(directory: Path) -> dict[str, Any]:
+    """What is said of a checkpoint in plain text. Raise `CheckpointError` where there is none of `FORMAT`."""
+    path = directory / JSON
+    try:
+        body = json.loads(path.read_bytes())
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); check the path of the model") from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path}: not JSON ({e}); copy the directory again") from e
+    if not isinstance(body, dict):
+        raise CheckpointError(
+            f"{path}: holds a {type(body).__name__}, not an object; copy the directory again"
+        )
+    if (found := body.get("format")) != FORMAT or type(found) is not int:
+        raise CheckpointError(
+            f"{path}: format is {found!r}, not {FORMAT}; use the version of barcast that wrote it, or train "
+            "again"
+        )
+    return body
 
 
 def check_sampler(sampler: str, steps: int | None = None) -> None:

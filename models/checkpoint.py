@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from barcast.models import samplers
-from barcast.models.catalog import BASELINES
+from barcast.models.catalog import BASELINES, FORMAT, JSON, header
 from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
@@ -35,8 +35,7 @@ from barcast.models.sssd.layers import PRESET, Architecture
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
-FORMAT = 3
-JSON, WEIGHTS, MEMBERS = "model.json", "weights.safetensors", "members"
+WEIGHTS, MEMBERS = "weights.safetensors", "members"
 AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
@@ -97,10 +96,7 @@ def save(trained: Model, directory: Path) -> str:
 
 def load(directory: Path) -> Checkpoint:
     """Read a model; raises `CheckpointError` for one that is incomplete, damaged, foreign or newer."""
-    path = directory / JSON
-    body = _json(path)
-    newer = "use the version of barcast that wrote it, or train again"
-    _expect(path, body, {"format": FORMAT}, newer)
+    path, body = directory / JSON, header(directory)
     kind = next((kind for kind in KINDS if kind.name == body.get("kind")), None)
     if kind is None:
         known = ", ".join(kind.name for kind in KINDS)
@@ -406,18 +402,6 @@ KINDS = (
     _Kind("lgbm", Boosted, _boosted_body, _boosted_weights, _boosted),
     _Kind("ensemble", Ensemble, _ensemble_body, None, _ensemble),
 )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        body = json.loads(_read(path))
-    except (ValueError, RecursionError) as e:
-        raise CheckpointError(f"{path}: not JSON ({e}); copy the directory again") from e
-    if not isinstance(body, dict):
-        raise CheckpointError(
-            f"{path}: holds a {type(body).__name__}, not an object; copy the directory again"
-        )
-    return body
 
 
 def _read(path: Path) -> bytes:

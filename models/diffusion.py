@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from barcast.models import samplers
+from barcast.models.catalog import SAMPLER, STEPS
 from barcast.models.forecast import Card, Forecast, forecast_from
 from barcast.models.paths import Coupling, path_steps
 from barcast.models.scaling import Frame, Scaling
@@ -15,7 +16,6 @@ from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.sssd.network import SSSD
 from barcast.models.window import Window
 
-SAMPLER, STEPS = "dpmpp", 8
 Key = tuple[str, str, int]
 """Model, symbol and close time: what decides the draws of a stochastic sampler."""
 NO_KEY: Key = ("", "", 0)

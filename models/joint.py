@@ -22,9 +22,6 @@ MOST_PAIRS = 8
 NEAREST, FARTHEST = 0.1, 10.0
 """How near and how far a barrier that is asked for may be, in standard deviations."""
 
-MOST_TERMS = 200
-"""Beyond so many terms a bridge is dozens of times as wide as its barriers are apart: it touches both."""
-
 NEGLIGIBLE = 40.0
 """Terms of a series below exp(-40) are left out."""
 
@@ -33,6 +30,9 @@ STILL = 1e-15
 
 LONG = 3.0
 """From this standard deviation on, in distances between two barriers, one is touched, but for exp(-44)."""
+
+WIDE = 30.0
+"""A bridge that is wider, in the same distances, is taken as so wide: its end does not matter any more."""
 
 
 class Touch(NamedTuple):
@@ -77,7 +77,7 @@ def check_pairs(pairs: Sequence[tuple[float, float]]) -> tuple[tuple[float, floa
                 f"the barriers {pair[0]:g}, {pair[1]:g} cannot be: write how far up and how far down, each "
                 f"from {NEAREST:g} to {FARTHEST:g} standard deviations"
             )
-    if len(set(pairs)) < len(pairs):
+    if len({f"{up:g} {down:g}" for up, down in pairs}) < len(pairs):  # as columns are called
         raise ConfigError("a pair of barriers repeats: name each once")
     return tuple(pairs)
 
@@ -102,15 +102,15 @@ def touch(paths: Paths, up: ArrayLike, down: ArrayLike) -> Touch:
     Both are 0 or more; a barrier of width 0 is touched at once, and of two such each half of the time. Each
     probability is the mean over the paths of the exact one given the closes, and so smooth in all of them.
     Within an interval it is the series of Anderson (1960) for a Brownian bridge between two barriers, which
-    counts the crossings of one, of the other and then this one, and so on in turn; see `_first`. Its work
-    grows with the widest interval in units of up + down.
+    counts the crossings of one, of the other and then this one, and so on in turn; see `_first`.
     """
     U = np.atleast_1d(np.asarray(up, float))
     L = -np.atleast_1d(np.asarray(down, float))
     b = paths.returns[:, :, None]  # (S, G, 1)
     a = np.concatenate((np.zeros_like(b[:, :1]), b[:, :-1]), 1)
     w = U - L
-    variance = np.square(np.maximum(paths.bridge, STILL))[:, None]  # (G, 1)
+    s = np.minimum(paths.bridge[:, None], WIDE * w)  # (G, K)
+    variance = np.square(np.maximum(s, STILL))
     a = np.clip(a, L, U)  # beyond a barrier all is decided
     first_up = _first(U - a, U - b, w, variance)
     first_down = _first(a - L, b - L, w, variance)
@@ -132,7 +132,7 @@ def first_passage(up: ArrayLike, down: ArrayLike, sd: ArrayLike) -> Touch:
     u, d, s = np.broadcast_arrays(*(np.asarray(x, float) for x in (up, down, sd)))
     w = u + d
     s = np.maximum(np.minimum(s, LONG * w), STILL)
-    terms = _terms(w, w.max(initial=0), s.max(initial=0))
+    terms = _terms(w, w, s)
 
     def side(near: Array) -> Array:
         total = _tails(near / s)
@@ -167,7 +167,7 @@ def _first(near: Array, end: Array, w: Array, variance: Array) -> Array:
     and end at it are counted, those that begin with the other one, and cross this one after it, taken out.
     """
     end = np.maximum(end, 0)
-    terms = _terms(w, (near - end).max(initial=0), sqrt(variance.max()))
+    terms = _terms(w, (near - end).max(0), np.sqrt(variance))
     total = np.exp(-2 * near * end / variance)
     for k in range(1, terms + 1):
         kw = k * w
@@ -177,11 +177,14 @@ def _first(near: Array, end: Array, w: Array, variance: Array) -> Array:
     return first
 
 
-def _terms(w: Array, nearer: float, s: float) -> int:
-    """The last k whose terms count: kw (kw - nearer) <= NEGLIGIBLE s^2 / 2 for some w above 0."""
-    least = float(w[w > 0].min(initial=np.inf))
-    terms = floor((nearer / 2 + sqrt(nearer * nearer / 4 + NEGLIGIBLE * s * s / 2)) / least)
-    return min(terms, MOST_TERMS)
+def _terms(w: Array, nearer: Array, s: Array) -> int:
+    """The last k whose terms count: kw (kw - nearer) <= NEGLIGIBLE s^2 / 2 for some w above 0.
+
+    With s up to `WIDE` w and no end farther away than w, that are 134 at most.
+    """
+    reach = np.maximum(nearer, 0) / 2
+    last = (reach + np.sqrt(reach * reach + NEGLIGIBLE * s * s / 2)) / np.where(w > 0, w, np.inf)
+    return floor(float(last.max(initial=0)))
 
 
 def _at_once(found: Touch, up: Array, down: Array) -> Touch:

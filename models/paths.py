@@ -58,16 +58,24 @@ def path_steps(horizons: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({*horizons, *spread}))
 
 
-def between(quantiles: Array, horizons: Sequence[int], steps: Sequence[int]) -> Array:
+def between(
+    quantiles: Array, levels: Sequence[float], horizons: Sequence[int], steps: Sequence[int]
+) -> Array:
     """The quantiles (..., H, Q) of log returns over horizons, at the steps of a path: (..., G, Q).
 
-    At a horizon they are its own, to the bit. Between two, and from none to the first, the middle quantile
-    moves evenly, and so does the squared distance of each other one from it.
+    At a horizon they are its own, to the bit. Between two, and from none to the first, the median moves
+    evenly, and so does the squared distance of each quantile from it. Between two levels the median is
+    interpolated; beside all of them it is taken as the nearest one.
     """
-    m = quantiles.shape[-1] // 2
-    middle = quantiles[..., m : m + 1]  # (..., H, 1)
+    tau = np.array(levels)
+    m = int(np.searchsorted(tau, 0.5))
+    high, low = min(m, len(tau) - 1), max(m - 1, 0)
+    share = 1.0 if high == low or tau[high] == 0.5 else (0.5 - tau[low]) / (tau[high] - tau[low])
+    middle = quantiles[..., high, None]  # (..., H, 1)
+    if share < 1 and low != high:
+        middle = (1 - share) * quantiles[..., low, None] + share * middle
     apart = (quantiles - middle) ** 2
-    side = np.where(np.arange(quantiles.shape[-1]) < m, -1.0, 1.0)
+    side = np.where(tau < 0.5, -1.0, 1.0)
     found = np.empty((*quantiles.shape[:-2], len(steps), quantiles.shape[-1]))
     for k, step in enumerate(steps):
         j = int(np.searchsorted(horizons, step))
@@ -101,7 +109,7 @@ def read(quantiles: Array, levels: Sequence[float], p: Array) -> Array:
 
 def coupled(forecast: Forecast, coupling: Coupling) -> Paths:
     """The paths of a forecast: its quantiles, put together as a coupling says."""
-    quantiles = between(forecast.quantiles, forecast.horizons, coupling.steps)
+    quantiles = between(forecast.quantiles, forecast.levels, forecast.horizons, coupling.steps)
     S = len(coupling.ranks)
     values = read(quantiles, forecast.levels, (np.arange(S) + 0.5) / S)  # (G, S)
     returns = np.take_along_axis(values.T, coupling.ranks, 0)

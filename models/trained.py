@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from barcast.models.calibration import Calibrated
-from barcast.models.diffusion import SAMPLER, STEPS, SSSDForecaster
+from barcast.models.catalog import SAMPLER, STEPS
+from barcast.models.diffusion import SSSDForecaster
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import Forecaster
 from barcast.models.paths import path_steps

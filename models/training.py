@@ -26,7 +26,8 @@ from torch import Generator, Tensor
 from torch.nn import functional
 
 from barcast.models import samplers
-from barcast.models.diffusion import SAMPLER, STEPS, Distribution, fingerprint, use_one_thread
+from barcast.models.catalog import SAMPLER, STEPS
+from barcast.models.diffusion import Distribution, fingerprint, use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
 from barcast.models.origins import BLOCKS, LEAST, Origins, Split, Table, split, thinned, to_text
@@ -351,7 +352,7 @@ class _Training:
         s = self.data.scaling
         with torch.no_grad():
             knots = (self._unseen_knots(part) * part.scale[..., None]).numpy()
-        return torch.from_numpy(between(knots, s.horizons, path_steps(s.horizons)))
+        return torch.from_numpy(between(knots, PROBABILITIES, s.horizons, path_steps(s.horizons)))
 
     def _scores(self, part: Origins) -> Tensor:
         """Normal scores (n, G) of the returns to the steps of the path."""

@@ -406,13 +406,20 @@ def test_check_refuses_touch_of_a_model_without_paths(run, tmp_path):
         assert remedy in text
     for kind, refused in (("lgbm", True), ("sssd", False)):
         (tmp_path / "m").mkdir(exist_ok=True)
-        (tmp_path / "m" / "model.json").write_text(json.dumps({"kind": kind}))
+        about = {"format": 3, "timeframe": "1m", "kind": kind}
+        (tmp_path / "m" / "model.json").write_text(json.dumps(about))
         assert (remedy in said('first = "m"')) == refused
         text = said('name = "m"')
         assert ("into model.name, or leave model.touch out" in text) == refused
     (tmp_path / "m" / "model.json").write_text("{")
-    assert "not valid JSON" in said('first = "m"')
-    (tmp_path / "m" / "model.json").write_text(json.dumps({"kind": "sssd"}))
+    assert "not JSON" in said('first = "m"')
+    (tmp_path / "m" / "model.json").write_text(json.dumps(about | {"format": 2}))
+    assert "format is 2, not 3" in said('first = "m"')
+    (tmp_path / "m" / "model.json").write_text(json.dumps(about | {"timeframe": "1h"}))
+    assert "was trained on '1h' bars, not on '1m'" in said('first = "m"')
+    (tmp_path / "empty").mkdir()
+    assert "model.json: cannot be read" in said('first = "empty"')
+    (tmp_path / "m" / "model.json").write_text(json.dumps(about))
     state.mkdir()
     journal = Journal(state / "journal.db")
     assert said('first = "m"') == ""  # no champion yet
@@ -422,7 +429,7 @@ def test_check_refuses_touch_of_a_model_without_paths(run, tmp_path):
     assert "barcast rollback --to" in text
     served = "0123456789abcdef"
     (state / "models" / served).mkdir(parents=True)
-    (state / "models" / served / "model.json").write_text(json.dumps({"kind": "sssd"}))
+    (state / "models" / served / "model.json").write_text(json.dumps(about))
     journal.append([(2, Kind.ACTIVATION, "", Champion(served, "f", 100, "better").encode())])
     journal.close()
     assert said("") == ""  # the champion serves, not fhs

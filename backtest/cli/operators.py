@@ -30,7 +30,7 @@ from barcast.backtest.cli.terminal import (
     tell,
 )
 from barcast.backtest.cli.training import epochs, tell_model
-from barcast.models import BASELINES, CheckpointError, ConfigError, DataError
+from barcast.models import BASELINES, ConfigError, DataError
 
 if TYPE_CHECKING:
     from barcast.daemon.config import Config
@@ -106,10 +106,9 @@ def check(config: ConfigFile) -> None:
 
 def _check_paths(settings: "Config") -> None:
     """Raise ConfigError where the model that a start would let serve knows no paths. Loads no model."""
-    import msgspec
-
     from barcast.daemon.events import Champion
     from barcast.daemon.journal import Journal, Kind
+    from barcast.models.catalog import header
 
     model, path, served = settings.model, settings.state_dir / "journal.db", None
     if model.name == "champion" and path.is_file():
@@ -126,13 +125,13 @@ def _check_paths(settings: "Config") -> None:
     kind = "baseline"
     if name not in BASELINES:
         store = settings.state_dir / "models" / name
-        file = (store if store.is_dir() else Path(name)) / "model.json"
-        if not file.is_file():
-            return
-        try:
-            kind = str(msgspec.json.decode(file.read_bytes(), type=dict[str, Any]).get("kind"))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not valid JSON ({error}); copy the directory again") from error
+        about = header(store if store.is_dir() else Path(name))
+        kind = str(about.get("kind"))
+        if (timeframe := about.get("timeframe")) != settings.timeframe:
+            raise ConfigError(
+                f"model.{key}: {name} was trained on {timeframe!r} bars, not on {settings.timeframe!r}; name "
+                "another model or train one"
+            )
     if kind != "sssd":
         raise ConfigError(
             f"model.{key}: {name}, which is to serve, is of kind {kind} and forecasts no paths, which "

@@ -155,12 +155,12 @@ def forecast(
             said = outlook(f, pairs)
             for pair in TouchOfSignal.of(said, f.reference):
                 chances = (pair.up_first, pair.down_first, 1 - pair.up_first - pair.down_first)
-                shares = [f"{100 * chance:.1f} %" for chance in (*chances, -np.expm1(-said.drawdown))]
+                shares = [f"{100 * share:.1f} %" for share in (*chances, said.drawdown)]
                 firsts.add_row(f.symbol, f"{pair.up_price:.5g}", f"{pair.down_price:.5g}", *shares)
         wide().print(firsts)
         wide().print(
             "Up and down are prices; touches include highs and lows. The drawdown is the expected maximum "
-            "fall on closes, in % of the highest close so far.",
+            "fall on closes from the highest so far, a log return.",
             highlight=False,
         )
 
@@ -532,7 +532,7 @@ def schedulers(
         Path | None, typer.Option("--json", help="JSON file to write all numbers to.")
     ] = None,
 ) -> None:
-    """Compare the samplers of a diffusion model, and choose one: the cheapest that loses nothing.
+    """Compare the samplers of a diffusion model, and choose one: the cheapest that is as good.
 
     Forecasts are made where the model has not learnt from; the choice is made by the older half of them, and
     the newer half shows whether it holds.
@@ -702,7 +702,7 @@ def _print_schedulers(result: "Comparison") -> None:
     console.print(
         f"{counts['validation']} forecasts from {meta['since'][:10]} on, and {counts['confirmation']} from "
         f"{meta['cut'][:10]} to {meta['until'][:10]}, before calibration; paths by their energy score. The "
-        f"first half chooses: fewest asks that lose at most {100 * meta['tolerance']:g} % in either score.",
+        f"first half chooses: fewest asks within {100 * meta['tolerance']:g} % in both scores.",
         highlight=False,
     )
     print(f'sampler = "{chosen.sampler}"\nsteps = {chosen.steps}')

@@ -11,7 +11,7 @@ a file says of its configuration must be what the model is made with; a file wit
 shapes alone. Files are read with `weights_only`: they hold tensors and plain values, and run nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -61,7 +61,7 @@ def read(
         raise CheckpointError(f"{path}: holds a {type(body).__name__}, no dictionary of weights; {AGAIN}")
     layout = next((key for key in LAYOUTS if isinstance(body.get(key), dict)), None)
     state = body if layout is None else body[layout]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError(
             f"{path}: holds {', '.join(map(str, list(body)[:4])) or 'nothing'}, and weights under none of "
             f"{', '.join(LAYOUTS)}; save its state_dict anew"
@@ -88,8 +88,11 @@ def _former(state: Mapping[str, Tensor], name: str) -> str:
 
 
 def _check_config(path: Any, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    said = theirs.get("model", {})
+    if not isinstance(said, Mapping):
+        raise CheckpointError(f"{path}: its config.model is {said!r}, no table; save its state_dict anew")
     for name, value in _flat(mine["model"], "model").items():
-        found = _flat(theirs.get("model", {}), "model").get(name, value)
+        found = _found(said, name.split(".")[1:], value)
         if _plain(found) != _plain(value):
             raise CheckpointError(
                 f"{path}: was trained with {name} = {found!r}, and the configuration says {value!r}; "
@@ -113,6 +116,8 @@ def _check_weights(path: Any, state: Mapping[str, Tensor], wanted: Mapping[str, 
                 f"{path}: {name} is {tuple(state[name].shape)}, and the configuration makes it "
                 f"{tuple(value.shape)}; make it that of the training"
             )
+        if not state[name].is_floating_point() or not torch.isfinite(state[name]).all():
+            raise CheckpointError(f"{path}: {name} holds what is no finite real number; {AGAIN}")
 
 
 def _flat(table: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -121,6 +126,17 @@ def _flat(table: Mapping[str, Any], path: str) -> dict[str, Any]:
         here = f"{path}.{name}"
         found |= _flat(value, here) if isinstance(value, Mapping) else {here: value}
     return found
+
+
+def _found(table: Any, names: Sequence[str], default: Any) -> Any:
+    """What a table says under these names, one in the other; the default where it says nothing."""
+    for name in names:
+        if not isinstance(table, Mapping):
+            return table
+        if name not in table:
+            return default
+        table = table[name]
+    return table
 
 
 def _plain(value: Any) -> Any:

@@ -28,7 +28,11 @@ NOISE_SCHEDULE = {
 }
 """What a scheduler must be made with: that for which the model was trained."""
 
-UNWANTED = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_karras_sigmas")
+LEVELS = ("karras", "exponential", "beta", "flow")
+UNWANTED = (
+    *("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_lu_lambdas"),
+    *(f"use_{name}_sigmas" for name in LEVELS),
+)
 """What a scheduler must be made without: it would cut outcomes, or ask at other noise levels."""
 
 
@@ -57,6 +61,11 @@ class SSSDPipeline(DiffusionPipeline):  # type: ignore[misc]
                     f"{type(scheduler).__name__} has {name} = {scheduler.config[name]!r}, and the model was "
                     f"trained for {value!r}: make it with {name}={value!r}"
                 )
+        if not torch.equal(scheduler.alphas_cumprod, samplers.alphas_cumprod()):
+            raise ConfigError(
+                f"{type(scheduler).__name__} has noise levels of its own, and the model was trained for "
+                f"those of {samplers.SCHEDULE}: make it with NOISE_SCHEDULE and without trained_betas"
+            )
         if isinstance(model, SSSDModel):
             network = SSSDNetwork(model.config.to_dict())
             network.model = model

@@ -161,7 +161,7 @@ def test_the_newer_half_chooses_nothing(wild, histories, found, monkeypatch):
 
 
 def test_the_cheapest_of_the_good_is_chosen():
-    """Fewest evaluations that lose at most 0.05 % in either score; of as many the best, by the older half."""
+    """Fewest evaluations within 0.05 % in both scores; of as many the nearest; no luck, by the older half."""
 
     def trial(sampler, evaluations, energy, crps=0.0, confirmation=0.0):
         scores = (Score(1.0, Estimate(x, 0.1), Estimate(confirmation, 0.1)) for x in (energy, crps))
@@ -171,6 +171,9 @@ def test_the_cheapest_of_the_good_is_chosen():
     assert choose([lucky, near, far]) is near
     assert choose([lucky, trial("d", 4, 0.03), near]).sampler == "d"
     assert choose([lucky, trial("e", 2, 0.0, crps=1.0)]) is lucky
+    exact = trial("g", 8, 0.0)
+    assert choose([trial("h", 1, -5.0, crps=-7.0), exact]) is exact
+    assert choose([trial("h", 8, -0.03), exact]) is exact
     assert choose([trial("f", 4, 0.9), far, trial("e", 2, 0.0, crps=1.0)]) is far
 
 

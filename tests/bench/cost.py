@@ -11,7 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from barcast.models import LEVELS, Forecaster, Window, gbm, open_model
-from barcast.models.diffusion import SAMPLER, STEPS, Distribution, use_one_thread
+from barcast.models.catalog import SAMPLER, STEPS
+from barcast.models.diffusion import Distribution, use_one_thread
 from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
 from barcast.models.sssd.head import MLP

@@ -14,7 +14,8 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from barcast.models import SAMPLERS
-from barcast.models.diffusion import SAMPLER, STEPS, Distribution, use_one_thread
+from barcast.models.catalog import SAMPLER, STEPS
+from barcast.models.diffusion import Distribution, use_one_thread
 from barcast.models.sssd.layers import PRESET, PRESETS, Architecture
 from barcast.models.sssd.network import SSSD
 from barcast.models.training import architecture

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from barcast.models import BASELINES, LEVELS, Forecaster, default_horizons, optimiser, scaling, training
-from barcast.models.diffusion import STEPS, SSSDForecaster
+from barcast.models.catalog import STEPS
+from barcast.models.diffusion import SSSDForecaster
 from barcast.models.scaling import Frame, Scaling, feature_names, layout_of
 from barcast.models.sssd.encoder import Encoder
 from barcast.models.sssd.layers import PRESETS, Architecture

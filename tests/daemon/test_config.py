@@ -198,6 +198,7 @@ def test_bar_closes_that_do_not_exist_are_refused(write, text, key, parts):
         ('[retrain]\ncron = "0 25 * * *"\n', ("retrain.cron", "0 25 * * *")),
         ('[model]\nsampler = "karras"\n', ("model.sampler", "refused", "1.8 times", "take dpmpp")),
         ('[model]\nsampler = "kdpm2"\nsteps = 2\n', ("model.steps", "steps = 2", "kdpm2", "3 to 400")),
+        ("[model]\nsteps = 1\n", ("model.steps", "steps = 1", "dpmpp", "2 to 400")),
         ("version = 2\n", ("version", "2", "1")),
         ('[mqtt]\nroot = "$SYS"\n', ("mqtt.root", "'$SYS'")),
         ('max_wait = "0s"\n', ("max_wait", "greater than 0")),

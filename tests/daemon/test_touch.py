@@ -131,6 +131,7 @@ BASE = {"instance": "i", "timeframe": "1m", "state_dir": "/nowhere"}
         ([[2, 0]], "model.touch: the barriers 2, 0 cannot be: write how far up and how far down, each from"),
         ([[1, float("inf")]], "model.touch: the barriers 1, inf cannot be"),
         ([[1, 1], [1.0, 1.0]], "model.touch: a pair of barriers repeats"),
+        ([[1, 1], [1.0000001, 1]], "model.touch: a pair of barriers repeats"),
         ([[1 + k / 8, 1] for k in range(9)], "model.touch: 9 pairs of barriers are more than 8"),
         (
             [[1, 1, 1]],

@@ -120,6 +120,18 @@ def test_wide_intervals_need_more_terms():
     assert found.up.item() + found.down.item() == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.parametrize("wide", [30.0, 100.0, 1e3, 1e9])
+def test_the_widest_intervals_touch_one_of_both(wide):
+    """However wide, up and down are certain together, and narrow barriers beside are what they are alone."""
+    paths = one(0.0, 0.2, wide)
+    found = touch(paths, [0.25, 2.0], [0.75, 900.0])
+    assert found.up[0] == pytest.approx(0.75, abs=1e-3)
+    np.testing.assert_allclose(found.up[0] + found.down[0], 1, atol=1e-9)
+    alone = touch(paths, 2.0, 900.0)
+    np.testing.assert_allclose([found.up[1], found.down[1]], [alone.up[0], alone.down[0]], atol=1e-12)
+    assert found.up[1] + found.down[1] <= 1 + 1e-9
+
+
 def test_nothing_between_the_steps():
     """Without bridges only closes touch, and the first of them decides; at the barrier is touched."""
     paths = Paths((1, 2, 3), np.array([[0.5, -3, 3], [-1, 2, 0], [0.5, 0.6, 0.7], [1, 0, 0]]), np.zeros(3))

@@ -45,13 +45,24 @@ def test_steps_rise_to_the_longest_horizon_and_hold_them_all(horizons: tuple[int
 
 def test_between_is_the_forecast_at_its_horizons_and_wider_by_the_root_of_time_between() -> None:
     """To the bit at a horizon; of normal quantiles whose variance grows evenly, what a random walk has."""
-    assert between(Q, (1, 4, 16), (1, 4, 16)).tobytes() == Q.tobytes()
-    assert (np.diff(between(Q, (1, 4, 16), range(1, 17)), axis=-1) >= 0).all()
+    assert between(Q, LEVELS, (1, 4, 16), (1, 4, 16)).tobytes() == Q.tobytes()
+    assert (np.diff(between(Q, LEVELS, (1, 4, 16), range(1, 17)), axis=-1) >= 0).all()
     walk = norm.ppf(LEVELS) * np.sqrt([[2], [5], [20]])
-    found = between(walk, (2, 5, 20), range(1, 21))
+    found = between(walk, LEVELS, (2, 5, 20), range(1, 21))
     np.testing.assert_allclose(found, norm.ppf(LEVELS) * np.sqrt(np.arange(1, 21))[:, None], rtol=1e-12)
-    still = between(np.zeros((2, 7)), (1, 4), (1, 2, 3, 4))
+    still = between(np.zeros((2, 7)), LEVELS, (1, 4), (1, 2, 3, 4))
     assert not still.any()
+
+
+@pytest.mark.parametrize("levels", [(0.05, 0.95), (0.1, 0.2, 0.8, 0.9), (0.1, 0.3, 0.5, 0.7, 0.9)])
+def test_between_has_a_median_without_its_level(levels: tuple[float, ...]) -> None:
+    """Of a random walk seen at its ends, whatever the levels: no step leans to a side."""
+    q = norm.ppf(levels)
+    walk = q * np.sqrt([[4], [16]])
+    found = between(walk, levels, (4, 16), range(1, 17))
+    np.testing.assert_allclose(found, q * np.sqrt(np.arange(1, 17))[:, None], rtol=1e-9, atol=1e-12)
+    up = between(walk + 1.0, levels, (4, 16), (2, 10))  # and with a drift that came at once
+    np.testing.assert_allclose(up.mean(-1), [0.5, 1.0], atol=1e-12)
 
 
 def test_reading_is_the_distribution_that_mean_and_spread_are_of() -> None:
@@ -264,7 +275,7 @@ def test_a_forecast_that_hardly_moves_over_one_horizon_bounds_its_neighbours() -
     still = np.array([-0.002, -1e-6, 0.0, 0.0, 0.0, 1e-6, 0.002])
     plain = 0.01 * norm.ppf(LEVELS)
     for pair in ((still, plain), (plain, still), (0 * still, plain), (still, still)):
-        found = between(np.stack(pair), (1, 4), (1, 2, 3, 4))
+        found = between(np.stack(pair), LEVELS, (1, 4), (1, 2, 3, 4))
         assert (np.diff(found) >= 0).all()
         assert (found >= np.minimum(*pair) - 1e-15).all()
         assert (found <= np.maximum(*pair) + 1e-15).all()

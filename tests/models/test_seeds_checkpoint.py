@@ -87,6 +87,22 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError) as fault:
             _load(_save(tmp_path / "x.pt", {"state_dict": body}))
         assert words in str(fault.value)
+    spoilt: list[tuple[Any, str]] = [
+        (state | {"leave.bias": torch.full((24,), torch.nan)}, "leave.bias holds what is no finite real"),
+        (
+            state | {"leave.bias": torch.zeros(24, dtype=torch.complex64)},
+            "leave.bias holds what is no finite",
+        ),
+        ({1: torch.zeros(1)}, "weights under none of model_state_dict"),
+    ]
+    for body, words in spoilt:
+        with pytest.raises(CheckpointError) as fault:
+            _load(_save(tmp_path / "x.pt", {"state_dict": body}))
+        assert words in str(fault.value)
+    for table, words in (({"model": 3}, "config.model is 3, no table"), ({"model": {"s4": 3}}, "= 3")):
+        with pytest.raises(CheckpointError) as fault:
+            _load(_save(tmp_path / "x.pt", {"state_dict": state, "config": table}))
+        assert words in str(fault.value)
     wide = seeds.config(encoder=seeds.TABLES["model"]["encoder"] | {"context_dim": 32})
     with pytest.raises(CheckpointError, match=r"leave\.weight is \(24, 16\), and the configuration makes it"):
         _load(_save(tmp_path / "x.pt", state), wide)

@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from huggingface_hub import constants, hf_api
 from torch import Tensor
 
@@ -83,6 +89,9 @@ def test_the_listed_schedulers_serve(name: str) -> None:
         assert ((found - exact) / spread).square().mean().sqrt() < 0.15
 
 
+LINEAR = np.linspace(1e-4, 0.02, 1000)
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
@@ -91,6 +100,10 @@ def test_the_listed_schedulers_serve(name: str) -> None:
         (EulerDiscreteScheduler, {"use_karras_sigmas": True}, "use_karras_sigmas = True"),
         (DDIMScheduler, {}, "DDIMScheduler has clip_sample = True"),
         (DDIMScheduler, {"num_train_timesteps": 500, "clip_sample": False}, "num_train_timesteps = 500"),
+        (UniPCMultistepScheduler, {"use_flow_sigmas": True}, "use_flow_sigmas = True"),
+        (DPMSolverMultistepScheduler, {"use_lu_lambdas": True}, "use_lu_lambdas = True"),
+        (DPMSolverMultistepScheduler, {"trained_betas": LINEAR}, "noise levels of its own"),
+        (DDIMScheduler, {"trained_betas": LINEAR, "clip_sample": False}, "noise levels of its own"),
     ],
 )
 def test_another_noise_schedule_than_that_of_the_training_is_refused(
@@ -185,7 +198,6 @@ def test_it_is_shared_by_a_hub(hub: type[_Hub], tmp_path: Path) -> None:
     """What `push_to_hub` uploads is the folder of which the same pipeline is made again."""
     pipeline = _pipeline()
     pipeline.push_to_hub("desk/it", token="hf_stub")
-    print(hub.asked, list(hub.files))
     assert "/api/repos/create" in hub.asked
     assert set(hub.files) >= {"model_index.json", "model/config.json", "scheduler/scheduler_config.json"}
     for name, content in hub.files.items():

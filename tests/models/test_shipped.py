@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from barcast.models import FilteredHistoricalSimulation, HistoricalSimulation, Window, compare
+from barcast.models.catalog import STEPS
 from barcast.models.checkpoint import Checkpoint, load, save
-from barcast.models.diffusion import STEPS
 
 SAMPLE = Path(__file__).parents[2] / "backtest" / "sample"
 YEAR_2010 = int(np.datetime64("2010-01-01", "ns").astype(np.int64))
