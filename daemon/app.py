@@ -6,10 +6,11 @@ import secrets
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import numpy as np
 import structlog
@@ -18,7 +19,7 @@ from barcast.daemon import control, http, wire
 from barcast.daemon.config import Config, Rehearsal, Retrain
 from barcast.daemon.control import Order
 from barcast.daemon.journal import Journal
-from barcast.daemon.live import Courier, LiveSink, LiveSource, Scribe
+from barcast.daemon.live import Clock, Courier, LiveSink, LiveSource, Scribe
 from barcast.daemon.lookout import Lookout
 from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
@@ -32,7 +33,7 @@ from barcast.daemon.schedule import scheduler
 from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
-from barcast.daemon.trainer import children, worker
+from barcast.daemon.trainer import Run, children, worker
 from barcast.daemon.vitals import Vitals
 from barcast.models import ConfigError
 
@@ -75,6 +76,19 @@ Commands = Mapping[str, Sequence[str]]
 """The argument list that begins each subprocess: `train`, `gate` and `compact`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """What the daemon takes from its machine, its network and from chance: each as what makes it."""
+
+    clock: Callable[[Config], Clock] = WallClock
+    journal: Callable[[Path], Journal] = Journal
+    scribe: Callable[[Journal], Scribe] = Scribe
+    link: type[Link] = Link
+    forecasts: Callable[[], Executor] = lambda: ThreadPoolExecutor(1, "forecast")
+    children: Callable[[Commands], Run] = lambda commands: children(commands, os.environ)
+    boot: Callable[[], str] = lambda: secrets.token_hex(4)
+
+
 def serve(config: Config, commands: Commands) -> None:
     """Run the daemon until SIGTERM or SIGINT, and end the process then.
 
@@ -85,7 +99,7 @@ def serve(config: Config, commands: Commands) -> None:
     async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
-        daemon = Daemon(config, commands, stop, os.environ.get("NOTIFY_SOCKET"))
+        daemon = Daemon(config, commands, stop, os.environ.get("NOTIFY_SOCKET"), Outside())
 
         def asked() -> None:
             if daemon.state == "starting":
@@ -105,13 +119,19 @@ class Daemon:
     """One instance at work. Setting `stop` ends it: what is decided is delivered, then the link closes."""
 
     def __init__(
-        self, config: Config, commands: Commands, stop: asyncio.Event, notify_socket: str | None
+        self,
+        config: Config,
+        commands: Commands,
+        stop: asyncio.Event,
+        notify_socket: str | None,
+        outside: Outside,
     ) -> None:
-        self.config, self.commands, self.stop = config, commands, stop
-        self.clock = WallClock(config)
+        self.config, self.stop, self.outside = config, stop, outside
+        self.children = outside.children(commands)
+        self.clock = outside.clock(config)
         self.notifier = Notifier(notify_socket)
         self.state: wire.State = "starting"
-        self.boot = secrets.token_hex(4)
+        self.boot = outside.boot()
         self.metrics = Metrics(config, self.clock)
 
     async def run(self) -> None:
@@ -124,11 +144,11 @@ class Daemon:
                 raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
         with only_one(config.state_dir / "lock"):
             with room(config.state_dir):
-                journal = Journal(config.state_dir / "journal.db")
+                journal = self.outside.journal(config.state_dir / "journal.db")
                 journal.write()
             check_room(config.state_dir)
-            self.scribe = Scribe(journal)
-            self.forecasts = ThreadPoolExecutor(1, "forecast")
+            self.scribe = self.outside.scribe(journal)
+            self.forecasts = self.outside.forecasts()
             try:
                 async with AsyncExitStack() as stack:
                     if config.http:
@@ -150,7 +170,8 @@ class Daemon:
         address = config.mqtt.address(f"barcast-{config.instance}")
         canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)
         lost = wire.Status(state="lost", instance=config.instance, boot=self.boot)
-        self.link = Link(address, [topics.bars, topics.adjustments], wire.status(lost, topics.status), canary)
+        subscriptions = [topics.bars, topics.adjustments]
+        self.link = self.outside.link(address, subscriptions, wire.status(lost, topics.status), canary)
         self.courier = Courier(self.link, self.scribe, self.clock, config.instance, self.boot)
         self.source = LiveSource(
             self.link,
@@ -182,7 +203,7 @@ class Daemon:
         self.lookout = Lookout(config, self.clock, self.succession, self.pipeline)
         self.retraining = Retraining(
             config.state_dir,
-            worker(retrain.socket) if retrain.socket else children(self.commands, os.environ),
+            worker(retrain.socket) if retrain.socket else self.children,
             self._serving,
             retrain.timeout / 1e9,
             retrain.stall / 1e9,
@@ -216,7 +237,7 @@ class Daemon:
                 group.create_task(self._heartbeat(), name="heartbeat"),
                 group.create_task(self.succession.prepare_champion(), name="prepare"),
                 group.create_task(self.newcomers.run(), name="newcomers"),
-                group.create_task(daily(self.commands["compact"]), name="compaction"),
+                group.create_task(daily(self.children), name="compaction"),
                 group.create_task(self._retrain(), name="retrain"),
                 group.create_task(self.lookout.run(self.retraining), name="lookout"),
                 group.create_task(control.serve(self.config.state_dir, VERBS, self._order), name="control"),

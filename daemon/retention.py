@@ -8,9 +8,8 @@ the next one ends its work.
 import asyncio
 import re
 import shutil
-from asyncio.subprocess import DEVNULL, PIPE, STDOUT
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from barcast.daemon.ports import Arrival, Event
 from barcast.daemon.room import room
 from barcast.daemon.start import only_one
 from barcast.daemon.timeframe import DAY, Timeframe
+from barcast.daemon.trainer import Run
 from barcast.models import ConfigError
 
 FIRST_SECONDS, EVERY_SECONDS = 600.0, 86_400.0
@@ -32,6 +32,8 @@ FIRST_SECONDS, EVERY_SECONDS = 600.0, 86_400.0
 
 LONGEST_SECONDS = 6 * 3600.0
 """How long a compaction may take before it is killed: the first one of a large journal takes many minutes."""
+LAST_LINES = 5
+"""Lines of what a compaction said that are logged."""
 SIGNALS_KEPT = 500
 """Bars for which messages stay in the outbox: drift is seen by signals whose outcomes are known by now."""
 
@@ -82,33 +84,24 @@ def compact(
             journal.close()
 
 
-async def daily(command: Sequence[str]) -> None:
-    """Run a compaction some minutes after the start and then each day, in a process of its own."""
+async def daily(run: Run) -> None:
+    """Run the verb `compact` some minutes after the start and then each day."""
     await asyncio.sleep(FIRST_SECONDS)
     while True:
+        said: deque[str] = deque(maxlen=LAST_LINES)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *command, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT
-            )
+            async with asyncio.timeout(LONGEST_SECONDS):
+                status, out = await run("compact", [], said.append)
+        except TimeoutError:
+            log.error("compaction_failed", reason=f"no end after {LONGEST_SECONDS:.0f} s; it was killed")
         except OSError as error:  # such as no memory for another process
             log.error("compaction_failed", reason=str(error))
         else:
-            out = b""
-            try:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LONGEST_SECONDS):
-                        out, _ = await process.communicate()
-            finally:
-                if late := process.returncode is None:
-                    process.kill()
-                    await process.wait()
-            last_words = "\n".join(out.decode("utf-8", "replace").strip().splitlines()[-5:])
-            if late:
-                log.error("compaction_failed", reason=f"no end after {LONGEST_SECONDS:.0f} s; it was killed")
-            elif process.returncode:
-                log.error("compaction_failed", exit_status=process.returncode, last_words=last_words)
+            said.extend(out.decode("utf-8", "replace").splitlines())
+            if status:
+                log.error("compaction_failed", exit_status=status, last_words="\n".join(said))
             else:
-                log.info("compacted", said=last_words)
+                log.info("compacted", said="\n".join(said))
         await asyncio.sleep(EVERY_SECONDS)
 
 

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from barcast.daemon.app import Daemon
+from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import load
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Scribe
@@ -26,7 +26,7 @@ def daemon(folder: Path, text: str = LEAST, clock: int | None = None) -> Daemon:
         text += f"[rehearsal]\nstart = {start}\nat = {datetime.now(UTC).isoformat()}\nspeed = 1\n"
     path = folder / "barcast.toml"
     path.write_text(text)
-    made = Daemon(load(path), {}, asyncio.Event(), None)
+    made = Daemon(load(path), {}, asyncio.Event(), None, Outside())
     made.config.state_dir.mkdir(exist_ok=True)
     return made
 

@@ -13,7 +13,7 @@ import structlog
 from barcast.backtest import cli
 from barcast.backtest.sample import sample_checkpoint
 from barcast.daemon import live, mqtt, vitals
-from barcast.daemon.app import Daemon
+from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import load
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Scribe
@@ -230,7 +230,7 @@ def configured(folder):
     """A daemon that has read its configuration."""
     path = folder / "barcast.toml"
     path.write_text('instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n')
-    return Daemon(load(path), {}, asyncio.Event(), None)
+    return Daemon(load(path), {}, asyncio.Event(), None, Outside())
 
 
 def test_status_says_that_the_disk_is_full(tmp_path):

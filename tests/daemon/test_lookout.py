@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from barcast.daemon.app import Daemon
+from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import load
 from barcast.daemon.drift import LEAST, Bars, Said
 from barcast.daemon.events import Champion
@@ -117,7 +117,7 @@ def test_model_that_was_gone_back_to_is_as_old_as_its_return(tmp_path):
 def test_margin_is_waived_for_an_old_champion_only(tmp_path, old, returned, margin):
     """And not for one that somebody went back to."""
     (tmp_path / "barcast.toml").write_text(TEXT + "margin = 0.1\n")
-    daemon = Daemon(load(tmp_path / "barcast.toml"), {}, asyncio.Event(), None)
+    daemon = Daemon(load(tmp_path / "barcast.toml"), {}, asyncio.Event(), None, Outside())
     champion = Champion("spread", "numpy", 8, "test", returned=returned)
     daemon.succession = SimpleNamespace(champion=champion)
     daemon.lookout = SimpleNamespace(old=old)

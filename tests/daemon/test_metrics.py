@@ -1,6 +1,7 @@
 """What /metrics says is what happened: in this process, with a broker that is only pretended."""
 
 import errno
+import os
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from barcast.daemon import metrics, retraining
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.live import LiveSink
 from barcast.daemon.ports import Group, Outcome
+from barcast.daemon.trainer import children
 from barcast.models import Coverage
 from tests.daemon.living import LEAST, at_work, daemon, deliver, until
 from tests.fakes import MINUTE, START, Spread, bar
@@ -189,7 +191,7 @@ def test_coverage_is_that_of_all_symbols(tmp_path):
 def test_a_retraining_that_dies_is_counted(tmp_path, monkeypatch):
     """The scheduled job ends without a verdict: it failed, and the model in force stays."""
     made = daemon(tmp_path, LEAST + '[retrain]\ncron = "0 3 * * *"\n', START)
-    made.commands = {verb: ["false"] for verb in ("train", "gate", "compact")}
+    made.children = children({verb: ["false"] for verb in ("train", "gate", "compact")}, os.environ)
     monkeypatch.setattr(retraining, "RETRY_SECONDS", ())
 
     async def story():

@@ -29,6 +29,7 @@ from barcast.daemon.journal import Journal, Kind, Progress, State
 from barcast.daemon.pipeline import Pipeline, PipelineState
 from barcast.daemon.ports import Activation, Arrival, Declaration, Revision, Warmup
 from barcast.daemon.retention import compact, daily
+from barcast.daemon.trainer import children
 from barcast.daemon.wire import Outgoing, encode_bars, messages
 from barcast.models import Adjustment, Bar, ConfigError, DataError, DiskFullError
 from tests.checks import open_model, serve, story
@@ -600,7 +601,7 @@ def daily_lines(monkeypatch, script, enough):
     monkeypatch.setattr(retention, "EVERY_SECONDS", 0.01)
 
     async def runs():
-        task = asyncio.create_task(daily(["sh", "-c", script]))
+        task = asyncio.create_task(daily(children({"compact": ["sh", "-c", script]}, os.environ)))
         for _ in range(1000):
             if enough():
                 break

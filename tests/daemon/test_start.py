@@ -12,7 +12,7 @@ from barcast.backtest.sample import sample_strategy
 from barcast.backtest.verify import Replayed, replay_journal
 from barcast.daemon import bars as daemon_bars
 from barcast.daemon import start as daemon_start
-from barcast.daemon.app import Daemon, WallClock
+from barcast.daemon.app import Daemon, Outside, WallClock
 from barcast.daemon.bars import known_bars
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion, Warmth, events
@@ -34,7 +34,7 @@ def start(folder, text=LEAST):
     """A daemon as it is before it serves: its journal is open, its decisions are not taken."""
     path = folder / "barcast.toml"
     path.write_text(text)
-    daemon = Daemon(load(path), {}, asyncio.Event(), None)
+    daemon = Daemon(load(path), {}, asyncio.Event(), None, Outside())
     daemon.config.state_dir.mkdir(exist_ok=True)
     daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
     daemon.store = ModelStore(daemon.config.state_dir / "models", daemon.config.timeframe)

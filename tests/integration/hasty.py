@@ -6,6 +6,7 @@ slow disk, so that what a kill costs is no matter of luck.
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import aiomqtt
@@ -40,5 +41,5 @@ class Slow(Journal):
 
 
 if __name__ == "__main__":
-    app.Link, app.Journal = Hasty, Slow
+    app.Outside = partial(app.Outside, link=Hasty, journal=Slow)
     main()
