@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -44,6 +44,7 @@ from barcast.daemon.ports import (
     Declaration,
     EndOfSource,
     Event,
+    Group,
     Outcome,
     Revision,
     Sink,
@@ -89,11 +90,17 @@ class ReplaySource:
 
     After the last event the clock jumps from deadline to deadline, so that no group stays behind; with `end`
     (nanoseconds), not beyond that. What is on the `agenda` comes after the events of its moment and the
-    groups that are due by then.
+    groups that are due by then. Groups whose keys are in `shed` are shed.
     """
 
-    def __init__(self, events: Iterable[Event], end: int | None = None, agenda: Agenda | None = None) -> None:
-        self._events, self._end, self._agenda = iter(events), end, agenda
+    def __init__(
+        self,
+        events: Iterable[Event],
+        end: int | None = None,
+        agenda: Agenda | None = None,
+        shed: Container[str] = (),
+    ) -> None:
+        self._events, self._end, self._agenda, self._shed = iter(events), end, agenda, shed
         self._ahead: Event | None = next(self._events, None)
         self._decided: deque[Event] = deque()
         self._now = 0
@@ -122,6 +129,10 @@ class ReplaySource:
                 agenda.came(event.time)
             return event
         return self._decided.popleft()
+
+    async def sheds(self, group: Group, valid_until: Callable[[Group], int]) -> bool:
+        """Whether it was shed when it was live."""
+        return group.key in self._shed
 
 
 class Recording:
@@ -166,9 +177,10 @@ def replay(
     sink: Sink,
     end: int | None = None,
     agenda: Agenda | None = None,
+    shed: Container[str] = (),
 ) -> None:
     """Drive the path with events until their end, and on to the last group that waits, or is due by `end`."""
-    drive(run(ReplaySource(source, end, agenda), pipeline, sink))
+    drive(run(ReplaySource(source, end, agenda, shed), pipeline, sink))
 
 
 class _Messages:

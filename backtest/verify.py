@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from barcast.backtest.replay import Recording, replay
 from barcast.backtest.result import level_column
 from barcast.daemon import wire
-from barcast.daemon.events import events, restore
+from barcast.daemon.events import events, restore, shed_groups
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over
 from barcast.daemon.ports import Outcome, Shed
@@ -91,20 +91,21 @@ def replay_journal(journal: Path) -> Replayed:
             active = reader.last(Kind.ACTIVATION, base)
             for _, event in events([active] if active else []):  # a snapshot knows no fingerprint
                 list(pipeline.take(event))
+            overload = shed_groups(reader, base)
             for seq, shed in events(reader.of_kind(Kind.SHED)):
                 if seq > base and isinstance(shed, Shed):
                     until = events(reader.records(base, shed.after), pipeline.revision)
-                    replay((event for _, event in until), pipeline, recording, shed.clock)
+                    replay((event for _, event in until), pipeline, recording, shed.clock, shed=overload)
                     passed = events(reader.records(max(base, shed.after), seq), pipeline.revision)
                     for _, event in passed:
                         pass_over(pipeline, event)
                     base = seq
             progress = reader.progress()
             done = events(reader.records(base, progress.seq), pipeline.revision)
-            replay((event for _, event in done), pipeline, recording, progress.clock)
+            replay((event for _, event in done), pipeline, recording, progress.clock, shed=overload)
             settled = len(recording.messages)
             rest = events(reader.records(max(base, progress.seq)), pipeline.revision)
-            replay((event for _, event in rest), pipeline, recording)
+            replay((event for _, event in rest), pipeline, recording, shed=overload)
             return Replayed(
                 recording.messages,
                 settled,

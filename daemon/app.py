@@ -18,6 +18,7 @@ import structlog
 from barcast.daemon import control, http, wire
 from barcast.daemon.config import Config, Rehearsal, Retrain
 from barcast.daemon.control import Order
+from barcast.daemon.events import shed_groups
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Clock, Courier, LiveSink, LiveSource, Scribe
 from barcast.daemon.lookout import Lookout
@@ -184,6 +185,7 @@ class Daemon:
             backlog=backlog,
             position=journal.progress().seq,
             stamped=max(journal.last_time(), journal.progress().clock),
+            shed=shed_groups(journal, journal.progress().seq),
         )
         self.sink = LiveSink(self.scribe, self.source, self.courier)
         self.vitals = Vitals(self.source, self.pipeline, self.notifier)

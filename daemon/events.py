@@ -143,6 +143,8 @@ def events(records: Iterable[Record], settings: Settings | None = None) -> Itera
     if settings is not None:
         root, calendars = settings.root, settings.bar_calendars()
     for record in records:
+        if record.kind == Kind.OVERLOAD:  # tells of a group, not of something that comes to the path
+            continue
         try:
             event = _event(record, root, calendars)
             if isinstance(event, Revision):
@@ -154,6 +156,11 @@ def events(records: Iterable[Record], settings: Settings | None = None) -> Itera
                 "or use the version of barcast that wrote it"
             ) from error
         yield record.seq, event
+
+
+def shed_groups(journal: Journal, after: int = 0) -> frozenset[str]:
+    """The keys of groups that an overload has shed, in the records after a number."""
+    return frozenset(r.payload.decode() for r in journal.of_kind(Kind.OVERLOAD) if r.seq > after)
 
 
 def restore(journal: Journal, pipeline: Pipeline, upto: int) -> int:

@@ -78,6 +78,7 @@ class Kind:
     NEWCOMER = "newcomer"
     ACTIVATION = "activation"
     SHED = "shed"
+    OVERLOAD = "overload"
 
 
 class State(IntEnum):

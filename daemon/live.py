@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from barcast.daemon.calendar import Calendars
 from barcast.daemon.distribution import Distribution
 from barcast.daemon.journal import Journal, Kind, Progress, Queued, State
 from barcast.daemon.mqtt import Delivery, Link
-from barcast.daemon.ports import Arrival, Declaration, Event, Outcome, Warmup
+from barcast.daemon.ports import Arrival, Declaration, Event, Group, Outcome, Warmup
 from barcast.daemon.room import free_bytes, is_full
 from barcast.daemon.wire import Outgoing, Reject
 from barcast.models import Adjustment, Bar, Coverage
@@ -145,8 +145,9 @@ class LiveSource:
     acknowledged after the commit, in order. One commit is written while the path works on the events of the
     one before. The state is that commit, the events that are committed and not handed out yet, the decisions
     that wait, the newest stamp, the number of the event handed out last, how many parts of messages could not
-    be used, and how late the last bar of each message was. `caught_up` is set when nothing was left for the
-    first time.
+    be used, how late the last bar of each message was, and how long a symbol of the group forecast last took
+    (nanoseconds). `caught_up` is set when nothing was left for the first time. `shed` are the keys of groups
+    that were shed before a restart and are not settled.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class LiveSource:
         backlog: Iterable[tuple[int, Event]],
         position: int,
         stamped: int,
+        shed: Collection[str],
     ) -> None:
         self.position = position
         self.waiting = False
@@ -175,6 +177,9 @@ class LiveSource:
         self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
         self._writing: _Commit | None = None
         self._stamped = stamped
+        self._shed = shed
+        self._pace = 0.0
+        self._began: tuple[int, int] | None = None
 
     @property
     def full(self) -> bool:
@@ -198,6 +203,7 @@ class LiveSource:
 
     async def next(self, deadline: int | None) -> Event | None:
         """The next committed event, or None once `deadline` passed with nothing left that came before."""
+        self._time_the_last()
         while True:
             if self._writing is None and (self._link.inbox or self._decisions):
                 self._writing = self._begin()
@@ -219,6 +225,31 @@ class LiveSource:
                 async with asyncio.timeout(wait):
                     await self._link.arrived.wait()
             self.waiting = False
+
+    async def sheds(self, group: Group, valid_until: Callable[[Group], int]) -> bool:
+        """Whether its signals would be ready when nobody may use them: oldest first, newer ones have time.
+
+        How long a group takes is what the last one took, by its symbols. One that is shed halves this, so
+        that a machine that was slow but once is believed to be so no longer. The decision is in the journal
+        before it acts.
+        """
+        self._time_the_last()
+        now, count = self.now(), len(group.symbols)
+        if group.key not in self._shed:
+            if now + self._pace * count < valid_until(group):
+                self._began = now, count
+                return False
+            self._pace /= 2
+            record = (now, Kind.OVERLOAD, "", group.key.encode())
+            await self._scribe(self._scribe.journal.append, [record])
+        log.warning("group_shed", close_time=wire.to_text(group.close_time), symbols=count)
+        return True
+
+    def _time_the_last(self) -> None:
+        """Note the pace of a group that was forecast since."""
+        if self._began is not None:
+            (began, count), self._began = self._began, None
+            self._pace = (self.now() - began) / count
 
     def _begin(self) -> _Commit:
         """Stamp and decode what has come, and let the journal write it."""
@@ -377,7 +408,8 @@ class Emitted:
 
     A group is full, incomplete or a straggler; a symbol of it gets a signal or is withheld. Of the signals
     some are `degraded` or `warming`. `holes` are gaps right before a bar, `refused` the groups in which a
-    strategy's targets could not be taken, once for each strategy.
+    strategy's targets could not be taken, once for each strategy. Those that are `shed` were not forecast at
+    all.
     """
 
     full: int = 0
@@ -389,6 +421,7 @@ class Emitted:
     warming: int = 0
     holes: int = 0
     refused: int = 0
+    shed: int = 0
 
 
 class LiveSink:
@@ -448,6 +481,7 @@ class LiveSink:
         counts.warming += sum(forecast.warming for forecast in outcome.forecasts.values())
         counts.holes += len(outcome.holes)
         counts.refused += len(outcome.refused)
+        counts.shed += outcome.shed
         if outcome.card.model != self._model:
             self._model, self.horizons = outcome.card.model, outcome.card.horizons
             self.coverage.clear()

@@ -185,6 +185,7 @@ class Metrics(Collector):
         yield _counter("signals", "Signals that were emitted.", counts.signals)
         yield _counter("signals_degraded", "Signals that were degraded.", counts.degraded)
         yield _counter("signals_warming", "Signals of symbols that were warming.", counts.warming)
+        yield _counter("groups_shed", "Groups that were not forecast, as it was too late.", counts.shed)
         yield _counter("withheld", "Symbols of groups that were given no forecast.", counts.withheld)
         yield _counter("holes", "Gaps between the bars of a symbol.", counts.holes)
         yield _counter(

@@ -401,6 +401,27 @@ class Pipeline:
             outlooks=told,
         )
 
+    def valid_until(self, group: Group) -> int:
+        """When the last signal of a group may not be used any more, in nanoseconds."""
+        return max(term.valid_until for term in self._terms(group, (1,)).values())
+
+    def passed(self, group: Group) -> Outcome:
+        """The outcome of a group that is shed: all of its symbols are withheld."""
+        settings, card = self.settings, self.forecaster.card
+        return Outcome(
+            root=settings.root,
+            timeframe=settings.timeframe,
+            group=group,
+            card=card,
+            forecasts={},
+            degraded={},
+            withheld=dict.fromkeys(group.symbols, "shed"),
+            holes={},
+            targets={},
+            terms=self._terms(group, card.horizons),
+            shed=True,
+        )
+
     def _unasked(self, window: Window, calendar: Calendar, bars: int) -> Hole | None:
         """What a new symbol lacks before its first bar, to be asked for once.
 
@@ -570,12 +591,14 @@ async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor
     """Drive the pipeline until the source ends or the task is cancelled.
 
     Lateness is decided by an event's own recorded time, and before the event joins; a group that is due
-    leaves before anything newer is seen. With an executor the forecasts are computed there, so that a
-    live event loop stays free; in a replay they are computed at once.
+    leaves before anything newer is seen, and is not forecast if the source sheds it. With an executor the
+    forecasts are computed there, so that a live event loop stays free; in a replay they are computed at once.
     """
 
     async def emit(group: Group) -> None:
-        if executor is None:
+        if await source.sheds(group, pipeline.valid_until):
+            outcome = pipeline.passed(group)
+        elif executor is None:
             outcome = pipeline.outcome(group)
         else:
             outcome = await asyncio.get_running_loop().run_in_executor(executor, pipeline.outcome, group)

@@ -4,7 +4,7 @@ A source is also the clock. Live it waits; in a replay it jumps simulated time. 
 path what time it is, so the same events give the same outcomes in both.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -91,6 +91,11 @@ class Group(msgspec.Struct, frozen=True, gc=False):
     straggler: bool = False
     previous: int | None = None
 
+    @property
+    def key(self) -> str:
+        """What names it among all groups: its close, and the symbol of a straggler."""
+        return f"{self.close_time} {self.symbols[0]}" if self.straggler else str(self.close_time)
+
 
 @dataclass(frozen=True, slots=True)
 class Hole:
@@ -121,7 +126,7 @@ class Outcome(msgspec.Struct, frozen=True):
     wanted exposure from -1 to 1, empty for a straggler; `refused` says why a strategy has none in this group
     although it was asked, and `raised` holds what those that failed raised, for the log: it is not published.
     `outlooks` holds what the paths of each forecast say, where that is asked for; the forecasts come without
-    them. `root` is the root topic it is published under.
+    them. `root` is the root topic it is published under. One that is `shed` was not forecast at all.
     """
 
     root: str
@@ -137,6 +142,7 @@ class Outcome(msgspec.Struct, frozen=True):
     refused: Mapping[str, str] = msgspec.field(default_factory=dict)
     raised: Mapping[str, Exception] = msgspec.field(default_factory=dict)
     outlooks: Mapping[str, Outlook] = msgspec.field(default_factory=dict)
+    shed: bool = False
 
     def tradable(self, symbol: str) -> bool:
         """Whether the group was due before the symbol's next bar should have closed: news, not a backlog."""
@@ -152,6 +158,10 @@ class Source(Protocol):
 
     async def next(self, deadline: int | None) -> Event | None:
         """The next event, or None once `deadline` has passed first. Raise `EndOfSource` at the end."""
+        ...
+
+    async def sheds(self, group: Group, valid_until: Callable[[Group], int]) -> bool:
+        """Whether a group is not to be forecast, as its signals would not be valid any more."""
         ...
 
 

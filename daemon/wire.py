@@ -256,6 +256,9 @@ class GroupDone(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         dict[str, str],
         _of("Which strategies gave targets that cannot be, so that they have none in this group, and why."),
     ] = {}
+    shed: Annotated[
+        bool, _of("Whether nothing was forecast, as the signals would have come after their time.")
+    ] = False
 
 
 class Backfill(msgspec.Struct, frozen=True, kw_only=True):
@@ -682,6 +685,7 @@ def messages(outcome: Outcome) -> Iterator[Outgoing]:
             valid_until=to_text(last),
             tradable=all(map(outcome.tradable, group.symbols)),
             refused=dict(outcome.refused),
+            shed=outcome.shed,
         ),
         f"{root}/groups/{timeframe}",
         retain=False,

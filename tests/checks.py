@@ -14,7 +14,7 @@ from barcast.backtest.replay import Recording
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Scribe
 from barcast.daemon.pipeline import Pipeline, run
-from barcast.daemon.ports import Activation, Arrival, EndOfSource, Event
+from barcast.daemon.ports import Activation, Arrival, EndOfSource, Event, Group
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Forecaster, Window
 from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing, settings
@@ -288,6 +288,10 @@ class BusySource:
         event = self.waiting.pop(0)
         self.clock = max(self.clock, event.time)
         return event
+
+    async def sheds(self, group: Group, valid_until: Callable[[Group], int]) -> bool:
+        """Nothing is shed."""
+        return False
 
 
 def history(seed: int) -> list[Event]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from barcast.backtest.replay import Recording, replay
 from barcast.daemon.calendar import Calendars
-from barcast.daemon.events import Champion, events, restore
+from barcast.daemon.events import Champion, events, restore, shed_groups
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
@@ -119,6 +119,7 @@ def source(world: World, scribe: Scribe, **changes: object) -> LiveSource:
         "backlog": (),
         "position": 0,
         "stamped": 0,
+        "shed": (),
     }
     world.source = LiveSource(world, scribe, world, **(settings | changes))
     return world.source
@@ -193,6 +194,7 @@ class Instance:
             backlog=backlog,
             position=progress.seq,
             stamped=max(self.journal.last_time(), progress.clock),
+            shed=shed_groups(self.journal, progress.seq),
         )
         self.sink = LiveSink(self.scribe, self.source, Silent())
         self._open_model = open_model
@@ -206,7 +208,7 @@ class Instance:
         recording, pipeline = Recording(), Pipeline(self._open_model)
         base = restore(self.journal, pipeline, self.journal.base)
         recorded = events(self.journal.records(base), pipeline.revision)
-        replay((event for _, event in recorded), pipeline, recording)
+        replay((event for _, event in recorded), pipeline, recording, shed=shed_groups(self.journal))
         return recording.messages
 
     def image(self) -> sqlite3.Connection:

@@ -203,6 +203,7 @@ def test_decision_wakes_a_source_that_waits(tmp_path, scribe):
         backlog=(),
         position=0,
         stamped=0,
+        shed=(),
     )
 
     async def decides():
