@@ -1,7 +1,6 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 ALONE := "not broker and not promtool and not browser"
-SERVICE := tests/daemon tests/deploy tests/integration
 
 .PHONY: help demo test check bench bench-peers study clean
 help: ## this list
@@ -11,18 +10,15 @@ demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, re
 	$(BIN)/barcast demo
 
 test: check ## all checks and tests, with a real mosquitto, promtool and Chromium (installs them where it may)
-	.ci/mosquitto
-	.ci/promtool
-	.ci/chromium
-	$(BIN)/pytest -m "broker or promtool or browser"
+	.ci/tools
+	$(BIN)/pytest -n 3 -m "broker or promtool or browser"
 
-check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker; those that wait run one at a time
+check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest
 	$(BIN)/lint-imports
-	$(BIN)/pytest -n 2 --dist loadfile -m $(ALONE) $(addprefix --ignore=,$(SERVICE)) tests
-	$(BIN)/pytest -m $(ALONE) $(SERVICE)
+	$(BIN)/pytest -n 2 -m $(ALONE) tests
 
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench

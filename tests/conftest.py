@@ -3,11 +3,31 @@
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from barcast.backtest import cli
 
 settings.register_profile("barcast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("barcast")
+
+
+class Files(LoadScopeScheduling):
+    """Of several workers one has a file, whose tests share what they made; each test with a broker has its own."""
+
+    def _split_scope(self, nodeid):
+        file = nodeid.split("::")[0]
+        return nodeid if file.startswith("tests/integration/") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """Keep the order of the tests."""
+    config.option.loadscopereorder = False
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that nobody waits for it in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture

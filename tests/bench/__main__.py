@@ -62,7 +62,7 @@ def main() -> None:
     if unknown := set(given.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if executable() is None:
-        parser.error("mosquitto is missing: .ci/mosquitto installs it, or `apt-get install mosquitto`")
+        parser.error("mosquitto is missing: .ci/tools installs it, or `apt-get install mosquitto`")
     facts = machine()
     out.print(sentence(facts))
     began = time.monotonic()

@@ -16,7 +16,7 @@ from barcast.models import Bar
 from tests.deploy.machine import NO_NETWORK, PACKAGES, PYTHON, SOURCE, Machine, obstacle
 from tests.integration.broker import SHIPPED, SHIPPED_ACL, executable, password_line
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.long]
 SYMBOLS = ("AAPL", "IBM", "MSFT")
 FIRST = datetime(2007, 1, 1, tzinfo=UTC)
 CLOSE = datetime(2011, 3, 1, 21, tzinfo=UTC)
@@ -140,9 +140,16 @@ def restarts(machine, unit):
     return int(machine.show(unit, "NRestarts")), machine.show(unit, "ActiveState")
 
 
+def main_pid(machine, unit):
+    """The number of a unit's main process."""
+    number = machine.show(unit, "MainPID")
+    assert int(number) > 0, machine.journal(unit)  # to kill 0 is to kill whoever runs the tests
+    return number
+
+
 def status_of(machine, unit):
     """What the kernel says of a unit's main process."""
-    lines = machine.run("cat", f"/proc/{machine.show(unit, 'MainPID')}/status").stdout.splitlines()
+    lines = machine.run("cat", f"/proc/{main_pid(machine, unit)}/status").stdout.splitlines()
     return {key: value.split() for key, value in (line.split(":", 1) for line in lines)}
 
 
@@ -182,7 +189,7 @@ def test_running_process_may_do_little(machine):
 
 def test_password_is_seen_by_the_service_alone(machine):
     """The file is root's; the service has a copy of its own; no argument and no environment holds it."""
-    pid = machine.show("barcast@plain", "MainPID")
+    pid = main_pid(machine, "barcast@plain")
     root = f"/proc/{pid}/root"
     assert machine.run("stat", "-c", "%a %U", "/etc/barcast/plain.password").stdout == "600 root\n"
     inside = machine.run("stat", "-c", "%a %u %s", f"{root}/etc/barcast/plain.password").stdout.split()
@@ -216,13 +223,13 @@ def test_path_that_hangs_is_restarted(machine):
 
 def test_loop_that_stands_is_restarted(machine):
     """A process that is stopped is ended by the watchdog, too."""
-    machine.run("kill", "-STOP", machine.show("barcast@plain", "MainPID"))
+    machine.run("kill", "-STOP", main_pid(machine, "barcast@plain"))
     machine.wait("a restart", lambda: restarts(machine, "barcast@plain") == (2, "active"))
 
 
 def test_killed_daemon_is_back(machine):
     """After kill -9 it starts again, and goes on with what it has on disk."""
-    machine.run("kill", "-9", machine.show("barcast@plain", "MainPID"))
+    machine.run("kill", "-9", main_pid(machine, "barcast@plain"))
     machine.wait("a restart", lambda: restarts(machine, "barcast@plain") == (3, "active"))
     assert list(signals(market(machine, "plain", ["MSFT"]))) == ["MSFT"]
 

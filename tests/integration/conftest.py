@@ -1,5 +1,6 @@
 """A real broker and a trained intraday model for the tests that run the daemon as a process."""
 
+import fcntl
 from dataclasses import replace
 
 import pytest
@@ -44,8 +45,23 @@ def broker(brokers):
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
-    """Two one-minute models: one that was trained, and a spoiled copy of it with bands far too wide."""
+def checkpoints(tmp_path_factory, worker_id):
+    """Two one-minute models: one that was trained, and a spoiled copy of it with bands far too wide.
+
+    The first of several workers to need them makes them for all.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "models"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "spoiled").exists():
+            make_checkpoints(folder)
+    return folder
+
+
+def make_checkpoints(folder):
+    """Train the good model and spoil it."""
     import torch
 
     from barcast.models.checkpoint import save
@@ -58,9 +74,7 @@ def checkpoints(tmp_path_factory):
     with torch.no_grad():
         good.net.denoiser.leave.weight.normal_(0, 0.02, generator=generator)
     good = replace(good, record=replace(good.record, denoiser_step=40))
-    folder = tmp_path_factory.mktemp("models")
     save(good, folder / "good")
     with torch.no_grad():
         good.net.map.static.mul_(3.0)
     save(good, folder / "spoiled")
-    return folder

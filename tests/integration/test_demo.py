@@ -83,6 +83,7 @@ def test_broker_that_does_not_answer_is_said(tmp_path: Path) -> None:
     assert "Traceback" not in run.stderr
 
 
+@pytest.mark.long
 def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     """Signals replay without a difference, the planted model is refused, and the report needs no network.
 

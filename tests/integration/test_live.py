@@ -5,6 +5,8 @@ import shutil
 import time
 from datetime import UTC, datetime, timedelta
 
+import pytest
+
 from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon.journal import Journal, Kind, State
 from tests.garch import simulate
@@ -15,6 +17,7 @@ HISTORY, LIVE, SYMBOLS = 1450, 120, 26
 NEW, RECENT = 22, 85  # symbols that are too new to learn from, and their bars of history
 
 
+@pytest.mark.long
 def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path, request):
     """Both samplers, a bad feed, a broker restart, a kill -9 and a model swap: the replay differs in no byte.
 
