@@ -12,7 +12,7 @@ settings.load_profile("barcast")
 
 
 class Files(LoadScopeScheduling):
-    """Of several workers one has a file, whose tests share what they made; each test with a broker has its own."""
+    """One worker has a file, whose tests share what they made; tests with a broker go out one by one."""
 
     def _split_scope(self, nodeid):
         file = nodeid.split("::")[0]

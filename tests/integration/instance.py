@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import groupby
@@ -22,6 +22,14 @@ from barcast.daemon.wire import encode_bars
 from barcast.models import Bar, Window
 
 BARCAST = (sys.executable, "-m", "barcast.backtest.cli")
+
+
+def until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"in {seconds} s it did not come to this: {what}"
+        time.sleep(0.05)
 
 
 def client(name: str, port: int, user: str | None = None) -> paho.Client:
@@ -117,8 +125,11 @@ class Instance:
 
     def log(self) -> list[dict[str, object]]:
         """The daemon's log lines so far."""
+        return self._lines("")
+
+    def _lines(self, word: str) -> list[dict[str, object]]:
         lines = (self.folder / "daemon.log").read_text().splitlines()
-        return [json.loads(line) for line in lines if line.startswith("{")]
+        return [json.loads(line) for line in lines if line.startswith("{") and word in line]
 
     def wait_for(self, event: str, seconds: float = 60, count: int = 1) -> dict[str, object]:
         """Wait until the log holds an event `count` times; return the last."""
@@ -126,7 +137,7 @@ class Instance:
         while time.monotonic() < until:
             if self.process is not None and self.process.poll() is not None:
                 raise AssertionError((self.folder / "daemon.log").read_text()[-3000:])
-            found = [line for line in self.log() if line["event"] == event]
+            found = [line for line in self._lines(f'"{event}"') if line["event"] == event]
             if len(found) >= count:
                 return found[-1]
             time.sleep(0.1)

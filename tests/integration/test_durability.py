@@ -31,7 +31,7 @@ from barcast.daemon.wire import encode_bars, to_text
 from barcast.models import Bar
 from tests.garch import simulate
 from tests.integration.broker import SHIPPED, SHIPPED_ACL, Mosquitto
-from tests.integration.instance import BARCAST, Instance, Subscriber, client, write_history
+from tests.integration.instance import BARCAST, Instance, Subscriber, client, until, write_history
 
 MINUTE = 60 * 10**9
 HISTORY = 150
@@ -114,14 +114,6 @@ def old_bars(start: int) -> Iterator[Bar]:
             price = 50.0 + i + minute % 7
             time_ = start - 600 * MINUTE + minute % 500 * MINUTE
             yield Bar(f"OLD{i:03d}", time_, price, price + 1, price - 1, price, float(minute))
-
-
-def until(holds: Callable[[], bool], what: str, seconds: float = 60) -> None:
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"in {seconds} s it did not come to this: {what}"
-        time.sleep(0.05)
 
 
 class Stage:

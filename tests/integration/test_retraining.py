@@ -12,10 +12,10 @@ from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon.events import Champion
 from barcast.daemon.journal import Journal, Kind, State
 from tests.garch import simulate
-from tests.integration.instance import Feed, Instance, Subscriber, rough, write_history
+from tests.integration.instance import Feed, Instance, Subscriber, rough, until, write_history
 
 MINUTE = 60 * 10**9
-HISTORY, LIVE = 1450, 150
+HISTORY, LIVE = 1450, 900  # of the live bars as many are sent as it takes
 
 
 def close(signal):
@@ -69,7 +69,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert "horizons" in (kept / "other.json").read_text()
 
     assert instance.order("rollback", "--to", "hs").stdout.startswith("hs serves again")
-    time.sleep(3)  # some bars under it
+    until(lambda: last_signed(subscriber) == "hs", "some bars under it")
     assert instance.order("rollback").stdout.startswith(f"{good} serves again")
     first = instance.order("rollback").stdout.split()[0]
     refused = instance.order("rollback")
@@ -94,7 +94,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     instance.launch()
     instance.wait_for("ready", count=2)
     assert f"{good} serves since" in instance.order("retrain").stdout
-    time.sleep(3)
+    until(lambda: last_signed(subscriber).split("-")[0] == good, "some bars under it")
     feed.plan.clear()
     feed.close()
     time.sleep(1)
@@ -137,6 +137,11 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert compare(replayed).agrees
     assert len(difference.missing) == counts[State.EXPIRED]
     assert len({json.loads(p)["model"] for _, p in signals}) == 3
+
+
+def last_signed(subscriber):
+    """The model of the newest signal."""
+    return json.loads(subscriber.of("signals")[-1][1])["model"]
 
 
 def child(instance):
