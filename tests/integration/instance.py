@@ -113,7 +113,11 @@ class Instance:
             + (f'sampler = "{self.sampler}"\n' if self.sampler else "")
             + '[[strategy]]\nkind = "median-drift"\n'
             f"[rehearsal]\nstart = {begin.isoformat()}\nat = {self.at.isoformat()}\nspeed = {self.speed}\n"
-            + (f'[retrain]\ncron = "{self.cron}"\nsteps = 8\nmargin = 0.0\n' if self.cron else self.retrain)
+            + (
+                f'[retrain]\ncron = "{self.cron}"\nsteps = 8\nmargin = 0.0\nnice = 0\n'
+                if self.cron
+                else self.retrain
+            )
             + (f"[http]\nport = {self.http}\n" if self.http else "")
         )
         return path

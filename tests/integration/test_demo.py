@@ -17,7 +17,7 @@ def barcast(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would, without a terminal."""
     env = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "barcast.backtest.cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=240)
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=540)
 
 
 class Loads(HTMLParser):
@@ -84,6 +84,7 @@ def test_broker_that_does_not_answer_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(600)  # a training gives way to whatever else the machine does
 def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     """Signals replay without a difference, the planted model is refused, and the report needs no network.
 

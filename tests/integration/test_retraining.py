@@ -38,9 +38,9 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     names = ["AA", "BB"]
     windows = [simulate(name, HISTORY + LIVE, seed=2, step=MINUTE).window for name in names]
     begin = int(windows[0].close_times[HISTORY - 1])
-    table = "[retrain]\nsteps = 1\nmargin = 0.02\n"  # what is trained here in a step must not win
+    table = "[retrain]\nsteps = 1\nmargin = 0.02\nnice = 0\n"  # what is trained here in a step must not win
     spoiled = str(checkpoints / "spoiled")
-    instance = Instance(tmp_path / "instance", broker.port, names, spoiled, begin, speed=60, retrain=table)
+    instance = Instance(tmp_path / "instance", broker.port, names, spoiled, begin, speed=30, retrain=table)
     write_history(windows, HISTORY, instance.state / "history")
     inbox = instance.state / "challengers"
     torch.set_num_threads(1)
