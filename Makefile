@@ -1,6 +1,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 ALONE := "not broker and not promtool and not browser"
+MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser)'
 
 .PHONY: help demo test check bench bench-peers study clean
 help: ## this list
@@ -11,7 +12,7 @@ demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, re
 
 test: check ## all checks and tests, with a real mosquitto, promtool and Chromium (installs them where it may)
 	.ci/tools
-	$(BIN)/pytest -n 3 -m "broker or promtool or browser"
+	$(BIN)/pytest -n 3 -m "broker or promtool or browser" $(shell grep -rlE $(MARKED) tests | sed s,/conftest.py,,)
 
 check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/ruff check .
