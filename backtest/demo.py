@@ -75,6 +75,7 @@ kind = "median-drift"
 cron = "{second} * * * * *"
 steps = 150
 margin = 0.0
+nice = 0
 
 [rehearsal]
 start = {start}

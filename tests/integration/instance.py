@@ -62,6 +62,11 @@ class Subscriber:
         """What came under one kind of topic."""
         return [(t, p) for t, p in self.seen if t.startswith(f"barcast/v1/{kind}/")]
 
+    def signed(self) -> str:
+        """The model of the newest signal."""
+        model = json.loads(self.of("signals")[-1][1])["model"]
+        return str(model).split("-")[0]
+
     def states(self) -> list[str]:
         """The daemon's states as they were announced, each as often as it changed to it."""
         said = [json.loads(payload)["state"] for _, payload in self.of("status")]

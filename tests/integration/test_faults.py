@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import time
-from datetime import UTC, datetime, timedelta
 
 from barcast.backtest.verify import compare, replay_journal
 from barcast.daemon.journal import Journal, Kind
@@ -21,16 +20,9 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     names = ["AA", "BB", "CC"]
     windows = [simulate(name, HISTORY + LIVE, seed=2, step=MINUTE).window for name in names]
     begin = int(windows[0].close_times[HISTORY - 1])
-    soon = datetime.now(UTC) + timedelta(seconds=9)
-    instance = Instance(
-        tmp_path / "instance",
-        broker.port,
-        names,
-        str(checkpoints / "good"),
-        begin,
-        speed=100,
-        cron=f"{soon.second} {soon.minute} {soon.hour} * * *",
-    )
+    table = "[retrain]\nsteps = 8\nnice = 0\n"
+    good = str(checkpoints / "good")
+    instance = Instance(tmp_path / "instance", broker.port, names, good, begin, speed=100, retrain=table)
     write_history(windows, HISTORY, instance.state / "history")
     subscriber = Subscriber(broker.port)
     instance.launch()
@@ -41,6 +33,7 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     for payload in (b"{", b'{"close_time": 7}', b"\xff\xfe"):
         feed.client.publish("barcast/v1/bars/1m/AA", payload, 1)
 
+    assert instance.order("retrain", "--now").returncode == 0
     instance.wait_for("retrain_started")
     trainer = None
     for _ in range(100):

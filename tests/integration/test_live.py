@@ -40,10 +40,8 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path,
     feed = Feed(instance, rough(windows, HISTORY, seed=4))
     feed.start()
 
-    def signed():
-        return {json.loads(payload)["model"] for _, payload in subscriber.of("signals")}
-
     until(lambda: len(subscriber.of("signals")) >= 300, "signals by the first sampler")
+    first = subscriber.signed()
     instance.kill()
     instance.sampler = "ddim"
     shutil.copytree(checkpoints / "good", instance.state / "challengers" / "better")
@@ -56,7 +54,7 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path,
     time.sleep(0.5)
     broker.start()
     ended = instance.wait_for("retrain_ended", seconds=150)
-    until(lambda: len(subscriber.of("signals")) >= ENOUGH and len(signed()) >= 2, "signals by the new model")
+    until(lambda: len(subscriber.of("signals")) >= ENOUGH and subscriber.signed() != first, "it takes over")
     feed.plan.clear()
     feed.close()
     time.sleep(1)  # what waits for a timer
@@ -70,10 +68,11 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path,
     replayed = replay_journal(instance.state / "journal.db")
     captured = [pair for kind in ("signals", "targets", "groups", "backfill") for pair in subscriber.of(kind)]
     difference = compare(replayed, captured)
+    models = {json.loads(p)["model"] for _, p in subscriber.of("signals")}
     samplers = {json.loads(p)["sampler"] for _, p in subscriber.of("signals")}
     print(
         f"\n{difference.sentence()}; {counts[State.EXPIRED]} expired; samplers {sorted(samplers)}; "
-        f"{len(signed())} models; loop lag during the retraining p99 {ended['loop_lag_p99_ms']} ms, "
+        f"{len(models)} models; loop lag during the retraining p99 {ended['loop_lag_p99_ms']} ms, "
         f"max {ended['loop_lag_max_ms']} ms"
     )
     assert difference.signals >= ENOUGH

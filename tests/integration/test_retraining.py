@@ -69,7 +69,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert "horizons" in (kept / "other.json").read_text()
 
     assert instance.order("rollback", "--to", "hs").stdout.startswith("hs serves again")
-    until(lambda: last_signed(subscriber) == "hs", "some bars under it")
+    until(lambda: subscriber.signed() == "hs", "some bars under it")
     assert instance.order("rollback").stdout.startswith(f"{good} serves again")
     first = instance.order("rollback").stdout.split()[0]
     refused = instance.order("rollback")
@@ -94,7 +94,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     instance.launch()
     instance.wait_for("ready", count=2)
     assert f"{good} serves since" in instance.order("retrain").stdout
-    until(lambda: last_signed(subscriber).split("-")[0] == good, "some bars under it")
+    until(lambda: subscriber.signed() == good, "some bars under it")
     feed.plan.clear()
     feed.close()
     time.sleep(1)
@@ -137,11 +137,6 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert compare(replayed).agrees
     assert len(difference.missing) == counts[State.EXPIRED]
     assert len({json.loads(p)["model"] for _, p in signals}) == 3
-
-
-def last_signed(subscriber):
-    """The model of the newest signal."""
-    return json.loads(subscriber.of("signals")[-1][1])["model"]
 
 
 def child(instance):
