@@ -26,7 +26,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest begins first, so that nobody waits for it in the end."""
+    """What takes longest begins first, so that nobody waits for it in the end; it has ten minutes."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.timeout(600))
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

@@ -84,7 +84,6 @@ def test_broker_that_does_not_answer_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)  # a training gives way to whatever else the machine does
 def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     """Signals replay without a difference, the planted model is refused, and the report needs no network.
 

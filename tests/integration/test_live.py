@@ -53,7 +53,7 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path,
     broker.stop()
     time.sleep(0.5)
     broker.start()
-    ended = instance.wait_for("retrain_ended", seconds=150)
+    ended = instance.wait_for("retrain_ended", seconds=300)
     until(lambda: len(subscriber.of("signals")) >= ENOUGH and subscriber.signed() != first, "it takes over")
     feed.plan.clear()
     feed.close()

@@ -78,7 +78,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert "0123456789abcdef: no such model" in instance.order("rollback", "--to", "0123456789abcdef").stderr
     shutil.copytree(checkpoints / "good", inbox / "again")
     assert instance.order("retrain", "--now").stdout.startswith("asked for")
-    again = instance.wait_for("challenger_judged", seconds=120, count=4)
+    again = instance.wait_for("challenger_judged", seconds=300, count=4)
     assert (again["challenger"], again["accepted"]) == (good, False)
     assert again["reason"].startswith("it was rolled back from")
     trainer = child(instance)
