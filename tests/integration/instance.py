@@ -162,7 +162,7 @@ class Instance:
         """Run a command of an operator on this instance's configuration."""
         verb, *options = words
         command = [*BARCAST, verb, str(self.folder / "barcast.toml"), *options]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+        return subprocess.run(command, capture_output=True, text=True, timeout=540)
 
     def stop(self) -> int:
         """SIGTERM; return the exit status."""
