@@ -90,7 +90,7 @@ def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     A byte of a captured signal that is changed afterwards is found by the same command.
     """
     folder = tmp_path / "demo"
-    run = barcast("demo", "--folder", str(folder), "--broker", f"127.0.0.1:{broker.port}", "--seconds", "20")
+    run = barcast("demo", "--folder", str(folder), "--broker", f"127.0.0.1:{broker.port}", "--seconds", "40")
     logs = "".join(path.read_text()[-2000:] for path in folder.glob("*.log"))
     assert run.returncode == 0, run.stdout + run.stderr + logs
     signals = re.search(r"replay of the journal: (\d+) signals, 0 differ", run.stdout)

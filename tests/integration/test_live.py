@@ -29,7 +29,7 @@ def test_rough_live_run_replays_to_the_same_bytes(broker, checkpoints, tmp_path,
     windows = [simulate(name, HISTORY + LIVE, seed=3, step=MINUTE).window for name in names]
     begin = int(windows[0].close_times[HISTORY - 1])
     instance = Instance(
-        tmp_path / "instance", broker.port, names, str(checkpoints / "spoiled"), begin, speed=110
+        tmp_path / "instance", broker.port, names, str(checkpoints / "spoiled"), begin, speed=60
     )
     write_history(windows[NEW:], HISTORY, instance.state / "history")
     write_history(windows[:NEW], HISTORY, instance.state / "history", HISTORY - RECENT)
