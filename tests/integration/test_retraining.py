@@ -83,11 +83,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert again["reason"].startswith("it was rolled back from")
     trainer = child(instance)
     instance.kill()
-    for _ in range(100):
-        if not running(trainer):
-            break
-        time.sleep(0.05)
-    assert not running(trainer)
+    until(lambda: not running(trainer), "the training ends, too")
     assert instance.order("retrain").returncode == 78
     down = instance.order("rollback", "--to", good)
     assert down.stdout.startswith(f"{good} will serve from the next start on"), down.stderr
