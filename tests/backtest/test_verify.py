@@ -5,7 +5,6 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.backtest.verify import Replayed, compare, read_capture, replay_journal
+from barcast.backtest.verify import Comparison, read_capture, replay_journal, verify
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import Champion, Warmth
 from barcast.daemon.history import bars, scan
@@ -100,17 +99,17 @@ def elsewhere(tmp_path_factory):
 
 def test_journal_of_other_kernels_is_replayed_and_says_how_far_it_is_apart(elsewhere, run):
     """Torch's plain kernels give other last bits: the replay names both and the largest difference."""
-    replayed = replay_journal(elsewhere / "journal.db")
-    [(recorded, own)] = replayed.fingerprints
+    found = verify(elsewhere / "journal.db")
+    [(recorded, own)] = found.fingerprints
+    assert replay_journal(elsewhere / "journal.db").fingerprints == found.fingerprints
     assert ("cpu=DEFAULT" in recorded, "cpu=DEFAULT" in own) == (True, False)
-    found = compare(replayed)
     assert found.agrees
-    assert (found.signals, found.differing, found.missing) == (2 * SESSIONS, (), ())
+    assert (found.signals, found.differing, found.missing) == (2 * SESSIONS, 0, 0)
     assert found.apart.signals == 2 * SESSIONS
     assert 0 <= found.apart.quantile < 1
     assert 0 <= found.apart.deviations < 1e-2
     assert (found.apart.differing > 0) == (max(found.apart.quantile, found.apart.mean, found.apart.std) > 0)
-    status, out, err = run("replay", str(elsewhere / "journal.db"))
+    status, out, err = run("verify", str(elsewhere / "journal.db"))
     assert (status, err) == (0, "")
     assert f"recorded under {recorded!r}, replayed under {own!r}: bytes are not promised" in out
     assert f"{found.apart.differing} of {2 * SESSIONS} signals differ" in out
@@ -120,13 +119,13 @@ def test_journal_of_other_kernels_is_replayed_and_says_how_far_it_is_apart(elsew
 def test_spoilt_figure_is_found_elsewhere_with_its_size(elsewhere, run, tmp_path):
     """In a capture from elsewhere a quantile that was moved by 3 basis points stands out by its place."""
     file = captured(elsewhere, tmp_path / "seen")
-    assert run("replay", str(elsewhere / "journal.db"), "--capture", str(file))[0] == 0
+    assert run("verify", str(elsewhere / "journal.db"), "--capture", str(file))[0] == 0
     seen = read_capture(file)
     at = [topic for topic, _ in seen].index("t/signals/session/IBM")
     signal = msgspec.json.decode(seen[at][1], type=Signal)
     signal.quantiles[1][5] += 3e-4 * signal.reference
     seen[at] = seen[at][0], msgspec.json.encode(signal)
-    found = compare(replay_journal(elsewhere / "journal.db"), seen)
+    found = verify(elsewhere / "journal.db", captured=seen)
     assert found.apart.quantile == pytest.approx(3, abs=0.01)
     assert found.apart.deviations == pytest.approx(3e-4 / signal.std[1], rel=0.01)
     assert found.apart.place == f"IBM at {signal.close_time}, +5, q90"
@@ -186,15 +185,21 @@ def beside(*captured, elsewhere=True):
         message("t/signals/1m/A", msgspec.json.encode(SIGNAL)),
         message("t/targets/drift/1m/A", msgspec.json.encode(TARGET)),
     ]
-    ids, pairs = ({m.id for m in own}, (("x", "y"),)) if elsewhere else ((), ())
-    replayed = Replayed(own, elsewhere=frozenset(ids), fingerprints=pairs)
-    return compare(
-        replayed,
+    return held(
+        own,
         [
             ("t/signals/1m/A" if isinstance(c, Signal) else "t/targets/drift/1m/A", msgspec.json.encode(c))
             for c in captured
         ],
+        elsewhere,
     )
+
+
+def held(replayed, captured, elsewhere=False, **options):
+    """What is said of replayed messages beside captured ones."""
+    comparison = Comparison(captured=captured, **options)
+    comparison.hear(replayed, elsewhere)
+    return comparison.end([("x", "y")] if elsewhere else ())
 
 
 def other(body=SIGNAL, **changes):
@@ -210,16 +215,16 @@ def test_comparison_counts_what_differs_and_what_is_missing(tmp_path):
         message("t/groups/1m", b"3"),
     ]
     captured = [(m.topic, m.payload) for m in replayed]
-    agree = compare(Replayed(replayed), [*captured, captured[0]])
-    assert (agree.signals, agree.differing, agree.missing, agree.agrees) == (2, (), (), True)
-    flipped = compare(Replayed(replayed), [("t/signals/1m/A", b"0"), *captured[1:]])
-    assert flipped.differing == (("t/signals/1m/A", b"0"),)
-    assert flipped.missing == (replayed[0],)
-    assert not flipped.agrees
-    late = compare(Replayed(replayed), captured[:2])
-    assert (late.missing, late.agrees) == ((replayed[2],), True)
-    assert compare(Replayed(replayed[:2]), captured).differing == (captured[2],)
-    assert not compare(Replayed(replayed), []).agrees
+    agree = held(replayed, [*captured, captured[0]])
+    assert (agree.signals, agree.differing, agree.missing, agree.agrees) == (2, 0, 0, True)
+    flipped = held(replayed, [("t/signals/1m/A", b"0"), *captured[1:]])
+    assert (flipped.differing, flipped.missing, flipped.agrees) == (1, 1, False)
+    assert [(place.topic, place.symbol) for place in flipped.places] == [("t/signals/1m/A", "A")]
+    late = held(replayed, captured[:2])
+    assert (late.missing, late.agrees) == (1, True)
+    extra = held(replayed[:2], captured)
+    assert (extra.differing, [place.topic for place in extra.places]) == (1, ["t/groups/1m"])
+    assert not held(replayed, []).agrees
     file = tmp_path / "capture.jsonl"
     file.write_text('["t/signals/1m/A","1"]\n["t/signals/1m/B","2"]\n["t/groups/1m","3"]\n')
     assert read_capture(file) == captured
@@ -237,7 +242,7 @@ def test_largest_difference_of_each_figure_is_known():
         drawdown=0.0403,
     )
     found = beside(moved, other(TARGET, target=0.2))
-    assert (found.signals, found.differing, found.missing, found.agrees) == (1, (), (), True)
+    assert (found.signals, found.differing, found.missing, found.agrees) == (1, 0, 0, True)
     apart = found.apart
     assert (apart.signals, apart.differing, apart.targets) == (1, 1, 1)
     assert apart.place == "A at 2025-01-31T21:00:00Z, +5, q50"
@@ -287,13 +292,13 @@ def test_more_than_figures_is_a_difference_elsewhere(changed):
     """What follows from the bars alone is the same on every machine: figures may differ, flags may not."""
     kept = TARGET if isinstance(changed, Signal) else SIGNAL
     found = beside(changed, kept)
-    assert (len(found.differing), len(found.missing), found.agrees) == (1, 1, False)
+    assert (found.differing, found.missing, found.agrees) == (1, 1, False)
 
 
 def test_figure_within_one_fingerprint_is_a_difference():
     """Bytes are promised there: the smallest change of a figure is one."""
     found = beside(other(rise=[0.5, 0.600000001]), TARGET, elsewhere=False)
-    assert (len(found.differing), found.agrees, found.apart) == (1, False, None)
+    assert (found.differing, found.agrees, found.apart) == (1, False, None)
 
 
 # Of journals, with the fake.
@@ -342,9 +347,9 @@ def move(state, which="IN (SELECT seq FROM record WHERE kind = 'activation')"):
 LAST = "(SELECT MAX(n) FROM outbox WHERE topic LIKE '%/signals/%')"
 
 
-def spoil(state, old, new):
-    """Put something else into the last signal of the outbox."""
-    sql = f"UPDATE outbox SET payload = CAST(REPLACE(payload, ?, ?) AS BLOB) WHERE n = {LAST}"
+def spoil(state, old, new, which=LAST):
+    """Put something else into a signal of the outbox, by default the last one."""
+    sql = f"UPDATE outbox SET payload = CAST(REPLACE(payload, ?, ?) AS BLOB) WHERE n = {which}"
     change(state, sql, old, new)
 
 
@@ -354,13 +359,13 @@ def test_journal_is_held_against_its_own_outbox(state, run, foreign):
     if foreign:
         move(state)
     path = str(state / "journal.db")
-    status, out, _ = run("replay", path)
+    status, out, _ = run("verify", path)
     assert status == 0
     assert "8 signals in the journal's own outbox, 0 messages differ from the replay" in out
     assert ("0 of 8 signals differ" in out) == foreign
     for count, gone in enumerate((LAST, "(SELECT MIN(n) FROM outbox)"), 1):
         change(state, f"DELETE FROM outbox WHERE n = {gone}")
-        status, out, _ = run("replay", path)
+        status, out, _ = run("verify", path)
         assert (status, f"{count} of the replay are not in it" in out) == (1, True)
 
 
@@ -374,7 +379,7 @@ def test_signal_of_the_outbox_that_nobody_replays(state, run, foreign):
         "INSERT INTO outbox (id, topic, payload, retain, expires) "
         f"SELECT 'x', 't/signals/1m/C', payload, 1, expires FROM outbox WHERE n = {LAST}",
     )
-    status, out, _ = run("replay", str(state / "journal.db"))
+    status, out, _ = run("verify", str(state / "journal.db"))
     assert (status, "9 signals" in out, "1 messages differ from the replay" in out) == (1, True, True)
 
 
@@ -384,7 +389,7 @@ def test_figure_of_the_outbox(state, run, foreign):
     if foreign:
         move(state)
     spoil(state, '"rise":[0.5,', '"rise":[0.4,')
-    status, out, _ = run("replay", str(state / "journal.db"))
+    status, out, _ = run("verify", str(state / "journal.db"))
     assert status == (not foreign)
     assert ("1 messages differ from the replay" in out) == (not foreign)
     assert ("1 of 8 signals differ, by at most 0 bp of the price and 0 of" in out) == foreign
@@ -394,7 +399,7 @@ def test_flag_of_the_outbox_is_no_figure(state, run):
     """Another machine flags the same forecasts."""
     move(state)
     spoil(state, '"flags":["warming"]', '"flags":[]')
-    status, out, _ = run("replay", str(state / "journal.db"))
+    status, out, _ = run("verify", str(state / "journal.db"))
     assert status == 1
     assert "1 messages differ from the replay, figures from elsewhere aside" in out
 
@@ -403,15 +408,15 @@ def test_flag_of_the_outbox_is_no_figure(state, run):
 def test_bytes_are_promised_for_the_part_that_was_recorded_here(state, which, foreign):
     """A journal that moved with its daemon: the bytes of what it said here are checked, before or after."""
     move(state, f"= (SELECT {which}(seq) FROM record WHERE kind = 'activation')")
-    replayed = replay_journal(state / "journal.db")
-    assert replayed.fingerprints == (("numpy=0.1", "numpy"),)
-    signals = [k for k, (topic, _) in enumerate(replayed.outbox) if "/signals/" in topic]  # newest first
-    assert compare(replayed).apart.signals == 4
-    for at in (0, -1):
-        k, spoilt = signals[at], list(replayed.outbox)
-        spoilt[k] = spoilt[k][0], spoilt[k][1].replace(b'"rise":[0.5,', b'"rise":[0.4,')
-        found = compare(replace(replayed, outbox=tuple(spoilt)))
-        assert (len(found.differing), found.apart.differing) == ((0, 1) if at == foreign else (1, 0))
+    whole = verify(state / "journal.db")
+    assert (whole.fingerprints, whole.agrees) == ((("numpy=0.1", "numpy"),), True)
+    assert whole.apart.signals == 4
+    spoil(state, '"rise":[0.5,', '"rise":[0.4,', LAST if foreign else LAST.replace("MAX", "MIN"))
+    here = verify(state / "journal.db")
+    assert (here.differing, here.apart.differing) == (1, 0)
+    spoil(state, '"rise":[0.5,', '"rise":[0.4,', LAST.replace("MAX", "MIN") if foreign else LAST)
+    both = verify(state / "journal.db")
+    assert (both.differing, both.apart.differing) == (1, 1)
 
 
 def test_what_was_not_settled_yet_is_not_missed(state):
@@ -421,5 +426,5 @@ def test_what_was_not_settled_yet_is_not_missed(state):
         journal.append([late])
     replayed = replay_journal(state / "journal.db")
     assert replayed.settled < len(replayed.messages)
-    found = compare(replayed)
-    assert (found.agrees, found.missing) == (True, ())
+    found = verify(state / "journal.db")
+    assert (found.agrees, found.missing) == (True, 0)
