@@ -444,7 +444,8 @@ def verify(
     from barcast.daemon.verification import Report
 
     journal = load(instance).state_dir / "journal.db" if instance.suffix == ".toml" else instance
-    give_way(19, parent)
+    if parent is not None:
+        give_way(19, parent)
     began = time.monotonic()
     found = do(journal, moment(since) or 0, read_capture(capture) if capture else None)
     seconds = round(time.monotonic() - began, 3)

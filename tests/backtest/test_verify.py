@@ -1,6 +1,8 @@
 """What is said of a recorded run that is computed again: to the byte on its machine, elsewhere how far."""
 
 import os
+import random
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -10,16 +12,22 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from barcast.backtest import verify as verify_module
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.backtest.verify import Comparison, read_capture, replay_journal, verify
+from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import Champion, Warmth
 from barcast.daemon.history import bars, scan
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.pipeline import Settings, StrategySettings
+from barcast.daemon.retention import compact
 from barcast.daemon.store import ModelStore
 from barcast.daemon.timeframe import Timeframe
+from barcast.daemon.verification import Report
 from barcast.daemon.wire import (
     CoverageOfSignal,
     GroupOfSignal,
@@ -30,6 +38,7 @@ from barcast.daemon.wire import (
     TouchOfSignal,
     encode_bars,
 )
+from tests.checks import open_model
 from tests.fakes import MINUTE, START, Spread, bar, settings
 from tests.rim import SECOND, Instance, Message, World, activation, play, revision
 
@@ -428,3 +437,200 @@ def test_what_was_not_settled_yet_is_not_missed(state):
     assert replayed.settled < len(replayed.messages)
     found = verify(state / "journal.db")
     assert (found.agrees, found.missing) == (True, 0)
+
+
+# Streams of messages.
+
+
+def plain(number):
+    """A message of a stream: the signals of three symbols of each close, and their group."""
+    close = f"2025-01-{1 + number // 4 % 28:02d}T21:00:00Z"
+    name = number % 4
+    topic = "t/groups/1d" if name == 3 else f"t/signals/1d/{'ABC'[name]}"
+    return message(topic, f'{{"close_time":"{close}","n":{number}}}'.encode())
+
+
+@given(st.integers(0, 10**6))
+def test_streams_differ_by_what_is_in_one_of_them(seed):
+    """Whatever is lost, added, altered or changes places: what has no equal on the other side is counted."""
+    dice = random.Random(seed)
+    said = [plain(number) for number in range(100)]
+    told = [(m.topic, m.payload) for m in said]
+    for _ in range(dice.randrange(8)):
+        k = dice.randrange(len(told))
+        match dice.randrange(4):
+            case 0:
+                del told[k]
+            case 1:
+                told.insert(k, (told[k][0], told[k][1].replace(b'"n":', b'"n":9')))
+            case 2:
+                told[k] = told[k][0], told[k][1].replace(b'"n"', b'"m"')
+            case 3:
+                told.insert(dice.randrange(len(told)), told.pop(k))
+    again = {(m.topic, m.payload) for m in said}
+    wanted = len(set(told) - again), len(again - set(told))
+    comparison = Comparison(told)
+    for at in range(0, 100, 4):
+        comparison.hear(said[at : at + 4])
+    found = comparison.end()
+    assert (found.differing, found.missing) == wanted
+    assert found.agrees == (wanted == (0, 0))
+    captured = held(said, dice.sample(told, len(told)))
+    assert (captured.differing, captured.missing) == wanted
+
+
+def test_nothing_is_kept_of_what_agrees_and_little_of_what_does_not(monkeypatch):
+    """Memory does not grow: with the messages that are the same not at all, else up to a bound."""
+    monkeypatch.setattr(verify_module, "WAITING", 8)
+    said = [plain(number) for number in range(100)]
+    told = [(m.topic, m.payload) for m in said]
+    same = Comparison(told)
+    for one in said:
+        same.hear([one])
+        assert same._told.count == same._said.count == 0
+    assert same.end().signals == 75
+    other = Comparison([(topic, payload.replace(b'"n"', b'"m"')) for topic, payload in told])
+    for one in said:
+        other.hear([one])
+        assert other._told.count <= 8
+        assert other._said.count <= 8
+    found = other.end()
+    assert (found.signals, found.differing, found.missing) == (75, 100, 100)
+    assert len(found.places) == 10
+    assert found.sentence().count("\n") == 11
+
+
+# A day.
+
+MINUTES = 1440
+NOON = START + 720 * MINUTE
+
+
+def story(first, last):
+    """Minutes of three symbols: some bars come twice, some late, out of order, corrected or not at all."""
+    steps = []
+    for minute in range(first, last):
+        time, late = START + minute * MINUTE + SECOND, minute % 50 == 0
+        names = [name for name in "ABC" if not (late and name == "C") and (minute % 97 or name != "B")]
+        sent = [Message.of(bar(name, minute)) for name in names]
+        if minute % 7 == 0:
+            sent.append(sent[0])
+        if minute % 61 == 0:
+            sent.append(Message.of(bar("A", minute - 2, close=99.0)))
+        steps.append((time, sent))
+        if late:
+            steps.append((time + 14 * SECOND, [Message.of(bar("C", minute))]))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory):
+    """The state directory of an instance that lived for a day, with three starts and a new model at noon.
+
+    Before the second and the third start its journal was compacted.
+    """
+    state = tmp_path_factory.mktemp("day")
+    decided = [
+        (START, lambda source: source.decide(revision(settings("ABC")))),
+        (START, lambda source: source.decide(activation("spread"))),
+    ]
+    noon = [(NOON + 30 * SECOND, lambda source: source.decide(activation("other")))]
+    parts = ([*decided, *story(1, 480)], [*story(480, 721), *noon, *story(721, 960)], story(960, MINUTES))
+    for steps in parts:
+        world = World(time=steps[0][0])
+        world.script.extend(steps)
+        with closing(Instance(state / "journal.db", world, open_model)) as instance:
+            play(instance.run())
+        compact(state, world.time, 86_400 * SECOND, (), lambda: None)
+    return state
+
+
+@pytest.fixture
+def lived(day, tmp_path, monkeypatch):
+    """A copy of it."""
+    monkeypatch.setattr(
+        "barcast.daemon.store.open_model", lambda path, *options: open_model(Path(path).name, *options[1:])
+    )
+    state = tmp_path / "state"
+    shutil.copytree(day, state)
+    return state
+
+
+def test_a_real_day_passes(lived, run):
+    """Duplicates, stragglers, corrections, starts, another model and compactions: 0 messages differ."""
+    found = verify(lived / "journal.db")
+    assert (found.differing, found.missing, found.older) == (0, 0, 0)
+    assert found.signals > 4000
+    config = lived.parent / "barcast.toml"
+    config.write_text('instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n')
+    status, out, err = run("verify", str(config), "--json")
+    report = msgspec.json.decode(out, type=Report)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert (report.agrees, report.signals, report.places) == (True, found.signals, ())
+    assert msgspec.json.decode(out).keys() >= {"differing", "missing", "older", "fingerprints", "apart"}
+
+
+def signal_at(state, symbol, minute):
+    """The number of a signal in the outbox."""
+    close = wire.to_text(START + minute * MINUTE)
+    with closing(sqlite3.connect(state / "journal.db")) as db:
+        [(n, payload)] = db.execute(
+            "SELECT n, payload FROM outbox WHERE topic = ? AND INSTR(payload, ?)",
+            (f"t/signals/1m/{symbol}", f'"close_time":"{close}"'.encode()),
+        ).fetchall()
+    return n, payload
+
+
+def plant(state, symbol, minute):
+    """Change a digit of a quantile in the outbox, and nothing else."""
+    n, payload = signal_at(state, symbol, minute)
+    at = payload.index(b'"quantiles":[[') + len(b'"quantiles":[[') + 4
+    digit = b"7" if payload[at : at + 1] != b"7" else b"3"
+    change(state, "UPDATE outbox SET payload = ? WHERE n = ?", payload[:at] + digit + payload[at + 1 :], n)
+
+
+def test_one_byte_is_found_and_named(lived, run):
+    """A digit of one quantile among thousands: exit status 1, and its topic, symbol, close and field."""
+    plant(lived, "B", 1201)
+    close = wire.to_text(START + 1201 * MINUTE)
+    status, out, _ = run("verify", str(lived / "journal.db"))
+    assert (status, "1 messages differ from the replay, 1 of the replay are not in it" in out) == (1, True)
+    assert f"t/signals/1m/B, symbol B, close {close}: another quantiles" in out
+    status, out, _ = run("verify", str(lived / "journal.db"), "--json")
+    report = msgspec.json.decode(out, type=Report)
+    assert (status, report.agrees, report.differing) == (1, False, 1)
+    [place] = report.places
+    assert (place.topic, place.symbol, place.close_time) == ("t/signals/1m/B", "B", close)
+
+
+def test_since_computes_and_compares_only_later_closes(lived, run):
+    """From the snapshot before it on: earlier records are not read, and earlier messages not looked at."""
+    whole = verify(lived / "journal.db")
+    since = START + 1200 * MINUTE
+    text = wire.to_text(since)
+    change(lived, "UPDATE record SET payload = x'00' WHERE kind = 'bars' AND time < ?", START + 900 * MINUTE)
+    plant(lived, "A", 1199)
+    found = verify(lived / "journal.db", since)
+    assert (found.differing, found.missing, found.older) == (0, 0, 0)
+    assert found.signals == pytest.approx(whole.signals / 6, rel=0.05)
+    assert run("verify", str(lived / "journal.db"), "--since", text)[0] == 0
+    plant(lived, "A", 1200)
+    assert verify(lived / "journal.db", since).differing == 1
+    assert verify(lived / "journal.db", since + 1).differing == 0
+    n, _ = signal_at(lived, "A", 1200)
+    change(lived, "DELETE FROM outbox WHERE n = ?", n)
+    gone = verify(lived / "journal.db", since)
+    assert (gone.differing, gone.missing, gone.agrees) == (0, 1, False)
+
+
+def test_since_after_a_compaction(lived):
+    """What left the journal is older; the day since is verified, also where it begins before the journal."""
+    change(lived, "UPDATE outbox SET state = 1")
+    done = compact(lived, START + MINUTES * MINUTE, 120 * MINUTE, (), lambda: None)
+    assert done.records > 3000
+    for minute, older in ((0, True), (1000, True), (1330, False), (1400, False)):
+        found = verify(lived / "journal.db", START + minute * MINUTE)
+        assert (found.agrees, found.older > 0) == (True, older)
+        assert found.signals > 100
+    plant(lived, "C", 1401)
+    assert verify(lived / "journal.db", START + 1330 * MINUTE).differing == 1

@@ -318,6 +318,21 @@ def test_file_stops_growing(tmp_path):
     assert starts == [0] * 12
 
 
+def test_verification_of_a_day_finds_a_snapshot_near(tmp_path):
+    """Compacted once a day, or at each of many starts, a snapshot is left that is a day to two days old."""
+    now = START
+    for day in range(5):
+        filled(tmp_path, [day], 3)
+        for hour in (1, 2, 9, 24) if day % 2 else (24,):
+            now = START + day * DAY + hour * DAY // 24
+            compact(tmp_path, now, 30 * DAY, (), nothing)
+        with closing(Journal(tmp_path / "journal.db")) as journal:
+            ages = [(now - time) / DAY for _, time in journal.snapshots()]
+            assert len(ages) <= 3
+            assert day < 2 or any(1 <= age <= 3 for age in ages)
+            assert journal.base == 0
+
+
 def test_second_compaction_waits_for_nobody(tmp_path):
     """Two at a time are refused by name; without a journal there is nothing to do."""
     from barcast.daemon.start import only_one
