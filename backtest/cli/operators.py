@@ -98,6 +98,7 @@ def check(config: ConfigFile) -> None:
         *_sampling(settings),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
         ("retraining", _occasions(settings)),
+        ("verification", _verified(settings)),
         ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
     ):
         table.add_row(name, str(value))
@@ -160,6 +161,12 @@ def _occasions(settings: "Config") -> str:
     when += [f"at an age of {asked.max_age / 86_400e9:g} days"] if asked.max_age else []
     when += ["at drift"] if asked.drift else []
     return ", ".join([*when, "on demand"])
+
+
+def _verified(settings: "Config") -> str:
+    """When the journal is verified, and how much of it."""
+    asked = settings.verify
+    return f"{asked.cron} UTC, of the last {asked.since / 3600e9:g} hours" if asked else "never"
 
 
 @app.command(rich_help_panel=LIVE)
