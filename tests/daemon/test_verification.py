@@ -158,7 +158,7 @@ def test_metrics_after_a_difference(tmp_path):
     made = daemon(tmp_path, SCHEDULED.replace("47 4", "* * *"), START)
     answer = tmp_path / "report"
     answer.write_bytes(report(2, missing=1))
-    made.commands = {"verify": ["sh", "-c", f'cat "{answer}"; exit 1', "verify"]}
+    made.children = children({"verify": ["sh", "-c", f'cat "{answer}"; exit 1', "verify"]}, os.environ)
 
     async def story():
         async with at_work(made):
