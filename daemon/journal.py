@@ -43,8 +43,8 @@ CREATE TABLE IF NOT EXISTS snapshot_part (
 );
 """
 
-READ = 1000
-"""Records read at once."""
+READ = 200
+"""Rows read at once: a record may be an array of a thousand bars."""
 BUSY_SECONDS = 60.0
 """How long a commit waits for one of the other process, at most: each of them takes milliseconds."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
