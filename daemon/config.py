@@ -39,6 +39,12 @@ from barcast.models.catalog import SAMPLER
 from barcast.models.joint import check_pairs
 from barcast.strategies import PATH
 
+MOST_BYTES = 1_000_000
+"""The longest file that is read: such settings take a few thousand bytes."""
+SHOWN, FAULTS = 200, 50
+"""Characters of a value that a fault shows, and faults that are told of one file."""
+_DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+"""A key of so many parts: reading it takes the square of their number."""
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
 
 
@@ -89,6 +95,21 @@ def _cron(value: str) -> str:
     return value
 
 
+def _is_dir(path: Path) -> bool:
+    """Whether there is such a directory; one that cannot be, or that nobody lets us see, is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def _zoned(value: datetime) -> datetime:
     if value.tzinfo is None:
         raise ValueError("write the time zone, such as 2012-01-03T00:00:00Z")
@@ -112,11 +133,11 @@ def _pairs(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _model(value: str) -> str:
-    if value in ("champion", *BASELINES) or re.fullmatch(r"[0-9a-f]{16}", value) or Path(value).is_dir():
+    if value in ("champion", *BASELINES) or re.fullmatch(r"[0-9a-f]{16}", value) or _is_dir(Path(value)):
         return value
     raise ValueError(
-        f"{value!r} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor a "
-        "checkpoint directory; name one of these"
+        f"{_shown(value)} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor "
+        "a checkpoint directory; name one of these"
     )
 
 
@@ -163,7 +184,7 @@ class Mqtt(_Section):
     def _password(self) -> str | None:
         if self.password_file is None:
             return None
-        if not self.password_file.is_file():
+        if not _is_file(self.password_file):
             raise ConfigError(
                 f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key"
             )
@@ -183,7 +204,7 @@ class Mqtt(_Section):
     def _tls(self) -> ssl.SSLContext | None:
         if self.ca_file is None:
             return None
-        if not self.ca_file.is_file():
+        if not _is_file(self.ca_file):
             raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
         try:
             return ssl.create_default_context(cafile=str(self.ca_file))
@@ -447,10 +468,17 @@ def cron_schedule(expression: str, steps: int | None) -> Retrain:
 
 def load(path: Path) -> Config:
     """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
-    if not path.is_file():
+    if not _is_file(path):
         raise ConfigError(f"{path}: no such file; `barcast check` expects the path of a TOML file")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ConfigError(
+            f"{path}: has {size} bytes, and no configuration has more than {MOST_BYTES}; name the TOML file"
+        )
     try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        if deep := _DEEP.search(text):
+            raise ValueError(f"a key of 64 parts or more, {_shown(deep[0])}")
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and lists nested as deep
         raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
     base = path.absolute().parent
@@ -472,13 +500,16 @@ def load(path: Path) -> Config:
     if isinstance(model, dict):
         for key in ("name", "first"):
             name = model.get(key)
-            if isinstance(name, str) and name not in ("champion", *BASELINES) and (base / name).is_dir():
+            if isinstance(name, str) and name not in ("champion", *BASELINES) and _is_dir(base / name):
                 model[key] = str(base / name)
     return parse(values, str(path))
 
 
 def parse(values: dict[str, Any], where: str) -> Config:
     """Settings from plain values. Raise ConfigError that names `where` they are from and every fault."""
+    # The library takes such words for orders to itself: it would read other files, or the command line.
+    if orders := [name for name in values if name.startswith("_")]:
+        raise ConfigError(f"{where}: {_shown(orders[0])}: unknown key{_suggestion((orders[0],))}")
     try:
         return Config(**values)
     except ValidationError as error:
@@ -486,15 +517,30 @@ def parse(values: dict[str, Any], where: str) -> Config:
 
 
 def _faults(path: str, error: ValidationError) -> Iterator[str]:
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+    for number, fault in enumerate(error.errors(include_url=False, include_context=False)):
+        if number == FAULTS:
+            yield f"{path}: and {error.error_count() - FAULTS} faults more; correct these first"
+            return
+        where = ".".join(_cut(str(part)) for part in fault["loc"]) or "the file"
         if fault["type"] == "extra_forbidden":
             yield f"{path}: {where}: unknown key{_suggestion(fault['loc'])}"
         elif fault["type"] == "missing":
             yield f"{path}: {where}: missing; write it, as it has no default"
         else:
-            given = f" (given: {fault['input']!r})" if fault["loc"] else ""
-            yield f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}{given}"
+            given = f" (given: {_shown(fault['input'])})" if fault["loc"] else ""
+            yield f"{path}: {where}: {_cut(fault['msg'].removeprefix('Value error, '), 5 * SHOWN)}{given}"
+
+
+def _shown(value: object) -> str:
+    """A value of the file, cut; one that cannot be written out is named by what it is."""
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):  # a number of 5000 digits, tables as deep
+        return f"a {type(value).__name__} too large to be shown"
+
+
+def _cut(text: str, length: int = SHOWN) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:

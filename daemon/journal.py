@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -66,6 +67,10 @@ SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN (
   FROM waiting WHERE waiting.topic IS NOT NULL
 ) ORDER BY n LIMIT ?
 """
+
+
+_TYPES = (int, int, str, str, bytes)
+"""Of the columns of a record."""
 
 
 class Kind:
@@ -197,7 +202,10 @@ class Journal:
     def progress(self) -> Progress:
         """How far the path had come at the last commit."""
         with self._reading():
-            return Progress(*self._db.execute("SELECT seq, clock FROM progress").fetchone())
+            row = self._db.execute("SELECT seq, clock FROM progress").fetchone()
+        if row is None or {*map(type, row)} != {int}:
+            raise self._damaged(f"its progress is {row}")
+        return Progress(*row)
 
     def records(self, after: int = 0, upto: int | None = None) -> Iterator[Record]:
         """Records in order, those numbered above `after` and not above `upto`."""
@@ -210,7 +218,7 @@ class Journal:
                     (after, limit, READ),
                 ).fetchall()
             for row in rows:
-                yield Record(*row)
+                yield self._record(row)
             if len(rows) < READ:
                 return
             after = rows[-1][0]
@@ -223,7 +231,7 @@ class Journal:
                 "WHERE seq <= ? AND kind != ? ORDER BY seq",
                 (upto, Kind.BARS),
             ).fetchall()
-        return (Record(*row) for row in rows)
+        return map(self._record, rows)
 
     def of_kind(self, kind: str) -> Iterator[Record]:
         """All records of a kind that is not bars, in order."""
@@ -231,7 +239,7 @@ class Journal:
             rows = self._db.execute(
                 "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq", (kind,)
             ).fetchall()
-        return (Record(*row) for row in rows)
+        return map(self._record, rows)
 
     def last(self, kind: str, upto: int = 1 << 62) -> Record | None:
         """The newest record of a kind, of those up to a number."""
@@ -241,7 +249,7 @@ class Journal:
                 "ORDER BY seq DESC LIMIT 1",
                 (kind, upto),
             ).fetchone()
-        return None if row is None else Record(*row)
+        return None if row is None else self._record(row)
 
     def last_time(self) -> int:
         """The time of the newest record, 0 in an empty journal: times never go back."""
@@ -255,7 +263,10 @@ class Journal:
         if not self._compacted:
             return 0
         with self._reading():
-            return int(self._db.execute("SELECT seq FROM base").fetchone()[0])
+            row = self._db.execute("SELECT seq FROM base").fetchone()
+        if row is None or type(row[0]) is not int:
+            raise self._damaged(f"its base is {row}")
+        return row[0]
 
     def snapshot(self, upto: int) -> Snapshot | None:
         """The newest snapshot after a record that is not above `upto`."""
@@ -285,7 +296,8 @@ class Journal:
             yield
         finally:
             if self._db.in_transaction:
-                self._db.execute("COMMIT")
+                with self._reading():
+                    self._db.execute("COMMIT")
 
     def write(self) -> None:
         """Change nothing, in a commit: it fails where none can be made."""
@@ -425,9 +437,18 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if (full := _no_room(error)) is not None:
                 raise full from error
-            raise ConfigError(
-                f"{self.path}: not a journal, or damaged ({error}); move it away or restore a copy"
-            ) from error
+            raise self._damaged(error) from error
+        except UnicodeDecodeError as error:  # of a text, or of what SQLite says of one
+            raise self._damaged(error) from error
+
+    def _record(self, row: tuple[Any, ...]) -> Record:
+        """The record of a row; SQLite itself holds a column to no type, least of all in a damaged file."""
+        if tuple(map(type, row)) != _TYPES:
+            raise self._damaged(f"record {row[0]!r} is {', '.join(type(value).__name__ for value in row)}")
+        return Record(*row)
+
+    def _damaged(self, what: object) -> ConfigError:
+        return ConfigError(f"{self.path}: not a journal, or damaged ({what}); move it away or restore a copy")
 
 
 @contextmanager
