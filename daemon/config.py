@@ -1,6 +1,7 @@
 """Settings of one instance, from one TOML file. Every wrong key is reported at once, with its path."""
 
 import difflib
+import ipaddress
 import re
 import ssl
 import tomllib
@@ -41,6 +42,8 @@ from barcast.strategies import PATH
 
 MOST_BYTES = 1_000_000
 """The longest file that is read: such settings take a few thousand bytes."""
+ROOT_BYTES = 200
+"""Of the root topic, at most."""
 SHOWN, FAULTS = 200, 50
 """Characters of a value that a fault shows, and faults that are told of one file."""
 _DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
@@ -76,6 +79,10 @@ def _segment(value: str) -> str:
 def _root(value: str) -> str:
     if not value or set(value) & set("+#\0") or value.startswith(("/", "$")) or value.endswith("/"):
         raise ValueError("use a topic without wildcards that neither begins nor ends with a slash")
+    if (size := len(value.encode())) > ROOT_BYTES:
+        raise ValueError(
+            f"the root has {size} bytes; use at most {ROOT_BYTES}: topics are sent with each message"
+        )
     return value
 
 
@@ -167,8 +174,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or address alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
 class Mqtt(_Section):
-    """The broker. A password is read from a file, so that it is in no process list and no log."""
+    """The broker. A password is read from a file, so that it is in no process list and no log.
+
+    With `tls`, or a `ca_file`, the broker must prove by a certificate that it is `host`: one of an authority
+    in that file or, without it, one that the system trusts. There is no way to take another. A password goes
+    to another machine in the clear only with `plain_password`.
+    """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=1883, gt=0, lt=65536)
@@ -176,6 +196,29 @@ class Mqtt(_Section):
     username: str | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
+    tls: Annotated[bool | None, Field(validate_default=True)] = None
+    plain_password: Annotated[bool, Field(validate_default=True)] = False
+
+    @field_validator("tls")
+    @classmethod
+    def _is_not_off_and_on(cls, tls: bool | None, info: ValidationInfo) -> bool | None:
+        if tls is False and info.data.get("ca_file") is not None:
+            raise ValueError("mqtt.ca_file is for TLS, which tls = false turns off; drop one of the two")
+        return tls
+
+    @field_validator("plain_password")
+    @classmethod
+    def _is_hidden_or_meant(cls, plain: bool, info: ValidationInfo) -> bool:
+        given = info.data
+        secret = given.get("password_file") is not None
+        host = given.get("host", "localhost")
+        hidden = given.get("tls") or given.get("ca_file") is not None or _is_loopback(host)
+        if secret and not hidden and not plain:
+            raise ValueError(
+                f"the password would go to {host} in the clear; set mqtt.tls = true, with mqtt.ca_file for "
+                "an authority of your own, or mqtt.plain_password = true where the way there is safe"
+            )
+        return plain
 
     def address(self, client_id: str) -> Address:
         """What the link needs, with the files read."""
@@ -203,7 +246,7 @@ class Mqtt(_Section):
 
     def _tls(self) -> ssl.SSLContext | None:
         if self.ca_file is None:
-            return None
+            return ssl.create_default_context() if self.tls else None
         if not _is_file(self.ca_file):
             raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
         try:

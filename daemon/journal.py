@@ -443,9 +443,12 @@ class Journal:
 
     def _record(self, row: tuple[Any, ...]) -> Record:
         """The record of a row; SQLite itself holds a column to no type, least of all in a damaged file."""
-        if tuple(map(type, row)) != _TYPES:
+        *known, payload = row
+        if isinstance(payload, str):  # of an operator who changed it by hand
+            payload = payload.encode()
+        if tuple(map(type, (*known, payload))) != _TYPES:
             raise self._damaged(f"record {row[0]!r} is {', '.join(type(value).__name__ for value in row)}")
-        return Record(*row)
+        return Record(*known, payload)
 
     def _damaged(self, what: object) -> ConfigError:
         return ConfigError(f"{self.path}: not a journal, or damaged ({what}); move it away or restore a copy")

@@ -241,7 +241,10 @@ def test_instance_must_be_a_topic_segment(write):
 def test_unknown_key_without_a_likeness_lists_what_is_known(write):
     """When no known key resembles the unknown one, the known ones are listed."""
     [said] = faults(write(LEAST + "[mqtt]\nxyzzy = 1\n"))
-    assert said == ("mqtt.xyzzy: unknown key; known here: host, port, root, username, password_file, ca_file")
+    assert said == (
+        "mqtt.xyzzy: unknown key; known here: host, port, root, username, password_file, ca_file, "
+        "tls, plain_password"
+    )
 
 
 def test_missing_file_is_an_error(tmp_path):
