@@ -174,7 +174,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether a host is this machine, by its name or address alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -212,7 +212,7 @@ class Mqtt(_Section):
         given = info.data
         secret = given.get("password_file") is not None
         host = given.get("host", "localhost")
-        hidden = given.get("tls") or given.get("ca_file") is not None or _is_loopback(host)
+        hidden = given.get("tls") or given.get("ca_file") is not None or is_loopback(host)
         if secret and not hidden and not plain:
             raise ValueError(
                 f"the password would go to {host} in the clear; set mqtt.tls = true, with mqtt.ca_file for "

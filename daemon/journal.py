@@ -8,7 +8,7 @@ leaves: the state of the path after a record, a snapshot, stands for the message
 import errno
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -17,8 +17,9 @@ from typing import Any
 
 import msgspec
 
+from barcast.daemon.room import LEAST_FREE, flush, free_bytes, hand_over
 from barcast.daemon.wire import Outgoing
-from barcast.models import ConfigError
+from barcast.models import ConfigError, DiskFullError
 
 VERSION = 2
 _SCHEMA = """
@@ -132,7 +133,8 @@ class Queued:
 class Journal:
     """Reads and writes one journal file. Not for several threads at once.
 
-    `readonly` opens an existing journal, also while a daemon is writing it.
+    `readonly` opens an existing journal, also while a daemon is writing it. An older one is taken over where
+    it is opened to be written, and a copy of it, named by its version, stays beside it.
     """
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
@@ -160,10 +162,40 @@ class Journal:
         with self._reading():
             if version == 0:
                 self._db.execute("PRAGMA journal_mode = WAL")
+            if version not in (0, VERSION):
+                self._keep(version)
             if version != VERSION:
                 tables = ("" if version else _SCHEMA) + _RETENTION
                 self._db.executescript(f"BEGIN; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
             self._db.execute("PRAGMA synchronous = FULL")
+
+    def _keep(self, version: int) -> None:
+        """Leave a copy of an older journal beside it, as the program that wrote it can read: the way back.
+
+        The copy is on the disk, and whole, before anything is changed. Raise DiskFullError without room.
+        """
+        copy = self.path.with_name(f"{self.path.name}.{version}")
+        pages, size = (
+            self._db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size")
+        )
+        needed, free = pages * size + LEAST_FREE, free_bytes(self.path.parent)
+        if free < needed:
+            raise DiskFullError(
+                f"{self.path}: it is of version {version} and is copied before it is taken over, which needs "
+                f"{needed} bytes, and {free} are free: make room on its disk, then start again"
+            )
+        partial = copy.with_name(f".{copy.name}.partial")
+        partial.unlink(missing_ok=True)
+        try:
+            with closing(sqlite3.connect(partial)) as target:
+                self._db.backup(target)
+            hand_over(partial)
+            flush(partial)
+            partial.replace(copy)
+            flush(copy.parent)
+        finally:
+            for left in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm"))):
+                left.unlink(missing_ok=True)
 
     def append(
         self, records: Sequence[tuple[int, str, str, bytes]], outgoing: Sequence[Outgoing] = ()

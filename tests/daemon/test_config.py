@@ -288,7 +288,7 @@ def test_model_directory_is_relative_to_the_file(write, tmp_path, monkeypatch, k
 
 def test_password_is_read_without_its_line_end(write):
     """The password is the file's content; the line end that editors add is not part of it."""
-    path = write(GOOD.replace('ca_file = "/etc/ssl/ca.pem"\n', ""))
+    path = write(GOOD.replace('ca_file = "/etc/ssl/ca.pem"', "plain_password = true"))
     secret = path.parent / "secrets" / "password"
     secret.parent.mkdir()
     secret.write_text("open sesame\n")
