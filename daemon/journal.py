@@ -475,12 +475,12 @@ class Journal:
 
     def _record(self, row: tuple[Any, ...]) -> Record:
         """The record of a row; SQLite itself holds a column to no type, least of all in a damaged file."""
-        *known, payload = row
+        seq, time, kind, topic, payload = row
         if isinstance(payload, str):  # of an operator who changed it by hand
             payload = payload.encode()
-        if tuple(map(type, (*known, payload))) != _TYPES:
-            raise self._damaged(f"record {row[0]!r} is {', '.join(type(value).__name__ for value in row)}")
-        return Record(*known, payload)
+        if (type(seq), type(time), type(kind), type(topic), type(payload)) != _TYPES:
+            raise self._damaged(f"record {seq!r} is {', '.join(type(value).__name__ for value in row)}")
+        return Record(seq, time, kind, topic, payload)
 
     def _damaged(self, what: object) -> ConfigError:
         return ConfigError(f"{self.path}: not a journal, or damaged ({what}); move it away or restore a copy")

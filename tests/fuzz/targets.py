@@ -352,7 +352,7 @@ def _legacy_seeds() -> list[bytes]:
 
 # --- what we wrote ourselves, and a disk may have damaged
 
-KINDS = ("bars", "adjustment", "revision", "warmup", "newcomer", "activation", "shed", "snapshot", "capture")
+KINDS = (*(value for name, value in vars(Kind).items() if name.isupper()), "snapshot", "capture")
 
 
 def record(data: bytes) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from barcast.daemon import config
 from barcast.models import CheckpointError, ConfigError, checkpoint
+from barcast.models.sssd import legacy
 from barcast.models.sssd.layers import PRESETS, Architecture
 from barcast.models.sssd.network import SSSD
 from tests.fuzz.targets import CORPUS, TARGETS, corpus
@@ -95,6 +97,15 @@ def test_model_of_any_size_is_refused_before_there_is_room_for_it(
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(tmp_path)
     assert said in str(caught.value)
+
+
+def test_packed_torch_file_is_refused_unread(tmp_path: Path) -> None:
+    """A file may unpack to a thousand times its size; torch never packs, so that such a one is not its."""
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(1_000_000))
+    with pytest.raises(CheckpointError, match="archive/data/0 in it is compressed; save its state_dict anew"):
+        legacy.read(path, {}, {})
 
 
 def test_least_size_of_a_network_is_below_its_size_and_not_far() -> None:
