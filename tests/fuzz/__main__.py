@@ -1,8 +1,8 @@
 """`python -m tests.fuzz [TARGET...]`: feed the decoders what coverage finds, by atheris; see `targets`.
 
 `FUZZ_MINUTES` of CPU time, 60 by default, are shared out; one process works at a time. What is found comes
-to `.tools/fuzz/found/`, and ends in exit status 1; what was learnt of the inputs is kept in
-`.tools/fuzz/corpus/` for the next time. The wall clock may be read here.
+to `.tools/fuzzed/found/`, and ends in exit status 1; what was learnt of the inputs is kept in
+`.tools/fuzzed/corpus/` for the next time. The wall clock may be read here.
 """
 
 import os
@@ -19,13 +19,13 @@ from rich.table import Table
 from tests.fuzz.targets import TARGETS, corpus, toml_words
 
 ROOT = Path(__file__).parents[2]
-HOME = ROOT / ".tools" / "fuzz"
+HOME, KEPT = ROOT / ".tools" / "fuzz", ROOT / ".tools" / "fuzzed"
 TIMEOUT_SECONDS, MEMORY_MB, LONGEST = 20, 4096, 70_000
 
 
 def fuzz(name: str, minutes: float) -> tuple[dict[str, str], list[Path]]:
     """Fuzz a target; return figures, and files with inputs that failed."""
-    found, own = HOME / "found", HOME / "corpus" / name
+    found, own = KEPT / "found", KEPT / "corpus" / name
     found.mkdir(parents=True, exist_ok=True)
     own.mkdir(parents=True, exist_ok=True)
     known = set(found.iterdir())
@@ -50,8 +50,8 @@ def fuzz(name: str, minutes: float) -> tuple[dict[str, str], list[Path]]:
     covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", said)
     runs = re.search(r"number_of_executed_units: *(\d+)", said) or re.search(r"Done (\d+) in", said)
     if failed or runs is None or not covered:
-        (HOME / f"{name}.log").write_text(said)
-        failed = failed or [HOME / f"{name}.log"]
+        (KEPT / f"{name}.log").write_text(said)
+        failed = failed or [KEPT / f"{name}.log"]
     cov, features, inputs = covered[-1] if covered else ("?", "?", "?")
     figures = {"runs": runs[1] if runs else "?", "CPU min": f"{cpu / 60:.1f}", "places": cov}
     return figures | {"features": features, "inputs": inputs, "failed": str(len(failed))}, failed
