@@ -3,7 +3,7 @@ BIN := $(VENV)/bin
 ALONE := "not broker and not promtool and not browser"
 MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser)'
 
-.PHONY: help demo test check bench bench-peers study clean
+.PHONY: help demo test check bench bench-peers study fuzz clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -30,12 +30,23 @@ bench-peers: $(VENV)/.dev .tools/peers/.made ## the same strategy in other engin
 study: $(VENV)/.dev ## what each part of the model earns, out of sample; goes on where it was interrupted
 	$(BIN)/python -m tests.bench.study
 
+fuzz: $(VENV)/.dev .tools/fuzz/.made ## feed the decoders what coverage finds, FUZZ_MINUTES=60 of CPU; fails on a crash, a hang, or memory
+	$(BIN)/python -m tests.fuzz
+
 clean: ## remove environments, caches and the demo's folder
 	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .tools/peers/.made: tests/bench/peers/requirements.txt | $(VENV)/.dev
 	$(BIN)/python -m venv --clear .tools/peers
 	.tools/peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# It sees the packages of the main environment: torch is not installed twice.
+.tools/fuzz/.made: tests/fuzz/requirements.txt | $(VENV)/.dev
+	$(BIN)/python -m venv --clear .tools/fuzz
+	.tools/fuzz/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  "$$(.tools/fuzz/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
 	@touch $@
 
 $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt

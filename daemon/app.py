@@ -141,7 +141,7 @@ class Daemon:
         config = self.config
         with room(config.state_dir):
             try:
-                config.state_dir.mkdir(parents=True, exist_ok=True)
+                config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             except ValueError as error:
                 raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
         with only_one(config.state_dir / "lock"):

@@ -1,6 +1,7 @@
 """Settings of one instance, from one TOML file. Every wrong key is reported at once, with its path."""
 
 import difflib
+import ipaddress
 import re
 import ssl
 import tomllib
@@ -39,6 +40,14 @@ from barcast.models.catalog import SAMPLER
 from barcast.models.joint import check_pairs
 from barcast.strategies import PATH
 
+MOST_BYTES = 1_000_000
+"""The longest file that is read: such settings take a few thousand bytes."""
+ROOT_BYTES = 200
+"""Of the root topic, at most."""
+SHOWN, FAULTS = 200, 50
+"""Characters of a value that a fault shows, and faults that are told of one file."""
+_DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
+"""A key of so many parts: reading it takes the square of their number."""
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
 
 
@@ -70,6 +79,10 @@ def _segment(value: str) -> str:
 def _root(value: str) -> str:
     if not value or set(value) & set("+#\0") or value.startswith(("/", "$")) or value.endswith("/"):
         raise ValueError("use a topic without wildcards that neither begins nor ends with a slash")
+    if (size := len(value.encode())) > ROOT_BYTES:
+        raise ValueError(
+            f"the root has {size} bytes; use at most {ROOT_BYTES}: topics are sent with each message"
+        )
     return value
 
 
@@ -87,6 +100,21 @@ def _cron(value: str) -> str:
     except ConfigError as error:
         raise ValueError(str(error)) from error
     return value
+
+
+def _is_dir(path: Path) -> bool:
+    """Whether there is such a directory; one that cannot be, or that nobody lets us see, is none."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _zoned(value: datetime) -> datetime:
@@ -112,11 +140,11 @@ def _pairs(value: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _model(value: str) -> str:
-    if value in ("champion", *BASELINES) or re.fullmatch(r"[0-9a-f]{16}", value) or Path(value).is_dir():
+    if value in ("champion", *BASELINES) or re.fullmatch(r"[0-9a-f]{16}", value) or _is_dir(Path(value)):
         return value
     raise ValueError(
-        f"{value!r} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor a "
-        "checkpoint directory; name one of these"
+        f"{_shown(value)} is neither champion, nor a baseline ({', '.join(BASELINES)}), nor a model id, nor "
+        "a checkpoint directory; name one of these"
     )
 
 
@@ -146,8 +174,21 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name or address alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
 class Mqtt(_Section):
-    """The broker. A password is read from a file, so that it is in no process list and no log."""
+    """The broker. A password is read from a file, so that it is in no process list and no log.
+
+    With `tls`, or a `ca_file`, the broker must prove by a certificate that it is `host`: one of an authority
+    in that file or, without it, one that the system trusts. There is no way to take another. A password goes
+    to another machine in the clear only with `plain_password`.
+    """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=1883, gt=0, lt=65536)
@@ -155,6 +196,29 @@ class Mqtt(_Section):
     username: str | None = None
     password_file: Path | None = None
     ca_file: Path | None = None
+    tls: Annotated[bool | None, Field(validate_default=True)] = None
+    plain_password: Annotated[bool, Field(validate_default=True)] = False
+
+    @field_validator("tls")
+    @classmethod
+    def _is_not_off_and_on(cls, tls: bool | None, info: ValidationInfo) -> bool | None:
+        if tls is False and info.data.get("ca_file") is not None:
+            raise ValueError("mqtt.ca_file is for TLS, which tls = false turns off; drop one of the two")
+        return tls
+
+    @field_validator("plain_password")
+    @classmethod
+    def _is_hidden_or_meant(cls, plain: bool, info: ValidationInfo) -> bool:
+        given = info.data
+        secret = given.get("password_file") is not None
+        host = given.get("host", "localhost")
+        hidden = given.get("tls") or given.get("ca_file") is not None or is_loopback(host)
+        if secret and not hidden and not plain:
+            raise ValueError(
+                f"the password would go to {host} in the clear; set mqtt.tls = true, with mqtt.ca_file for "
+                "an authority of your own, or mqtt.plain_password = true where the way there is safe"
+            )
+        return plain
 
     def address(self, client_id: str) -> Address:
         """What the link needs, with the files read."""
@@ -163,7 +227,7 @@ class Mqtt(_Section):
     def _password(self) -> str | None:
         if self.password_file is None:
             return None
-        if not self.password_file.is_file():
+        if not _is_file(self.password_file):
             raise ConfigError(
                 f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key"
             )
@@ -182,8 +246,8 @@ class Mqtt(_Section):
 
     def _tls(self) -> ssl.SSLContext | None:
         if self.ca_file is None:
-            return None
-        if not self.ca_file.is_file():
+            return ssl.create_default_context() if self.tls else None
+        if not _is_file(self.ca_file):
             raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
         try:
             return ssl.create_default_context(cafile=str(self.ca_file))
@@ -455,10 +519,17 @@ def cron_schedule(expression: str, steps: int | None) -> Retrain:
 
 def load(path: Path) -> Config:
     """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
-    if not path.is_file():
+    if not _is_file(path):
         raise ConfigError(f"{path}: no such file; `barcast check` expects the path of a TOML file")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ConfigError(
+            f"{path}: has {size} bytes, and no configuration has more than {MOST_BYTES}; name the TOML file"
+        )
     try:
-        values = tomllib.loads(path.read_text("utf-8-sig"))
+        text = path.read_text("utf-8-sig")
+        if deep := _DEEP.search(text):
+            raise ValueError(f"a key of 64 parts or more, {_shown(deep[0])}")
+        values = tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and lists nested as deep
         raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
     base = path.absolute().parent
@@ -480,13 +551,16 @@ def load(path: Path) -> Config:
     if isinstance(model, dict):
         for key in ("name", "first"):
             name = model.get(key)
-            if isinstance(name, str) and name not in ("champion", *BASELINES) and (base / name).is_dir():
+            if isinstance(name, str) and name not in ("champion", *BASELINES) and _is_dir(base / name):
                 model[key] = str(base / name)
     return parse(values, str(path))
 
 
 def parse(values: dict[str, Any], where: str) -> Config:
     """Settings from plain values. Raise ConfigError that names `where` they are from and every fault."""
+    # The library takes such words for orders to itself: it would read other files, or the command line.
+    if orders := [name for name in values if name.startswith("_")]:
+        raise ConfigError(f"{where}: {_shown(orders[0])}: unknown key{_suggestion((orders[0],))}")
     try:
         return Config(**values)
     except ValidationError as error:
@@ -494,15 +568,30 @@ def parse(values: dict[str, Any], where: str) -> Config:
 
 
 def _faults(path: str, error: ValidationError) -> Iterator[str]:
-    for fault in error.errors():
-        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+    for number, fault in enumerate(error.errors(include_url=False, include_context=False)):
+        if number == FAULTS:
+            yield f"{path}: and {error.error_count() - FAULTS} faults more; correct these first"
+            return
+        where = ".".join(_cut(str(part)) for part in fault["loc"]) or "the file"
         if fault["type"] == "extra_forbidden":
             yield f"{path}: {where}: unknown key{_suggestion(fault['loc'])}"
         elif fault["type"] == "missing":
             yield f"{path}: {where}: missing; write it, as it has no default"
         else:
-            given = f" (given: {fault['input']!r})" if fault["loc"] else ""
-            yield f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}{given}"
+            given = f" (given: {_shown(fault['input'])})" if fault["loc"] else ""
+            yield f"{path}: {where}: {_cut(fault['msg'].removeprefix('Value error, '), 5 * SHOWN)}{given}"
+
+
+def _shown(value: object) -> str:
+    """A value of the file, cut; one that cannot be written out is named by what it is."""
+    try:
+        return _cut(repr(value))
+    except (ValueError, RecursionError):  # a number of 5000 digits, tables as deep
+        return f"a {type(value).__name__} too large to be shown"
+
+
+def _cut(text: str, length: int = SHOWN) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def _suggestion(loc: tuple[int | str, ...]) -> str:

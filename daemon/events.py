@@ -151,16 +151,27 @@ def events(records: Iterable[Record], settings: Settings | None = None) -> Itera
                 settings = Settings.decode(event.settings)
                 root, calendars = settings.root, settings.bar_calendars()
         except (msgspec.DecodeError, ValueError) as error:
-            raise ConfigError(
-                f"journal.db, record {record.seq} ({record.kind}): {error}; restore a copy of the journal, "
-                "or use the version of barcast that wrote it"
-            ) from error
+            raise _unreadable(record, error) from error
         yield record.seq, event
+
+
+def _unreadable(record: Record, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"journal.db, record {record.seq} ({record.kind}): {error}; restore a copy of the journal, or use "
+        "the version of barcast that wrote it"
+    )
 
 
 def shed_groups(journal: Journal, after: int = 0) -> frozenset[str]:
     """The keys of groups that an overload has shed, in the records after a number."""
-    return frozenset(r.payload.decode() for r in journal.of_kind(Kind.OVERLOAD) if r.seq > after)
+    found = set()
+    for record in journal.of_kind(Kind.OVERLOAD):
+        if record.seq > after:
+            try:
+                found.add(record.payload.decode())
+            except UnicodeDecodeError as error:
+                raise _unreadable(record, error) from error
+    return frozenset(found)
 
 
 def restore(journal: Journal, pipeline: Pipeline, upto: int) -> int:

@@ -8,16 +8,18 @@ leaves: the state of the path after a record, a snapshot, stands for the message
 import errno
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
+from barcast.daemon.room import LEAST_FREE, flush, free_bytes, hand_over
 from barcast.daemon.wire import Outgoing
-from barcast.models import ConfigError
+from barcast.models import ConfigError, DiskFullError
 
 VERSION = 2
 _SCHEMA = """
@@ -66,6 +68,10 @@ SELECT n, id, topic, payload, retain, expires FROM outbox WHERE n IN (
   FROM waiting WHERE waiting.topic IS NOT NULL
 ) ORDER BY n LIMIT ?
 """
+
+
+_TYPES = (int, int, str, str, bytes)
+"""Of the columns of a record."""
 
 
 class Kind:
@@ -127,7 +133,8 @@ class Queued:
 class Journal:
     """Reads and writes one journal file. Not for several threads at once.
 
-    `readonly` opens an existing journal, also while a daemon is writing it.
+    `readonly` opens an existing journal, also while a daemon is writing it. An older one is taken over where
+    it is opened to be written, and a copy of it, named by its version, stays beside it.
     """
 
     def __init__(self, path: Path, *, readonly: bool = False) -> None:
@@ -155,10 +162,40 @@ class Journal:
         with self._reading():
             if version == 0:
                 self._db.execute("PRAGMA journal_mode = WAL")
+            if version not in (0, VERSION):
+                self._keep(version)
             if version != VERSION:
                 tables = ("" if version else _SCHEMA) + _RETENTION
                 self._db.executescript(f"BEGIN; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
             self._db.execute("PRAGMA synchronous = FULL")
+
+    def _keep(self, version: int) -> None:
+        """Leave a copy of an older journal beside it, as the program that wrote it can read: the way back.
+
+        The copy is on the disk, and whole, before anything is changed. Raise DiskFullError without room.
+        """
+        copy = self.path.with_name(f"{self.path.name}.{version}")
+        pages, size = (
+            self._db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size")
+        )
+        needed, free = pages * size + LEAST_FREE, free_bytes(self.path.parent)
+        if free < needed:
+            raise DiskFullError(
+                f"{self.path}: it is of version {version} and is copied before it is taken over, which needs "
+                f"{needed} bytes, and {free} are free: make room on its disk, then start again"
+            )
+        partial = copy.with_name(f".{copy.name}.partial")
+        partial.unlink(missing_ok=True)
+        try:
+            with closing(sqlite3.connect(partial)) as target:
+                self._db.backup(target)
+            hand_over(partial)
+            flush(partial)
+            partial.replace(copy)
+            flush(copy.parent)
+        finally:
+            for left in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm"))):
+                left.unlink(missing_ok=True)
 
     def append(
         self, records: Sequence[tuple[int, str, str, bytes]], outgoing: Sequence[Outgoing] = ()
@@ -197,7 +234,10 @@ class Journal:
     def progress(self) -> Progress:
         """How far the path had come at the last commit."""
         with self._reading():
-            return Progress(*self._db.execute("SELECT seq, clock FROM progress").fetchone())
+            row = self._db.execute("SELECT seq, clock FROM progress").fetchone()
+        if row is None or {*map(type, row)} != {int}:
+            raise self._damaged(f"its progress is {row}")
+        return Progress(*row)
 
     def records(self, after: int = 0, upto: int | None = None) -> Iterator[Record]:
         """Records in order, those numbered above `after` and not above `upto`."""
@@ -210,7 +250,7 @@ class Journal:
                     (after, limit, READ),
                 ).fetchall()
             for row in rows:
-                yield Record(*row)
+                yield self._record(row)
             if len(rows) < READ:
                 return
             after = rows[-1][0]
@@ -223,7 +263,7 @@ class Journal:
                 "WHERE seq <= ? AND kind != ? ORDER BY seq",
                 (upto, Kind.BARS),
             ).fetchall()
-        return (Record(*row) for row in rows)
+        return map(self._record, rows)
 
     def of_kind(self, kind: str) -> Iterator[Record]:
         """All records of a kind that is not bars, in order."""
@@ -231,7 +271,7 @@ class Journal:
             rows = self._db.execute(
                 "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq", (kind,)
             ).fetchall()
-        return (Record(*row) for row in rows)
+        return map(self._record, rows)
 
     def last(self, kind: str, upto: int = 1 << 62) -> Record | None:
         """The newest record of a kind, of those up to a number."""
@@ -241,7 +281,7 @@ class Journal:
                 "ORDER BY seq DESC LIMIT 1",
                 (kind, upto),
             ).fetchone()
-        return None if row is None else Record(*row)
+        return None if row is None else self._record(row)
 
     def last_time(self) -> int:
         """The time of the newest record, 0 in an empty journal: times never go back."""
@@ -255,7 +295,10 @@ class Journal:
         if not self._compacted:
             return 0
         with self._reading():
-            return int(self._db.execute("SELECT seq FROM base").fetchone()[0])
+            row = self._db.execute("SELECT seq FROM base").fetchone()
+        if row is None or type(row[0]) is not int:
+            raise self._damaged(f"its base is {row}")
+        return row[0]
 
     def snapshot(self, upto: int) -> Snapshot | None:
         """The newest snapshot after a record that is not above `upto`."""
@@ -295,7 +338,8 @@ class Journal:
             yield
         finally:
             if self._db.in_transaction:
-                self._db.execute("COMMIT")
+                with self._reading():
+                    self._db.execute("COMMIT")
 
     def write(self) -> None:
         """Change nothing, in a commit: it fails where none can be made."""
@@ -469,9 +513,21 @@ class Journal:
         except sqlite3.DatabaseError as error:
             if (full := _no_room(error)) is not None:
                 raise full from error
-            raise ConfigError(
-                f"{self.path}: not a journal, or damaged ({error}); move it away or restore a copy"
-            ) from error
+            raise self._damaged(error) from error
+        except UnicodeDecodeError as error:  # of a text, or of what SQLite says of one
+            raise self._damaged(error) from error
+
+    def _record(self, row: tuple[Any, ...]) -> Record:
+        """The record of a row; SQLite itself holds a column to no type, least of all in a damaged file."""
+        seq, time, kind, topic, payload = row
+        if isinstance(payload, str):  # of an operator who changed it by hand
+            payload = payload.encode()
+        if (type(seq), type(time), type(kind), type(topic), type(payload)) != _TYPES:
+            raise self._damaged(f"record {seq!r} is {', '.join(type(value).__name__ for value in row)}")
+        return Record(seq, time, kind, topic, payload)
+
+    def _damaged(self, what: object) -> ConfigError:
+        return ConfigError(f"{self.path}: not a journal, or damaged ({what}); move it away or restore a copy")
 
 
 @contextmanager

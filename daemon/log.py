@@ -29,7 +29,8 @@ def configure(level: str = "info", journal_stream: str | None = None) -> None:
     factory: Any = structlog.PrintLoggerFactory(sys.stderr)
     stamp = structlog.processors.TimeStamper(fmt="iso", utc=True)
     if sys.stderr.isatty():
-        first += [stamp, structlog.dev.ConsoleRenderer()]
+        # Not the default, which shows the values of local variables: one of them may be a secret.
+        first += [stamp, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
     elif journal_stream and journal_stream == _stream(sys.stderr):
         sender = Journald(JOURNAL, sys.stderr)
         first += [structlog.processors.format_exc_info, lambda _logger, _name, entry: ((entry,), {})]

@@ -44,6 +44,7 @@ ADJUSTMENT = "send time (RFC 3339 with a zone), factor (a number) and kind (spli
 """What a reason ends with when a payload has not the form of an adjustment."""
 
 SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._-]{0,31}")
+LONGEST_SYMBOL = 32
 CUT = 1000
 SHOWN = 200
 """Characters of a foreign text that a reason shows, so that the remedy behind it is never cut."""
@@ -450,9 +451,13 @@ def adjustment(message: AdjustmentMessage, symbol: str) -> Adjustment:
     return Adjustment(symbol, time, factor, message.kind)
 
 
-@lru_cache(4096)
 def is_symbol(name: str) -> bool:
     """Whether a text can name a symbol."""
+    return len(name) <= LONGEST_SYMBOL and _is_symbol(name)
+
+
+@lru_cache(4096)  # of short texts alone: a feed could fill the memory with long ones
+def _is_symbol(name: str) -> bool:
     return SYMBOL.fullmatch(name) is not None
 
 

@@ -66,15 +66,28 @@ An error is the Wasserstein distance from four mixtures of normals in deviations
 FORMAT = 3
 """That of a checkpoint's `JSON`."""
 JSON = "model.json"
+MOST_JSON = 500_000_000
+"""Bytes of a `JSON` that are read, at most: a thousand symbols of a season each take some 20 million."""
+
+
+def read(path: Path, most: int) -> bytes:
+    """The contents of a checkpoint's file of at most so many bytes. Raise `CheckpointError` for any other."""
+    try:
+        if (size := path.stat().st_size) > most:
+            raise CheckpointError(
+                f"{path}: has {size} bytes, more than the {most} that a model may have; check the path"
+            )
+        return path.read_bytes()
+    except OSError as e:
+        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); check the path of the model") from e
 
 
 def header(directory: Path) -> dict[str, Any]:
     """What is said of a checkpoint in plain text. Raise `CheckpointError` where there is none of `FORMAT`."""
     path = directory / JSON
+    content = read(path, MOST_JSON)
     try:
-        body = json.loads(path.read_bytes())
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); check the path of the model") from e
+        body = json.loads(content)
     except (ValueError, RecursionError) as e:
         raise CheckpointError(f"{path}: not JSON ({e}); copy the directory again") from e
     if not isinstance(body, dict):

@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from barcast.models import samplers
-from barcast.models.catalog import BASELINES, FORMAT, JSON, header
+from barcast.models.catalog import BASELINES, FORMAT, JSON, header, read
 from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
@@ -36,6 +36,8 @@ from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Past, Record, Trained, check_outputs
 
 WEIGHTS, MEMBERS = "weights.safetensors", "members"
+MOST_WEIGHTS = 2_000_000_000
+"""Bytes of weights that are read into memory, at most; the largest preset has some millions."""
 AGAIN = "train again with this version"
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
@@ -104,7 +106,7 @@ def load(directory: Path) -> Checkpoint:
             f"{path}: kind is {body.get('kind')!r}, none of {known}; "
             "point to a model that `barcast train` wrote"
         )
-    weights = _read(directory / WEIGHTS) if kind.weights else b""
+    weights = read(directory / WEIGHTS, MOST_WEIGHTS) if kind.weights else b""
     claimed = body.pop("id", None)
     contents = f"{JSON} and {WEIGHTS}" if kind.weights else JSON
     if claimed != (found := _identity(body, weights)):
@@ -198,8 +200,9 @@ def _sssd(directory: Path, body: dict[str, Any], weights: bytes) -> Trained:
     path = directory / JSON
     mine = {"schedule": [samplers.SCHEDULE, samplers.TIMESTEPS], "prediction": samplers.PREDICTION}
     _expect(path, body, mine, "train again: it cannot be sampled by another")
-    trained = _trained(path, body)
-    _fill(trained.net, weights, directory / WEIGHTS)
+    tensors = _parsed(directory / WEIGHTS, weights)
+    trained = _trained(path, body, sum(tensor.numel() for tensor in tensors.values()))
+    _fill(trained.net, tensors, directory / WEIGHTS)
     return trained
 
 
@@ -213,7 +216,7 @@ def _foreign(path: Path) -> Iterator[None]:
         yield
     except KeyError as e:
         raise CheckpointError(f"{path}: {e.args[0]} is missing; {AGAIN}") from e
-    except (TypeError, ValueError, RuntimeError, msgspec.ValidationError, BarcastError) as e:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, msgspec.ValidationError, BarcastError) as e:
         raise CheckpointError(f"{path}: {e}; {AGAIN}") from e
 
 
@@ -249,13 +252,12 @@ def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling
     return scaling, levels, found
 
 
-def _trained(path: Path, body: dict[str, Any]) -> Trained:
-    """The model without its weights."""
+def _trained(path: Path, body: dict[str, Any], numbers: int) -> Trained:
+    """The model without its weights, of which there are so many numbers."""
     scaling, levels, record = _scaling(path, body, Record)
     with _foreign(path):
         architecture = Architecture(**body["architecture"])
         known = msgspec.convert(body["path"], tuple[int, ...])
-        net = SSSD(architecture, torch.Generator().manual_seed(0))
     for field, found, mine in (
         ("architecture.features", architecture.features, len(scaling.mean)),
         ("architecture.horizons", architecture.horizons, len(scaling.horizons)),
@@ -266,12 +268,19 @@ def _trained(path: Path, body: dict[str, Any]) -> Trained:
     ):
         if found != mine:
             raise CheckpointError(f"{path}: {field} is {found}, not {mine}; {AGAIN}")
+    if (least := architecture.least) > numbers:  # before a network of any size is made
+        raise CheckpointError(
+            f"{path}: architecture needs {least} weights or more, and {WEIGHTS} has {numbers}; copy the "
+            "directory again"
+        )
+    with _foreign(path):
+        net = SSSD(architecture, torch.Generator().manual_seed(0))
     return Trained(net=net, scaling=scaling, levels=levels, record=record)
 
 
-def _fill(net: SSSD, weights: bytes, path: Path) -> None:
+def _fill(net: SSSD, tensors: dict[str, Tensor], path: Path) -> None:
     own = net.state_dict()
-    tensors = _tensors(path, weights, own)
+    _check(path, tensors, own)
     for name, mine in own.items():
         tensor = tensors[name]
         if (tensor.shape, tensor.dtype) != (mine.shape, mine.dtype):
@@ -281,19 +290,22 @@ def _fill(net: SSSD, weights: bytes, path: Path) -> None:
     net.eval()
 
 
-def _tensors(path: Path, weights: bytes, names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors of a weights file, which has these and no others; all numbers are finite."""
+def _parsed(path: Path, weights: bytes) -> dict[str, Tensor]:
+    """The tensors of a weights file."""
     try:
-        tensors = load_tensors(weights)
+        return load_tensors(weights)
     except SafetensorError as e:
         raise CheckpointError(f"{path}: not a safetensors file ({e}); copy the directory again") from e
+
+
+def _check(path: Path, tensors: Mapping[str, Tensor], names: Collection[str]) -> None:
+    """Raise `CheckpointError` unless the tensors have these names, and no others, and finite numbers."""
     if tensors.keys() != set(names):
         odd = sorted(tensors.keys() ^ set(names))[0]
         raise CheckpointError(f"{path}: tensor {odd} is missing or unknown; {AGAIN}")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: {name} holds a number that is not finite; train again")
-    return tensors
 
 
 def _boosted_body(boosted: Boosted) -> dict[str, Any]:
@@ -316,7 +328,8 @@ def _boosted_weights(boosted: Boosted) -> bytes:
 def _boosted(directory: Path, body: dict[str, Any], weights: bytes) -> Boosted:
     scaling, levels, record = _scaling(directory / JSON, body, TreesRecord)
     path = directory / WEIGHTS
-    tensors = _tensors(path, weights, [f.name for f in fields(Trees)])
+    tensors = _parsed(path, weights)
+    _check(path, tensors, [f.name for f in fields(Trees)])
     trees = Trees(**{name: tensor.numpy() for name, tensor in tensors.items()})
     fault = trees.fault((len(scaling.horizons), len(levels)), len(scaling.mean))
     if fault:
@@ -402,13 +415,6 @@ KINDS = (
     _Kind("lgbm", Boosted, _boosted_body, _boosted_weights, _boosted),
     _Kind("ensemble", Ensemble, _ensemble_body, None, _ensemble),
 )
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as e:
-        raise CheckpointError(f"{path}: cannot be read ({e.strerror}); check the path of the model") from e
 
 
 def _write(path: Path, content: bytes) -> None:

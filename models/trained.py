@@ -13,6 +13,9 @@ from barcast.models.paths import path_steps
 from barcast.models.scaling import Scaling
 from barcast.models.sssd.network import SSSD
 
+MOST_LEVELS, MOST_HORIZONS, FARTHEST = 1_000, 100, 50_000
+"""Levels and horizons of a model, and bars that a horizon is ahead, at most."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -122,8 +125,15 @@ def check_paths(model: str, paths: bool) -> None:
 
 def check_outputs(horizons: Sequence[int], levels: Sequence[float]) -> None:
     """Raise `ConfigError` for horizons or levels that no model can forecast."""
-    if not horizons or list(horizons) != sorted({h for h in horizons if h > 0}):
-        raise ConfigError(f"horizons {tuple(horizons)} cannot be used: give rising counts of bars")
+    if len(horizons) > MOST_HORIZONS or len(levels) > MOST_LEVELS:
+        raise ConfigError(
+            f"{len(horizons)} horizons and {len(levels)} levels cannot be used: give at most {MOST_HORIZONS} "
+            f"and {MOST_LEVELS}"
+        )
+    if not horizons or list(horizons) != sorted({h for h in horizons if 0 < h <= FARTHEST}):
+        raise ConfigError(
+            f"horizons {tuple(horizons)} cannot be used: give rising counts of bars, at most {FARTHEST}"
+        )
     if len(levels) < 2 or list(levels) != sorted({p for p in levels if 0 < p < 1}):
         raise ConfigError(
             f"levels {tuple(levels)} cannot be used: give two or more rising probabilities between 0 and 1"

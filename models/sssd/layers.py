@@ -12,6 +12,8 @@ from barcast.models.errors import ConfigError
 CHOICES = {"encoder": ("s4d", "multiscale"), "head": ("mlp", "unet1d")}
 """What the fields of an architecture that are no sizes may be."""
 _SIZES = ("width", "state", "poles", "code", "denoiser", "blocks", "encoder", "head")
+MOST_BLOCKS = 64
+"""Residual blocks: each is a few modules, however narrow."""
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(zip(_SIZES, (32, 8, 4, 16, 32, 1, "s4d", "mlp"), strict=True)),
     "small": dict(zip(_SIZES, (96, 16, 8, 48, 64, 2, "s4d", "mlp"), strict=True)),
@@ -48,6 +50,8 @@ class Architecture:
                 raise ConfigError(f"architecture.{field.name} is {value!r}, none of {', '.join(known)}")
             if not known and (type(value) is not int or value < 1):
                 raise ConfigError(f"architecture.{field.name} is {value!r}, not a whole number above 0")
+        if self.blocks > MOST_BLOCKS:
+            raise ConfigError(f"architecture.blocks is {self.blocks}, above {MOST_BLOCKS}")
 
     @classmethod
     def of(cls, preset: str, **given: Any) -> "Architecture":
@@ -55,6 +59,20 @@ class Architecture:
         if preset not in PRESETS:
             raise ConfigError(f"preset {preset!r} is unknown: take one of {', '.join(PRESETS)}")
         return cls(**(PRESETS[preset] | given))
+
+    @property
+    def least(self) -> int:
+        """A count that the network's weights are never below, nor far above: what a file must hold for it."""
+        a = self
+        wide, deep = max(a.features, a.width, a.horizons), max(a.denoiser, a.path, a.code)
+        return max(
+            a.members * a.width * wide,
+            a.state * max(a.state, a.poles, a.width),
+            a.width * a.code,
+            a.denoiser * deep,
+            a.denoiser * a.blocks * max(a.denoiser * (96 if a.head == "unet1d" else 1), a.code),
+            a.path * max(a.path, a.samples),
+        )
 
     @property
     def preset(self) -> str | None:

@@ -14,6 +14,7 @@ shapes alone. Files are read with `weights_only`: they hold tensors and plain va
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ def read(
     Raises `CheckpointError` for a file that cannot be read, of other settings than `config`, or of another
     network; the sentence says which layers do not fit.
     """
+    _check_packing(path)
     try:
         body = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -72,6 +74,19 @@ def read(
         _check_config(path, body["config"], config)
     _check_weights(path, state, wanted)
     return dict(state)
+
+
+def _check_packing(path: str | PathLike[str]) -> None:
+    """Raise `CheckpointError` for a packed file, which torch never writes: it may be of any size unpacked."""
+    try:
+        if not is_zipfile(path):
+            return
+        with ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != ZIP_STORED]
+    except (BadZipFile, NotImplementedError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); save its state_dict anew") from error
+    if packed:
+        raise CheckpointError(f"{path}: {packed[0]} in it is compressed; save its state_dict anew")
 
 
 def _former(state: Mapping[str, Tensor], name: str) -> str:

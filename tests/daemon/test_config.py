@@ -241,7 +241,10 @@ def test_instance_must_be_a_topic_segment(write):
 def test_unknown_key_without_a_likeness_lists_what_is_known(write):
     """When no known key resembles the unknown one, the known ones are listed."""
     [said] = faults(write(LEAST + "[mqtt]\nxyzzy = 1\n"))
-    assert said == ("mqtt.xyzzy: unknown key; known here: host, port, root, username, password_file, ca_file")
+    assert said == (
+        "mqtt.xyzzy: unknown key; known here: host, port, root, username, password_file, ca_file, "
+        "tls, plain_password"
+    )
 
 
 def test_missing_file_is_an_error(tmp_path):
@@ -285,7 +288,7 @@ def test_model_directory_is_relative_to_the_file(write, tmp_path, monkeypatch, k
 
 def test_password_is_read_without_its_line_end(write):
     """The password is the file's content; the line end that editors add is not part of it."""
-    path = write(GOOD.replace('ca_file = "/etc/ssl/ca.pem"\n', ""))
+    path = write(GOOD.replace('ca_file = "/etc/ssl/ca.pem"', "plain_password = true"))
     secret = path.parent / "secrets" / "password"
     secret.parent.mkdir()
     secret.write_text("open sesame\n")

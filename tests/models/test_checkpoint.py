@@ -307,7 +307,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "weights of another head": (
         lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"head": "unet1d"}}),
-        r"tensor denoiser\..* is missing or unknown",
+        r"architecture needs \d+ weights or more, and weights.safetensors has \d+",
     ),
     "unknown size": (
         lambda d: _signed(d, _body(d) | {"architecture": _body(d)["architecture"] | {"heads": 4}}),

@@ -1,0 +1,288 @@
+"""`barcast doctor`: each thing that can be wrong with an instance is found once, with a remedy."""
+
+import asyncio
+import errno
+import fcntl
+import json
+import socket
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from barcast.backtest.cli import doctor
+from barcast.backtest.cli.doctor import Case, Finding, _Check, examined
+from barcast.daemon import control, mqtt, room, store
+from barcast.daemon.config import load
+from barcast.daemon.events import Champion
+from barcast.daemon.journal import Journal, Kind
+from barcast.models import open_model
+from tests.integration.broker import SHIPPED_ACL, Mosquitto, free_port
+
+LEAST = 'instance = "desk"\nstate_dir = "state"\ntimeframe = "1m"\n[mqtt]\nport = {port}\n'
+NOW = 1_790_000_000 * 10**9
+Found = list[tuple[str, str, str]]
+
+
+def case(folder: Path, more: str = "", port: int = 1, *, state: bool = True) -> Case:
+    """An instance in a folder, with a state directory."""
+    path = folder / "barcast.toml"
+    path.write_text(LEAST.format(port=port) + more)
+    if state:
+        (folder / "state").mkdir(mode=0o700, exist_ok=True)
+    return Case(path, load(path))
+
+
+def one(found: Iterator[tuple[str, str, str]], state: str) -> tuple[str, str]:
+    """What the only finding of this state says, and its remedy, which it has."""
+    [(_, said, remedy)] = [each for each in found if each[0] == state]
+    assert remedy or state == "ok"
+    return said, remedy
+
+
+def recorded(folder: Path, records: list[tuple[int, str, str, bytes]]) -> Path:
+    """A journal with these records."""
+    made = Journal(folder / "state" / "journal.db")
+    made.append(records)
+    made.close()
+    return made.path
+
+
+def test_sound_instance_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before its first start, with a broker, all is well but that no daemon runs."""
+    case(tmp_path, '[[strategy]]\nkind = "median-drift"\n', state=False)
+    monkeypatch.setattr(doctor, "CHECKS", tuple(each for each in doctor.CHECKS if each[0] != "broker"))
+    findings = list(examined(tmp_path / "barcast.toml"))
+    assert [each.check for each in findings if each.state != "ok"] == ["daemon"], findings
+    assert {each.check for each in findings} == {"configuration", *(check for check, *_ in doctor.CHECKS)}
+
+
+def test_bad_configuration_ends_it(tmp_path: Path) -> None:
+    """Nothing can be examined behind a configuration that says something else than was meant."""
+    (tmp_path / "barcast.toml").write_text("instance = 1\n")
+    [finding] = examined(tmp_path / "barcast.toml")
+    assert (finding.check, finding.state) == ("configuration", "fail")
+    assert "timeframe: missing" in finding.said
+
+
+def test_foreign_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that is missing, or of another version, is told with what to install."""
+    asked = ["numpy>=99", "no-such-thing>=1", "rich>=1; extra == 'x'"]
+    monkeypatch.setattr(doctor, "requires", lambda _name: asked)
+    (_, old, remedy), (_, none, _) = doctor.packages()
+    assert "is installed, not >=99" in old
+    assert "pip install 'numpy>=99'" in remedy
+    assert "no-such-thing none" in none
+
+
+def test_state_directory_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its mode, its room, and whether its disk knows locks."""
+    own = case(tmp_path)
+    (tmp_path / "state").chmod(0o755)
+    assert one(doctor.state_directory(own), "warn")[1].startswith("chmod 700")
+    monkeypatch.setattr(room, "LEAST_FREE", 1 << 62)
+    assert "GB free" in one(doctor.state_directory(own), "fail")[0]
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    [finding] = _Check("state", 5, partial(doctor.state_directory, own)).result()[-1:]
+    assert finding.state == "fail"
+    assert "No locks available" in finding.said
+
+
+def test_journal_is_examined(tmp_path: Path) -> None:
+    """Damage in it, an older version, what is too long to be checked, and a file that is none."""
+    own = case(tmp_path)
+    path = recorded(tmp_path, [(NOW + k, Kind.BARS, "t", bytes(2000)) for k in range(2000)])
+    found = list(doctor.journal(own, lambda: True))
+    assert [state for state, *_ in found] == ["ok", "ok"]
+    assert own.stamped == NOW + 1999
+    assert "too long" in one(doctor.journal(own, lambda: False), "warn")[0]
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 1")
+    db.close()
+    assert "older Barcast" in one(doctor.journal(own, lambda: True), "warn")[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 9000] = bytes(9000)
+    path.write_bytes(content)
+    said, remedy = one(doctor.journal(own, lambda: True), "fail")
+    assert said.startswith("damaged: ")
+    assert "restore a copy" in remedy
+    path.write_bytes(b"x" * 5000)
+    assert "not a database" in one(doctor.journal(own, lambda: True), "fail")[0]
+
+
+def test_model_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It loads and forecasts; one that is gone is a fault, another fingerprint a word."""
+    own = case(tmp_path)
+    assert "loads and forecasts" in one(doctor.model(own), "ok")[0]
+    card = open_model("fhs", "1m", None, None).card
+    own.champion = Champion(card.model, "another machine", 8, "why")
+    monkeypatch.setattr(store.ModelStore, "has", lambda _store, _name: True)
+    monkeypatch.setattr(store.ModelStore, "path", lambda _store, _name: "fhs")
+    assert "another machine" in one(doctor.model(own), "warn")[0]
+    monkeypatch.undo()
+    own.champion = Champion("0123456789abcdef", "x", 8, "why")
+    [finding] = _Check("model", 5, partial(doctor.model, own)).result()
+    assert finding.state == "fail"
+    assert "0123456789abcdef" in finding.said
+
+
+def test_history_is_read(tmp_path: Path) -> None:
+    """A file of it that holds no bars is a fault that names it."""
+    own = case(tmp_path)
+    (tmp_path / "state" / "history").mkdir()
+    (tmp_path / "state" / "history" / "a.csv").write_text("x,y\n1,2\n")
+    [finding] = _Check("history", 20, partial(doctor.history, own)).result()
+    assert finding.state == "fail"
+    assert "a.csv" in finding.said
+
+
+def test_strategies_are_tried(tmp_path: Path) -> None:
+    """One that looks at a horizon which is not forecast is a fault; without a model nothing can be said."""
+    own = case(tmp_path, '[[strategy]]\nkind = "median-drift"\nparams = { horizon = 77 }\n')
+    assert "no model to try them with" in one(doctor.strategies(own), "warn")[0]
+    own.forecaster = open_model("fhs", "1m", None, None)
+    [finding] = _Check("strategies", 5, partial(doctor.strategies, own)).result()
+    assert finding.state == "fail"
+    assert "77" in finding.said
+
+
+def test_clock_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock behind the journal, a little or far, and one that is set while we look."""
+    own = case(tmp_path)
+    assert [state for state, *_ in doctor.clock(own)] == ["ok"]
+    own.stamped = time.time_ns() + 3600 * 10**9
+    assert "behind the newest record" in one(doctor.clock(own), "warn")[0]
+    own.stamped = time.time_ns() + 10 * 86_400 * 10**9
+    assert "set it right" in one(doctor.clock(own), "fail")[1]
+    steps = iter([0, 10**10, 2 * 10**10])
+    own.stamped = 0
+    monkeypatch.setattr(doctor.time, "monotonic_ns", lambda: next(steps))
+    assert "was set by" in one(doctor.clock(own), "warn")[0]
+
+
+def test_daemon_is_asked(tmp_path: Path) -> None:
+    """None, one that does not answer, and one that does."""
+    own = case(tmp_path)
+    assert one(doctor.daemon(own), "warn")[0] == "none runs"
+    with (tmp_path / "state" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "takes no orders" in one(doctor.daemon(own), "warn")[0]
+        assert own.running
+
+        async def main() -> Found:
+            async def state(*_: object) -> str:
+                return "fhs serves"
+
+            serving = asyncio.create_task(control.serve(tmp_path / "state", ("state",), state))
+            while not (tmp_path / "state" / control.NAME).exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            try:
+                return await asyncio.to_thread(lambda: list(doctor.daemon(own)))
+            finally:
+                serving.cancel()
+                await asyncio.wait([serving])
+
+        assert "fhs serves" in one(iter(asyncio.run(main())), "ok")[0]
+
+
+def test_absent_broker_is_a_fault(tmp_path: Path) -> None:
+    """The address and the reason are told."""
+    said, _ = one(doctor.broker(case(tmp_path)), "fail")
+    assert said.startswith("127.0.0.1:1: ")
+    assert "refused" in said
+
+
+@pytest.mark.broker
+def test_broker_is_visited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that delivers is ok, one that lets nobody read is a fault; the visit leaves no session."""
+    plain = Mosquitto(tmp_path / "plain")
+    plain.start()
+    try:
+        assert "delivers what is published" in one(doctor.broker(case(tmp_path, port=plain.port)), "ok")[0]
+    finally:
+        plain.stop()
+    monkeypatch.setattr(mqtt, "HEAR_SECONDS", 0.5)
+    acl = SHIPPED_ACL.read_text().replace("topic read barcast/v1/bars/#", "")
+    strict = Mosquitto(tmp_path / "strict", acl=acl)
+    strict.start()
+    try:
+        (tmp_path / "secret").write_text("barcast")
+        more = 'username = "barcast"\npassword_file = "secret"\n'
+        said, remedy = one(doctor.broker(case(tmp_path, more, strict.port)), "fail")
+    finally:
+        strict.stop()
+    assert "delivers nothing" in said
+    assert "barcast/v1/bars/#" in remedy
+
+
+def test_port_of_metrics_that_is_taken_is_a_fault(tmp_path: Path) -> None:
+    """A start could not listen there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        own = case(tmp_path, f"[http]\nport = {taken.getsockname()[1]}\n")
+        [finding] = _Check("http", 5, partial(doctor.http, own)).result()
+    assert finding.state == "fail"
+    assert "in use" in finding.said
+    assert "is free" in one(doctor.http(case(tmp_path, f"[http]\nport = {free_port()}\n")), "ok")[0]
+
+
+def test_failed_unit_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What systemd gave up is told with the command that says why."""
+    said = "LoadState=loaded\nActiveState=failed\nResult=start-limit-hit\nNRestarts=5\n"
+    monkeypatch.setattr(doctor.shutil, "which", lambda _name: "/bin/systemctl")
+    monkeypatch.setattr(doctor.Path, "is_dir", lambda _path: True)
+    own = SimpleNamespace(settings=SimpleNamespace(instance="desk"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout=said))
+    told, remedy = one(doctor.unit(own), "fail")  # type: ignore[arg-type]
+    assert "barcast@desk is failed (start-limit-hit), 5 restarts" in told
+    assert remedy == "journalctl -u barcast@desk says why"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_check_that_breaks_or_hangs_is_a_finding_of_its_own() -> None:
+    """A fault of ours shows its traceback; one that waits for ever holds up nobody."""
+
+    def breaks() -> Iterator[Any]:
+        yield "ok", "so far", ""
+        raise ValueError("a fault of ours")
+
+    def hangs() -> Iterator[Any]:
+        threading.Event().wait(5)
+        yield "ok", "late", ""
+
+    before: Callable[..., object] = threading.excepthook
+    raised: list[object] = []
+    threading.excepthook = lambda hooked: raised.append(hooked.exc_value)
+    try:
+        first, second = _Check("a", 5, breaks).result()
+    finally:
+        threading.excepthook = before
+    assert (first.said, second.state, second.remedy) == ("so far", "fail", "report it")
+    assert str(raised) == "[ValueError('a fault of ours')]"
+    [late] = _Check("b", 0.05, hangs).result()
+    assert (late.state, late.said) == ("fail", "no answer within 0.05 s")
+
+
+def test_command_prints_a_table_or_json_and_fails(
+    tmp_path: Path, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault is exit status 1; brackets in a message are no markup."""
+    monkeypatch.setattr(doctor, "CHECKS", ())
+    case(tmp_path)
+    assert run("doctor", str(tmp_path / "barcast.toml"))[0] == 0
+    (tmp_path / "barcast.toml").write_text("[retrain]\nx = 1\n")
+    status, table, _ = run("doctor", str(tmp_path / "barcast.toml"))
+    assert (status, "retrain.x" in table) == (1, True)
+    status, text, _ = run("doctor", "--json", str(tmp_path / "barcast.toml"))
+    [finding] = json.loads(text)
+    assert (status, Finding(**finding).check) == (1, "configuration")
