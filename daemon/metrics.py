@@ -77,6 +77,10 @@ class Metrics(Collector):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
+    def configure(self, config: Config) -> None:
+        """What is said of the configuration is of this one from now on."""
+        self._config = config
+
     def watch(self, parts: Parts) -> None:
         """From now on these are the parts. What was counted in recovering happened before."""
         self._parts, self._since = parts, self._clock.now()
@@ -287,6 +291,7 @@ class Metrics(Collector):
         yield _histogram("loop_lag_seconds", "How late the event loop wakes a sleeper.", p.vitals.lag)
         yield _gauge("journal_size_bytes", "The journal's files.", storage.journal)
         yield _gauge("state_dir_free_bytes", "Room on the state directory's disk.", storage.free)
+        yield _gauge("paused", "Whether an operator paused the forecasts.", p.pipeline.paused)
         yield _gauge("disk_full", "Whether all waits for room on that disk.", p.scribe.full)
 
 

@@ -300,7 +300,30 @@ class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
-State = Literal["starting", "ready", "deaf", "full", "stopped", "lost"]
+class OrderMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An order of an operator, the verb of which is in the topic. All of it may be left out.
+
+    It names a response topic under `{root}/answers/` and correlation data, and is not retained.
+    """
+
+    wait: Annotated[bool, _of("Of retrain and reload: answer at its end.")] = False
+    to: Annotated[str | None, _of("Of rollback: the model to go back to.")] = None
+    reason: Annotated[str | None, _of("Why, for the journal.")] = None
+
+
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What comes of an order, with its correlation data: any number of lines, then one of the others."""
+
+    schema: Version = SCHEMA
+    verb: Annotated[str, _of("What was ordered.")]
+    instance: Annotated[str, _of("Who answers.")]
+    boot: Annotated[str, _of("The start of it that took the order: with another one nothing more comes.")]
+    line: Annotated[str | None, _of("On the way: the first one says that the order was taken.")] = None
+    done: Annotated[str | None, _of("It is done: what came of it.")] = None
+    refused: Annotated[str | None, _of("It is not done: why, and what to do.")] = None
+
+
+State = Literal["starting", "ready", "paused", "deaf", "full", "stopped", "lost"]
 """What an instance says of itself."""
 
 
@@ -315,9 +338,10 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     state: Annotated[
         State,
         _of(
-            "ready; starting; deaf: no bars come by its subscription, though it asked for them; full: it "
-            "takes no bar until there is room on its disk; stopped: it was told to; lost: its connection "
-            "ended otherwise, said by the broker as its last will."
+            "ready; starting; paused: bars are taken and nothing is forecast, as an operator wants it; deaf: "
+            "no bars come by its subscription, though it asked for them; full: it takes no bar until there "
+            "is room on its disk; stopped: it was told to; lost: its connection ended otherwise, said by the "
+            "broker as its last will."
         ),
     ]
     instance: Annotated[str, _of("The instance's name.")]

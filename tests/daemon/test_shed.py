@@ -10,7 +10,7 @@ import pytest
 
 from barcast.backtest.verify import replay_journal
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Reign, Warmth
+from barcast.daemon.events import Champion, Ordered, Reign, Warmth
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Decision
 from barcast.daemon.retention import compact
@@ -85,7 +85,7 @@ def lived(state, steps, waiting=()):
 
 def back(state, now, to=None):
     """Roll back; say what the operator reads."""
-    return rollback_journal(load(state.parent / "barcast.toml"), now, to)
+    return rollback_journal(load(state.parent / "barcast.toml"), now, Ordered("uid 0", "rollback", to=to))
 
 
 def closes(messages):
