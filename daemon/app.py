@@ -213,12 +213,13 @@ class Daemon:
             await asyncio.to_thread(opening, config, journal, self.store, self.clock.now()),
         )
         self.lookout = Lookout(config, self.clock, self.succession, self.pipeline)
-        process, *limits = self._trainer()
+        process, timeout, stall = self._trainer()
         self.retraining = Retraining(
             config.state_dir,
             process,
             self._serving,
-            *limits,
+            timeout,
+            stall,
             self.succession.promote,
             self.succession.refuse,
         )

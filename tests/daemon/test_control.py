@@ -167,7 +167,10 @@ def raw(folder, payload):
         (b"x" * (worker.LINE_BYTES + 2), b"refused"),
         (b'{"verb": "state", "to": "fhs"}\n', b"`to` goes with the verb rollback, not state"),
         (b'{"verb": "rollback", "wait": true}\n', b"`wait` goes with the verbs retrain and reload"),
-        (b'{"verb": "pause", "reason": "' + b"x" * 501 + b'"}\n', b"`reason` has 501 characters, more than 500"),
+        (
+            b'{"verb": "pause", "reason": "' + b"x" * 501 + b'"}\n',
+            b"`reason` has 501 characters, more than 500",
+        ),
     ],
 )
 def test_nonsense_is_refused(tmp_path, payload, said):

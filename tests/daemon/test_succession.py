@@ -9,6 +9,7 @@ import pytest
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion, Ordered, Reign, events
 from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.ports import Activation
 from barcast.daemon.retention import _referenced
 from barcast.daemon.start import only_one
 from barcast.daemon.store import ModelStore
@@ -122,7 +123,10 @@ def test_rollback_of_an_instance_that_is_down(instance):
     champion, time, _ = serving(instance)
     assert (champion.model, time) == ("hs", START + 5)
     journal = Journal(instance.parent / "state" / "journal.db", readonly=True)
-    assert [event.model for _, event in events(journal.records())] == ["ewma", "fhs", "hs"]
+    found = [event for _, event in events(journal.records())]
+    assert [event.model for event in found if isinstance(event, Activation)] == ["ewma", "fhs", "hs"]
+    orders = [Ordered.decode(record.payload) for record in journal.of_kind(Kind.ORDERED)]
+    assert orders == [BACK, BACK]
     journal.close()
 
 
