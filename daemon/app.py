@@ -302,9 +302,8 @@ class Daemon:
             state = "full"
         elif state == "ready" and self.link.deaf:
             state = "deaf"
-        elif state == "ready" and self.pipeline.paused:
-            state = "paused"
-        self.notifier.send(f"STATUS={state}")
+        paused = self.pipeline.paused
+        self.notifier.send(f"STATUS={state}{', paused' * paused}")
         status = wire.Status(
             state=state,
             instance=self.config.instance,
@@ -313,6 +312,7 @@ class Daemon:
             interval=HEARTBEAT_SECONDS,
             processed=wire.to_text(processed) if processed else None,
             waiting=len(self.link.inbox),
+            paused=paused,
         )
         # A `ready` that nobody renews vanishes; that a daemon stopped stays said.
         expires = None if state == "stopped" else now + int(3 * HEARTBEAT_SECONDS * 1e9)

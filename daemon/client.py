@@ -49,12 +49,13 @@ UNFINISHED = 1_000
 """Closes whose signals wait for the message that their group is complete, at most."""
 HALTS = {
     "starting": "the daemon is starting",
-    "paused": "an operator paused the daemon",
     "deaf": "the daemon hears no bars",
     "full": "the disk of the daemon is full",
     "stopped": "the daemon was stopped",
     "lost": "the daemon lost its connection, or its life",
 }
+
+PAUSED = "an operator paused the daemon"
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -321,12 +322,12 @@ class Client:
         self.status = status
         self._interval = status.interval or self._interval
         self._beat.set()
-        if status.state == "ready":
+        if status.state == "ready" and not status.paused:
             if self.halted is not None:
                 self.halted, self._told = None, False
                 self._on_resume()
         else:
-            self._halt(HALTS[status.state])
+            self._halt(PAUSED if status.state == "ready" else HALTS[status.state])
 
     def _halt(self, reason: str) -> None:
         self.halted = reason

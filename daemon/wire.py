@@ -323,7 +323,7 @@ class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     refused: Annotated[str | None, _of("It is not done: why, and what to do.")] = None
 
 
-State = Literal["starting", "ready", "paused", "deaf", "full", "stopped", "lost"]
+State = Literal["starting", "ready", "deaf", "full", "stopped", "lost"]
 """What an instance says of itself."""
 
 
@@ -338,10 +338,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     state: Annotated[
         State,
         _of(
-            "ready; starting; paused: bars are taken and nothing is forecast, as an operator wants it; deaf: "
-            "no bars come by its subscription, though it asked for them; full: it takes no bar until there "
-            "is room on its disk; stopped: it was told to; lost: its connection ended otherwise, said by the "
-            "broker as its last will."
+            "ready; starting; deaf: no bars come by its subscription, though it asked for them; full: it "
+            "takes no bar until there is room on its disk; stopped: it was told to; lost: its connection "
+            "ended otherwise, said by the broker as its last will."
         ),
     ]
     instance: Annotated[str, _of("The instance's name.")]
@@ -356,6 +355,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     waiting: Annotated[
         int | None, _of("Messages that it received and has not taken yet; null in a last will.")
     ] = None
+    paused: Annotated[
+        bool, _of("An operator paused it: bars are taken, and no signals are made until it is to go on.")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

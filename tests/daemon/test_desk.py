@@ -105,14 +105,16 @@ def test_paused_path_takes_bars_and_forecasts_nothing(made, by):
             await warm(made)
             await deliver(made, Message.of(bar("A", 7)))
             said = [await give("pause", "1")]
-            states = [json.loads(m.payload)["state"] for m in sent if m.topic == "t/status/me"]
+            await made._announce()
+            states = [json.loads(m.payload)["paused"] for m in sent if m.topic == "t/status/me"]
             await deliver(made, Message.of(bar("A", 8)))
             middle = signals(made), made.pipeline.windows.count("A"), made.vitals.moving
             said.append(await give("resume", "2"))
             await deliver(made, Message.of(bar("A", 9)))
             return said, states, middle
 
-    said, _, middle = play(story())
+    said, states, middle = play(story())
+    assert states == [True]
     assert said == [
         "paused: bars are taken, and nothing is forecast until `resume`",
         "forecasts go on with the next group",

@@ -171,7 +171,7 @@ def test_operator_reads_one_sentence(state, run, capsys):
     """The command says what it did, and how much it passed over; what it read is no news."""
     lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))], bars(7, 8))
     capsys.readouterr()
-    assert run("rollback", str(state.parent / "barcast.toml")) == (
+    assert run("ctl", str(state.parent / "barcast.toml"), "rollback") == (
         0,
         f"fhs will serve from the next start on; {BAD} is left behind; 2 groups of bars, in 5 records, are "
         "passed over without a forecast\n",
