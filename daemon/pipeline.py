@@ -598,9 +598,9 @@ async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor
     """Drive the pipeline until the source ends or the task is cancelled.
 
     Lateness is decided by an event's own recorded time, and before the event joins; a group that is due
-    leaves before anything newer is seen, and is not forecast if the source sheds it. While the path is paused,
-    groups leave and nothing is said of them. With an executor the forecasts are computed there, so that a
-    live event loop stays free; in a replay they are computed at once.
+    leaves before anything newer is seen, and is not forecast if the source sheds it. While the path is
+    paused, groups leave and nothing is said of them. With an executor the forecasts are computed there, so
+    that a live event loop stays free; in a replay they are computed at once.
     """
 
     async def emit(group: Group) -> None:
