@@ -146,10 +146,10 @@ def test_group_that_waited_at_the_stop(state, wait, shed):
 
 
 def test_nothing_is_passed_over_where_nothing_waits(state):
-    """A rollback of an instance that ended its work is an activation alone, and so is the next one."""
+    """A rollback of an instance that ended its work is an order and an activation alone."""
     lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))])
     assert "passed over" not in back(state, START + 7 * MINUTE)
-    assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 3]
+    assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 2, Kind.ORDERED, Kind.ACTIVATION]
 
 
 def test_model_that_looks_back_further_finds_its_bars(state):
