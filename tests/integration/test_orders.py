@@ -5,6 +5,7 @@ import json
 import signal
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 
 import paho.mqtt.client as paho
 import pytest
@@ -18,7 +19,7 @@ from barcast.daemon.journal import Journal, Kind
 from barcast.models import ConfigError
 from tests.garch import simulate
 from tests.integration.broker import SHIPPED_ACL
-from tests.integration.instance import Instance, Subscriber, client, write_history
+from tests.integration.instance import Instance, Subscriber, client, until, write_history
 
 MINUTE = 60 * 10**9
 HISTORY, LIVE, SPEED = 1450, 80, 60.0
@@ -74,14 +75,6 @@ def send(broker, verb, known, retain=False, expiry=None):
     c.loop_stop()
 
 
-def until(holds, seconds=30):
-    """Wait until something holds."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_orders_by_every_way(brokers, tmp_path, request):
     """Each verb by socket and broker; a bad configuration; a kill -9 while paused; a replay of it all."""
     broker = brokers(acl=SHIPPED_ACL.read_text())
@@ -89,7 +82,15 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     windows = [simulate(name, HISTORY + LIVE, seed=2, step=MINUTE).window for name in names]
     begin = int(windows[0].close_times[HISTORY - 1])
     instance = Instance(
-        tmp_path / "instance", broker.port, names, "fhs", begin, SPEED, sampler=None, user="barcast"
+        tmp_path / "instance",
+        broker.port,
+        names,
+        "fhs",
+        begin,
+        SPEED,
+        sampler=None,
+        user="barcast",
+        at=datetime.now(UTC) + timedelta(seconds=4),
     )
     write_history(windows, HISTORY, instance.state / "history")
     seen = Subscriber(broker.port, "operator")
@@ -105,7 +106,7 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     instance.wait_for("broker_connected")
     feed = Steady(instance, windows)
     feed.start()
-    until(lambda: seen.of("signals"))
+    until(lambda: seen.of("signals"), "signals come")
 
     # Pause by the broker, which an ordinary reader cannot; bars go on and signals do not.
     with pytest.raises(ConfigError, match=r"control/test/pause: refused by the broker"):
@@ -113,7 +114,7 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     lines = []
     assert by_broker(broker, "pause", reason="a look", on_line=lines.append).startswith("paused: ")
     assert lines[0].startswith("taken: record ")
-    until(lambda: json.loads(seen.of("status")[-1][1]).get("paused"))
+    until(lambda: json.loads(seen.of("status")[-1][1]).get("paused"), "the status says paused")
     paused = len(seen.of("signals"))
     time.sleep(2.5)  # more than two bars
     assert len(seen.of("signals")) == paused
@@ -126,12 +127,14 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     send(broker, "state", b"waits")
     instance.launch()
     instance.wait_for("ready", count=2)
-    until(lambda: [p for t, p in seen.of("answers") if t.endswith("/raw")])
+    until(
+        lambda: [p for t, p in seen.of("answers") if t.endswith("/raw")], "the order that waited is answered"
+    )
     assert "paused: nothing is forecast" in instance.order("state").stdout
     assert len(seen.of("signals")) == paused
     resumed = instance.order("resume", "--reason", "seen enough")
     assert resumed.stdout.startswith("forecasts go on"), resumed.stderr
-    until(lambda: len(seen.of("signals")) > paused)
+    until(lambda: len(seen.of("signals")) > paused, "signals come again")
 
     # A bad configuration is refused by every way, while signals go on; a good one acts.
     path = instance.folder / "barcast.toml"
@@ -142,7 +145,7 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     instance.process.send_signal(signal.SIGHUP)
     instance.wait_for("order_refused", count=2)
     before = len(seen.of("signals"))
-    until(lambda: len(seen.of("signals")) > before)
+    until(lambda: len(seen.of("signals")) > before, "signals go on")
     path.write_text(good.replace('max_wait = "15s"', 'max_wait = "12s"') + '[retrain]\nmax_age = "9d"\n')
     assert by_broker(broker, "reload", wait=True) == "max_wait, retrain: as the file says now"
     assert instance.order("reload", "--wait").stdout == "nothing has changed\n"
@@ -151,9 +154,11 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     assert by_broker(broker, "rollback", to="hs").startswith("hs serves again; fhs is left behind")
     assert instance.order("rollback").stdout.startswith("fhs serves again")
     send(broker, "pause", b"kept", retain=True)
-    until(lambda: any("retained" in p.decode() for _, p in seen.of("answers")))
+    until(
+        lambda: any("retained" in p.decode() for _, p in seen.of("answers")), "the retained order is refused"
+    )
     before = len(seen.of("signals"))
-    until(lambda: len(seen.of("signals")) > before)
+    until(lambda: len(seen.of("signals")) > before, "signals go on, still")
     feed.close()
     assert instance.stop() == 0
     for reader in (seen, spy):
