@@ -94,13 +94,13 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     )
     write_history(windows, HISTORY, instance.state / "history")
     seen = Subscriber(broker.port, "operator")
-    spy = Subscriber.__new__(Subscriber)  # a reader, who may not see answers
-    spy.seen, spy.subscribed, spy.client = [], threading.Event(), client("spy", broker.port, "reader")
-    spy.client.on_message = lambda _c, _u, m: spy.seen.append((m.topic, m.payload))
-    spy.client.on_subscribe = lambda *_: spy.subscribed.set()
-    spy.client.subscribe([("barcast/v1/answers/#", 1), ("barcast/v1/control/#", 1)])
-    spy.client.loop_start()
-    assert spy.subscribed.wait(10)
+    spied, subscribed = [], threading.Event()
+    spy = client("spy", broker.port, "reader")  # who may not see orders, nor answers
+    spy.on_message = lambda _c, _u, m: spied.append(m.topic)
+    spy.on_subscribe = lambda *_: subscribed.set()
+    spy.subscribe([("barcast/v1/answers/#", 1), ("barcast/v1/control/#", 1)])
+    spy.loop_start()
+    assert subscribed.wait(10)
     instance.launch()
     request.addfinalizer(instance.kill)
     instance.wait_for("broker_connected")
@@ -161,10 +161,11 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     until(lambda: len(seen.of("signals")) > before, "signals go on, still")
     feed.close()
     assert instance.stop() == 0
-    for reader in (seen, spy):
-        reader.close()
+    seen.close()
+    spy.disconnect()
+    spy.loop_stop()
 
-    assert spy.seen == []
+    assert spied == []
     journal = Journal(instance.state / "journal.db", readonly=True)
     orders = {r.seq: Ordered.decode(r.payload) for r in journal.of_kind(Kind.ORDERED)}
     results = {a.order: a for a in (Answered.decode(r.payload) for r in journal.of_kind(Kind.ANSWERED))}
