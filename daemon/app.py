@@ -17,20 +17,22 @@ import structlog
 
 from barcast.daemon import control, http, wire
 from barcast.daemon.config import Config, Rehearsal, Retrain
-from barcast.daemon.control import Order
+from barcast.daemon.control import Order, Tell
+from barcast.daemon.desk import Desk
 from barcast.daemon.events import shed_groups
-from barcast.daemon.journal import Journal
-from barcast.daemon.live import Clock, Courier, LiveSink, LiveSource, Scribe
+from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.live import Clock, Courier, Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.lookout import Lookout
 from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.newcomers import Newcomers
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
+from barcast.daemon.ports import Pause
 from barcast.daemon.retention import daily
 from barcast.daemon.retraining import Retraining, Serving
 from barcast.daemon.room import check_room, room
-from barcast.daemon.schedule import scheduler
+from barcast.daemon.schedule import Planner, scheduler
 from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
@@ -44,8 +46,6 @@ FAREWELL_SECONDS = 5.0
 HEARTBEAT_SECONDS = 10.0
 """How often the status is published while bars are processed."""
 
-VERBS = ("state", "retrain", "rollback")
-"""What an operator may order."""
 ASKED = "an operator asked"
 
 log = structlog.get_logger()
@@ -109,8 +109,17 @@ def serve(config: Config, commands: Commands) -> None:
                 os._exit(0)
             stop.set()
 
+        def read_again() -> None:
+            if daemon.state == "ready":
+                daemon.desk.signalled("reload")
+            else:
+                log.warning(
+                    "signal_ignored", reason=f"the daemon is {daemon.state}; send it when it is ready"
+                )
+
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked)
+        loop.add_signal_handler(signal.SIGHUP, read_again)
         await daemon.run()
         os._exit(0)
 
@@ -135,6 +144,8 @@ class Daemon:
         self.state: wire.State = "starting"
         self.boot = outside.boot()
         self.metrics = Metrics(config, self.clock)
+        self._planner: Planner | None = None
+        self._reloading = asyncio.Lock()
 
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
@@ -172,7 +183,7 @@ class Daemon:
         address = config.mqtt.address(f"barcast-{config.instance}")
         canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)
         lost = wire.Status(state="lost", instance=config.instance, boot=self.boot)
-        subscriptions = [topics.bars, topics.adjustments]
+        subscriptions = [topics.bars, topics.adjustments, f"{topics.control}+"]
         self.link = self.outside.link(address, subscriptions, wire.status(lost, topics.status), canary)
         self.courier = Courier(self.link, self.scribe, self.clock, config.instance, self.boot)
         self.source = LiveSource(
@@ -191,7 +202,6 @@ class Daemon:
         self.sink = LiveSink(self.scribe, self.source, self.courier)
         self.vitals = Vitals(self.source, self.pipeline, self.notifier)
         self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)
-        retrain = config.retrain or Retrain()
         self.succession = Succession(
             config,
             self.clock,
@@ -204,17 +214,19 @@ class Daemon:
             await asyncio.to_thread(opening, config, journal, self.store, self.clock.now()),
         )
         self.lookout = Lookout(config, self.clock, self.succession, self.pipeline)
+        process, timeout, stall = self._trainer()
         self.retraining = Retraining(
             config.state_dir,
-            worker(retrain.socket) if retrain.socket else self.children,
+            process,
             self._serving,
-            retrain.timeout / 1e9,
-            retrain.stall / 1e9,
+            timeout,
+            stall,
             self.succession.promote,
             self.succession.refuse,
         )
         verify = config.verify
-        self.verification = Verification(self.children, self.clock, verify.since) if verify else None
+        self.verification = Verification(self.children, self.clock, verify.since if verify else None)
+        self.desk = Desk(topics, self.boot, self.link, self.scribe, self.source, self.courier, self._order)
         self.metrics.watch(
             Parts(
                 self.link,
@@ -246,13 +258,12 @@ class Daemon:
                 group.create_task(daily(self.children), name="compaction"),
                 group.create_task(self._retrain(), name="retrain"),
                 group.create_task(self.lookout.run(self.retraining), name="lookout"),
-                group.create_task(control.serve(self.config.state_dir, VERBS, self._order), name="control"),
+                group.create_task(self.verification.run(), name="verification"),
+                group.create_task(self.desk.run(), name="desk"),
+                group.create_task(control.serve(self.config.state_dir, self.desk.order), name="control"),
             ]
-            if self.verification:
-                rim.append(group.create_task(self.verification.run(), name="verification"))
             path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
-            planner = scheduler(self._jobs())
-            planner.start()
+            self._plan()
             self.state = "ready"
             self.metrics.serving = True
             self.notifier.send("READY=1", f"STATUS=no broker: {self.link.fault}")
@@ -262,7 +273,8 @@ class Daemon:
             self.notifier.send("STOPPING=1")
             self.state = "stopped"
             self.metrics.serving = False
-            planner.shutdown(wait=False)
+            if self._planner:
+                self._planner.shutdown(wait=False)
             path.cancel()
             self.courier.wake()
             with suppress(TimeoutError):
@@ -295,7 +307,8 @@ class Daemon:
             state = "full"
         elif state == "ready" and self.link.deaf:
             state = "deaf"
-        self.notifier.send(f"STATUS={state}")
+        paused = self.pipeline.paused
+        self.notifier.send(f"STATUS={state}{', paused' * paused}")
         status = wire.Status(
             state=state,
             instance=self.config.instance,
@@ -304,6 +317,7 @@ class Daemon:
             interval=HEARTBEAT_SECONDS,
             processed=wire.to_text(processed) if processed else None,
             waiting=len(self.link.inbox),
+            paused=paused,
         )
         # A `ready` that nobody renews vanishes; that a daemon stopped stays said.
         expires = None if state == "stopped" else now + int(3 * HEARTBEAT_SECONDS * 1e9)
@@ -317,7 +331,7 @@ class Daemon:
         retrain, verify = self.config.retrain, self.config.verify
         if retrain and retrain.cron:
             jobs["retrain"] = retrain.cron, self._scheduled
-        if verify and self.verification:
+        if verify:
             jobs["verify"] = verify.cron, self.verification.ask
         return jobs
 
@@ -351,21 +365,86 @@ class Daemon:
         margin = 0.0 if retrain is None or eased else retrain.margin
         return Serving(champion.model, margin, champion.left)
 
-    async def _order(self, order: Order, tell: Callable[[str], None]) -> str:
+    async def _order(self, order: Order, tell: Tell) -> str:
         """What an operator wants of the daemon. Raise ConfigError for what it cannot do."""
-        retrain, retraining, champion = self.config.retrain, self.retraining, self.succession.champion
-        if order.verb == "rollback":
-            return await self.succession.rollback(order.to)
-        if order.verb == "state":
-            since = wire.to_text(self.succession.activated)
-            runs = ", ".join(f"{count} {result}" for result, count in retraining.runs.items()) or "none"
-            work = "a training is under way" if retraining.running else "no training is under way"
-            serves = f"{champion.model} serves since {since}: {champion.reason}"
-            return f"{serves}\n{work}; trainings since the start: {runs}"
-        if retrain is None:
-            raise ConfigError("the configuration has no [retrain]: add it and restart the daemon")
+        match order.verb:
+            case "state":
+                return self._about()
+            case "pause":
+                await self._pause(True)
+                return "paused: bars are taken, and nothing is forecast until `resume`"
+            case "resume":
+                await self._pause(False)
+                return "forecasts go on with the next group"
+            case "reload":
+                return await self._reload()
+            case "rollback":
+                return await self.succession.rollback(order.to)
+        if self.config.retrain is None:
+            raise ConfigError("the configuration has no [retrain]: add it, and order `reload`")
         if not order.wait:
-            retraining.ask(ASKED)
+            self.retraining.ask(ASKED)
             return "asked for; the log and the model's topic will say what comes of it"
-        result = await retraining.follow(ASKED, tell)
+        result = await self.retraining.follow(ASKED, tell)
         return f"{result}; {self.succession.champion.model} serves"
+
+    def _about(self) -> str:
+        """Who serves since when, how trainings went, and what operators did, in lines."""
+        retraining, champion = self.retraining, self.succession.champion
+        since = wire.to_text(self.succession.activated)
+        runs = ", ".join(f"{count} {result}" for result, count in retraining.runs.items()) or "none"
+        work = "a training is under way" if retraining.running else "no training is under way"
+        lines = [
+            f"{champion.model} serves since {since}: {champion.reason}",
+            f"{work}; trainings since the start: {runs}",
+        ]
+        if self.pipeline.paused:
+            lines.append("paused: nothing is forecast until `resume`")
+        if self.desk.last:
+            lines.append(f"the last order: {self.desk.last}")
+        return "\n".join(lines)
+
+    async def _pause(self, paused: bool) -> None:
+        """Decide it, wait until the path has come there, and tell subscribers."""
+        kind = Kind.PAUSE if paused else Kind.RESUME
+        number = await self.source.decide(Decision(kind, b"", lambda time: Pause(time, paused)))
+        while self.source.position < number or self.pipeline.paused != paused:
+            self.sink.moved.clear()
+            await self.sink.moved.wait()
+        self.scribe.turned.set()
+
+    async def _reload(self) -> str:
+        """Go on by what the configuration says now, all of it or nothing."""
+        async with self._reloading:
+            config = await asyncio.to_thread(self.config.reread)
+            fixed, changed = self.config.changed_in(config)
+            if fixed:
+                raise ConfigError(
+                    f"{', '.join(fixed)}: cannot change while the daemon runs, so nothing was changed; "
+                    "restart it, or write what was there"
+                )
+            if not changed:
+                return "nothing has changed"
+            await self.succession.revise(config)
+            self.config = config
+            self.metrics.configure(config)
+            if "retrain" in changed:
+                self.retraining.configure(*self._trainer())
+                self.lookout.configure(config)
+            if "verify" in changed:
+                self.verification.since = config.verify.since if config.verify else None
+            self._plan()
+            return f"{', '.join(changed)}: as the file says now"
+
+    def _trainer(self) -> tuple[Run, float, float]:
+        """Who trains, and the limits of a training in seconds: at its end, and without a word."""
+        retrain = self.config.retrain or Retrain()
+        process = worker(retrain.socket) if retrain.socket else self.children
+        return process, retrain.timeout / 1e9, retrain.stall / 1e9
+
+    def _plan(self) -> None:
+        """Ask for trainings and verifications when the configuration says so."""
+        if self._planner:
+            self._planner.shutdown(wait=False)
+        self._planner = scheduler(self._jobs())
+        self._planner.start()

@@ -20,9 +20,20 @@ from typing import Generic, Self, TypeVar
 import msgspec
 import structlog
 
-from barcast.daemon.mqtt import SESSION_SECONDS, Address, Link
-from barcast.daemon.wire import SCHEMA, UNDECODABLE, GroupDone, Signal, Status, Target, to_ns
-from barcast.models import BarcastError
+from barcast.daemon.mqtt import NOT_CONNECTED, OPERATOR_PROPERTY, SESSION_SECONDS, Address, Link
+from barcast.daemon.wire import (
+    SCHEMA,
+    UNDECODABLE,
+    AnswerMessage,
+    GroupDone,
+    OrderMessage,
+    Outgoing,
+    Signal,
+    Status,
+    Target,
+    to_ns,
+)
+from barcast.models import BarcastError, ConfigError
 
 SILENT_INTERVALS = 3
 """After so many intervals without a status the daemon is taken for dead."""
@@ -44,9 +55,15 @@ HALTS = {
     "lost": "the daemon lost its connection, or its life",
 }
 
+PAUSED = "an operator paused the daemon"
+
 log = structlog.get_logger()
 T = TypeVar("T")
 Message = Signal | Target
+
+
+TAKEN_SECONDS = 30.0
+"""How long an order may take to be taken, by the broker and by the daemon; then it is of no use any more."""
 
 
 class NewerSchemaError(BarcastError):
@@ -305,12 +322,12 @@ class Client:
         self.status = status
         self._interval = status.interval or self._interval
         self._beat.set()
-        if status.state == "ready":
+        if status.state == "ready" and not status.paused:
             if self.halted is not None:
                 self.halted, self._told = None, False
                 self._on_resume()
         else:
-            self._halt(HALTS[status.state])
+            self._halt(PAUSED if status.state == "ready" else HALTS[status.state])
 
     def _halt(self, reason: str) -> None:
         self.halted = reason
@@ -366,6 +383,110 @@ class _Line(Generic[T]):
                 return
             self._news.clear()
             await self._news.wait()
+
+
+async def order(
+    host: str = "127.0.0.1",
+    port: int = 1883,
+    *,
+    instance: str,
+    verb: str,
+    wait: bool = False,
+    to: str | None = None,
+    reason: str | None = None,
+    operator: str = "",
+    root: str = "barcast/v1",
+    username: str | None = None,
+    password: str | None = None,
+    tls: ssl.SSLContext | None = None,
+    on_line: Callable[[str], None] = lambda _line: None,
+) -> str:
+    """Order something of a daemon, on a connection of its own; return what came of it.
+
+    Verbs are those of `barcast ctl`: `retrain` and `reload` may `wait` for the end, `rollback` may go `to` a
+    model. `operator` is who the journal says has claimed to order, for a `reason`. `on_line` gets what is
+    told on the way. Raise ConfigError when the daemon refuses, when the broker lets this user not order, when
+    nobody takes the order in time, and when the daemon ends before it has answered.
+    """
+    talk, known = _Talk(instance, verb), time.time_ns()
+    answers, status = f"{root}/answers/{instance}/{known:x}", f"{root}/status/{instance}"
+    link = Link(Address(host, port, "", username, password, tls), [answers, status], will=None, session=0)
+    body = OrderMessage(wait=wait, to=to, reason=reason)
+    message = Outgoing(
+        "", f"{root}/control/{instance}/{verb}", msgspec.json.encode(body), False, int(TAKEN_SECONDS * 1e9)
+    )
+    correlation = known.to_bytes(8)
+    sent = asyncio.Event()
+
+    async def send() -> None:
+        if not sent.is_set():
+            claim = [(OPERATOR_PROPERTY, operator)] if operator else []
+            fault = await link.publish(message, 0, claim, answers=answers, correlation=correlation)
+            if fault not in (None, NOT_CONNECTED):
+                talk.fault = f"{message.topic}: {fault}; let the broker's access list allow it"
+                link.arrived.set()
+            elif fault is None:
+                sent.set()
+
+    connection = asyncio.create_task(link.run(send))
+    connection.add_done_callback(lambda _task: link.arrived.set())
+    try:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + TAKEN_SECONDS
+        while True:
+            try:
+                async with asyncio.timeout_at(None if talk.boot else end):
+                    await link.arrived.wait()
+            except TimeoutError as error:
+                raise ConfigError(
+                    f"{instance}: no answer to {verb} within {TAKEN_SECONDS:.0f} s ({link.fault}); look "
+                    f"whether the daemon is at work and may read {root}/control/{instance}/+"
+                ) from error
+            link.arrived.clear()
+            if talk.fault:
+                raise ConfigError(talk.fault)
+            if connection.done():
+                connection.result()
+            while link.inbox:
+                delivery = link.inbox.popleft()
+                link.ack([delivery])
+                if (done := talk.hear(delivery.topic == answers, delivery.payload, on_line)) is not None:
+                    return done
+    finally:
+        link.leave()
+        connection.cancel()
+        await asyncio.gather(connection, return_exceptions=True)
+
+
+class _Talk:
+    """What is known of an order: the start of the daemon that took it ("": none yet), and what is wrong."""
+
+    def __init__(self, instance: str, verb: str) -> None:
+        self.boot = self.fault = ""
+        self._instance, self._verb = instance, verb
+
+    def hear(self, answers: bool, payload: bytes, on_line: Callable[[str], None]) -> str | None:
+        """Take an answer or a status; return what came of the order, if that is it. Raise ConfigError."""
+        try:
+            if not answers:
+                self._watch(msgspec.json.decode(payload, type=Status))
+                return None
+            answer = msgspec.json.decode(payload, type=AnswerMessage)
+        except UNDECODABLE as error:
+            log.warning("message_unreadable", reason=str(error))
+            return None
+        if answer.refused is not None:
+            raise ConfigError(answer.refused)
+        if answer.line is not None:
+            self.boot = answer.boot
+            on_line(answer.line)
+        return answer.done
+
+    def _watch(self, status: Status) -> None:
+        if self.boot and (status.boot != self.boot or status.state in ("lost", "stopped")):
+            raise ConfigError(
+                f"{self._instance}: the daemon ended before it had answered {self._verb}; its log says why"
+            )
 
 
 def _ns(text: str) -> int:

@@ -164,6 +164,20 @@ def duration(text: str) -> int:
         raise ConfigError(f"{text!r}: {error}") from error
 
 
+RELOADED = (
+    "symbols",
+    "max_wait",
+    "max_jump",
+    "keep",
+    "model.sampler",
+    "model.steps",
+    "model.touch",
+    "strategy",
+    "retrain",
+    "verify",
+)
+"""Keys that a running daemon takes anew; any other needs a restart."""
+
 Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 Symbol = Annotated[str, AfterValidator(_symbol)]
 Segment = Annotated[str, AfterValidator(_segment)]
@@ -389,6 +403,7 @@ class Config(BaseSettings):
     verify: Verify | None = None
     http: Http | None = None
     rehearsal: Rehearsal | None = None
+    _file: Path | None = PrivateAttr(None)
 
     @classmethod
     def settings_customise_sources(
@@ -492,6 +507,22 @@ class Config(BaseSettings):
             strategies=self.strategies(),
         )
 
+    def reread(self) -> "Config":
+        """What its file says now. Raise ConfigError that names all faults of it."""
+        if self._file is None:
+            raise ConfigError("the configuration is from no file, so it cannot be read again; restart")
+        return load(self._file)
+
+    def changed_in(self, other: "Config") -> tuple[list[str], list[str]]:
+        """Which keys another configuration has otherwise: those that need a restart, and the rest."""
+        keys = [key for key in type(self).model_fields if getattr(self, key) != getattr(other, key)]
+        fixed = [key for key in keys if key not in RELOADED and key != "model"]
+        soft = [key for key in keys if key in RELOADED]
+        for key in type(self.model).model_fields:
+            if getattr(self.model, key) != getattr(other.model, key):
+                (soft if f"model.{key}" in RELOADED else fixed).append(f"model.{key}")
+        return fixed, soft
+
     @property
     def topics(self) -> "Topics":
         """The instance's own topics."""
@@ -499,14 +530,17 @@ class Config(BaseSettings):
 
 
 class Topics:
-    """Topics that carry the instance's name."""
+    """Topics of an instance. Orders come on `control` and a verb; answers go below `answers`."""
 
     def __init__(self, root: str, instance: str) -> None:
+        self.instance = instance
         self.bars = f"{root}/bars/#"
         self.adjustments = f"{root}/adjustments/+"
         self.status = f"{root}/status/{instance}"
         self.models = f"{root}/models/{instance}"
         self.deadletter = f"{root}/deadletter/{instance}"
+        self.control = f"{root}/control/{instance}/"
+        self.answers = f"{root}/answers/"
 
 
 def cron_schedule(expression: str, steps: int | None) -> Retrain:
@@ -553,7 +587,9 @@ def load(path: Path) -> Config:
             name = model.get(key)
             if isinstance(name, str) and name not in ("champion", *BASELINES) and _is_dir(base / name):
                 model[key] = str(base / name)
-    return parse(values, str(path))
+    config = parse(values, str(path))
+    config._file = path.absolute()
+    return config
 
 
 def parse(values: dict[str, Any], where: str) -> Config:

@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from barcast.daemon import wire
+from barcast.daemon.control import VERBS
 from barcast.daemon.mqtt import SESSION_SECONDS
 from barcast.daemon.ports import Group, Hole, Outcome, Term
 from barcast.models import Bar, Card, Coverage, Forecast
@@ -43,6 +44,8 @@ PARAMETERS = {
     "symbol": (f"Of the form {wire.SYMBOL.pattern}.", "BTCUSD"),
     "strategy": ("The name of a strategy in the configuration.", "drift"),
     "instance": ("The name of the daemon in its configuration.", "desk"),
+    "verb": (f"One of {', '.join(VERBS)}.", "pause"),
+    "order": ("What the sender of an order calls it.", "17a3f0"),
 }
 VALID = "It expires when the signal does, at valid_until."
 
@@ -51,7 +54,8 @@ VALID = "It expires when the signal does, at valid_until."
 class _Channel:
     """A topic under the root, who speaks there, and what is said.
 
-    `expires` says when the broker discards a message; `headers`, whether it has user properties.
+    `expires` says when the broker discards a message; `headers`, whether it has user properties; `packed`,
+    whether what is received may be in msgpack.
     """
 
     name: str
@@ -62,6 +66,7 @@ class _Channel:
     retain: bool = False
     expires: str = ""
     headers: bool = True
+    packed: bool = True
 
 
 CHANNELS = (
@@ -100,6 +105,24 @@ CHANNELS = (
         headers=False,
     ),
     _Channel("deadletter", "deadletter/{instance}", "A message could not be used.", "DeadLetter", "send"),
+    _Channel(
+        "control",
+        "control/{instance}/{verb}",
+        "An order of an operator: with a response topic below answers/ and correlation data.",
+        "OrderMessage",
+        "receive",
+        expires="An order that expired is not carried out.",
+        packed=False,
+    ),
+    _Channel(
+        "answers",
+        "answers/{instance}/{order}",
+        "What comes of an order, on its response topic, with its correlation data.",
+        "AnswerMessage",
+        "send",
+        expires="After a minute.",
+        headers=False,
+    ),
 )
 
 BODIES = (
@@ -110,6 +133,7 @@ BODIES = (
     wire.ModelNotice,
     wire.Status,
     wire.DeadLetter,
+    wire.AnswerMessage,
 )
 """The types of what the daemon sends."""
 
@@ -175,7 +199,8 @@ def _channel(channel: _Channel, root: str) -> dict[str, Any]:
 
 def _names(channel: _Channel) -> list[str]:
     """The messages of a channel: what a feed sends may also be packed."""
-    return [channel.message, *([f"Packed{channel.message}"] if channel.action == "receive" else [])]
+    packed = channel.action == "receive" and channel.packed
+    return [channel.message, *([f"Packed{channel.message}"] if packed else [])]
 
 
 def _operation(channel: _Channel) -> dict[str, Any]:
@@ -209,7 +234,7 @@ def _messages(root: str) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    types = (wire.BarMessage, wire.AdjustmentMessage, *BODIES)
+    types = (wire.BarMessage, wire.AdjustmentMessage, wire.OrderMessage, *BODIES)
     _, schemas = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for schema in schemas.values():
         schema["description"] = " ".join(schema["description"].split())
@@ -308,6 +333,9 @@ def _examples(root: str) -> dict[str, list[Any]]:
         waiting=0,
     )
     lost = wire.Status(state="lost", instance="desk", boot="5f0c2a91")
+    answer = wire.AnswerMessage(
+        verb="pause", instance="desk", boot="5f0c2a91", done="paused: bars are taken, and nothing is forecast"
+    )
     sent: dict[str, Sequence[bytes]] = {
         "Bars": [wire.encode_bars(bars[:1])],
         "NamedBars": [wire.encode_bars(bars)],
@@ -319,5 +347,7 @@ def _examples(root: str) -> dict[str, list[Any]]:
         "ModelNotice": [notice.payload],
         "Status": [msgspec.json.encode(ready), msgspec.json.encode(lost)],
         "DeadLetter": [letter.payload],
+        "OrderMessage": [b'{"reason":"maintenance of the feed"}'],
+        "AnswerMessage": [msgspec.json.encode(answer)],
     }
     return {name: [msgspec.json.decode(payload) for payload in payloads] for name, payloads in sent.items()}

@@ -7,7 +7,7 @@ A client sends one `Order`. It is answered with `{"line": ...}` any number of ti
 import asyncio
 import os
 import socket
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,29 +15,39 @@ import msgspec
 import structlog
 
 from barcast.daemon.retraining import tried
-from barcast.daemon.worker import LINE_BYTES, receive, send
+from barcast.daemon.worker import LINE_BYTES, receive, send, user_of
 from barcast.models import BarcastError, ConfigError
 
 NAME = "control"
+VERBS = ("state", "retrain", "reload", "pause", "resume", "rollback")
+"""What an operator may order."""
+MOST_TEXT = 500
+"""Characters of a reason or a model's name, at most."""
 UNREAD_BYTES = 1_000_000
 """A client that leaves more lines unread is let go."""
 
 log = structlog.get_logger()
 
 
-class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is wanted: `retrain`, with `wait` to the end of it, `rollback`, `to` a model, or `state`."""
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What is wanted: one of `VERBS`; `retrain` and `reload` with `wait` to the end of it, `rollback` `to` a
+    model; and the `reason`, for the journal.
+    """
 
     verb: str
     wait: bool = False
     to: str | None = None
+    reason: str | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what would be ignored."""
-        if self.wait and self.verb != "retrain":
-            raise ValueError(f"`wait` goes with the verb retrain, not {self.verb}")
+        if self.wait and self.verb not in ("retrain", "reload"):
+            raise ValueError(f"`wait` goes with the verbs retrain and reload, not {self.verb}")
         if self.to is not None and self.verb != "rollback":
             raise ValueError(f"`to` goes with the verb rollback, not {self.verb}")
+        for name, text in (("to", self.to), ("reason", self.reason)):
+            if text is not None and len(text) > MOST_TEXT:
+                raise ValueError(f"`{name}` has {len(text)} characters, more than {MOST_TEXT}; say less")
 
 
 class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -48,8 +58,25 @@ class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
     refused: str | None = None
 
 
-CarryOut = Callable[[Order, Callable[[str], None]], Awaitable[str]]
-"""Carries out an order and returns a sentence; what it tells meanwhile goes to the client."""
+Tell = Callable[[str], None]
+TakeOrder = Callable[[Order, str, Tell], Awaitable[Answer]]
+"""Carries out an order of somebody and returns the answer; what it tells meanwhile goes to the client."""
+
+
+async def answered(order: Order, work: Awaitable[str]) -> Answer:
+    """What comes of an order: a sentence, or why not. Whatever goes wrong is an answer."""
+
+    async def carried() -> Answer:
+        try:
+            return Answer(done=await work)
+        except (BarcastError, OSError) as error:
+            return Answer(refused=str(error))
+
+    answer = await tried(carried(), "order_failed")
+    if isinstance(answer, Answer):
+        return answer
+    fault = f"{type(answer).__name__}: {answer}"
+    return Answer(refused=f"{order.verb} failed: {fault}; the daemon's log has more, report it")
 
 
 @contextmanager
@@ -62,7 +89,7 @@ def _reachable(state_dir: Path) -> Iterator[str]:
         os.close(folder)
 
 
-async def serve(state_dir: Path, verbs: Collection[str], carry_out: CarryOut) -> None:
+async def serve(state_dir: Path, take: TakeOrder) -> None:
     """Take orders until cancelled. Whoever may not write as this user cannot connect.
 
     No client holds up the end: one that does not read is let go.
@@ -79,7 +106,7 @@ async def serve(state_dir: Path, verbs: Collection[str], carry_out: CarryOut) ->
             raise ConfigError(f"state_dir: {state_dir} takes no socket ({error}); name another") from error
 
         async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await _client(reader, writer, verbs, carry_out)
+            await _client(reader, writer, take)
 
         server = await asyncio.start_unix_server(client, sock=listener, limit=LINE_BYTES)
         try:
@@ -89,9 +116,9 @@ async def serve(state_dir: Path, verbs: Collection[str], carry_out: CarryOut) ->
             (state_dir / NAME).unlink(missing_ok=True)
 
 
-async def _client(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, verbs: Collection[str], carry_out: CarryOut
-) -> None:
+async def _client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, take: TakeOrder) -> None:
+    who = f"uid {user_of(writer.get_extra_info('socket'))}"
+
     def tell(line: str) -> None:
         if not writer.is_closing():
             send(writer, Answer(line=line))
@@ -100,7 +127,7 @@ async def _client(
 
     try:
         try:
-            send(writer, await _answer(reader, verbs, carry_out, tell))
+            send(writer, await _answer(reader, who, take, tell))
             await writer.drain()
         except ConnectionError:
             log.info("control_left")  # what it ordered is done all the same
@@ -113,32 +140,15 @@ async def _client(
         raise
 
 
-async def _answer(
-    reader: asyncio.StreamReader,
-    verbs: Collection[str],
-    carry_out: CarryOut,
-    tell: Callable[[str], None],
-) -> Answer:
+async def _answer(reader: asyncio.StreamReader, who: str, take: TakeOrder, tell: Tell) -> Answer:
     try:
-        order = await receive(reader, Order, verbs, '{"verb": "state"}')
+        order = await receive(reader, Order, VERBS, '{"verb": "state"}')
     except ValueError as error:
         return Answer(refused=str(error))
-    log.info("ordered", **msgspec.to_builtins(order))
-
-    async def carried() -> Answer:
-        try:
-            return Answer(done=await carry_out(order, tell))
-        except (BarcastError, OSError) as error:
-            return Answer(refused=str(error))
-
-    answer = await tried(carried(), "order_failed")
-    if isinstance(answer, Answer):
-        return answer
-    fault = f"{type(answer).__name__}: {answer}"
-    return Answer(refused=f"{order.verb} failed: {fault}; the daemon's log has more, report it")
+    return await take(order, who, tell)
 
 
-def ask(state_dir: Path, order: Order, on_line: Callable[[str], None]) -> str | None:
+def ask(state_dir: Path, order: Order, on_line: Tell) -> str | None:
     """Give an order and wait for its result; None when no daemon runs on the directory.
 
     Raise ConfigError when it refuses, or ends before it has answered.

@@ -8,7 +8,17 @@ from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.journal import Journal, Kind, Progress, Record
 from barcast.daemon.pipeline import Pipeline, PipelineState, Settings
-from barcast.daemon.ports import Activation, Arrival, Declaration, Event, Revision, Shed, Warmup
+from barcast.daemon.ports import (
+    Activation,
+    Arrival,
+    Declaration,
+    Event,
+    Note,
+    Pause,
+    Revision,
+    Shed,
+    Warmup,
+)
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, Bar, Card, ConfigError
 
@@ -132,6 +142,49 @@ class Champion(msgspec.Struct, frozen=True):
         return Activation(time, self.model, self.fingerprint, self.window)
 
 
+class Ordered(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The payload of an order that was taken: who gave it, what it is, why it was given.
+
+    `who` is `uid N` of a process on this machine, as the kernel says; `mqtt NAME` of a message that claims to
+    be from NAME, which the broker alone could prove; or `signal`. `answers` and `correlation` (hexadecimal)
+    are those of the message: with them an order is known that comes again.
+    """
+
+    who: str
+    verb: str
+    wait: bool = False
+    to: str | None = None
+    reason: str | None = None
+    answers: str = ""
+    correlation: str = ""
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> "Ordered":
+        """Read what `encode` wrote."""
+        return msgspec.json.decode(payload, type=cls)
+
+
+class Answered(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The payload of what came of an order, the number of whose record is `order`: one of both is set."""
+
+    order: int
+    done: str | None = None
+    refused: str | None = None
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> "Answered":
+        """Read what `encode` wrote."""
+        return msgspec.json.decode(payload, type=cls)
+
+
 def events(records: Iterable[Record], settings: Settings | None = None) -> Iterator[tuple[int, Event]]:
     """Decode records in order; yield each event with its number.
 
@@ -217,4 +270,8 @@ def _event(record: Record, root: str, calendars: Calendars) -> Event:
         case Kind.SHED:
             began = msgspec.json.decode(record.payload, type=Progress)
             return Shed(record.time, began.seq, began.clock)
+        case Kind.PAUSE | Kind.RESUME:
+            return Pause(record.time, record.kind == Kind.PAUSE)
+        case Kind.ORDERED | Kind.ANSWERED:
+            return Note(record.time)
     raise ValueError(f"kind {record.kind!r} is unknown")

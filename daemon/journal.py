@@ -85,6 +85,10 @@ class Kind:
     ACTIVATION = "activation"
     SHED = "shed"
     OVERLOAD = "overload"
+    PAUSE = "pause"
+    RESUME = "resume"
+    ORDERED = "ordered"
+    ANSWERED = "answered"
 
 
 class State(IntEnum):
@@ -265,11 +269,12 @@ class Journal:
             ).fetchall()
         return map(self._record, rows)
 
-    def of_kind(self, kind: str) -> Iterator[Record]:
-        """All records of a kind that is not bars, in order."""
+    def of_kind(self, kind: str, after: int = 0) -> Iterator[Record]:
+        """All records of a kind that is not bars, in order, those numbered above `after`."""
         with self._reading():
             rows = self._db.execute(
-                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? ORDER BY seq", (kind,)
+                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? AND seq > ? ORDER BY seq",
+                (kind, after),
             ).fetchall()
         return map(self._record, rows)
 

@@ -134,7 +134,7 @@ class _Commit:
     numbers: asyncio.Future[list[int]]
     events: Sequence[Event]
     deliveries: Sequence[Delivery]
-    written: Sequence[asyncio.Future[None]]
+    written: Sequence[asyncio.Future[int]]
     outgoing: bool
 
 
@@ -174,7 +174,7 @@ class LiveSource:
         self._root, self._calendars, self._deadletters = root, calendars, deadletters
         self._queued = queued
         self._ready: deque[tuple[int, Event]] = deque(backlog)
-        self._decisions: deque[tuple[Decision, asyncio.Future[None]]] = deque()
+        self._decisions: deque[tuple[Decision, asyncio.Future[int]]] = deque()
         self._writing: _Commit | None = None
         self._stamped = stamped
         self._shed = shed
@@ -191,12 +191,12 @@ class LiveSource:
         self._stamped = max(self._stamped, self._clock.now())
         return self._stamped
 
-    def decide(self, decision: Decision) -> asyncio.Future[None]:
+    def decide(self, decision: Decision) -> asyncio.Future[int]:
         """Let a decision take its place before everything that is not committed yet.
 
-        The future is done when the decision is in the journal.
+        The future is done when the decision is in the journal; it is the number of its record.
         """
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        written: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._decisions.append((decision, written))
         self._link.arrived.set()
         return written
@@ -268,7 +268,7 @@ class LiveSource:
             events.append(decision.event(time))
             outgoing.extend(decision.notices(time))
         for delivery in deliveries:
-            if delivery.canary:
+            if delivery.canary or delivery.request is not None:
                 continue
             found, rejects = self._decode(delivery.topic, delivery.payload, time)
             if found is not None:
@@ -288,9 +288,9 @@ class LiveSource:
         numbers = await commit.numbers
         self._writing = None
         self._link.ack(commit.deliveries)
-        for written in commit.written:
+        for written, number in zip(commit.written, numbers, strict=False):  # decisions come first
             if not written.done():  # whoever waited may have gone
-                written.set_result(None)
+                written.set_result(number)
         self._ready.extend(zip(numbers, commit.events, strict=True))
         if commit.outgoing:
             self._queued()
@@ -430,11 +430,12 @@ class LiveSink:
     The state is what was emitted and not committed yet, the number of the event settled last, and the newest
     close of which a group was emitted (nanoseconds, 0: none since the start); how many outcomes there were,
     how long they took from when they were due, and the newest coverage of each symbol, by the model that made
-    the last forecasts, over its `horizons`.
+    the last forecasts, over its `horizons`. `moved` is set when the path has gone on.
     """
 
     def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
         self.processed = 0
+        self.moved = asyncio.Event()
         self.counts = Emitted()
         self.latency = Distribution(QUICK)
         self.horizons: tuple[int, ...] = ()
@@ -492,6 +493,7 @@ class LiveSink:
     async def settle(self, now: int) -> None:
         """Commit what was emitted since the last time, and the progress."""
         position = self._source.position
+        self.moved.set()
         if self._batch or position - self._settled >= PROGRESS_EVERY:
             batch, self._batch = self._batch, []
             await self._scribe(self._scribe.journal.settle, Progress(position, now), batch)

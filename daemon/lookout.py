@@ -84,14 +84,20 @@ class Lookout:
     """
 
     def __init__(self, config: Config, clock: Clock, succession: Succession, pipeline: Pipeline) -> None:
-        retrain = config.retrain
         self.reading: Reading | None = None
-        self._config, self._clock = config, clock
-        self._succession, self._pipeline = succession, pipeline
+        self._clock, self._succession, self._pipeline = clock, succession, pipeline
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Look for what a configuration wants from now on. A reason that rests may be told once more."""
+        retrain = config.retrain
+        self._config = config
         self._age = Age(retrain.max_age) if retrain and retrain.max_age else None
         self._drifted = (
             Drifted(retrain.drift.coverage, retrain.drift.crps) if retrain and retrain.drift else None
         )
+        if self._drifted is None:
+            self.reading = None
 
     @property
     def since(self) -> int:

@@ -51,7 +51,7 @@ class Parts:
     succession: Succession
     retraining: Retraining
     lookout: Lookout
-    verification: Verification | None
+    verification: Verification
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,10 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
+
+    def configure(self, config: Config) -> None:
+        """What is said of the configuration is of this one from now on."""
+        self._config = config
 
     def watch(self, parts: Parts) -> None:
         """From now on these are the parts. What was counted in recovering happened before."""
@@ -286,13 +290,13 @@ class Metrics(Collector):
             {} if reading is None else {(): reading.crps.value},
         )
 
-    def _verified(self, v: Verification | None) -> Iterator[Metric]:
+    def _verified(self, v: Verification) -> Iterator[Metric]:
         """What verifications found; without any there are no values."""
-        yield _gauge("verify_scheduled", "Whether the configuration has a verification.", v is not None)
-        runs = {(result.value,): v.runs[result] if v else 0 for result in Verified}
+        yield _gauge("verify_scheduled", "Whether the configuration has a verification.", v.since is not None)
+        runs = {(result.value,): v.runs[result] for result in Verified}
         yield _counter("verify_runs", "Verifications since the start.", runs, "result")
         found: dict[str, float] = {}
-        if v and (r := v.last):
+        if r := v.last:
             missed = r.differing + r.missing
             found = {"at": v.ended / 1e9, "took": r.seconds, "signals": r.signals, "differing": missed}
 
@@ -315,6 +319,7 @@ class Metrics(Collector):
         yield _histogram("loop_lag_seconds", "How late the event loop wakes a sleeper.", p.vitals.lag)
         yield _gauge("journal_size_bytes", "The journal's files.", storage.journal)
         yield _gauge("state_dir_free_bytes", "Room on the state directory's disk.", storage.free)
+        yield _gauge("paused", "Whether an operator paused the forecasts.", p.pipeline.paused)
         yield _gauge("disk_full", "Whether all waits for room on that disk.", p.scribe.full)
 
 

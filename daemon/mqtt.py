@@ -43,6 +43,8 @@ NOT_CONNECTED = "not connected"
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
 NO_BARS = b"[]"
 """An array without bars: whoever takes bars may take it, and nothing comes of it."""
+OPERATOR_PROPERTY = "operator"
+"""The MQTT user property by which a request says whose it is. Nothing proves it."""
 CANARY_PROPERTY = "canary"
 """The MQTT user property that marks a canary; its value is the boot that sent it."""
 HEAR_SECONDS = 10.0
@@ -93,10 +95,27 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True)
+class Request:
+    """What came with a message that is to be answered.
+
+    That is the topic for answers (None: it named none), and by what its sender knows them; who it claims to
+    be from; whether the broker keeps it for each new connection; and when it is of no use any more (seconds
+    on the event loop's clock, None: never).
+    """
+
+    answers: str | None
+    correlation: bytes
+    claims: str
+    retained: bool
+    expires: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Delivery:
     """A message from the broker, waiting to be acknowledged on the connection that it came by.
 
-    A canary, ours or that of another daemon, is only to be acknowledged in its turn.
+    A canary, ours or that of another daemon, and a `request`, which was handed out when it came, are only to
+    be acknowledged in their turn.
     """
 
     topic: str
@@ -105,6 +124,7 @@ class Delivery:
     qos: int
     connection: int
     canary: bool = False
+    request: Request | None = None
 
 
 class Link:
@@ -149,6 +169,8 @@ class Link:
         self._waiting: dict[int, asyncio.Future[str | None]] = {}
         self._shed_told = 0
         self._said: set[str] = set()
+        self._requests = ""
+        self._hand_out: Callable[[Delivery], None] | None = None
 
     async def run(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
         """Keep the connection until cancelled; call `on_connect` after each subscription.
@@ -182,6 +204,13 @@ class Link:
                 self._contested("connections_cut_short", reason)
             await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)])
 
+    def requests(self, prefix: str, hand_out: Callable[[Delivery], None]) -> None:
+        """Hand out messages under topics that begin with `prefix` as they come; they must be subscribed to.
+
+        Each waits in the inbox as well, to be acknowledged in its turn.
+        """
+        self._requests, self._hand_out = prefix, hand_out
+
     def leave(self) -> None:
         """Expect the end: the next cancellation says good-bye to the broker, without the last will."""
         self._leaving = True
@@ -191,7 +220,7 @@ class Link:
     ) -> None:
         """Subscribe, and stay until the connection ends."""
         if self._subscriptions:
-            options = SubscribeOptions(qos=1)
+            options = SubscribeOptions(qos=1, retainAsPublished=True)
             granted = await client.subscribe([(topic, options) for topic in self._subscriptions])
             for topic, code in zip(self._subscriptions, granted, strict=True):
                 if getattr(code, "value", code) != 1:
@@ -282,15 +311,28 @@ class Link:
                     self._receiving._client.ack(delivery.mid, delivery.qos)
 
     async def publish(
-        self, message: Outgoing, now: int, properties: Sequence[tuple[str, str]] = ()
+        self,
+        message: Outgoing,
+        now: int,
+        properties: Sequence[tuple[str, str]] = (),
+        *,
+        answers: str | None = None,
+        correlation: bytes = b"",
     ) -> str | None:
-        """Publish with QoS 1 and wait for the broker; return None on success, else what was wrong."""
+        """Publish with QoS 1 and wait for the broker; return None on success, else what was wrong.
+
+        A request names the topic of its `answers`, and a `correlation` that each of them repeats.
+        """
         if self._client is None:
             return NOT_CONNECTED
         extra = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         extra.ContentType = "application/json"
         if properties:
             extra.UserProperty = list(properties)
+        if answers is not None:
+            extra.ResponseTopic = answers
+        if correlation:
+            extra.CorrelationData = correlation
         if message.expires is not None:
             extra.MessageExpiryInterval = min(max(1, math.ceil((message.expires - now) / 1e9)), 0xFFFFFFFF)
         info = self._client._client.publish(message.topic, message.payload, 1, message.retain, extra)
@@ -348,7 +390,8 @@ class Link:
         self._bytes = sum(self._sizes)
 
     def _on_message(self, connection: int, _client: object, _userdata: object, message: MQTTMessage) -> None:
-        if not self._heard.is_set() and self._proves_hearing(message.topic):
+        topic, request = message.topic, None
+        if not self._heard.is_set() and self._proves_hearing(topic):
             self._heard.set()
         while len(self._sizes) > len(self.inbox):  # they were taken, in their order
             self._bytes -= self._sizes.popleft()
@@ -358,9 +401,14 @@ class Link:
         self._sizes.append(len(message.payload))
         self._bytes += self._sizes[-1]
         canary = message.payload == NO_BARS and _is_canary(message)
-        self.inbox.append(
-            Delivery(message.topic, bytes(message.payload), message.mid, message.qos, connection, canary)
+        if self._hand_out is not None and topic.startswith(self._requests):
+            request = _request(message)
+        delivery = Delivery(
+            topic, bytes(message.payload), message.mid, message.qos, connection, canary, request
         )
+        if self._hand_out is not None and request is not None:
+            self._hand_out(delivery)
+        self.inbox.append(delivery)
         self.arrived.set()
 
     def _proves_hearing(self, topic: str) -> bool:
@@ -405,6 +453,18 @@ class Link:
 def _is_canary(message: MQTTMessage) -> bool:
     given = getattr(message.properties, "UserProperty", ())
     return any(name == CANARY_PROPERTY for name, _ in given)
+
+
+def _request(message: MQTTMessage) -> Request:
+    p = message.properties
+    expiry = getattr(p, "MessageExpiryInterval", None)
+    return Request(
+        getattr(p, "ResponseTopic", None),
+        bytes(getattr(p, "CorrelationData", b"")),
+        next((value for name, value in getattr(p, "UserProperty", ()) if name == OPERATOR_PROPERTY), ""),
+        message.retain,
+        None if expiry is None else asyncio.get_running_loop().time() + expiry,
+    )
 
 
 def _read_and_write(client: PahoClient, write: Callable[[], MQTTErrorCode]) -> MQTTErrorCode:

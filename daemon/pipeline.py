@@ -27,6 +27,7 @@ from barcast.daemon.ports import (
     Group,
     Hole,
     Outcome,
+    Pause,
     Revision,
     Sink,
     Source,
@@ -205,6 +206,7 @@ class PipelineState(msgspec.Struct, frozen=True):
     batcher: BatcherState
     newcomers: dict[str, None]
     lacking: dict[str, int]
+    paused: bool = False
 
     def encode(self) -> bytes:
         """As msgpack."""
@@ -220,12 +222,13 @@ class Pipeline:
     """Batcher, windows, forecaster and strategies: what turns events into outcomes.
 
     The state is the windows, the continuity of their bars, the batcher, the settings and the model in force,
-    with the `fingerprint` that it was activated under (None after a restore), and counters; `newcomers`, the
-    symbols that came without a history since, in order; and `lacking`, of those whose history was looked up
-    after that, the newest close then. `forecasts` counts how often the model was asked, for whoever watches.
-    The first event must be a `Revision`; a model is opened, and strategies are made, when the first group
-    needs them: recovery passes over settings whose files may have changed since. A file of a user's own is
-    taken as it was when its settings were journalled, if it is `kept` in a folder.
+    with the `fingerprint` that it was activated under (None after a restore), and counters; `paused`, whether
+    groups are formed and not forecast; `newcomers`, the symbols that came without a history since, in order;
+    and `lacking`, of those whose history was looked up after that, the newest close then. `forecasts` counts
+    how often the model was asked, for whoever watches. The first event must be a `Revision`; a model is
+    opened, and strategies are made, when the first group needs them: recovery passes over settings whose
+    files may have changed since. A file of a user's own is taken as it was when its settings were journalled,
+    if it is `kept` in a folder.
     """
 
     def __init__(self, open_model: OpenModel, kept: Path | None = None) -> None:
@@ -240,6 +243,7 @@ class Pipeline:
         self._strategies: tuple[Strategy, ...] | None = None
         self.newcomers: dict[str, None] = {}
         self.lacking: dict[str, int] = {}
+        self.paused = False
         self._open_model, self._kept = open_model, kept
         self._forecaster: Forecaster | None = None
 
@@ -255,6 +259,7 @@ class Pipeline:
             self.batcher.state,
             self.newcomers,
             self.lacking,
+            self.paused,
         )
 
     def restore(self, state: PipelineState) -> None:
@@ -264,7 +269,7 @@ class Pipeline:
         self.model, self._forecaster, self.counts = state.model, None, state.counts
         self.windows = Windows.of(state.windows)
         self.continuity.runs, self.batcher.state = state.runs, state.batcher
-        self.newcomers, self.lacking = state.newcomers, state.lacking
+        self.newcomers, self.lacking, self.paused = state.newcomers, state.lacking, state.paused
 
     @property
     def deadline(self) -> int | None:
@@ -321,6 +326,8 @@ class Pipeline:
             case Activation():
                 self.model, self.fingerprint, self._forecaster = event.model, event.fingerprint, None
                 self.windows.lengthen(event.window)
+            case Pause():
+                self.paused = event.paused
 
     def outcome(self, group: Group) -> Outcome:
         """Forecast a group and ask the strategies: a function of the state at this moment."""
@@ -591,11 +598,14 @@ async def run(source: Source, pipeline: Pipeline, sink: Sink, executor: Executor
     """Drive the pipeline until the source ends or the task is cancelled.
 
     Lateness is decided by an event's own recorded time, and before the event joins; a group that is due
-    leaves before anything newer is seen, and is not forecast if the source sheds it. With an executor the
-    forecasts are computed there, so that a live event loop stays free; in a replay they are computed at once.
+    leaves before anything newer is seen, and is not forecast if the source sheds it. While the path is
+    paused, groups leave and nothing is said of them. With an executor the forecasts are computed there, so
+    that a live event loop stays free; in a replay they are computed at once.
     """
 
     async def emit(group: Group) -> None:
+        if pipeline.paused:
+            return
         if await source.sheds(group, pipeline.valid_until):
             outcome = pipeline.passed(group)
         elif executor is None:

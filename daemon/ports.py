@@ -73,7 +73,22 @@ class Shed:
     clock: int
 
 
-Event = Arrival | Declaration | Revision | Warmup | Activation | Shed
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """From now on groups are formed and, if `paused`, not forecast. Bars are in the windows all the same."""
+
+    time: int
+    paused: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What an operator ordered, or what came of it, for who reads the journal: the path does nothing."""
+
+    time: int
+
+
+Event = Arrival | Declaration | Revision | Warmup | Activation | Shed | Pause | Note
 
 
 class Group(msgspec.Struct, frozen=True, gc=False):

@@ -91,12 +91,16 @@ class Retraining:
         self.running = False
         self.runs: Counter[Result] = Counter()
         self.seconds = 0.0
-        self._process, self._serving, self._promote, self._refuse = process, serving, promote, refuse
-        self._timeout, self._stall = timeout, stall
+        self.configure(process, timeout, stall)
+        self._serving, self._promote, self._refuse = serving, promote, refuse
         self._reasons: list[str] = []
         self._asked = asyncio.Event()
         self._pausing = False
         self._listeners: set[Callable[[str | Result], None]] = set()
+
+    def configure(self, process: Run, timeout: float, stall: float) -> None:
+        """Run what is run from now on in another way, or with other limits."""
+        self._process, self._timeout, self._stall = process, timeout, stall
 
     def ask(self, reason: str) -> None:
         """Want a training, for a reason; a run that waits to try again does so at once."""
@@ -209,7 +213,9 @@ class Retraining:
             verdict = msgspec.json.decode(answer, type=Verdict)
             verdict = msgspec.structs.replace(verdict, triggers=job.reasons)
             if verdict.accepted and verdict.challenger in serving.left:
-                verdict = _refused(verdict, "it was rolled back from; `barcast rollback --to` brings it back")
+                verdict = _refused(
+                    verdict, "it was rolled back from; `barcast ctl CONFIG rollback --to` brings it back"
+                )
             log.info("challenger_judged", name=challenger.name, **msgspec.to_builtins(verdict))
             word = "accepted" if verdict.accepted else "refused"
             self._tell(f"challenger {verdict.challenger}: {word}; {verdict.reason}")

@@ -10,6 +10,7 @@ from apscheduler.triggers.cron import CronTrigger
 
 from barcast.models import ConfigError
 
+Planner = AsyncIOScheduler
 _FIELDS = ("second", "minute", "hour", "day", "month", "day_of_week")
 
 

@@ -99,7 +99,7 @@ def keep_strategies(settings: Settings, folder: Path) -> None:
             continue
         source = Path(path["file"]).read_bytes()
         if hashlib.sha256(source).hexdigest()[: len(strategy.digest)] != strategy.digest:
-            raise ConfigError(f"strategy {strategy.kind}: it changed during the start; start again")
+            raise ConfigError(f"strategy {strategy.kind}: it changed while it was read; try again")
         partial = folder / f".{version.name}"
         with room(folder.parent):
             make(folder)

@@ -12,14 +12,14 @@ import structlog
 from barcast.daemon import wire
 from barcast.daemon.bars import serves_nothing
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Reign, Warmth, events
+from barcast.daemon.events import Champion, Ordered, Reign, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind, Record
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
 from barcast.daemon.pipeline import Pipeline, try_strategies
 from barcast.daemon.ports import Event, Revision
 from barcast.daemon.room import room
-from barcast.daemon.start import Opening, only_one, recover, warmth
+from barcast.daemon.start import Opening, keep_strategies, only_one, recover, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, ConfigError, Forecaster
@@ -53,12 +53,13 @@ class Succession:
         self._pipeline, self._source, self._courier = pipeline, source, courier
         self._forecasts = forecasts
         self._found = found
+        self._changing = asyncio.Lock()
 
     def open(self) -> None:
         """Decide what the start found to have changed."""
         found = self._found
         if (settings := found.settings) is not None:
-            self._source.decide(Decision(Kind.REVISION, settings, lambda time: Revision(time, settings)))
+            self._source.decide(_revision(settings))
         if found.activated is None:
             self._source.decide(self._activation(found.champion, {}))
         for part in found.warmth:
@@ -103,17 +104,19 @@ class Succession:
         self, model: str, follows: Callable[[Card], Champion | None], verdict: Verdict
     ) -> Champion | None:
         """Prepare a model of the store and activate it, unless nobody is to follow by then."""
+        async with self._changing:
+            return await self._taken_over(model, follows, verdict)
+
+    async def _taken_over(
+        self, model: str, follows: Callable[[Card], Champion | None], verdict: Verdict
+    ) -> Champion | None:
         settings, store = self._config.settings(), self._store
         forecaster = await asyncio.to_thread(
             store.open, model, settings.sampler, settings.steps, bool(settings.touch)
         )
         card = forecaster.card
         try_strategies(settings.build(), card)
-        # A model that looks back further than its predecessor finds windows as long as it likes.
-        last = await self._scribe(self._scribe.journal.last, Kind.WARMUP)
-        have, now = self._pipeline.windows.length, self._clock.now()
-        warmups, older = await asyncio.to_thread(_lacking, self._config, card.window, have, last, now)
-        await self._prepare(forecaster, older)
+        warmups = await self._warmed(forecaster)
         champion = follows(card)
         if champion is None:
             return None
@@ -123,6 +126,44 @@ class Succession:
             written = self._source.decide(warmup)
         await written
         return champion
+
+    async def revise(self, config: Config) -> None:
+        """Let the path go on by the settings of another configuration, of the same models.
+
+        Raise ConfigError for what could not work later, DiskFullError without room: then nothing changes.
+        """
+        async with self._changing:
+            settings, store, champion = config.settings(), self._store, self._latest
+            if settings != self._config.settings():
+                forecaster = await asyncio.to_thread(
+                    store.open, champion.model, settings.sampler, settings.steps, bool(settings.touch)
+                )
+                card = forecaster.card
+                try_strategies(settings.build(), card)
+                await asyncio.to_thread(keep_strategies, settings, config.state_dir / "strategies")
+                warmups = await self._warmed(forecaster)
+                written = self._source.decide(_revision(settings.encode()))
+                if card.fingerprint != champion.fingerprint:
+                    reason = "the configuration has other settings"
+                    after = champion.succeeded_by(champion.reign, card, reason)
+                    written = self._source.decide(self._activation(after, {}))
+                for warmup in warmups:
+                    written = self._source.decide(warmup)
+                await written
+            self._config = config
+
+    async def _warmed(self, forecaster: Forecaster) -> list[Decision]:
+        """Prepare a model, one that looks back further than its predecessor with windows as long as it likes.
+
+        Return what has to be decided for that.
+        """
+        last = await self._scribe(self._scribe.journal.last, Kind.WARMUP)
+        have, now = self._pipeline.windows.length, self._clock.now()
+        warmups, older = await asyncio.to_thread(
+            _lacking, self._config, forecaster.card.window, have, last, now
+        )
+        await self._prepare(forecaster, older)
+        return warmups
 
     async def refuse(self, verdict: Verdict) -> None:
         """Tell subscribers of a verdict that changes nothing."""
@@ -174,6 +215,10 @@ def _lacking(
     return [_warmup(part) for part in parts], older
 
 
+def _revision(settings: bytes) -> Decision:
+    return Decision(Kind.REVISION, settings, lambda time: Revision(time, settings))
+
+
 def _warmup(found: Warmth) -> Decision:
     return Decision(Kind.WARMUP, found.encode(), found.event)
 
@@ -206,7 +251,7 @@ def way_back(config: Config, champion: Champion, store: ModelStore, to: str | No
     return found if reign else Reign(found.model, until=store.known_until(found.model))
 
 
-def rollback_journal(config: Config, now: int, to: str | None) -> str:
+def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
     """Roll back an instance that does not run: the next start serves the model. Return a sentence.
 
     What has come and is not forecast yet is passed over, by a decision of its own: the champion may be the
@@ -227,7 +272,7 @@ def rollback_journal(config: Config, now: int, to: str | None) -> str:
             list(events([record]))  # names the record if it is damaged
             champion = Champion.decode(record.payload)
             store = ModelStore(config.state_dir / "models", config.timeframe)
-            reign = way_back(config, champion, store, to)
+            reign = way_back(config, champion, store, ordered.to)
             settings = config.settings()
             card = store.open(reign.model, settings.sampler, settings.steps, bool(settings.touch)).card
             try_strategies(settings.build(), card)
@@ -242,7 +287,10 @@ def rollback_journal(config: Config, now: int, to: str | None) -> str:
             groups = _formed(pipeline, backlog, time)
             have, last = pipeline.windows.length, journal.last(Kind.WARMUP)
             warmups, _ = _lacking(config, card.window, have, last, time)
-            records = [(time, Kind.ACTIVATION, "", after.encode())]
+            records = [
+                (time, Kind.ORDERED, "", ordered.encode()),
+                (time, Kind.ACTIVATION, "", after.encode()),
+            ]
             records += [(time, warmup.kind, "", warmup.payload) for warmup in warmups]
             if groups:
                 journal.shed(time, records, [notice])

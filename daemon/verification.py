@@ -61,16 +61,17 @@ class Result(StrEnum):
 class Verification:
     """Verifies the last `since` nanoseconds of the journal each time that it is asked to, one at a time.
 
-    `process` runs the verb `verify`, which prints a `Report`. What is asked for during one is done with it.
+    Nobody asks it where the configuration says no `since`. `process` runs the verb `verify`, which prints a `Report`. What is asked for during one is done with it.
     The state is what metrics are made of: `runs` by result, the `last` report, and `ended`, the instance's
     time of it (nanoseconds).
     """
 
-    def __init__(self, process: Run, clock: Clock, since: int) -> None:
+    def __init__(self, process: Run, clock: Clock, since: int | None) -> None:
+        self.since = since
         self.runs: Counter[Result] = Counter()
         self.last: Report | None = None
         self.ended = 0
-        self._process, self._clock, self._since = process, clock, since
+        self._process, self._clock = process, clock
         self._asked = asyncio.Event()
 
     async def ask(self) -> None:
@@ -81,12 +82,12 @@ class Verification:
         """Verify as often as it is wanted, until cancelled; that ends a process that is at work, too."""
         while True:
             await self._asked.wait()
-            result = await self._verify()
-            self.runs[result] += 1
+            if self.since is not None:
+                self.runs[await self._verify(self.since)] += 1
             self._asked.clear()
 
-    async def _verify(self) -> Result:
-        since = datetime.fromtimestamp((self._clock.now() - self._since) // 10**9, UTC)
+    async def _verify(self, ago: int) -> Result:
+        since = datetime.fromtimestamp((self._clock.now() - ago) // 10**9, UTC)
         words = deque[str](maxlen=WORDS)
         try:
             async with asyncio.timeout(LONGEST_SECONDS):

@@ -301,6 +301,29 @@ class ModelNotice(msgspec.Struct, frozen=True, kw_only=True):
     ]
 
 
+class OrderMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An order of an operator, the verb of which is in the topic. All of it may be left out.
+
+    It names a response topic under `{root}/answers/` and correlation data, and is not retained.
+    """
+
+    wait: Annotated[bool, _of("Of retrain and reload: answer at its end.")] = False
+    to: Annotated[str | None, _of("Of rollback: the model to go back to.")] = None
+    reason: Annotated[str | None, _of("Why, for the journal.")] = None
+
+
+class AnswerMessage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What comes of an order, with its correlation data: any number of lines, then one of the others."""
+
+    schema: Version = SCHEMA
+    verb: Annotated[str, _of("What was ordered.")]
+    instance: Annotated[str, _of("Who answers.")]
+    boot: Annotated[str, _of("The start of it that took the order: with another one nothing more comes.")]
+    line: Annotated[str | None, _of("On the way: the first one says that the order was taken.")] = None
+    done: Annotated[str | None, _of("It is done: what came of it.")] = None
+    refused: Annotated[str | None, _of("It is not done: why, and what to do.")] = None
+
+
 State = Literal["starting", "ready", "deaf", "full", "stopped", "lost"]
 """What an instance says of itself."""
 
@@ -333,6 +356,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     waiting: Annotated[
         int | None, _of("Messages that it received and has not taken yet; null in a last will.")
     ] = None
+    paused: Annotated[
+        bool, _of("An operator paused it: bars are taken, and no signals are made until it is to go on.")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

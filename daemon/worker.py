@@ -103,9 +103,7 @@ async def call(
 async def _work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) -> None:
     listener.setblocking(False)
     connection, _ = await asyncio.get_running_loop().sock_accept(listener)
-    uid = _CREDENTIALS.unpack(
-        connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    )[1]
+    uid = user_of(connection)
     reader, writer = await asyncio.open_unix_connection(sock=connection, limit=LINE_BYTES)
     try:
         try:
@@ -128,6 +126,12 @@ async def _work(listener: socket.socket, commands: Mapping[str, Sequence[str]]) 
         writer.close()
         with suppress(ConnectionError):
             await writer.wait_closed()
+
+
+def user_of(connection: socket.socket) -> int:
+    """The user id of the process at the other end of a Unix socket, as the kernel says."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(found)[1])
 
 
 async def receive(reader: asyncio.StreamReader, kind: type[W], verbs: Collection[str], example: str) -> W:

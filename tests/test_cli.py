@@ -346,15 +346,16 @@ def test_orders_without_a_daemon_are_refused(run, tmp_path):
     """Who serves is the daemon's to say, and a training is its to do; a rollback needs something below."""
     config = tmp_path / "barcast.toml"
     config.write_text('instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n')
-    for options in ([], ["--now"], ["--now", "--wait"]):
-        status, _, err = run("retrain", str(config), *options)
+    for words in (["state"], ["retrain"], ["retrain", "--wait"], ["pause", "--reason", "rest"], ["reload"]):
+        status, _, err = run("ctl", str(config), *words)
         assert (status, "no daemon runs on" in err) == (78, True)
-    assert run("retrain", str(config), "--wait")[0] == 2
-    status, _, err = run("rollback", str(config))
+    for words in (["pause", "--wait"], ["stop"], ["resume", "--to", "fhs"], ["state", "--reason", "x" * 501]):
+        assert run("ctl", str(config), *words)[0] == 2
+    status, _, err = run("ctl", str(config), "rollback")
     assert status == 78, err
     assert not (tmp_path / "state").exists()
     (tmp_path / "state").mkdir()
-    status, _, err = run("rollback", str(config))
+    status, _, err = run("ctl", str(config), "rollback")
     assert (status, "no journal there, so there is nothing to roll back" in " ".join(err.split())) == (
         78,
         True,
@@ -426,7 +427,7 @@ def test_check_refuses_touch_of_a_model_without_paths(run, tmp_path):
     journal.append([(1, Kind.ACTIVATION, "", Champion("fhs", "f", 100, "named").encode())])
     text = said('first = "m"')
     assert "fhs, which is to serve, is of kind baseline" in text
-    assert "barcast rollback --to" in text
+    assert "barcast ctl CONFIG rollback --to" in text
     served = "0123456789abcdef"
     (state / "models" / served).mkdir(parents=True)
     (state / "models" / served / "model.json").write_text(json.dumps(about))

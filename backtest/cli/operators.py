@@ -34,6 +34,7 @@ from barcast.models import BASELINES, ConfigError, DataError
 
 if TYPE_CHECKING:
     from barcast.daemon.config import Config
+    from barcast.daemon.control import Order
     from barcast.models import Window
 
 REST_SECONDS = 0.005
@@ -122,7 +123,9 @@ def _check_paths(settings: "Config") -> None:
     remedy = f"put a checkpoint directory of an SSSD into model.{key}, or leave model.touch out"
     if served is not None:
         key, name = "name", Champion.decode(served.payload).model
-        remedy = "let an SSSD serve, by `barcast rollback --to` or model.name, or leave model.touch out"
+        remedy = (
+            "let an SSSD serve, by `barcast ctl CONFIG rollback --to` or model.name, or leave model.touch out"
+        )
     kind = "baseline"
     if name not in BASELINES:
         store = settings.state_dir / "models" / name
@@ -254,50 +257,89 @@ def publish(
 
 
 @app.command(rich_help_panel=LIVE)
-def retrain(
+def ctl(
     config: ConfigFile,
-    now: Annotated[bool, typer.Option("--now", help="Ask the running daemon for a training.")] = False,
+    verb: Annotated[str, typer.Argument(help="state, retrain, reload, pause, resume or rollback.")],
     wait: Annotated[
-        bool, typer.Option("--wait", help="With --now: follow it, and say what came of it.")
+        bool, typer.Option("--wait", help="Of retrain and reload: follow it, and say what came of it.")
+    ] = False,
+    to: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Of rollback: a model id of the store, or a baseline."),
+    ] = None,
+    reason: Annotated[str | None, typer.Option(help="Why, for the journal.")] = None,
+    mqtt: Annotated[
+        bool,
+        typer.Option("--mqtt", help="Order over the broker, as the user of [mqtt] in the configuration."),
     ] = False,
 ) -> None:
-    """Say which model serves and how trainings went, or ask the running daemon for one with --now."""
-    from barcast.daemon.config import load
-    from barcast.daemon.control import Order, ask
+    """Order something of the running daemon: on its machine as its user, or with --mqtt from anywhere.
 
-    if wait and not now:
-        raise typer.BadParameter("--wait goes with --now")
+    A rollback lets the model that served before serve again, within a bar; twice goes back two models.
+    Without a running daemon the next start does.
+    """
+    from barcast.daemon.config import load
+    from barcast.daemon.control import VERBS, Order, ask
+
+    if verb not in VERBS:
+        raise typer.BadParameter(f"{verb!r} is none of {', '.join(VERBS)}")
+    try:
+        order = Order(verb, wait, to, reason)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).replace("`", "")) from error
     settings = load(config)
-    done = ask(settings.state_dir, Order("retrain" if now else "state", wait=wait), tell)
+    if mqtt:
+        done: str | None = _by_broker(settings, order)
+    else:
+        done = ask(settings.state_dir, order, tell)
+    if done is None and verb == "rollback":
+        done = _at_rest(settings, order)
     if done is None:
         raise ConfigError(f"no daemon runs on {settings.state_dir}: start `barcast run {config}`")
     out.print(done, highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command(rich_help_panel=LIVE)
-def rollback(
-    config: ConfigFile,
-    to: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A model id of the store, or a baseline.")
-    ] = None,
-) -> None:
-    """Let the model that served before serve again, or the one of --to. Twice goes back two models.
+def _by_broker(settings: "Config", order: "Order") -> str:
+    """Give an order over the broker; return what came of it."""
+    import asyncio
+    import getpass
 
-    A running daemon changes within a bar; without one the next start does.
-    """
+    from barcast.daemon import log
+    from barcast.daemon.client import order as give
+
+    log.configure("error")
+    address = settings.mqtt.address("")
+    return asyncio.run(
+        give(
+            address.host,
+            address.port,
+            instance=settings.instance,
+            root=settings.mqtt.root,
+            verb=order.verb,
+            wait=order.wait,
+            to=order.to,
+            reason=order.reason,
+            operator=address.username or getpass.getuser(),
+            username=address.username,
+            password=address.password,
+            tls=address.tls,
+            on_line=tell,
+        )
+    )
+
+
+def _at_rest(settings: "Config", order: "Order") -> str:
+    """Roll back an instance that does not run."""
+    import os
+
+    from barcast.daemon import log
     from barcast.daemon.app import WallClock
-    from barcast.daemon.config import load
-    from barcast.daemon.control import Order, ask
+    from barcast.daemon.events import Ordered
+    from barcast.daemon.succession import rollback_journal
 
-    settings = load(config)
-    done = ask(settings.state_dir, Order("rollback", to=to), tell)
-    if done is None:
-        from barcast.daemon import log
-        from barcast.daemon.succession import rollback_journal
-
-        log.configure("warning")
-        done = rollback_journal(settings, WallClock(settings).now(), to)
-    out.print(done, highlight=False, markup=False, soft_wrap=True)
+    log.configure("warning")
+    ordered = Ordered(f"uid {os.getuid()}", order.verb, to=order.to, reason=order.reason)
+    return rollback_journal(settings, WallClock(settings).now(), ordered)
 
 
 @app.command(hidden=True)

@@ -42,7 +42,7 @@ async def at_work(made: Daemon) -> AsyncIterator[list[Outgoing]]:
     sent: list[Outgoing] = []
 
     async def publish(
-        message: Outgoing, _now: int, _properties: Sequence[tuple[str, str]] = ()
+        message: Outgoing, _now: int, _properties: Sequence[tuple[str, str]] = (), **_: object
     ) -> str | None:
         await asyncio.sleep(0)
         sent.append(message)
@@ -59,6 +59,7 @@ async def at_work(made: Daemon) -> AsyncIterator[list[Outgoing]]:
             asyncio.create_task(run(made.source, made.pipeline, made.sink, made.forecasts)),
             asyncio.create_task(made.courier.run()),
             asyncio.create_task(made.vitals.run()),
+            asyncio.create_task(made.desk.run()),
             asyncio.create_task(made.succession.prepare_champion()),
         ]
         try:

@@ -272,7 +272,7 @@ def test_straggler_is_a_group_of_its_own():
     )
 
 
-def status(state, boot="b1", interval=0.1):
+def status(state, boot="b1", interval=0.1, paused=False):
     """A status as the daemon, or its last will, sends it."""
     gone = state == "lost"
     body = wire.Status(
@@ -283,6 +283,7 @@ def status(state, boot="b1", interval=0.1):
         interval=None if gone else interval,
         processed=None,
         waiting=None if gone else 0,
+        paused=paused,
     )
     return wire.status(body, "t/status/me")
 
@@ -308,6 +309,19 @@ def test_daemon_that_says_that_it_is_not_at_work(state, reason):
             return r.said, r.client.halted, r.client.status.boot
 
     assert play(main()) == (["resumed", reason, "resumed"], None, "b2")
+
+
+def test_paused_daemon_halts():
+    """It is at work and makes no signals: whoever trades by them must know."""
+
+    async def main():
+        async with Reader() as r:
+            for message in (status("ready"), status("ready", paused=True), status("ready")):
+                r.wire.bring(message)
+                await asyncio.sleep(0.01)
+            return r.said
+
+    assert play(main()) == ["resumed", "an operator paused the daemon", "resumed"]
 
 
 def test_last_will_of_an_earlier_start_halts_nothing():

@@ -72,6 +72,8 @@ def real():
         wire.status(body, "t/status/me")
         for body in (ready, wire.Status(state="lost", instance="me", boot="b"))
     ]
+    answer = wire.AnswerMessage(verb="pause", instance="me", boot="b", done="paused")
+    found.append(wire.Outgoing("", "t/answers/me/1", msgspec.json.encode(answer), False, START))
     return found
 
 
@@ -201,7 +203,7 @@ def test_wrong_messages_do_not(kind):
     ]
     assert faults(kind, body | {"new": 1}) == []
     for field in body:
-        if field not in ("coverage", "touch", "drawdown", "refused"):
+        if field not in ("coverage", "touch", "drawdown", "refused", "done"):
             assert faults(kind, {k: v for k, v in body.items() if k != field}), field
         assert faults(kind, body | {field: [None]}), field
 

@@ -1,6 +1,7 @@
 """Orders to a running daemon: short, answered in lines, and from nobody but its own user."""
 
 import asyncio
+import os
 import socket
 import stat
 import time
@@ -16,8 +17,12 @@ from barcast.models import ConfigError
 def ordered(folder, orders, carry_out):
     """Give orders from a thread of their own to a daemon that serves; return what came of each."""
 
+    async def take(order, who, tell):
+        assert who == f"uid {os.getuid()}"  # as the kernel says
+        return await control.answered(order, carry_out(order, tell))
+
     async def main():
-        serving = asyncio.create_task(serve(folder, ("state", "rollback"), carry_out))
+        serving = asyncio.create_task(serve(folder, take))
         await asyncio.sleep(0.05)  # it binds at once
         try:
             return [await asyncio.to_thread(order) for order in orders]
@@ -157,11 +162,15 @@ def raw(folder, payload):
     [
         (b"{}\n", b"refused"),
         (b"state\n", b"send one line such as"),
-        (b'{"verb": "stop"}\n', b"none of state, rollback"),
+        (b'{"verb": "stop"}\n', b"none of state, retrain, reload, pause, resume, rollback"),
         (b'{"verb": "state", "now": 1}\n', b"unknown field"),
         (b"x" * (worker.LINE_BYTES + 2), b"refused"),
         (b'{"verb": "state", "to": "fhs"}\n', b"`to` goes with the verb rollback, not state"),
-        (b'{"verb": "rollback", "wait": true}\n', b"`wait` goes with the verb retrain, not rollback"),
+        (b'{"verb": "rollback", "wait": true}\n', b"`wait` goes with the verbs retrain and reload"),
+        (
+            b'{"verb": "pause", "reason": "' + b"x" * 501 + b'"}\n',
+            b"`reason` has 501 characters, more than 500",
+        ),
     ],
 )
 def test_nonsense_is_refused(tmp_path, payload, said):

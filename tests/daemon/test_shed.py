@@ -10,7 +10,7 @@ import pytest
 
 from barcast.backtest.verify import replay_journal
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Reign, Warmth
+from barcast.daemon.events import Champion, Ordered, Reign, Warmth
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Decision
 from barcast.daemon.retention import compact
@@ -85,7 +85,7 @@ def lived(state, steps, waiting=()):
 
 def back(state, now, to=None):
     """Roll back; say what the operator reads."""
-    return rollback_journal(load(state.parent / "barcast.toml"), now, to)
+    return rollback_journal(load(state.parent / "barcast.toml"), now, Ordered("uid 0", "rollback", to=to))
 
 
 def closes(messages):
@@ -146,10 +146,10 @@ def test_group_that_waited_at_the_stop(state, wait, shed):
 
 
 def test_nothing_is_passed_over_where_nothing_waits(state):
-    """A rollback of an instance that ended its work is an activation alone, and so is the next one."""
+    """A rollback of an instance that ended its work is an order and an activation alone."""
     lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))])
     assert "passed over" not in back(state, START + 7 * MINUTE)
-    assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 3]
+    assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 2, Kind.ORDERED, Kind.ACTIVATION]
 
 
 def test_model_that_looks_back_further_finds_its_bars(state):
@@ -171,7 +171,7 @@ def test_operator_reads_one_sentence(state, run, capsys):
     """The command says what it did, and how much it passed over; what it read is no news."""
     lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))], bars(7, 8))
     capsys.readouterr()
-    assert run("rollback", str(state.parent / "barcast.toml")) == (
+    assert run("ctl", str(state.parent / "barcast.toml"), "rollback") == (
         0,
         f"fhs will serve from the next start on; {BAD} is left behind; 2 groups of bars, in 5 records, are "
         "passed over without a forecast\n",

@@ -7,8 +7,9 @@ from contextlib import closing
 import pytest
 
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Reign, events
+from barcast.daemon.events import Champion, Ordered, Reign, events
 from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.ports import Activation
 from barcast.daemon.retention import _referenced
 from barcast.daemon.start import only_one
 from barcast.daemon.store import ModelStore
@@ -17,6 +18,7 @@ from barcast.models import ConfigError, DiskFullError
 from tests.fakes import START, Spread
 
 CARD = Spread().card
+BACK = Ordered("uid 0", "rollback", reason="it is not what it promised")
 LEAST = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n'
 
 
@@ -112,16 +114,19 @@ def serving(path):
 def test_rollback_of_an_instance_that_is_down(instance):
     """The decision is journalled and told, and stamped after all that is in the journal."""
     settings = load(instance)
-    assert rollback_journal(settings, START - 5, None).startswith(
+    assert rollback_journal(settings, START - 5, BACK).startswith(
         "fhs will serve from the next start on; ewma"
     )
     champion, time, waiting = serving(instance)
     assert (champion.model, champion.window, time, waiting) == ("fhs", 645, START, 1)
-    rollback_journal(settings, START + 5, None)
+    rollback_journal(settings, START + 5, BACK)
     champion, time, _ = serving(instance)
     assert (champion.model, time) == ("hs", START + 5)
     journal = Journal(instance.parent / "state" / "journal.db", readonly=True)
-    assert [event.model for _, event in events(journal.records())] == ["ewma", "fhs", "hs"]
+    found = [event for _, event in events(journal.records())]
+    assert [event.model for event in found if isinstance(event, Activation)] == ["ewma", "fhs", "hs"]
+    orders = [Ordered.decode(record.payload) for record in journal.of_kind(Kind.ORDERED)]
+    assert orders == [BACK, BACK]
     journal.close()
 
 
@@ -139,7 +144,7 @@ def test_rollback_that_leads_nowhere_is_refused(instance, text, to, said):
     """In one sentence, and nothing is journalled."""
     instance.write_text(LEAST + text)
     with pytest.raises(ConfigError, match=said):
-        rollback_journal(load(instance), START, to)
+        rollback_journal(load(instance), START, Ordered("uid 0", "rollback", to=to))
     assert serving(instance)[0].model == "ewma"
 
 
@@ -147,9 +152,9 @@ def test_nothing_to_roll_back_to_is_said(instance):
     """The first model of an instance has none before it."""
     settings = load(instance)
     for _ in range(2):
-        rollback_journal(settings, START, None)
+        rollback_journal(settings, START, BACK)
     with pytest.raises(ConfigError, match="no model served before hs"):
-        rollback_journal(settings, START, None)
+        rollback_journal(settings, START, BACK)
 
 
 def test_rollback_beside_a_running_instance_is_refused(instance):
@@ -159,7 +164,7 @@ def test_rollback_beside_a_running_instance_is_refused(instance):
         only_one(settings.state_dir / "lock"),
         pytest.raises(ConfigError, match="in use by another instance"),
     ):
-        rollback_journal(settings, START, None)
+        rollback_journal(settings, START, BACK)
 
 
 def test_second_instance_leaves_the_lock_as_it_is(tmp_path):
@@ -175,7 +180,7 @@ def test_chosen_model_is_held_in_the_store(instance, monkeypatch):
     settings, held = load(instance), []
     monkeypatch.setattr(ModelStore, "hold", lambda _, model: held.append(model) or True)
     monkeypatch.setattr(ModelStore, "open", lambda *_: held.append("opened") or Spread("fhs"))
-    rollback_journal(settings, START, None)
+    rollback_journal(settings, START, BACK)
     assert held == ["fhs", "opened"]
 
 
@@ -188,7 +193,7 @@ def test_rollback_on_a_full_disk_says_so(instance, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Journal, "append", full)
         with pytest.raises(DiskFullError, match="make room on its disk"):
-            rollback_journal(load(instance), START, None)
+            rollback_journal(load(instance), START, BACK)
     assert serving(instance)[0].model == "ewma"
 
 
@@ -198,7 +203,7 @@ def test_damaged_activation_is_named(instance):
         db.execute("UPDATE record SET payload = '{'")
         db.commit()
     with pytest.raises(ConfigError, match=r"record 1 \(activation\): .*restore a copy"):
-        rollback_journal(load(instance), START, None)
+        rollback_journal(load(instance), START, BACK)
 
 
 def test_models_below_the_champion_stay_in_the_store(instance):

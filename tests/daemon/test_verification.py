@@ -182,15 +182,15 @@ def test_metrics_after_a_difference(tmp_path):
 
 
 def test_without_the_table_there_is_none(tmp_path):
-    """No schedule, no state, and a metric that says so."""
+    """No schedule, and a metric that says so."""
     made = daemon(tmp_path, LEAST, START)
 
     async def story():
         async with at_work(made):
-            return made.verification, made._jobs(), await scraped(made)
+            return made._jobs(), await scraped(made)
 
-    state, jobs, metrics = play(story())
-    assert (state, jobs, metrics["barcast_verify_scheduled",]) == (None, {}, 0)
+    jobs, metrics = play(story())
+    assert (jobs, metrics["barcast_verify_scheduled",]) == ({}, 0)
 
 
 @pytest.mark.parametrize(

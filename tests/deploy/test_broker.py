@@ -144,12 +144,22 @@ def test_wrong_credentials_are_named(broker, tmp_path, case):
 
 
 def test_reader_may_not_write(broker):
-    """Rights are held by the broker: a reader's bar, or signal, is refused, a feed's bar is not."""
+    """Rights are held by the broker: a reader's bar, or signal, is refused, a feed's bar is not.
+
+    Only an operator orders, and only the daemon answers.
+    """
     answers, complete = {}, threading.Event()
     for user, topic, code in (
         ("reader", "barcast/v1/bars/1m/AAPL", 0x87),
         ("reader", "barcast/v1/signals/1m/AAPL", 0x87),
         ("feed", "barcast/v1/signals/1m/AAPL", 0x87),
+        ("reader", "barcast/v1/control/desk/pause", 0x87),
+        ("feed", "barcast/v1/control/desk/pause", 0x87),
+        ("barcast", "barcast/v1/control/desk/pause", 0x87),
+        ("operator", "barcast/v1/control/desk/pause", 0),
+        ("operator", "barcast/v1/bars/1m/AAPL", 0x87),
+        ("operator", "barcast/v1/answers/desk/1", 0x87),
+        ("barcast", "barcast/v1/answers/desk/1", 0),
         ("feed", "barcast/v1/bars/1m/AAPL", 0),
     ):
         sender, complete = client(broker, user), threading.Event()

@@ -159,9 +159,8 @@ class Instance:
         self.process.wait()
 
     def order(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of an operator on this instance's configuration."""
-        verb, *options = words
-        command = [*BARCAST, verb, str(self.folder / "barcast.toml"), *options]
+        """Order something, as an operator on this instance's machine."""
+        command = [*BARCAST, "ctl", str(self.folder / "barcast.toml"), *words]
         return subprocess.run(command, capture_output=True, text=True, timeout=540)
 
     def stop(self) -> int:

@@ -33,7 +33,7 @@ def test_killed_trainer_and_bad_messages_change_nothing(broker, checkpoints, tmp
     for payload in (b"{", b'{"close_time": 7}', b"\xff\xfe"):
         feed.client.publish("barcast/v1/bars/1m/AA", payload, 1)
 
-    assert instance.order("retrain", "--now").returncode == 0
+    assert instance.order("retrain").returncode == 0
     instance.wait_for("retrain_started")
     trainer = None
     for _ in range(100):

@@ -56,7 +56,7 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     instance.wait_for("broker_connected")
     feed = Feed(instance, rough(windows, HISTORY, seed=1))
     feed.start()
-    followed = instance.order("retrain", "--now", "--wait")
+    followed = instance.order("retrain", "--wait")
     assert followed.returncode == 0, followed.stderr
     said = {line.split()[1]: line for line in followed.stderr.splitlines() if line.startswith("challenger ")}
     assert [word.split(": ")[1].split(";")[0] for word in said.values()].count("accepted") == 1
@@ -77,19 +77,19 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     assert f"no model served before {first}" in refused.stderr
     assert "0123456789abcdef: no such model" in instance.order("rollback", "--to", "0123456789abcdef").stderr
     shutil.copytree(checkpoints / "good", inbox / "again")
-    assert instance.order("retrain", "--now").stdout.startswith("asked for")
+    assert instance.order("retrain").stdout.startswith("asked for")
     again = instance.wait_for("challenger_judged", seconds=300, count=4)
     assert (again["challenger"], again["accepted"]) == (good, False)
     assert again["reason"].startswith("it was rolled back from")
     trainer = child(instance)
     instance.kill()
     until(lambda: not running(trainer), "the training ends, too")
-    assert instance.order("retrain").returncode == 78
+    assert instance.order("state").returncode == 78
     down = instance.order("rollback", "--to", good)
     assert down.stdout.startswith(f"{good} will serve from the next start on"), down.stderr
     instance.launch()
     instance.wait_for("ready", count=2)
-    assert f"{good} serves since" in instance.order("retrain").stdout
+    assert f"{good} serves since" in instance.order("state").stdout
     until(lambda: subscriber.signed() == good, "some bars under it")
     feed.plan.clear()
     feed.close()
