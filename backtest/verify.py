@@ -233,7 +233,7 @@ def compare(replayed: Replayed, captured: Iterable[tuple[str, bytes]] | None = N
     found = {(m.topic, m.payload) for m in (*same, *near)}
     begin = 0
     if captured is None and replayed.left >= 0:  # messages may leave the outbox before what a replay needs
-        begin = next((k for k, pair in enumerate(again) if pair in found), 0)
+        begin = next((k for k, pair in enumerate(again) if pair in found), 0 if published else len(again))
     elsewhere = sum(_signal(m.topic) for m in (*same, *near) if m.id in replayed.elsewhere)
     return Difference(
         sum(_signal(topic) for topic, _ in published) - sum(map(_signal, older)),

@@ -24,11 +24,15 @@ VOLATILE = {"journal.db-shm", "lock", "compaction.lock", "control"}
 
 
 class Disk:
-    """The state is whether there is room, how slow it is, up to where the log is synced, what happened."""
+    """The state is whether there is room, whether it is slow, up to where the log is synced, what happened.
+
+    `committed` is called after each commit of the daemon.
+    """
 
     def __init__(self, dice: Random) -> None:
         self.full = self.slow = False
         self.happened: Counter[str] = Counter()
+        self.committed: Callable[[], None] = lambda: None
         self._dice = dice
         self._synced = (b"", 0)
 
@@ -68,7 +72,23 @@ class Disk:
             self.happened["unsynced log torn"] += 1
             (to / "journal.db-wal").write_bytes(self._torn(log[:keep].ljust(len(log), b"\0"), log, keep))
 
-    def amid(self, folder: Path, to: Path, job: Callable[[], Any]) -> None:
+    def kill_amid(self, folder: Path, to: Path, job: Callable[[], Any]) -> None:
+        """What a kill leaves right after the first commit of a job, or without any."""
+
+        def committed() -> None:
+            self.committed = lambda: None
+            self.happened["killed after the first commit of a job"] += 1
+            shutil.rmtree(to)
+            _copy(folder, to)
+
+        _copy(folder, to)
+        self.committed = committed
+        try:
+            job()
+        finally:
+            self.committed = lambda: None
+
+    def power_cut_amid(self, folder: Path, to: Path, job: Callable[[], Any]) -> None:
         """What a power cut leaves amid a job."""
         _copy(folder, to)
         before = _log(folder)
@@ -88,6 +108,8 @@ class Disk:
     def _torn(self, before: bytes, after: bytes, start: int) -> bytes:
         """Sectors of either, from `start` on; one may be neither, and the end may be missing."""
         found, dice = bytearray(before), self._dice
+        if dice.random() < 0.5:
+            return after[: dice.randrange(start, len(after) + 1)]
         for at in range(start - start % SECTOR, len(after), SECTOR):
             low, high = max(at, start), min(at + SECTOR, len(after))
             kind = dice.random()
@@ -110,7 +132,10 @@ class Platter:
             self._writing = sql.endswith("IMMEDIATE")
         elif self._disk.full and self._writing:
             self._needs_room(sql)
-        return self._connection.execute(sql, *parameters)
+        done = self._connection.execute(sql, *parameters)
+        if self._writing and sql.startswith("COMMIT"):
+            self._disk.committed()
+        return done
 
     def executemany(self, sql: str, parameters: Any) -> sqlite3.Cursor:
         """Execute for each, unless there is no room."""

@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,7 +22,7 @@ from unittest import mock
 import structlog
 
 from barcast.backtest import verify
-from barcast.daemon import live, lookout, mqtt, retention, vitals
+from barcast.daemon import live, lookout, mqtt, newcomers, retention, start, vitals
 from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import Config, parse
 from barcast.daemon.control import Order
@@ -30,7 +30,7 @@ from barcast.daemon.journal import Journal, Record, State
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import TAKEN_OVER
 from barcast.daemon.wire import Outgoing
-from barcast.models import BarcastError, DiskFullError
+from barcast.models import Bar, BarcastError, DiskFullError
 from tests.simulation import oracle
 from tests.simulation.broker import Broker, Client, Weather
 from tests.simulation.disk import Disk
@@ -83,6 +83,7 @@ WORLDLY = (
     "rollback ordered",
 )
 """What the world does."""
+CRASHES = ("killed", "killed at a commit", "power cut", "power cut at a commit")
 LASTING = {
     "broker away": 9.0,
     "deaf": 8.0,
@@ -182,7 +183,7 @@ class Schedule:
         self.broker = Broker(self.loop, Random(f"broker {seed}"), self.note)
         self.loop.broker = self.broker  # type: ignore[attr-defined]
         self.disk = Disk(Random(f"disk {seed}"))
-        kinds = {kind for kind in (*SPOILT, *WORLDLY) if dice.random() < 0.3}
+        kinds = {kind for kind in (*SPOILT, *WORLDLY) if dice.random() < (0.4 if kind in CRASHES else 0.3)}
         self.symbols = dice.choice((("A",), ("A", "B"), ("A", "B"), ("A", "B", "C"), ("A", "B", "D")))
         self.retrains = dice.random() < 0.4
         self.config = self._settings()
@@ -193,7 +194,7 @@ class Schedule:
             (dice.uniform(0.0, self.until), kind)
             for kind in WORLDLY
             if kind in kinds
-            for _ in range(dice.choice((1, 1, 2)))
+            for _ in range(dice.choice((1, 2, 3) if kind in CRASHES else (1, 1, 2)))
         )
         self.compacts = dice.random() < 0.25
         self._root, self._folders = root, count()
@@ -202,6 +203,7 @@ class Schedule:
         self.calm = self.alive = self.over = False
         self.life = 0
         self.slow_forecasts = False
+        self._armed: tuple[str, int] | None = None
         self._steps_left: int | None = None
         self._jobs_left: int | None = None
         self._power = False
@@ -347,9 +349,9 @@ class Schedule:
             case "clock set back":
                 self.clock.offset = dice.choice((-1.0, -7.0, -20.0, -45.0))
             case "killed" | "power cut":
-                self._steps_left, self._power = dice.randrange(0, 60), kind == "power cut"
+                self._armed, self._power = ("steps", dice.randrange(0, 40)), kind == "power cut"
             case "killed at a commit" | "power cut at a commit":
-                self._jobs_left, self._power = dice.randrange(0, 8), kind == "power cut at a commit"
+                self._armed, self._power = ("jobs", dice.randrange(0, 8)), kind == "power cut at a commit"
             case "stopped":
                 if self.alive:
                     self.stop.set()
@@ -395,7 +397,7 @@ class Schedule:
         self.calm = True
         for kind in LASTING:
             self._pass(kind)
-        self._steps_left = self._jobs_left = None
+        self._armed = self._steps_left = self._jobs_left = None
         self.loop.stalling = 0.0
         self.clock.offset = max(0.0, self.clock.offset)
 
@@ -479,26 +481,35 @@ class Schedule:
 
     def _perform(self, job: Callable[[], Any]) -> Any:
         """Do a job of the journal; crash before it, amid it or after it, when it is time."""
+        if self._armed is not None and self.alive:  # something happens: that is where it hurts
+            what, left = self._armed
+            self._armed = None
+            if what == "steps":
+                self._steps_left = left
+            else:
+                self._jobs_left = left
         if self._jobs_left is not None and self.alive:
             self._jobs_left -= 1
             if self._jobs_left < 0:
                 self._jobs_left = None
-                where = self.dice.choice(("before", "amid", "after"))
-                if where == "amid" and self._power:
-                    left = self._fresh()
-                    with suppress(Exception, Waits):
-                        self.disk.amid(self.folder, left, job)
-                    self._crash(where, left)
-                    return None
-                if where != "before":
-                    with suppress(Exception, Waits):
-                        job()
-                    self.disk.sync(self.folder)
-                self._crash(where)
+                self._crash_at(job)
                 return None
         done = job()
         self.disk.sync(self.folder)
         return done
+
+    def _crash_at(self, job: Callable[[], Any]) -> None:
+        where, left = self.dice.choice(("before", "amid", "amid", "after")), None
+        if where == "amid":
+            left = self._fresh()
+            amid = self.disk.power_cut_amid if self._power else self.disk.kill_amid
+            with suppress(Exception, Waits):
+                amid(self.folder, left, job)
+        elif where == "after":
+            with suppress(Exception, Waits):
+                job()
+            self.disk.sync(self.folder)
+        self._crash(where, left)
 
     def _crash(self, where: str, left: Path | None = None) -> None:
         """End the daemon at once: only what is on the disk, or was written, is left."""
@@ -608,11 +619,29 @@ def prepared() -> Iterator[None]:
             (retention, "FIRST_SECONDS", 45.0),
             (retention, "EVERY_SECONDS", 50.0),
             (retention, "SIGNALS_KEPT", 3),
+            (start, "last_bars", _few_last_bars),
+            (newcomers, "bars_of", _few_bars_of),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         structlog.configure(processors=[_capture], cache_logger_on_first_use=False)
         stack.callback(structlog.reset_defaults)
         yield
+
+
+# To plan a query of no rows takes milliseconds: it is looked first whether there are any.
+
+_bars_of, _last_bars = newcomers.bars_of, start.last_bars
+
+
+def _few_bars_of(state_dir: Path, symbols: Sequence[str], *rest: Any) -> dict[str, tuple[Bar, ...]]:
+    archived = (state_dir / "archive").is_dir()
+    return _bars_of(state_dir, symbols, *rest) if archived else dict.fromkeys(symbols, ())
+
+
+def _few_last_bars(state_dir: Path, *rest: Any) -> Iterator[tuple[Bar, ...]]:
+    with closing(sqlite3.connect(state_dir / "journal.db")) as db:
+        found = db.execute("SELECT 1 FROM record WHERE kind NOT IN ('revision', 'activation')").fetchone()
+    return _last_bars(state_dir, *rest) if found else iter(())
 
 
 def play(seed: int, root: Path) -> Outcome:
