@@ -2,8 +2,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ALONE := "not broker and not promtool and not browser"
 MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser)'
+N ?= 100000
+BASE ?= 0
 
-.PHONY: help demo test check bench bench-peers study clean
+.PHONY: help demo test check bench bench-peers study soak clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -29,6 +31,9 @@ bench-peers: $(VENV)/.dev .tools/peers/.made ## the same strategy in other engin
 
 study: $(VENV)/.dev ## what each part of the model earns, out of sample; goes on where it was interrupted
 	$(BIN)/python -m tests.bench.study
+
+soak: $(VENV)/.dev ## the daemon in N simulated schedules from seed BASE on, with every fault; writes soak.json
+	$(BIN)/python -m tests.simulation $(BASE) $(N)
 
 clean: ## remove environments, caches and the demo's folder
 	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis

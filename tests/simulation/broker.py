@@ -341,6 +341,7 @@ class Broker:
         if session is not None:
             session.queue.clear()
             session.unacked.clear()
+            session.mid = 0
 
     def connected(self, identifier: str) -> bool:
         """Whether a client has a connection."""

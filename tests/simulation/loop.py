@@ -45,6 +45,23 @@ class Sleeping:
         return True
 
 
+class _Numbered:
+    """What sets of asyncio hold is ordered by its number, and not by where it lies in memory."""
+
+    number = 0
+
+    def __hash__(self) -> int:
+        return self.number
+
+
+class NumberedTask(_Numbered, asyncio.Task[Any]):
+    """A task with a number."""
+
+
+class NumberedFuture(_Numbered, asyncio.Future[Any]):
+    """A future with a number."""
+
+
 class VirtualLoop(asyncio.BaseEventLoop):
     """The state is the time, how many callbacks ran, what went wrong in one, and what waits.
 
@@ -60,11 +77,25 @@ class VirtualLoop(asyncio.BaseEventLoop):
         self.before: Callable[[], None] = lambda: None
         self.faults: list[str] = []
         self._virtual = 0.0
+        self._numbers = 0
+        self.set_task_factory(self._task)
         self.set_exception_handler(self._note)
 
     def time(self) -> float:
         """Virtual seconds."""
         return self._virtual
+
+    def _numbered(self, made: Any) -> Any:
+        self._numbers += 1
+        made.number = self._numbers
+        return made
+
+    def _task(self, loop: asyncio.AbstractEventLoop, coro: Any, **given: Any) -> Any:
+        return self._numbered(NumberedTask(coro, loop=loop, **given))
+
+    def create_future(self) -> Any:
+        """A future with a number."""
+        return self._numbered(NumberedFuture(loop=self))
 
     def _note(self, _loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self.faults.append(f"{context.get('message')}: {context.get('exception')!r}")

@@ -42,7 +42,7 @@ WHO = "barcast-me"
 """The daemon's client id."""
 CALM_SECONDS = 200.0
 """How long all that is due may take once nothing goes wrong any more."""
-KEEP = 40 * SECOND
+KEEP = 30 * SECOND
 """What stays in the journal."""
 SPOILT = (
     "late bar",
@@ -156,7 +156,7 @@ def settings(symbols: tuple[str, ...], wait: str, retrain: bool) -> Config:
         "strategy": [{"kind": "median-drift", "name": "drift"}],
     }
     if retrain:
-        values["retrain"] = {"max_age": "70s", "stall": "15s"}
+        values["retrain"] = {"max_age": "50s", "stall": "15s"}
     return parse(values, "the simulation")
 
 
@@ -187,7 +187,7 @@ class Schedule:
         self.symbols = dice.choice((("A",), ("A", "B"), ("A", "B"), ("A", "B", "C"), ("A", "B", "D")))
         self.retrains = dice.random() < 0.4
         self.config = self._settings()
-        self.bars = dice.randrange(4, 10)
+        self.bars = dice.randrange(3, 8)
         self.until = (self.bars + 1) * BAR + 2.0
         self.sent = feed(dice, self.symbols, self.bars + 2, kinds, self.happened)
         self.planned = sorted(
@@ -253,10 +253,9 @@ class Schedule:
             loop.call_at(at, self._befall, kind)
         loop.call_at(self.until, self._calm)
         living = asyncio.ensure_future(self._live())
-        while loop.time() < max(self.until, self.sent[-1].at if self.sent else 0.0) + 3 * BAR:
-            await asyncio.sleep(BAR)
-            if self.violations:
-                break
+        last = max(self.until, self.sent[-1].at if self.sent else 0.0) + 8.0  # until the last group is due
+        while not self.violations and loop.time() < last:
+            await asyncio.sleep(min(BAR, last - loop.time() + 0.001))
         end = loop.time() + CALM_SECONDS
         while not self.violations and not self._quiet():
             if loop.time() > end:
@@ -455,7 +454,7 @@ class Schedule:
         if error is None and self.main.cancelled() and not crashed and not self.over:
             self.violate("the daemon was cancelled")
         if error is not None and not crashed:
-            self.note(f"died {error!r}")
+            self.note(f"died {type(error).__name__}")
             if isinstance(error, DiskFullError):
                 self.happened["no room for a start"] += 1
             else:
@@ -612,12 +611,13 @@ def prepared() -> Iterator[None]:
         for module, name, value in (
             (mqtt.aiomqtt, "Client", Client),
             (verify, "ModelStore", Store),
-            (vitals, "LAG_SECONDS", 2.0),
+            (vitals, "LAG_SECONDS", 4.0),
+            (newcomers, "LOOK_SECONDS", 2.0),
             (live, "PROGRESS_EVERY", 5),
             (live, "TAKE", 4),
-            (lookout, "LOOK_SECONDS", 25.0),
-            (retention, "FIRST_SECONDS", 45.0),
-            (retention, "EVERY_SECONDS", 50.0),
+            (lookout, "LOOK_SECONDS", 20.0),
+            (retention, "FIRST_SECONDS", 25.0),
+            (retention, "EVERY_SECONDS", 30.0),
             (retention, "SIGNALS_KEPT", 3),
             (start, "last_bars", _few_last_bars),
             (newcomers, "bars_of", _few_bars_of),
