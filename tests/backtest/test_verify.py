@@ -220,6 +220,9 @@ def test_comparison_counts_what_differs_and_what_is_missing(tmp_path):
     assert (late.missing, late.agrees) == ((replayed[2],), True)
     assert compare(Replayed(replayed[:2]), captured).differing == (captured[2],)
     assert not compare(Replayed(replayed), []).agrees
+    gone = compare(Replayed(replayed, settled=3, left=5))
+    assert (gone.missing, gone.agrees) == ((), True)  # all of it has left the outbox
+    assert not compare(Replayed(replayed, settled=3, left=5, outbox=(("t/groups/1m", b"0"),))).agrees
     file = tmp_path / "capture.jsonl"
     file.write_text('["t/signals/1m/A","1"]\n["t/signals/1m/B","2"]\n["t/groups/1m","3"]\n')
     assert read_capture(file) == captured

@@ -1,7 +1,7 @@
 """Play schedules over the cores, or one with all that happens in it.
 
-    python -m tests.simulation FIRST         # one: what happened, moment by moment
-    python -m tests.simulation FIRST COUNT   # so many from FIRST on: counts, violations; writes soak.json
+python -m tests.simulation FIRST         # one: what happened, moment by moment
+python -m tests.simulation FIRST COUNT   # so many from FIRST on: counts, violations; writes soak.json
 """
 
 import json
@@ -89,7 +89,8 @@ def soak(first: int, count: int) -> int:
             part: Summary = done.result()
             total.add(part)
             for seed, violations in part.violations.items():
-                print(f"seed {seed}: {violations[0][:500]}\n  again: {sys.executable} -m tests.simulation {seed}")
+                print(f"seed {seed}: {violations[0][:500]}")
+                print(f"  again: {sys.executable} -m tests.simulation {seed}", flush=True)
             if time.monotonic() - told > SAY_SECONDS:
                 told = time.monotonic()
                 print(f"{total.schedules} of {count} schedules, {len(total.violations)} violated", flush=True)
@@ -103,7 +104,7 @@ def soak(first: int, count: int) -> int:
         "cores": cores,
         "happened": dict(sorted(total.happened.items())),
         "never": sorted(kind for kind, times in total.happened.items() if not times),
-        "violations": {seed: found for seed, found in sorted(total.violations.items())},
+        "violations": dict(sorted(total.violations.items())),
     }
     Path("soak.json").write_text(json.dumps(body, indent=1) + "\n")
     for kind, times in sorted(total.happened.items()):

@@ -21,6 +21,13 @@ REFUSALS = (0x97, 0x87, 0x80)
 """Reasons for which a publication is refused: quota exceeded, not authorised, unspecified."""
 
 
+class Properties:
+    """Stands in for paho's properties: it has what is set, and checks nothing."""
+
+    def __init__(self, _packet: object) -> None:
+        """Hold nothing yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class Code:
     """A reason code."""

@@ -1,8 +1,8 @@
 """A disk under the real journal: it fills up, is slow, and forgets what was not synced when the power fails.
 
-The journal is a real file of SQLite. What a crash leaves is a copy of the state directory: after `kill -9` all
-that was written, after a power cut the log of SQLite as of the last sync, and of what was written since any
-sectors.
+The journal is a real file of SQLite. What a crash leaves is a copy of the state directory: after `kill -9`
+all that was written, after a power cut the log of SQLite as of the last sync, and of what was written since
+any sectors.
 """
 
 import os
@@ -26,11 +26,13 @@ VOLATILE = {"journal.db-shm", "lock", "compaction.lock", "control"}
 class Disk:
     """The state is whether there is room, whether it is slow, up to where the log is synced, what happened.
 
-    `committed` is called after each commit of the daemon.
+    `committed` is called after each commit of the daemon; `unsynced` says whether anybody writes without a
+    sync, as compactions do.
     """
 
     def __init__(self, dice: Random) -> None:
         self.full = self.slow = False
+        self.unsynced = True
         self.happened: Counter[str] = Counter()
         self.committed: Callable[[], None] = lambda: None
         self._dice = dice
@@ -53,6 +55,8 @@ class Disk:
 
     def sync(self, folder: Path) -> None:
         """All that was written is on the disk: what a commit of the daemon returns from."""
+        if not self.unsynced:
+            return
         try:
             with (folder / "journal.db-wal").open("rb") as log:
                 self._synced = (log.read(HEADER), os.fstat(log.fileno()).st_size)
@@ -66,6 +70,8 @@ class Disk:
     def after_power_cut(self, folder: Path, to: Path) -> None:
         """What is left without power: all that was synced, and any sectors of the rest."""
         _copy(folder, to)
+        if not self.unsynced:
+            return
         log, (header, synced) = _log(folder), self._synced
         keep = synced if log[:HEADER] == header else HEADER
         if len(log) > keep:
@@ -99,7 +105,9 @@ class Disk:
         if after[:HEADER] != before[:HEADER]:
             start, base = HEADER, after[:HEADER] + before[HEADER:]
         else:
-            start = next((i for i, (a, b) in enumerate(zip(after, before, strict=False)) if a != b), len(before))
+            start = next(
+                (i for i, (a, b) in enumerate(zip(after, before, strict=False)) if a != b), len(before)
+            )
             base = before
         self.happened["commit torn"] += 1
         torn = self._torn(base.ljust(len(after), b"\0")[: max(len(after), len(base))], after, start)

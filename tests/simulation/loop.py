@@ -66,15 +66,15 @@ class VirtualLoop(asyncio.BaseEventLoop):
     """The state is the time, how many callbacks ran, what went wrong in one, and what waits.
 
     `shuffled` is the share of callbacks that are taken from anywhere among those that are ready, `stalling`
-    that of the jumps of the clock that go too far, as on a machine that was busy. `before` is called before
-    each callback.
+    that of the jumps of the clock that go too far, as on a machine that was busy. `before`, if there is one,
+    is called before each callback.
     """
 
     def __init__(self, dice: Random, shuffled: float, stalling: float) -> None:
         super().__init__()
         self.dice, self.shuffled, self.stalling = dice, shuffled, stalling
         self.steps = self.stalls = 0
-        self.before: Callable[[], None] = lambda: None
+        self.before: Callable[[], None] | None = None
         self.faults: list[str] = []
         self._virtual = 0.0
         self._numbers = 0
@@ -125,7 +125,8 @@ class VirtualLoop(asyncio.BaseEventLoop):
             ready.rotate(at)
         if not handle._cancelled:
             self.steps += 1
-            self.before()
+            if self.before is not None:
+                self.before()
             handle._run()
 
     def _write_to_self(self) -> None:

@@ -37,7 +37,9 @@ def bar(symbol: str, n: int, shift: float = 0.0) -> Bar:
     return Bar(symbol, START + n * BAR * SECOND, price, price + 1, price - 1, price + 0.25, 10.0 + n % 3)
 
 
-def feed(dice: Random, symbols: Sequence[str], bars: int, kinds: set[str], happened: Counter[str]) -> list[Sent]:
+def feed(
+    dice: Random, symbols: Sequence[str], bars: int, kinds: set[str], happened: Counter[str]
+) -> list[Sent]:
     """All that is sent, in order: `bars` bars of each symbol, spoilt in the ways named by `kinds`."""
     sent: list[Sent] = []
 
@@ -82,7 +84,9 @@ def feed(dice: Random, symbols: Sequence[str], bars: int, kinds: set[str], happe
             sent.append(Sent(latest, f"{ROOT}/bars/{TIMEFRAME}", payload, True, bad))
         if some("garbage", 0.15):
             payload = dice.choice(BAD)
-            topic = dice.choice((f"{ROOT}/bars/{TIMEFRAME}/A", f"{ROOT}/bars/{TIMEFRAME}", f"{ROOT}/bars/9m/A"))
+            topic = dice.choice(
+                (f"{ROOT}/bars/{TIMEFRAME}/A", f"{ROOT}/bars/{TIMEFRAME}", f"{ROOT}/bars/9m/A")
+            )
             text = payload.decode("utf-8", "backslashreplace")
             sent.append(Sent(n * BAR + 10 * dice.random(), topic, payload, False, text))
         if some("adjustment", 0.1):

@@ -155,7 +155,7 @@ class Known:
 
 
 def history(schedule: "Schedule") -> Iterator[tuple[int, Known, list[tuple[Bar, bool]], set[str]]]:
-    """The journal, record by record: when, what is known then, the bars that came and were newest, of whom."""
+    """Record by record: when, what is known then, the bars that came and whether newest, whose bars moved."""
     known = Known()
     for seq in sorted(schedule.records):
         record = schedule.records[seq]

@@ -55,7 +55,7 @@ BUGS = {
     "a body tells of its boot, and its id does not": Bug(
         Courier._publish,
         {
-            "fault = await": "payload = message.payload[:-1] + f',\"boot\":\"{self._boot}\"}'.encode()\n"
+            "fault = await": 'payload = message.payload[:-1] + b\',"boot":"%s"}\' % self._boot.encode()\n'
             "    message = Outgoing(message.id, message.topic, payload, message.retain, message.expires)\n"
             "    fault = await"
         },
@@ -63,7 +63,7 @@ BUGS = {
     ),
     "a window takes a bar that is newer than the close": Bug(
         Windows.cut,
-        {"at = None if ring is None else ring.find(close_time)": "at = None if ring is None else ring.stop - 1"},
+        {"else ring.find(close_time)": "else ring.stop - 1"},
         {"windows"},
     ),
     "the courier overtakes a message that waits": Bug(

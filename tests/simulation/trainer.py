@@ -7,8 +7,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -55,6 +54,11 @@ class Store(ModelStore):
         return 0
 
 
+def _write(folder: Path, made: dict[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.json").write_text(json.dumps(made))
+
+
 class Killed(Exception):  # noqa: N818 - what happens to a process
     """The process is killed."""
 
@@ -63,13 +67,12 @@ class Turns:
     """A function on a thread that runs only between two calls of `step`, up to its next `rest`."""
 
     def __init__(self, work: Callable[[Callable[[], None]], str]) -> None:
-        self.done, self.said, self.error = False, "", None
+        self.done, self.said = False, ""
+        self.error: Exception | None = None
         self._killed = False
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._thread = threading.Thread(target=self._run, args=(work,), name="compaction", daemon=True)
         self._thread.start()
-
-    error: Exception | None
 
     def step(self) -> None:
         """Let it work up to its next rest, or its end."""
@@ -105,8 +108,8 @@ class Turns:
 class Children:
     """Runs the verbs of the daemon: `train`, `gate` and `compact`.
 
-    `fates` are what becomes of trainings in this schedule; `compacts` says whether compactions do anything, `full` whether the disk is. The state is what
-    happened, how many models were trained, and what is under way.
+    `fates` are what becomes of trainings in this schedule; `compacts` says whether compactions do anything,
+    `full` whether the disk is. The state is what happened and the compaction that is under way.
     """
 
     def __init__(
@@ -123,7 +126,6 @@ class Children:
         self.compacts = True
         self._dice, self._folder, self._now, self._keep = dice, folder, now, keep
         self._before, self._full = before, full
-        self._trained = 0
         self._compaction: Turns | None = None
 
     async def __call__(
@@ -155,10 +157,7 @@ class Children:
             return self._dice.choice((1, -9, os.EX_CONFIG)), b""
         if fate == "stalls":
             await asyncio.sleep(3600)
-        self._trained += 1
-        made = {"window": self._dice.choice((4, 6, 9)), "fate": fate, "n": self._dice.randrange(10**9)}
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "model.json").write_text(json.dumps(made))
+        _write(out, {"window": self._dice.choice((4, 6, 9)), "fate": fate, "n": self._dice.randrange(10**9)})
         return 0, b""
 
     async def _gate(self, challenger: Path, champion: str) -> tuple[int, bytes]:
@@ -192,11 +191,3 @@ class Children:
         if own.error is not None:
             raise own.error
         return 0, own.said.encode()
-
-
-def fresh(root: Path) -> Iterator[Path]:
-    """Folders that do not exist yet, one after the other."""
-    for n in range(10**6):
-        with suppress(FileNotFoundError):
-            shutil.rmtree(root / str(n))
-        yield root / str(n)

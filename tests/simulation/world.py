@@ -32,7 +32,7 @@ from barcast.daemon.mqtt import TAKEN_OVER
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, BarcastError, DiskFullError
 from tests.simulation import oracle
-from tests.simulation.broker import Broker, Client, Weather
+from tests.simulation.broker import Broker, Client, Properties, Weather
 from tests.simulation.disk import Disk
 from tests.simulation.loop import Hang, Lane, Sleeping, VirtualLoop, Waits
 from tests.simulation.market import BAR, ROOT, SECOND, START, TIMEFRAME, Sent, feed
@@ -178,7 +178,6 @@ class Schedule:
         self.loop = VirtualLoop(
             Random(f"loop {seed}"), dice.choice((0.0, 0.3, 1.0)), dice.choice((0.0, 0.0, 0.01))
         )
-        self.loop.before = self._before
         self.clock = Clock(self.loop)
         self.broker = Broker(self.loop, Random(f"broker {seed}"), self.note)
         self.loop.broker = self.broker  # type: ignore[attr-defined]
@@ -196,7 +195,7 @@ class Schedule:
             if kind in kinds
             for _ in range(dice.choice((1, 2, 3) if kind in CRASHES else (1, 1, 2)))
         )
-        self.compacts = dice.random() < 0.25
+        self.compacts = self.disk.unsynced = dice.random() < 0.2
         self._root, self._folders = root, count()
         self.folder = self._fresh()
         self.folder.mkdir(parents=True)
@@ -229,7 +228,9 @@ class Schedule:
         self.happened.update(self.disk.happened)
         self.happened["loop stalled"] += self.loop.stalls
         self.happened["shuffled"] += self.loop.shuffled > 0
-        self.note(f"end {self.loop.time():.6f} {self.loop.steps} {self.dice.random()} {self.loop.dice.random()}")
+        self.note(
+            f"end {self.loop.time():.6f} {self.loop.steps} {self.dice.random()} {self.loop.dice.random()}"
+        )
         digest = hashlib.sha256("\n".join(self.trace).encode()).hexdigest()[:16]
         return Outcome(
             self.seed, digest, self.loop.steps, self.happened, self.violations, len(self.trace), self.trace
@@ -254,7 +255,7 @@ class Schedule:
         loop.call_at(self.until, self._calm)
         living = asyncio.ensure_future(self._live())
         last = max(self.until, self.sent[-1].at if self.sent else 0.0) + 8.0  # until the last group is due
-        while not self.violations and loop.time() < last:
+        while not self.violations and loop.time() < last:  # noqa: ASYNC110 - what is waited for is the time
             await asyncio.sleep(min(BAR, last - loop.time() + 0.001))
         end = loop.time() + CALM_SECONDS
         while not self.violations and not self._quiet():
@@ -472,11 +473,13 @@ class Schedule:
 
     def _before(self) -> None:
         """Crash between two callbacks, when it is time."""
-        if self._steps_left is not None and self.alive:
+        if self._steps_left is None or not self.alive:
+            self.loop.before = None
+        elif self._steps_left:
             self._steps_left -= 1
-            if self._steps_left < 0:
-                self._steps_left = None
-                self._crash("between")
+        else:
+            self._steps_left = self.loop.before = None
+            self._crash("between")
 
     def _perform(self, job: Callable[[], Any]) -> Any:
         """Do a job of the journal; crash before it, amid it or after it, when it is time."""
@@ -484,7 +487,7 @@ class Schedule:
             what, left = self._armed
             self._armed = None
             if what == "steps":
-                self._steps_left = left
+                self._steps_left, self.loop.before = left, self._before
             else:
                 self._jobs_left = left
         if self._jobs_left is not None and self.alive:
@@ -610,6 +613,7 @@ def prepared() -> Iterator[None]:
     with ExitStack() as stack:
         for module, name, value in (
             (mqtt.aiomqtt, "Client", Client),
+            (mqtt, "Properties", Properties),
             (verify, "ModelStore", Store),
             (vitals, "LAG_SECONDS", 4.0),
             (newcomers, "LOOK_SECONDS", 2.0),
