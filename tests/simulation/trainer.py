@@ -75,7 +75,9 @@ class Turns:
         self._thread.start()
 
     def step(self) -> None:
-        """Let it work up to its next rest, or its end."""
+        """Let it work up to its next rest, or its end; one that has ended does nothing."""
+        if self.done:
+            return
         self._theirs.release()
         self._mine.acquire()
         if self.done:
@@ -83,9 +85,8 @@ class Turns:
 
     def kill(self) -> None:
         """End it where it rests."""
-        if not self.done:
-            self._killed = True
-            self.step()
+        self._killed = True
+        self.step()
 
     def _rest(self) -> None:
         self._mine.release()
@@ -185,7 +186,7 @@ class Children:
             while not own.done:
                 self._before()
                 own.step()
-                await asyncio.sleep(self._dice.random() ** 2)
+                await asyncio.sleep(3 * self._dice.random() ** 2)
         finally:
             own.kill()
         if own.error is not None:

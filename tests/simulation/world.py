@@ -77,13 +77,31 @@ WORLDLY = (
     "killed at a commit",
     "power cut",
     "power cut at a commit",
+    "killed at a compaction",
+    "power cut at a compaction",
     "stopped",
     "other settings",
     "retrain ordered",
     "rollback ordered",
 )
 """What the world does."""
-CRASHES = ("killed", "killed at a commit", "power cut", "power cut at a commit")
+CRASHES = (
+    "killed",
+    "killed at a commit",
+    "killed at a compaction",
+    "power cut",
+    "power cut at a commit",
+    "power cut at a compaction",
+)
+"""How the daemon ends without being asked."""
+MOMENTS = (
+    "between callbacks",
+    "before a commit",
+    "amid a commit",
+    "after a commit",
+    "amid a compaction",
+)
+"""When a crash comes."""
 LASTING = {
     "broker away": 9.0,
     "deaf": 8.0,
@@ -205,6 +223,7 @@ class Schedule:
         self._armed: tuple[str, int] | None = None
         self._steps_left: int | None = None
         self._jobs_left: int | None = None
+        self._rests_left: int | None = None
         self._power = False
         self._lanes: list[Lane] = []
         self._orders: set[asyncio.Task[None]] = set()
@@ -352,6 +371,8 @@ class Schedule:
                 self._armed, self._power = ("steps", dice.randrange(0, 40)), kind == "power cut"
             case "killed at a commit" | "power cut at a commit":
                 self._armed, self._power = ("jobs", dice.randrange(0, 8)), kind == "power cut at a commit"
+            case "killed at a compaction" | "power cut at a compaction":
+                self._rests_left, self._power = dice.randrange(1, 8), kind == "power cut at a compaction"
             case "stopped":
                 if self.alive:
                     self.stop.set()
@@ -362,7 +383,7 @@ class Schedule:
             case "retrain ordered":
                 self._order(Order("retrain", wait=True))
             case "rollback ordered":
-                self._order(Order("rollback"))
+                self._order(Order("rollback", to=dice.choice((None, "hs", "fhs"))))
         if kind in LASTING:
             self.loop.call_later(LASTING[kind] * dice.uniform(0.1, 1.5), self._pass, kind)
 
@@ -397,7 +418,7 @@ class Schedule:
         self.calm = True
         for kind in LASTING:
             self._pass(kind)
-        self._armed = self._steps_left = self._jobs_left = None
+        self._armed = self._steps_left = self._jobs_left = self._rests_left = None
         self.loop.stalling = 0.0
         self.clock.offset = max(0.0, self.clock.offset)
 
@@ -429,7 +450,7 @@ class Schedule:
         thinking = Lane(loop, lambda: (0.1, 4.0) if self.slow_forecasts else (0.0, 0.02))
         self._lanes = [self.writing, thinking]
         self.children = Children(
-            dice, lambda: self.folder, self.clock.now, KEEP, self.look, lambda: self.disk.full
+            dice, lambda: self.folder, self.clock.now, KEEP, self._compacting, lambda: self.disk.full
         )
         self.children.compacts = self.compacts
         outside = Outside(
@@ -479,7 +500,7 @@ class Schedule:
             self._steps_left -= 1
         else:
             self._steps_left = self.loop.before = None
-            self._crash("between")
+            self._crash("between callbacks")
 
     def _perform(self, job: Callable[[], Any]) -> Any:
         """Do a job of the journal; crash before it, amid it or after it, when it is time."""
@@ -511,12 +532,21 @@ class Schedule:
             with suppress(Exception, Waits):
                 job()
             self.disk.sync(self.folder)
-        self._crash(where, left)
+        self._crash(f"{where} a commit", left)
+
+    def _compacting(self) -> None:
+        """A compaction goes on: what it removes is seen before; crash, when it is time."""
+        self.look()
+        if self._rests_left is not None and self.alive:
+            self._rests_left -= 1
+            if self._rests_left < 0:
+                self._rests_left = None
+                self._crash("amid a compaction")
 
     def _crash(self, where: str, left: Path | None = None) -> None:
         """End the daemon at once: only what is on the disk, or was written, is left."""
         how = "power cut" if self._power else "killed"
-        self.happened[f"{how} {where} {'callbacks' if where == 'between' else 'a commit'}"] += 1
+        self.happened[f"{how} {where}"] += 1
         self.note(f"{how} {where}")
         if left is None:
             left = self._fresh()
