@@ -30,7 +30,6 @@ class Bug:
 
 
 COMMITS = "numbers = self._scribe(self._scribe.journal.append, records, outgoing)"
-DECIDES = "self._decisions.append((decision, written))"
 
 BUGS = {
     "a bar is acknowledged before it is committed": Bug(
@@ -80,11 +79,6 @@ BUGS = {
         start.recover,
         {"backlog.append((seq, event))": "pass_over(pipeline, event)"},
         {"told_of"},
-    ),
-    "an activation acts before it is journalled": Bug(
-        LiveSource.decide,
-        {DECIDES: f"{DECIDES}; self._ready.appendleft((self.position, decision.event(self.now())))"},
-        {"replayed", "windows"},
     ),
 }
 
