@@ -2,8 +2,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ALONE := "not broker and not promtool and not browser"
 MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser)'
+N ?= 100000
+BASE ?= 0
 
-.PHONY: help demo test check bench bench-peers study fuzz clean
+.PHONY: help demo test check bench bench-peers study fuzz soak clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -32,6 +34,9 @@ study: $(VENV)/.dev ## what each part of the model earns, out of sample; goes on
 
 fuzz: $(VENV)/.dev .tools/fuzz/.made ## feed the decoders what coverage finds, FUZZ_MINUTES=60 of CPU; fails on a crash, a hang, or memory
 	$(BIN)/python -m tests.fuzz
+
+soak: $(VENV)/.dev ## the daemon in N simulated schedules from seed BASE on, with every fault; writes soak.json
+	$(BIN)/python -m tests.simulation $(BASE) $(N)
 
 clean: ## remove environments, caches and the demo's folder
 	rm -rf $(VENV) .tools build dist demo-run .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -168,7 +168,7 @@ class Comparison:
     long as both sides say the same nothing is kept. What is alone waits until the other side has come to its
     close, or until `WAITING` others wait. Groups up to the close `left` went before the replay begins, so
     that messages of them may be published and not computed; unless what was published is the `whole` of it,
-    its beginning may be missing, too. Messages of closes before `since` do not count.
+    its beginning may be missing, too, or all of it. Messages of closes before `since` do not count.
 
     The state is the next message published, what waits on either side, whether anything was the same yet,
     and what is counted.
@@ -188,6 +188,7 @@ class Comparison:
         self._outbox = captured is None
         self._left, self._since = left, since
         self._begun = whole or left < 0 or not self._outbox
+        self._gone = not self._begun and self._head is None
         self._told, self._said = _Side(), _Side()
         self._signals = self._elsewhere = self._differing = self._missing = self._older = 0
         self._apart = Apart(0, 0, 0)
@@ -212,7 +213,7 @@ class Comparison:
             self._take(self._head)
         while self._told.count:
             self._unsaid()
-        while self._said.count:
+        while self._said.count and not self._gone:
             self._untold()
         pairs = tuple(fingerprints)
         return Difference(
@@ -233,7 +234,7 @@ class Comparison:
         """Find the counterpart of a message that is not the next one published; else let it wait."""
         while not self._meets(self._told, spot, one):
             if self._head is None or _close(self._head[1]) > spot[1]:
-                if self._counts(spot):
+                if self._counts(spot) and not self._gone:
                     self._said.put(spot, one)
                     if self._said.count > WAITING:
                         self._untold()

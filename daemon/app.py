@@ -86,6 +86,7 @@ class Outside:
     journal: Callable[[Path], Journal] = Journal
     scribe: Callable[[Journal], Scribe] = Scribe
     link: type[Link] = Link
+    store: Callable[[Path, str], ModelStore] = ModelStore
     forecasts: Callable[[], Executor] = lambda: ThreadPoolExecutor(1, "forecast")
     children: Callable[[Commands], Run] = lambda commands: children(commands, os.environ)
     boot: Callable[[], str] = lambda: secrets.token_hex(4)
@@ -177,7 +178,7 @@ class Daemon:
     async def build(self) -> None:
         """Recover from the journal, and build the parts; nothing runs yet."""
         config, journal, topics = self.config, self.scribe.journal, self.config.topics
-        self.store = ModelStore(config.state_dir / "models", config.timeframe)
+        self.store = self.outside.store(config.state_dir / "models", config.timeframe)
         self.pipeline = Pipeline(self.store.open, config.state_dir / "strategies")
         backlog = await asyncio.to_thread(recover, journal, self.pipeline)
         address = config.mqtt.address(f"barcast-{config.instance}")

@@ -19,7 +19,7 @@ import structlog
 from barcast.daemon import bars
 from barcast.daemon.events import Champion, Warmth, events, restore
 from barcast.daemon.journal import Journal, Kind, Snapshot
-from barcast.daemon.pipeline import Pipeline, pass_over
+from barcast.daemon.pipeline import Pipeline, Settings, pass_over
 from barcast.daemon.ports import Arrival, Event
 from barcast.daemon.room import room
 from barcast.daemon.start import only_one
@@ -110,6 +110,11 @@ async def daily(run: Run) -> None:
 def _compact(
     journal: Journal, state_dir: Path, now: int, keep: int, named: Collection[str], rest: Callable[[], None]
 ) -> Compacted:
+    revision = journal.last(Kind.REVISION)
+    if revision is None:  # of a start that was killed
+        return Compacted(0, 0, 0, 0, 0, ())
+    # Settings may be there before anything is settled; all of a journal are of one timeframe.
+    timeframe = Settings.decode(revision.payload).timeframe
     journal.begin_compaction()
     before, settled = now - keep, journal.progress().seq
     pipeline = Pipeline(bars.serves_nothing)
@@ -130,7 +135,7 @@ def _compact(
         for event in batch:
             pass_over(pipeline, event)
         if came.height:
-            days += bars.write_days(came, state_dir / "archive", pipeline.settings.timeframe)
+            days += bars.write_days(came, state_dir / "archive", timeframe)
     if base > journal.base:
         journal.put_snapshot(Snapshot(base, pipeline.state.encode()), rest)
     newest = _bring_up(journal, pipeline, base, settled, rest)
@@ -143,7 +148,7 @@ def _compact(
         if record.kind in (Kind.WARMUP, Kind.NEWCOMER) and (warmth := Warmth.decode(record.payload)).bars:
             journal.shorten(record.seq, msgspec.structs.replace(warmth, bars=()).encode())
             rest()
-    bar = Timeframe.parse(pipeline.settings.timeframe).duration or DAY
+    bar = Timeframe.parse(timeframe).duration or DAY
     messages = journal.drop_messages(min(before, now - SIGNALS_KEPT * bar), rest)
     models = tuple(_collect(state_dir / "models", {*named, *_referenced(journal, base)}, before))
     return Compacted(records, messages, days, base, newest, models)

@@ -61,9 +61,9 @@ class Result(StrEnum):
 class Verification:
     """Verifies the last `since` nanoseconds of the journal each time that it is asked to, one at a time.
 
-    Nobody asks it where the configuration says no `since`. `process` runs the verb `verify`, which prints a `Report`. What is asked for during one is done with it.
-    The state is what metrics are made of: `runs` by result, the `last` report, and `ended`, the instance's
-    time of it (nanoseconds).
+    Nobody asks it where the configuration says no `since`. `process` runs the verb `verify`, which prints a
+    `Report`. What is asked for during one is done with it. The state is what metrics are made of: `runs` by
+    result, the `last` report, and `ended`, the instance's time of it (nanoseconds).
     """
 
     def __init__(self, process: Run, clock: Clock, since: int | None) -> None:

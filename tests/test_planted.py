@@ -1,7 +1,5 @@
 """Bugs planted into the real code: the check that guards the promise fails, and passes without the bug."""
 
-import inspect
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from tests.daemon.test_machine import DaemonMachine
 from tests.fakes import Spread
 from tests.garch import simulate
 from tests.models import test_paths
+from tests.planting import plant
 from tests.rim import SECOND
 
 DAY = 86_400 * SECOND
@@ -193,17 +192,6 @@ BUGS = {
 }
 
 
-def plant(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give a function the code that its source has with other words, wherever it was imported."""
-    source = textwrap.dedent(inspect.getsource(bug.where))
-    for old, new in bug.words.items():
-        assert source.count(old) == 1, f"{bug.where.__name__} does not say {old!r} once: plant the bug again"
-        source = source.replace(old, new)
-    planted: dict[str, Any] = {}
-    exec(compile(source, "<planted>", "exec"), bug.where.__globals__, planted)
-    monkeypatch.setattr(bug.where, "__code__", planted[bug.where.__name__].__code__)
-
-
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The check passes as the code is, fails with the bug in it, and passes again without."""
@@ -212,7 +200,7 @@ def test_planted_bug_is_caught(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / folder).mkdir()
     bug.check(tmp_path / "before")
     with monkeypatch.context() as patch:
-        plant(bug, patch)
+        plant(bug.where, bug.words, patch)
         with pytest.raises(AssertionError):
             bug.check(tmp_path / "planted")
     bug.check(tmp_path / "after")
@@ -232,7 +220,7 @@ FOUND_BY_THE_MACHINE = [
 @pytest.mark.parametrize("name", FOUND_BY_THE_MACHINE)
 def test_planted_bug_is_found_by_the_machine(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine of anything in any order finds the bug, too: what it looks at can break."""
-    plant(BUGS[name], monkeypatch)
+    plant(BUGS[name].where, BUGS[name].words, monkeypatch)
     draws = settings(
         max_examples=1000, stateful_step_count=40, phases=[Phase.generate], derandomize=True, database=None
     )
@@ -244,4 +232,4 @@ def test_bug_whose_words_are_gone_is_planted_again(monkeypatch: pytest.MonkeyPat
     """A change of the code under a bug is noticed: it is not passed over as caught."""
     gone = Bug(Journal.settle, {"what it never said": ""}, busy_loop)
     with pytest.raises(AssertionError, match="plant the bug again"):
-        plant(gone, monkeypatch)
+        plant(gone.where, gone.words, monkeypatch)

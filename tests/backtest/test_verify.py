@@ -234,6 +234,11 @@ def test_comparison_counts_what_differs_and_what_is_missing(tmp_path):
     extra = held(replayed[:2], captured)
     assert (extra.differing, [place.topic for place in extra.places]) == (1, ["t/groups/1m"])
     assert not held(replayed, []).agrees
+    gone, other = Comparison(left=5), Comparison([("t/groups/1m", b"0")], left=5)
+    for comparison in (gone, other):
+        comparison.hear(replayed)
+    assert (found := gone.end()).agrees and found.missing == 0  # all of it has left the outbox
+    assert not other.end().agrees
     file = tmp_path / "capture.jsonl"
     file.write_text('["t/signals/1m/A","1"]\n["t/signals/1m/B","2"]\n["t/groups/1m","3"]\n')
     assert read_capture(file) == captured

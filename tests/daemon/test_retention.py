@@ -275,6 +275,21 @@ def test_nothing_leaves_that_is_not_settled(tmp_path):
         assert journal.append([(START, Kind.BARS, "t", b"")]) == [waiting[-1].seq + 1]
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_journal_without_anything_settled_is_compacted(tmp_path, started):
+    """A daemon to which no bars come has little that could leave: what was delivered."""
+    with closing(Journal(tmp_path / "journal.db")) as journal:
+        letters = [Outgoing(f"{n}", "t/deadletter/me", b"{}", False, None) for n in range(4)]
+        if started:
+            journal.append([(START, Kind.REVISION, "", path_settings().encode())], letters)
+            journal.mark([(n, State.DELIVERED) for n in (1, 2, 4)])
+        done = compact(tmp_path, START + 400 * DAY, DAY, (), nothing)
+        assert (done.base, done.newest, done.records) == (0, 0, 0)
+        assert [message.id for message in outbox(journal)] == (["2", "3"] if started else [])
+        assert journal.snapshot(1 << 62) is None
+        assert journal.last_time() == (START if started else 0)
+
+
 def filled(folder, days, each=200):
     """Append `days` of bars of two symbols to a journal, settled and delivered."""
     with closing(Journal(folder / "journal.db")) as journal:
