@@ -244,7 +244,7 @@ class Proxy:
                 due, raw = await way.queue.get()
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 await self.flowing.wait()
-                if line.silent:
+                if line.silent and raw is not END:
                     continue
                 if line.torn is way or raw is END:
                     way.writer.write(raw[: len(raw) // 2])
