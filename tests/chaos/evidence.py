@@ -52,17 +52,19 @@ class Posted:
 class Evidence:
     """All that was seen.
 
-    `fed` is what the broker took from the feed, and when; `lost` what it had forgotten by the end of the
-    faults, and was sent again. `taken` is what the daemon acknowledged, `delivered` what the broker
-    acknowledged to it, `seen` what a subscriber saw. `records`, `outbox` and `states` are the journal's, by
-    number, also what has left it; `replayed` what a replay of it says. `archived` are symbols and closes in
-    the archive, `left` of the bars that are not in the journal any more. `broker_down` are the times at which
-    the broker was killed or stopped. `faults` counts them by kind, with each that was to be, `ends` the ends
-    of the daemon that are no fault. `said` are violations that were noticed on the way. `sent` says when a
-    bar was given to the feed, by symbol and close. All times are monotonic.
+    `fed` is what the broker took from the feed, and when. By the end of the faults, `gone` is what the daemon
+    had acknowledged and did not have, `lost` what the broker had forgotten; both were sent again. `taken` is
+    what the daemon acknowledged, `delivered` what the broker acknowledged to it, `seen` what a subscriber
+    saw. `records`, `outbox` and `states` are the journal's, by number, also what has left it; `replayed` what
+    a replay of it says. `archived` are symbols and closes in the archive, `left` of the bars that are not in
+    the journal any more. `broker_down` are the times at which the broker was killed or stopped. `faults`
+    counts them by kind, with each that was to be, `ends` the ends of the daemon that are no fault. `said` are
+    violations that were noticed on the way. `sent` says when a bar was given to the feed, by symbol and
+    close. All times are monotonic.
     """
 
     fed: dict[Message, float] = field(default_factory=dict)
+    gone: set[Message] = field(default_factory=set)
     lost: dict[Message, float] = field(default_factory=dict)
     taken: list[Told] = field(default_factory=list)
     delivered: list[Told] = field(default_factory=list)
@@ -116,15 +118,16 @@ class Evidence:
 
     def _bars(self) -> Iterator[str]:
         stored = self.stored | self.refused
+        taken = {(told.topic, told.payload) for told in self.taken}
         yield from _broken(
-            "acknowledged by the daemon, and neither in its journal nor in a dead letter",
-            ((t.topic, t.payload) for t in self.taken if (t.topic, t.payload) not in stored),
+            "messages acknowledged by the daemon, and neither in its journal nor in a dead letter",
+            self.gone | (taken - stored),
         )
         yield from _broken(
-            "acknowledged by the broker long before it was killed, and gone",
+            "messages acknowledged by the broker long before it was killed, and gone",
             (m for m, when in self.lost.items() if not self._excused(when)),
         )
-        yield from _broken("sent again, and still not in the journal", self.fed.keys() - stored)
+        yield from _broken("messages sent again, and still not in the journal", self.fed.keys() - stored)
         yield from _broken("bars that left the journal and are in no archive", self.left - self.archived)
 
     def _identities(self) -> Iterator[str]:
@@ -146,11 +149,13 @@ class Evidence:
         seen = {(topic, payload) for _, topic, payload in self.seen}
         places = {(posted.topic, posted.payload): n for n, posted in self.outbox.items()}
         yield from _broken(
-            "seen by a subscriber, and not in the outbox",
+            "messages seen by a subscriber, and not in the outbox",
             (m for m in seen if _kind(m[0]) != "status" and m not in places),
         )
         pending = [n for n, state in self.states.items() if state == State.PENDING]
-        yield from _broken("due and neither delivered nor expired", (self.outbox[n] for n in pending))
+        yield from _broken(
+            "messages due and neither delivered nor expired", (self.outbox[n] for n in pending)
+        )
         answered = {(told.topic, told.payload): told.time for told in self.delivered}
         for n, state in self.states.items():
             pair = self.outbox[n].topic, self.outbox[n].payload
@@ -165,8 +170,8 @@ class Evidence:
 
     def _journal(self) -> Iterator[str]:
         posted = {(p.topic, p.payload) for p in self.outbox.values() if _kind(p.topic) in PATH}
-        yield from _broken("in the outbox, and no replay says it", posted - self.replayed)
-        yield from _broken("said by a replay, and never in the outbox", self.replayed - posted)
+        yield from _broken("messages in the outbox that no replay says", posted - self.replayed)
+        yield from _broken("messages of a replay that never were in the outbox", self.replayed - posted)
         times = [record.time for _, record in sorted(self.records.items())]
         if times != sorted(times):
             yield "the stamps of the journal go back"

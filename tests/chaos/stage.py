@@ -288,25 +288,29 @@ class Stage:
                 if not await proxy.fall_silent(seconds):
                     self.evidence.said.append(f"a connection that said nothing was kept for {seconds} s")
             case "packets late":
-                weather.delay = dice.uniform(0.05, 0.4)
+                before, weather.delay = proxy.done["packets late"], dice.uniform(0.05, 0.4)
                 await asyncio.sleep(seconds)
                 weather.delay = 0.0
+                return proxy.done["packets late"] > before
             case "network slow":
                 weather.rate = dice.randrange(5_000, 50_000)
                 await asyncio.sleep(seconds)
                 weather.rate = 0
             case "bars doubled":
-                weather.to_daemon = dice.uniform(0.1, 0.9)
+                before, weather.to_daemon = proxy.done["doubled to the daemon"], dice.uniform(0.1, 0.9)
                 await asyncio.sleep(seconds)
                 weather.to_daemon = 0.0
+                return proxy.done["doubled to the daemon"] > before
             case "bars sent again":
-                weather.later = dice.uniform(0.1, 0.9)
+                before, weather.later = proxy.done["sent to the daemon again"], dice.uniform(0.1, 0.9)
                 await asyncio.sleep(seconds)
                 weather.later = 0.0
+                return proxy.done["sent to the daemon again"] > before
             case "signals doubled":
-                weather.to_broker = dice.uniform(0.1, 0.9)
+                before, weather.to_broker = proxy.done["doubled to the broker"], dice.uniform(0.1, 0.9)
                 await asyncio.sleep(seconds)
                 weather.to_broker = 0.0
+                return proxy.done["doubled to the broker"] > before
             case "model swapped":
                 return await asyncio.to_thread(self._order, Order("rollback", to=dice.choice(SERVING)))
             case "training":
@@ -388,8 +392,10 @@ class Stage:
         await asyncio.to_thread(self._keep_copy)
         evidence = self.evidence
         kept = evidence.stored | evidence.refused
-        evidence.lost = {m: when for m, when in self.feeder.acknowledged().items() if m not in kept}
-        self.feeder.send(*evidence.lost)
+        gone = {m: when for m, when in self.feeder.acknowledged().items() if m not in kept}
+        evidence.gone = gone.keys() & {(told.topic, told.payload) for told in self.proxy.taken}
+        evidence.lost = {m: when for m, when in gone.items() if m not in evidence.gone}
+        self.feeder.send(*gone)
         await self._last("END1")
         await self._until(lambda: self._ask("SELECT 1 FROM outbox WHERE state = 0") == [], "all is delivered")
 
