@@ -87,7 +87,8 @@ FAULTS = {
     "bars sent again": Fault(15, (1, 6), ("later",)),
     "signals doubled": Fault(15, (1, 6), ("to_broker",)),
     "model swapped": Fault(25, (0, 0), ("model",)),
-    "training": Fault(240, (0, 0), ("training",), least=200),
+    "training": Fault(300, (0, 0), ("daemon", "model"), least=200),
+    "daemon killed in a training": Fault(300, (2, 10), ("daemon", "model"), least=200),
     "compaction": Fault(120, (0, 3), ("compaction",), least=100),
 }
 
@@ -197,7 +198,7 @@ class Stage:
         if windows[LEARNT:]:
             write_history(windows[LEARNT:], LONG_HISTORY, self.state / "history", LONG_HISTORY - HISTORY)
         self.config = self.instance.write()
-        self.config.write_text(f'keep = "1h"\n{self.config.read_text()}')
+        self.config.write_text(f'keep = "30m"\n{self.config.read_text()}')
         (self.instance.folder / CLOCK).write_bytes(bytes(8))
         plan = rough(windows, LONG_HISTORY, self.seed)
         self._bars = {message(bar): (bar.symbol, to_text(bar.close_time)) for _, bar in plan}
@@ -314,7 +315,12 @@ class Stage:
             case "model swapped":
                 return await asyncio.to_thread(self._order, Order("rollback", to=dice.choice(SERVING)))
             case "training":
-                return await asyncio.to_thread(self._order, Order("retrain"))
+                return await asyncio.to_thread(self._order, Order("retrain", wait=True))
+            case "daemon killed in a training":
+                asked = await asyncio.to_thread(self._order, Order("retrain"))
+                await asyncio.sleep(seconds)
+                self.daemon.kill()
+                return asked
             case "compaction":
                 return await asyncio.to_thread(self._compact, seconds if dice.random() < 0.5 else None)
         return True
