@@ -19,8 +19,12 @@ from barcast.daemon.wire import BarMessage, to_ns
 from tests.chaos.feed import Message
 from tests.chaos.proxy import Told
 
-FRESH_SECONDS = 3.0
-"""What a broker took less than that before it was killed or stopped, it may lose, or let expire, itself."""
+FRESH_SECONDS = 4.0
+"""What a broker took less than that before it was killed or stopped, it may lose, or let expire, itself.
+
+As it is shipped it saves each second or two. With `autosave_on_changes` it would not save what it sent to a
+daemon that cannot acknowledge yet, and lose all of that.
+"""
 PATH = ("signals", "targets", "groups", "backfill")
 """Kinds of topics that a replay computes."""
 ONE_EACH = ("signals", "targets")

@@ -35,7 +35,7 @@ class Sent:
 
 
 class Feeder(threading.Thread):
-    """Publishes a plan on an instance's clock and old bars at a steady rate, whatever happens.
+    """Publishes a plan on an instance's clock and old bars, `rate` messages a second, whatever happens.
 
     Of the old ones some come as arrays, and some are no bars at all. It notes what the broker acknowledged to
     it, and when.
@@ -46,7 +46,8 @@ class Feeder(threading.Thread):
         self.sent: list[Sent] = []
         self.enough = threading.Event()
         self._answers: list[tuple[int, float]] = []
-        self._instance, self._plan, self._rate = instance, plan, rate
+        self.rate = rate
+        self._instance, self._plan = instance, plan
         self._client = client("feed", port)
         self._client.on_publish = self._answered
         self._client.loop_start()
@@ -58,15 +59,16 @@ class Feeder(threading.Thread):
     def run(self) -> None:
         """Publish until it is enough."""
         plan, old = iter(self._plan), fillers(self._instance.start)
-        ahead, began, fill = next(plan, None), time.monotonic(), 0
+        ahead, turn, due = next(plan, None), time.monotonic(), 0.0
         while not self.enough.wait(TURNS):
             while ahead is not None and self._instance.real(ahead[0]) <= time.time():
                 self.send(message(ahead[1]))
                 ahead = next(plan, None)
-            due = int((time.monotonic() - began) * self._rate)
-            for each in itertools.islice(old, due - fill):
+            last, turn = turn, time.monotonic()
+            due += (turn - last) * self.rate
+            for each in itertools.islice(old, int(due)):
                 self.send(each)
-            fill = due
+            due %= 1
 
     def send(self, *messages: Message) -> None:
         """Publish, or keep to be published once there is a connection."""

@@ -36,15 +36,15 @@ LEARNT = 2
 """Symbols that have enough for a training."""
 SECONDS_A_BAR = 1.5
 """Real time that a bar of a minute takes: the two bars that a signal is valid outlast a restart."""
-OLD_RATE = 30.0
-"""Messages with old bars a second."""
+OLD_RATE, FLOOD_RATE = 30.0, 300.0
+"""Messages with old bars a second, and that until a full disk is noticed: a journal has pages left."""
 DISK = "96m"
 SHORT_SECONDS = 60.0
 """Faults of a run that is shorter last shorter: there is one of each kind at least."""
 NO_ROOM_STATUS = 74
 NO_ROOM = "starts on a full disk"
 FULL_SECONDS = 12.0
-"""How long the disk stays full if the daemon does not notice: its journal may have pages left."""
+"""How long the disk stays full if the daemon does not notice."""
 PATIENCE_SECONDS = 20.0
 """How long a fault waits for what it is to break."""
 AGAIN_SECONDS = 0.3
@@ -143,8 +143,8 @@ class Stage:
         self.faults.update(dict.fromkeys(kinds, 0))
         self._copies: list[Path] = []
         self._stopping = False
-        await self._build()
-        try:
+        async with AsyncExitStack() as stack:
+            await self._build(stack)
             self._locks = {name: asyncio.Lock() for fault in FAULTS.values() for name in fault.to}
             began = time.monotonic()
             async with asyncio.TaskGroup() as group:
@@ -161,20 +161,18 @@ class Stage:
                 self._stopping = True
                 await self._end()
                 await supervisor
-        finally:
-            self._clean()
         await asyncio.to_thread(self._collect)
         return self.evidence
 
-    async def _build(self) -> None:
+    async def _build(self, stack: AsyncExitStack) -> None:
         names = [f"S{i:02d}" for i in range(self.symbols)]
         closes = int(self.seconds / SECONDS_A_BAR) + 40
         windows = [simulate(name, LONG_HISTORY + closes, seed=8, step=MINUTE).window for name in names]
         start = int(windows[0].close_times[LONG_HISTORY - 1])
         self.broker = Mosquitto(self.folder / "broker")
         with self.broker.config.open("a") as file:
-            # Saved after each change, as a kill is to cost as little as this broker can make it cost.
-            file.write("autosave_on_changes true\nuser root\n")
+            file.write("user root\n")  # which it may not leave where users are mapped
+        stack.callback(self.broker.kill)
         await asyncio.to_thread(self.broker.start)
         self.proxy = Proxy(self.broker.port, self.seed)
         await self.proxy.open()
@@ -203,8 +201,11 @@ class Stage:
         plan = rough(windows, LONG_HISTORY, self.seed)
         self._bars = {message(bar): (bar.symbol, to_text(bar.close_time)) for _, bar in plan}
         self.witness = Witness(self.broker.port)
+        stack.callback(self.witness.close)
         self.feeder = Feeder(self.instance, self.broker.port, plan, OLD_RATE)
+        stack.callback(self.feeder.close)
         self._launch()
+        stack.callback(self._kill)
         await self._until(lambda: self.witness.state() == "ready", "the daemon is ready")
         self.feeder.start()
 
@@ -337,12 +338,12 @@ class Stage:
 
         It is taken again and again: a daemon that starts may free some.
         """
-        filler, noticed = self.state / "filler", self._noticed_full()
-        until = time.monotonic() + FULL_SECONDS
+        filler, before, noticed = self.state / "filler", self._noticed_full(), False
+        until, self.feeder.rate = time.monotonic() + FULL_SECONDS, FLOOD_RATE
         with filler.open("wb", buffering=0) as file:
             while time.monotonic() < until:
-                if self._noticed_full() > noticed:
-                    noticed, until = self._noticed_full() + 10**6, time.monotonic() + seconds
+                if not noticed and self._noticed_full() > before:
+                    noticed, until, self.feeder.rate = True, time.monotonic() + seconds, OLD_RATE
                 try:
                     for size in (1 << 20, 4096):
                         while True:
@@ -350,7 +351,8 @@ class Stage:
                 except OSError:
                     await asyncio.sleep(0.1)
         filler.unlink()
-        return noticed >= 10**6
+        self.feeder.rate = OLD_RATE
+        return noticed
 
     def _noticed_full(self) -> int:
         """How often the daemon said that its disk is full, or did not start for it."""
@@ -439,13 +441,10 @@ class Stage:
             self.evidence.said.append(f"the daemon ended with status {status}: {self._last_words()}")
         await self._until(lambda: self.witness.state() == "stopped", "the subscriber has everything")
 
-    def _clean(self) -> None:
+    def _kill(self) -> None:
         self._stopping = True
-        self.feeder.close()
-        self.witness.close()
         self.daemon.kill()
         self.daemon.wait()
-        self.broker.kill()
 
     def _collect(self) -> None:
         """Put together what is known, and compute every copy of the journal again."""
