@@ -22,7 +22,7 @@ check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/pytest -n 2 -m $(ALONE) tests
 
 chaos: $(VENV)/.dev ## break broker, network, disk, clock and daemon at once for MINUTES (10) by SEED (1), and count what was lost
-	.ci/mosquitto
+	.ci/tools
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json

@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument(INSIDE, action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if executable() is None:
-        parser.error("mosquitto is missing: .ci/mosquitto installs it, or `apt-get install mosquitto`")
+        parser.error("mosquitto is missing: .ci/tools installs it, or `apt-get install mosquitto`")
     if not given.inside:
         for mapped in ([], ["--map-root-user"]):
             enter = ["unshare", "--mount", *mapped, "--"]

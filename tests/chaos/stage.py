@@ -135,11 +135,9 @@ class Stage:
 
     async def run(self) -> Evidence:
         """Break things for as long as it was said, let them mend, and look at what is left."""
-        kinds = [
-            k
-            for k, f in FAULTS.items()
-            if f.least <= self.seconds and (self.small_disk or "disk" not in f.to)
-        ]
+        kinds = [kind for kind, fault in FAULTS.items() if fault.least <= self.seconds]
+        if not self.small_disk:
+            kinds.remove("disk full")
         self.faults.update(dict.fromkeys(kinds, 0))
         self._copies: list[Path] = []
         self._stopping = False
@@ -241,10 +239,10 @@ class Stage:
     async def _happen(self, began: float, planned: Planned) -> None:
         """Let a fault happen in its time; one that finds nothing to break waits for it."""
         await asyncio.sleep(max(0.0, began + planned.at - time.monotonic()))
-        dice, patience = random.Random(planned.seed), time.monotonic() + PATIENCE_SECONDS
         async with AsyncExitStack() as stack:
             for name in sorted(FAULTS[planned.kind].to):
                 await stack.enter_async_context(self._locks[name])
+            dice, patience = random.Random(planned.seed), time.monotonic() + PATIENCE_SECONDS
             while not await self._inflict(planned.kind, planned.seconds, dice):
                 if time.monotonic() > patience:
                     return
@@ -344,12 +342,11 @@ class Stage:
             while time.monotonic() < until:
                 if not noticed and self._noticed_full() > before:
                     noticed, until, self.feeder.rate = True, time.monotonic() + seconds, OLD_RATE
-                try:
-                    for size in (1 << 20, 4096):
+                for size in (1 << 20, 4096):
+                    with suppress(OSError):
                         while True:
                             os.posix_fallocate(file.fileno(), os.fstat(file.fileno()).st_size, size)
-                except OSError:
-                    await asyncio.sleep(0.1)
+                await asyncio.sleep(0.1)
         filler.unlink()
         self.feeder.rate = OLD_RATE
         return noticed
