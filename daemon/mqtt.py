@@ -223,8 +223,9 @@ class Link:
         """What the broker grants; an end of the connection ends the wait for it, too."""
         options = SubscribeOptions(qos=1)
         granted = asyncio.ensure_future(client.subscribe([(topic, options) for topic in self._subscriptions]))
+        either: list[asyncio.Future[Any]] = [granted, client._disconnected]
         try:
-            await asyncio.wait([granted, client._disconnected], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if not granted.done():
                 raise aiomqtt.MqttError(f"{UNANSWERED}: {client._disconnected.exception()}")
             return granted.result()

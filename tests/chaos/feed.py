@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import paho.mqtt.client as paho
+from paho.mqtt.reasoncodes import ReasonCode
 
 from barcast.daemon.wire import encode_bars
 from barcast.models import Bar
@@ -52,7 +53,7 @@ class Feeder(threading.Thread):
         self._client.on_publish = self._answered
         self._client.loop_start()
 
-    def _answered(self, _client: object, _data: object, mid: int, code: paho.ReasonCode, _p: object) -> None:
+    def _answered(self, _client: object, _data: object, mid: int, code: ReasonCode, _p: object) -> None:
         assert not code.is_failure, code
         self._answers.append((mid, time.monotonic()))
 
@@ -85,8 +86,7 @@ class Feeder(threading.Thread):
         taken: dict[Message, float] = {}
         places: dict[int, Iterator[float]] = {mid: iter(times) for mid, times in answers.items()}
         for sent in list(self.sent):
-            when = next(places.get(sent.mid, iter(())), None)
-            if when is not None:
+            for when in itertools.islice(places.get(sent.mid, ()), 1):
                 taken.setdefault(sent.message, when)
         return taken
 
@@ -131,7 +131,9 @@ class Witness:
         self.seen: list[tuple[float, str, bytes]] = []
         subscribed = threading.Event()
         self._client = client("witness", port)
-        self._client.on_message = lambda _c, _u, m: self.seen.append((time.monotonic(), m.topic, m.payload))
+        self._client.on_message = lambda _c, _u, m: self.seen.append(
+            (time.monotonic(), m.topic, bytes(m.payload))
+        )
         self._client.on_subscribe = lambda *_: subscribed.set()
         kinds = ("signals", "targets", "groups", "backfill", "deadletter", "models", "status")
         self._client.subscribe([(f"{ROOT}/{kind}/#", 1) for kind in kinds])

@@ -45,7 +45,7 @@ NO_ROOM_STATUS = 74
 NO_ROOM = "starts on a full disk"
 FULL_SECONDS = 12.0
 """How long the disk stays full if the daemon does not notice."""
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 40.0
 """How long a fault waits for what it is to break."""
 AGAIN_SECONDS = 0.3
 """After which the daemon is started again, as systemd would."""
@@ -316,10 +316,10 @@ class Stage:
             case "training":
                 return await asyncio.to_thread(self._order, Order("retrain", wait=True))
             case "daemon killed in a training":
-                asked = await asyncio.to_thread(self._order, Order("retrain"))
+                if not await asyncio.to_thread(self._order, Order("retrain")):
+                    return False
                 await asyncio.sleep(seconds)
                 self.daemon.kill()
-                return asked
             case "compaction":
                 return await asyncio.to_thread(self._compact, seconds if dice.random() < 0.5 else None)
         return True
