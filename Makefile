@@ -5,7 +5,7 @@ MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|brow
 N ?= 100000
 BASE ?= 0
 
-.PHONY: help demo test check bench bench-peers study fuzz soak clean
+.PHONY: help demo test check chaos bench bench-peers study fuzz soak clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -22,6 +22,10 @@ check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 -m $(ALONE) tests
+
+chaos: $(VENV)/.dev ## break broker, network, disk, clock and daemon at once for MINUTES (10) by SEED (1), and count what was lost
+	.ci/tools
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),10) --seed $(or $(SEED),1)
 
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench

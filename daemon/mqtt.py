@@ -38,6 +38,7 @@ SESSION_SECONDS = 7 * 86_400
 GONE = (MQTT_ERR_NO_CONN, MQTT_ERR_CONN_LOST)
 LASTING_SECONDS = 10.0
 """A connection that ends sooner counts as a failure: two instances of one name evict each other."""
+UNANSWERED = "the connection ended before the broker had answered"
 NOT_CONNECTED = "not connected"
 """The fault of a publication that was not refused: it may be sent again."""
 RETRY_SECONDS = (0.2, 0.5, 1.0, 2.0, 5.0)
@@ -219,10 +220,10 @@ class Link:
         self, client: aiomqtt.Client, on_connect: Callable[[], Coroutine[None, None, None]]
     ) -> None:
         """Subscribe, and stay until the connection ends."""
+        if not client._client.is_connected():
+            raise aiomqtt.MqttError(UNANSWERED)  # between its answer and now; aiomqtt forgets such an end
         if self._subscriptions:
-            options = SubscribeOptions(qos=1, retainAsPublished=True)
-            granted = await client.subscribe([(topic, options) for topic in self._subscriptions])
-            for topic, code in zip(self._subscriptions, granted, strict=True):
+            for topic, code in zip(self._subscriptions, await self._subscribe(client), strict=True):
                 if getattr(code, "value", code) != 1:
                     raise ConfigError(
                         f"mqtt: the broker does not grant {topic!r} with QoS 1 but answers {code}; "
@@ -246,6 +247,19 @@ class Link:
         finally:
             self._lost()
             greeting.cancel()
+
+    async def _subscribe(self, client: aiomqtt.Client) -> Sequence[object]:
+        """What the broker grants; an end of the connection ends the wait for it, too."""
+        options = SubscribeOptions(qos=1, retainAsPublished=True)
+        granted = asyncio.ensure_future(client.subscribe([(topic, options) for topic in self._subscriptions]))
+        either: list[asyncio.Future[Any]] = [granted, client._disconnected]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not granted.done():
+                raise aiomqtt.MqttError(f"{UNANSWERED}: {client._disconnected.exception()}")
+            return granted.result()
+        finally:
+            granted.cancel()
 
     async def _greet(self, on_connect: Callable[[], Coroutine[None, None, None]]) -> None:
         """Call `on_connect` when it is known whether anything is heard, and again when a deaf link hears."""
@@ -373,6 +387,7 @@ class Link:
         paho.manual_ack_set(True)
         paho.on_message = partial(self._on_message, self.connection)
         paho.on_publish = self._on_publish
+        paho.on_disconnect = partial(_on_disconnect, client)
         paho.loop_write = partial(_read_and_write, paho, paho.loop_write)  # type: ignore[method-assign]
         # The backlog of a session may come, be committed and be acknowledged before the subscription is
         # granted: what is not acknowledged then takes room in its window for as long as we are connected.
@@ -448,6 +463,13 @@ class Link:
             if not answer.done():
                 answer.set_result(NOT_CONNECTED)
         self._waiting.clear()
+
+
+def _on_disconnect(client: aiomqtt.Client, paho: PahoClient, *what: Any) -> None:
+    """Let who waits for the broker's answer know that none will come: aiomqtt would wait its time out."""
+    if not client._connected.done():
+        client._connected.set_exception(aiomqtt.MqttError(UNANSWERED))
+    client._on_disconnect(paho, *what)
 
 
 def _is_canary(message: MQTTMessage) -> bool:

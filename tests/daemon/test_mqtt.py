@@ -113,6 +113,26 @@ def test_connection_lost_before_the_greeting_is_answered_is_made_again():
     asyncio.run(play(), debug=True)
 
 
+@pytest.mark.parametrize("packet", [CONNECT, SUBSCRIBE])
+def test_connection_that_ends_without_an_answer_is_not_waited_for(packet):
+    """A broker that hangs up instead of answering is connected to again at once, not after ten seconds."""
+
+    async def play():
+        async with Broker(hang_up=packet) as broker:
+            connection = link(broker)
+            with capture_logs() as logs:
+                task = asyncio.create_task(connection.run(lambda: asyncio.sleep(0)))
+                await until(connection.connected.is_set, seconds=60)
+            connection.leave()
+            task.cancel()
+            await asyncio.wait([task])
+            reasons = [line["reason"] for line in logs if line["event"] == "broker_unreachable"]
+            assert [reason.startswith(mqtt.UNANSWERED) for reason in reasons] == [True]
+            assert broker.connections == 2
+
+    asyncio.run(play(), debug=True)
+
+
 @pytest.mark.parametrize("code", [0x87, 0x80, 0x00])
 def test_refused_or_lesser_subscription_is_named(code):
     """A broker that does not grant QoS 1 on the bars is an error that names the topic: nothing would come."""
