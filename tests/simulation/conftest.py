@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulation.__main__ import MEMORY
+from tests.simulation.soak import MEMORY
 from tests.simulation.world import prepared
 
 

@@ -1,5 +1,6 @@
 """The daemon in schedules of faults: every promise is kept, every fault came, a seed is one schedule."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.simulation import world
-from tests.simulation.__main__ import portion, show
+from tests.simulation.soak import portion, show, soak
 from tests.simulation.world import Schedule, play
 
 SCHEDULES = 500
@@ -107,3 +108,12 @@ def test_log_line_that_nobody_expects_is_found(memory, level):
     schedule.alive = True
     schedule.heard("error", {"event": "lookout_failed", "exc_info": level == "exception"})
     assert "lookout_failed" in schedule.violations[0]
+
+
+def test_soak_writes_what_happened(tmp_path, monkeypatch, capsys):
+    """Schedules are played in other processes; a violation would name its seed."""
+    monkeypatch.chdir(tmp_path)
+    assert soak(5, 2) == 0
+    written = json.loads((tmp_path / "soak.json").read_text())
+    assert (written["first"], written["schedules"], written["violations"]) == (5, 2, {})
+    assert "2 schedules" in capsys.readouterr().out
