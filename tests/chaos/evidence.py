@@ -12,7 +12,7 @@ from statistics import median, quantiles
 import msgspec
 import polars as pl
 
-from barcast.backtest.verify import compare, replay_journal
+from barcast.backtest.verify import replay_journal, verify
 from barcast.daemon.bars import read_archive
 from barcast.daemon.journal import Kind, State
 from barcast.daemon.wire import BarMessage, to_ns
@@ -101,8 +101,7 @@ class Evidence:
 
     def replay(self, journal: Path) -> None:
         """Compute a copy of the journal again, and hold its outbox against that."""
-        replayed = replay_journal(journal)
-        found = compare(replayed)
+        replayed, found = replay_journal(journal), verify(journal)
         if not found.agrees:
             self.said.append(f"replay of {journal.parent.name}: {found.sentence()}")
         self.replayed |= {(m.topic, m.payload) for m in replayed.messages}
