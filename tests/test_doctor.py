@@ -181,10 +181,10 @@ def test_daemon_is_asked(tmp_path: Path) -> None:
         assert own.running
 
         async def main() -> Found:
-            async def state(*_: object) -> str:
-                return "fhs serves"
+            async def state(*_: object) -> control.Answer:
+                return control.Answer(done="fhs serves")
 
-            serving = asyncio.create_task(control.serve(tmp_path / "state", ("state",), state))
+            serving = asyncio.create_task(control.serve(tmp_path / "state", state))
             while not (tmp_path / "state" / control.NAME).exists():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             try:
