@@ -248,12 +248,13 @@ def test_status_says_that_the_disk_is_full(tmp_path):
             said.append(json.loads(message.payload)["state"])
 
     class Alive:
-        moving, processed = True, 0
+        moving, processed, paused = True, 0, False
 
     async def tells():
         daemon = configured(tmp_path)
         daemon.config.state_dir.mkdir()
-        daemon.link, daemon.vitals, daemon.sink, daemon.state = Broker(), Alive(), Alive(), "ready"
+        daemon.link, daemon.state = Broker(), "ready"
+        daemon.vitals = daemon.sink = daemon.pipeline = Alive()
         daemon.notifier = Systemd()
         daemon.scribe = Scribe(Journal(daemon.config.state_dir / "journal.db"))
         task = asyncio.create_task(daemon._heartbeat())

@@ -117,6 +117,10 @@ class Paho:
         self.loop_write: Callable[[], int] = lambda: 0
         self._client, self._mid = client, 0
 
+    def is_connected(self) -> bool:
+        """Whether no end of the connection is known."""
+        return not self._client._disconnected.done()
+
     def manual_ack_set(self, _on: bool) -> None:
         """It is by hand here."""
 
