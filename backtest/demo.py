@@ -23,7 +23,7 @@ from rich.table import Table
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.report import write_report
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.backtest.verify import compare, read_capture, replay_journal
+from barcast.backtest.verify import read_capture, verify
 from barcast.daemon import wire
 from barcast.daemon.app import rehearsal
 from barcast.daemon.calendar import Calendar
@@ -313,15 +313,16 @@ class Demo:
 
     def _replay(self) -> None:
         """Compute every message again from the journal and hold it against what the subscriber wrote down."""
-        replayed = replay_journal(self.state / "journal.db")
-        difference = compare(replayed, read_capture(self.folder / "capture.jsonl"))
+        difference = verify(self.state / "journal.db", captured=read_capture(self.folder / "capture.jsonl"))
         journal = Journal(self.state / "journal.db", readonly=True)
         expired = journal.outbox_counts()[State.EXPIRED]
         journal.close()
         late = f"; {expired} messages expired before delivery" if expired else ""
-        differ = len(difference.differing)
-        self.out.print(f"replay of the journal: [bold]{difference.signals} signals, {differ} differ[/]{late}")
-        if difference.differing or not difference.signals or len(difference.missing) != expired:
+        self.out.print(
+            f"replay of the journal: [bold]{difference.signals} signals, "
+            f"{difference.differing} differ[/]{late}"
+        )
+        if difference.differing or not difference.signals or difference.missing != expired:
             raise BarcastError(difference.sentence())
 
     def _backtest(self) -> None:

@@ -1,8 +1,8 @@
 """A recorded live run, computed again from its journal and held against what was published."""
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -16,106 +16,20 @@ from barcast.daemon import wire
 from barcast.daemon.events import events, restore, shed_groups
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over
-from barcast.daemon.ports import Outcome, Shed
+from barcast.daemon.ports import Event, Outcome, Shed
 from barcast.daemon.store import ModelStore
+from barcast.daemon.verification import Place
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError, DataError
 
-_ALL = 1 << 62
-"""Rows of an outbox, more than there are."""
+WAITING = 20_000
+"""Messages that are kept to find their counterparts in, at most: several closes of many symbols."""
+SHOWN = 10
+"""Differences that are named."""
 
 _Body = wire.Signal | wire.Target
-
-
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What a journal says when it is computed again.
-
-    The first `settled` messages were in its outbox by then; `outbox` holds (topic, payload) of those that
-    still are, and of older ones, newest first. Groups up to the close `left` (nanoseconds, -1 for none) have
-    left the journal. `fingerprints` are those (recorded, own) that differ, and `elsewhere` the ids of the
-    messages that were recorded under such a one: bytes are promised for all others.
-    """
-
-    messages: list[Outgoing]
-    settled: int = 0
-    outbox: tuple[tuple[str, bytes], ...] = ()
-    left: int = -1
-    elsewhere: frozenset[str] = frozenset()
-    fingerprints: tuple[tuple[str, str], ...] = ()
-
-    def sentence(self) -> str:
-        """What a person wants to know."""
-        signals = sum("/signals/" in message.topic for message in self.messages)
-        return f"{len(self.messages)} messages replayed, {signals} of them signals"
-
-
-class _Replaying(Recording):
-    """A recording that also keeps what was recorded under another fingerprint than it is replayed under."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        super().__init__()
-        self.elsewhere: set[str] = set()
-        self.fingerprints: dict[tuple[str, str], None] = {}
-        self._pipeline = pipeline
-
-    async def emit(self, outcome: Outcome) -> None:
-        """Encode the outcome's messages."""
-        first = len(self.messages)
-        await super().emit(outcome)
-        recorded, own = self._pipeline.fingerprint or "", outcome.card.fingerprint
-        if recorded != own:
-            self.fingerprints[recorded, own] = None
-            self.elsewhere.update(message.id for message in self.messages[first:])
-
-
-def replay_journal(journal: Path) -> Replayed:
-    """Compute again every signal, target and group message from a journal, as far as it reaches back.
-
-    Models are those of the journal's state directory; one that forecasts nothing in it is not opened. What
-    was passed over live is passed over. Raise ConfigError when the journal has no settings in it,
-    CheckpointError when a model is missing, changed or cannot be opened here.
-    """
-    reader = Journal(journal, readonly=True)
-    try:
-        with reader.one_moment():
-            revision = reader.last(Kind.REVISION)
-            if revision is None:
-                raise ConfigError(f"{journal}: nothing was recorded yet; run the daemon first")
-            list(events([revision]))  # names the record if it is damaged
-            store = ModelStore(journal.parent / "models", Settings.decode(revision.payload).timeframe)
-            pipeline = Pipeline(store.open, journal.parent / "strategies")
-            recording = _Replaying(pipeline)
-            base = restore(reader, pipeline, reader.base)
-            left = pipeline.batcher.state.closed
-            active = reader.last(Kind.ACTIVATION, base)
-            for _, event in events([active] if active else []):  # a snapshot knows no fingerprint
-                list(pipeline.take(event))
-            overload = shed_groups(reader, base)
-            for seq, shed in events(reader.of_kind(Kind.SHED)):
-                if seq > base and isinstance(shed, Shed):
-                    until = events(reader.records(base, shed.after), pipeline.revision)
-                    replay((event for _, event in until), pipeline, recording, shed.clock, shed=overload)
-                    passed = events(reader.records(max(base, shed.after), seq), pipeline.revision)
-                    for _, event in passed:
-                        pass_over(pipeline, event)
-                    base = seq
-            progress = reader.progress()
-            done = events(reader.records(base, progress.seq), pipeline.revision)
-            replay((event for _, event in done), pipeline, recording, progress.clock, shed=overload)
-            settled = len(recording.messages)
-            rest = events(reader.records(max(base, progress.seq)), pipeline.revision)
-            replay((event for _, event in rest), pipeline, recording, shed=overload)
-            return Replayed(
-                recording.messages,
-                settled,
-                tuple(pair for pair in reader.sent("", _ALL) if _replays(pair[0])),
-                left,
-                frozenset(recording.elsewhere),
-                tuple(recording.fingerprints),
-            )
-    finally:
-        reader.close()
+_Spot = tuple[str, int]
+"""Topic and close (nanoseconds, -1 where a message names none)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,20 +76,23 @@ class Apart:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Replayed messages beside published ones, as (topic, payload), each counted once.
+    """Replayed messages beside published ones: how many signals were compared, and how many messages differ.
 
-    Published is what a subscriber captured, or the journal's `outbox`. `older` is how many are of closes that
-    have left the journal: nothing is said of them. `apart` is of what was recorded under another fingerprint:
-    there only what is no figure differs, or agrees.
+    Published is what a subscriber captured, or the journal's `outbox`. `differing` are of those, `missing`
+    are of the replay and not among those, so that a message with a byte changed is one of either; `places`
+    names the first of them: topic, symbol, close, and what of it. `older` is how many are of closes that
+    have left the journal: nothing is said of them. `apart` is of what was recorded under another of the
+    `fingerprints` (recorded, own): there only what is no figure differs, or agrees.
     """
 
     signals: int
-    differing: tuple[tuple[str, bytes], ...]
-    missing: tuple[Outgoing, ...]
+    differing: int
+    missing: int
     older: int = 0
     outbox: bool = False
     fingerprints: tuple[tuple[str, str], ...] = ()
     apart: Apart | None = None
+    places: tuple[Place, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -187,72 +104,353 @@ class Difference:
         return not self.differing and (not self.missing if self.outbox else self.signals > 0)
 
     def sentence(self) -> str:
-        """What a person wants to know; of another fingerprint on lines of its own."""
+        """What a person wants to know; of places, and of another fingerprint, on lines of their own."""
         where, lacking = "captured", "were not captured"
         if self.outbox:
             where, lacking = "in the journal's own outbox", "are not in it"
         aside = ", figures from elsewhere aside" if self.apart else ""
         said = (
-            f"{self.signals} signals {where}, {len(self.differing)} messages differ from the replay{aside}, "
-            f"{len(self.missing)} of the replay {lacking}"
+            f"{self.signals} signals {where}, {self.differing} messages differ from the replay{aside}, "
+            f"{self.missing} of the replay {lacking}"
         )
         if self.older:
             said += f"; {self.older} are older than what the journal still holds"
+        if not self.agrees:
+            said = "\n".join([said, *(place.sentence() for place in self.places)])
+            said += "\nand others" * (len(self.places) == SHOWN)
         for recorded, own in self.fingerprints:
             said += f"\nrecorded under {recorded!r}, replayed under {own!r}"
         return f"{said}: bytes are not promised; {self.apart.sentence()}" if self.apart else said
 
 
-def compare(replayed: Replayed, captured: Iterable[tuple[str, bytes]] | None = None) -> Difference:
-    """Compare signals, targets, groups and requests for bars with a capture, or with the journal's outbox.
+@dataclass(frozen=True, slots=True)
+class _One:
+    """A message that is alone: its payload, and whether it stands for what another fingerprint gave."""
 
-    It is byte by byte, but for the figures of signals and targets that were recorded under another
-    fingerprint: of them it is said how far they are apart. At-least-once delivery may have brought a message
-    twice: it counts once. What a replay does not say, such as a status, is left out, and so is what is of
-    closes that have left the journal.
+    payload: bytes
+    elsewhere: bool = False
+
+
+class _Side:
+    """The messages of one side that wait for their counterparts, by topic and close, and how many."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[_Spot, list[_One]] = {}
+        self.count = 0
+
+    def put(self, spot: _Spot, one: _One) -> None:
+        self.waiting.setdefault(spot, []).append(one)
+        self.count += 1
+
+    def take(self, spot: _Spot, fits: Callable[[_One], object]) -> _One | None:
+        """Take out the oldest one of a topic and close that fits."""
+        ones = self.waiting.get(spot, [])
+        found = next((k for k, one in enumerate(ones) if fits(one)), None)
+        if found is None:
+            return None
+        self.count -= 1
+        one = ones.pop(found)
+        if not ones:
+            del self.waiting[spot]
+        return one
+
+    def oldest(self) -> tuple[_Spot, _One]:
+        """Take out one of the topic and close that have waited longest."""
+        spot, [one, *_] = next(iter(self.waiting.items()))
+        self.take(spot, lambda other: other is one)
+        return spot, one
+
+
+class Comparison:
+    """Holds messages, one after the other as they are computed, against those that were published.
+
+    Of the latter `published` gives (topic, payload) in the order in which they were, `captured` in any. As
+    long as both sides say the same nothing is kept. What is alone waits until the other side has come to its
+    close, or until `WAITING` others wait. Groups up to the close `left` went before the replay begins, so
+    that messages of them may be published and not computed; unless what was published is the `whole` of it,
+    its beginning may be missing, too. Messages of closes before `since` do not count.
+
+    The state is the next message published, what waits on either side, whether anything was the same yet,
+    and what is counted.
     """
-    said = replayed.messages if captured is not None else replayed.messages[: replayed.settled]
-    told = captured if captured is not None else replayed.outbox
-    published = [pair for pair in dict.fromkeys(told) if _replays(pair[0])]
-    again = {(m.topic, m.payload): m for m in said}
-    same = [again[pair] for pair in published if pair in again]
-    figures = {(m.topic, _close(m.payload)): m for m in said if m.id in replayed.elsewhere}
-    near: list[Outgoing] = []
-    bodies: list[tuple[_Body, _Body]] = []
-    differing, older = [], []
-    for topic, payload in (pair for pair in published if pair not in again):
-        close = _close(payload)
-        message = figures.get((topic, close))
-        if message is None and 0 <= close <= replayed.left:
-            older.append(topic)
-        elif message is not None and (both := _alike(payload, message.payload)):
-            near.append(message)
-            bodies.append(both)
+
+    def __init__(
+        self,
+        published: Iterable[tuple[str, bytes]] = (),
+        left: int = -1,
+        since: int = 0,
+        *,
+        whole: bool = False,
+        captured: Iterable[tuple[str, bytes]] | None = None,
+    ) -> None:
+        self._published = (pair for pair in published if _replays(pair[0]))
+        self._head = next(self._published, None)
+        self._outbox = captured is None
+        self._left, self._since = left, since
+        self._begun = whole or left < 0 or not self._outbox
+        self._told, self._said = _Side(), _Side()
+        self._signals = self._elsewhere = self._differing = self._missing = self._older = 0
+        self._apart = Apart(0, 0, 0)
+        self._places: dict[_Spot, Place] = {}
+        for topic, payload in dict.fromkeys(captured or ()):
+            if _replays(topic) and self._counts(spot := (topic, _close(payload))):
+                self._told.put(spot, _One(payload))
+
+    def hear(self, messages: Iterable[Outgoing], elsewhere: bool = False) -> None:
+        """Take what was computed next; `elsewhere`: for what was recorded under another fingerprint."""
+        for message in messages:
+            topic, payload = message.topic, message.payload
+            if self._head == (topic, payload):
+                self._head = next(self._published, None)
+                self._same(topic, elsewhere)
+            else:
+                self._astray((topic, _close(payload)), _One(payload, elsewhere))
+
+    def end(self, fingerprints: Iterable[tuple[str, str]] = ()) -> Difference:
+        """Take the rest of what was published; say what came of it all."""
+        while self._head is not None:
+            self._take(self._head)
+        while self._told.count:
+            self._unsaid()
+        while self._said.count:
+            self._untold()
+        pairs = tuple(fingerprints)
+        return Difference(
+            self._signals,
+            self._differing,
+            self._missing,
+            self._older,
+            self._outbox,
+            pairs,
+            replace(self._apart, signals=self._elsewhere) if pairs else None,
+            tuple(self._places.values()),
+        )
+
+    def _counts(self, spot: _Spot) -> bool:
+        return not 0 <= spot[1] < self._since
+
+    def _astray(self, spot: _Spot, one: _One) -> None:
+        """Find the counterpart of a message that is not the next one published; else let it wait."""
+        while not self._meets(self._told, spot, one):
+            if self._head is None or _close(self._head[1]) > spot[1]:
+                if self._counts(spot):
+                    self._said.put(spot, one)
+                    if self._said.count > WAITING:
+                        self._untold()
+                return
+            self._take(self._head)
+
+    def _take(self, head: tuple[str, bytes]) -> None:
+        """Take the next message published, which waits if it was not said yet."""
+        self._head = next(self._published, None)
+        spot, one = (head[0], _close(head[1])), _One(head[1])
+        if self._counts(spot) and not self._meets(self._said, spot, one):
+            self._told.put(spot, one)
+            if self._told.count > WAITING:
+                self._unsaid()
+
+    def _meets(self, side: _Side, spot: _Spot, one: _One) -> bool:
+        """Whether its counterpart waits: the same bytes or, elsewhere, all the same but the figures."""
+        if same := side.take(spot, lambda other: other.payload == one.payload):
+            self._same(spot[0], one.elsewhere or same.elsewhere)
+            return True
+
+        def near(other: _One) -> object:
+            return (one.elsewhere or other.elsewhere) and _alike(one.payload, other.payload)
+
+        if (found := side.take(spot, near)) is None:
+            return False
+        told, said = (found, one) if side is self._told else (one, found)
+        if both := _alike(told.payload, said.payload):
+            self._apart = _further(self._apart, *both)
+        self._same(spot[0], True)
+        return True
+
+    def _same(self, topic: str, elsewhere: bool) -> None:
+        """Count a message that both sides have."""
+        if "/signals/" in topic:
+            self._signals += 1
+            self._elsewhere += elsewhere
+        if not self._begun:  # what is before the first one that is still there is not missed
+            self._begun, self._missing, self._said = True, 0, _Side()
+
+    def _unsaid(self) -> None:
+        """Give up the message published that has waited longest."""
+        spot, one = self._told.oldest()
+        others = self._said.waiting.get(spot)
+        if others is None and 0 <= spot[1] <= self._left:
+            self._older += 1
+            return
+        self._signals += "/signals/" in spot[0]
+        self._differing += 1
+        self._name(spot, _what(one.payload, others[0].payload) if others else "not said by the replay")
+
+    def _untold(self) -> None:
+        """Give up the message computed that has waited longest."""
+        spot, _ = self._said.oldest()
+        self._missing += 1
+        if self._begun and self._outbox:
+            self._name(spot, "said by the replay alone")
+
+    def _name(self, spot: _Spot, what: str) -> None:
+        if len(self._places) < SHOWN:
+            symbol = "" if "/groups/" in spot[0] else spot[0].rpartition("/")[2]
+            close = wire.to_text(spot[1]) if spot[1] >= 0 else ""
+            self._places.setdefault(spot, Place(spot[0], symbol, close, what))
+
+
+_fields = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def _what(published: bytes, replayed: bytes) -> str:
+    """The fields in which two bodies differ."""
+    try:
+        was, now = _fields.decode(published), _fields.decode(replayed)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return "no message"
+    fields = [name for name in {**was, **now} if was.get(name) != now.get(name)]
+    return f"another {', '.join(fields)}" if fields else "other bytes of the same values"
+
+
+class _Sink(Recording):
+    """Hands the messages of each outcome on, and whether it was recorded under another fingerprint.
+
+    The state is the pairs (recorded, own) of fingerprints that differ. Outcomes of closes before `since` are
+    passed over.
+    """
+
+    def __init__(self, pipeline: Pipeline, since: int, hear: Callable[[Iterable[Outgoing], bool], None]):
+        super().__init__()
+        self.fingerprints: dict[tuple[str, str], None] = {}
+        self._pipeline, self._since, self._hear = pipeline, since, hear
+
+    async def emit(self, outcome: Outcome) -> None:
+        """Encode the outcome's messages."""
+        if outcome.group.close_time < self._since:
+            return
+        recorded, own = self._pipeline.fingerprint or "", outcome.card.fingerprint
+        if recorded != own:
+            self.fingerprints[recorded, own] = None
+        self._hear(wire.messages(outcome), recorded != own)
+
+
+class _Run:
+    """The path of a journal, from the newest snapshot on that is older than all that closes `since` need.
+
+    The state is that of the path. What came before `begin` is of no such close. Groups up to the close `left`
+    (nanoseconds, -1 for none) went before the snapshot. Models are those of the journal's state directory;
+    one that forecasts nothing is not opened. What was passed over live is passed over. Raise ConfigError when
+    the journal has no settings in it, CheckpointError when a model is missing, changed or cannot be opened
+    here.
+    """
+
+    def __init__(self, reader: Journal, since: int) -> None:
+        revision = reader.last(Kind.REVISION)
+        if revision is None:
+            raise ConfigError(f"{reader.path}: nothing was recorded yet; run the daemon first")
+        list(events([revision]))  # names the record if it is damaged
+        settings, folder = Settings.decode(revision.payload), reader.path.parent
+        store = ModelStore(folder / "models", settings.timeframe)
+        self.pipeline = Pipeline(store.open, folder / "strategies")
+        self._reader, self.begin = reader, since - wire.ahead(settings.bar_calendars())
+        near = [seq for seq, time in reader.snapshots() if time < self.begin and seq >= reader.base]
+        self._base = restore(reader, self.pipeline, max(near, default=reader.base))
+        self._shed = shed_groups(reader, self._base)
+        self.left = self.pipeline.batcher.state.closed
+        active = reader.last(Kind.ACTIVATION, self._base)
+        for _, event in events([active] if active else []):  # a snapshot knows no fingerprint
+            list(self.pipeline.take(event))
+
+    def settled(self, sink: _Sink) -> None:
+        """Say again what is in the outbox by now."""
+        for seq, shed in events(self._reader.of_kind(Kind.SHED)):
+            if seq > self._base and isinstance(shed, Shed):
+                replay(self._events(self._base, shed.after), self.pipeline, sink, shed.clock, shed=self._shed)
+                for _, event in self._decoded(max(self._base, shed.after), seq):
+                    pass_over(self.pipeline, event)
+                self._base = seq
+        progress = self._reader.progress()
+        replay(self._events(self._base, progress.seq), self.pipeline, sink, progress.clock, shed=self._shed)
+        self._base = max(self._base, progress.seq)
+
+    def rest(self, sink: _Sink) -> None:
+        """Say what was not settled yet."""
+        replay(self._events(self._base, None), self.pipeline, sink, shed=self._shed)
+
+    def _events(self, after: int, upto: int | None) -> Iterator[Event]:
+        """Events in order; what came too early for any close that counts is passed over."""
+        for _, event in self._decoded(after, upto):
+            if event.time < self.begin:
+                pass_over(self.pipeline, event)
+            else:
+                yield event
+
+    def _decoded(self, after: int, upto: int | None) -> Iterator[tuple[int, Event]]:
+        return events(self._reader.records(after, upto), self.pipeline.revision)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a journal says when it is computed again: its messages, the first `settled` of them by now.
+
+    `fingerprints` are those (recorded, own) that differ.
+    """
+
+    messages: list[Outgoing]
+    settled: int = 0
+    fingerprints: tuple[tuple[str, str], ...] = ()
+
+
+def replay_journal(journal: Path) -> Replayed:
+    """Compute again every signal, target and group message from a journal, as far as it reaches back.
+
+    All are kept in memory: to compare those of a long journal, `verify` does without. Raises what `verify`
+    does.
+    """
+    said: list[Outgoing] = []
+    with closing(Journal(journal, readonly=True)) as reader, reader.one_moment():
+        run = _Run(reader, 0)
+        sink = _Sink(run.pipeline, 0, lambda messages, _: said.extend(messages))
+        run.settled(sink)
+        settled = len(said)
+        run.rest(sink)
+    return Replayed(said, settled, tuple(sink.fingerprints))
+
+
+def verify(
+    journal: Path, since: int = 0, captured: Iterable[tuple[str, bytes]] | None = None
+) -> "Difference":
+    """Compute a journal again and compare what it says with its own outbox, or with what was captured.
+
+    Signals, targets, groups and requests for bars are compared, byte by byte, but for the figures of signals
+    and targets that were recorded under another fingerprint: of them it is said how far they are apart. With
+    `since`, in nanoseconds, only those of closes from then on are computed and compared. What a replay does
+    not say, such as a status, is left out, and closes that have left the journal are counted apart.
+
+    Messages are compared one by one as they are computed, so memory does not grow with the journal; it holds
+    a capture, though, of which a message may have come twice: it counts once. A daemon may be writing the
+    journal meanwhile.
+
+    Raise ConfigError when the journal has no settings in it, CheckpointError when a model is missing, changed
+    or cannot be opened here.
+    """
+    with closing(Journal(journal, readonly=True)) as reader, reader.one_moment():
+        run = _Run(reader, since)
+        if captured is None:
+            first = reader.valid_after(run.begin)
+            comparison = Comparison(reader.told(first), run.left, since, whole=first > 0)
         else:
-            differing.append((topic, payload))
-    found = {(m.topic, m.payload) for m in (*same, *near)}
-    begin = 0
-    if captured is None and replayed.left >= 0:  # messages may leave the outbox before what a replay needs
-        begin = next((k for k, pair in enumerate(again) if pair in found), 0)
-    elsewhere = sum(_signal(m.topic) for m in (*same, *near) if m.id in replayed.elsewhere)
-    return Difference(
-        sum(_signal(topic) for topic, _ in published) - sum(map(_signal, older)),
-        tuple(differing),
-        tuple(m for k, (pair, m) in enumerate(again.items()) if k >= begin and pair not in found),
-        len(older),
-        captured is None,
-        replayed.fingerprints,
-        _apart(bodies, elsewhere) if replayed.fingerprints else None,
-    )
+            comparison = Comparison((), run.left, since, captured=captured)
+        sink = _Sink(run.pipeline, since, comparison.hear)
+        run.settled(sink)
+        if captured is not None:
+            run.rest(sink)
+        return comparison.end(sink.fingerprints)
 
 
 def _replays(topic: str) -> bool:
     """Whether a replay says what is published there."""
     return any(kind in topic for kind in ("/signals/", "/targets/", "/groups/", "/backfill/"))
-
-
-def _signal(topic: str) -> bool:
-    return "/signals/" in topic
 
 
 def _alike(published: bytes, replayed: bytes) -> tuple[_Body, _Body] | None:
@@ -294,32 +492,31 @@ def _frame(body: _Body) -> _Body:
     )
 
 
-def _apart(bodies: Sequence[tuple[_Body, _Body]], compared: int) -> Apart:
-    """The largest differences of pairs (published, replayed) of one frame each, of so many signals."""
-    signals = [(w, n) for w, n in bodies if isinstance(w, wire.Signal) and isinstance(n, wire.Signal)]
-    targets = [(w, n) for w, n in bodies if isinstance(w, wire.Target) and isinstance(n, wire.Target)]
+def _further(apart: Apart, was: _Body, now: _Body) -> Apart:
+    """The largest differences, with those of one more pair (published, replayed) of one frame."""
+    if isinstance(was, wire.Target) and isinstance(now, wire.Target):
+        gap = abs(was.target - now.target)
+        return replace(apart, targets=apart.targets + 1, target=max(apart.target, gap))
+    assert isinstance(was, wire.Signal)
+    assert isinstance(now, wire.Signal)
 
-    def most(gaps: Callable[[wire.Signal, wire.Signal], NDArray[np.float64]]) -> float:
-        return max((float(gaps(was, now).max(initial=0.0)) for was, now in signals), default=0.0)
+    def most(so_far: float, gaps: NDArray[np.float64], unit: float = 1.0) -> float:
+        return max(so_far, unit * float(gaps.max(initial=0.0)))
 
-    def column(was: wire.Signal) -> NDArray[np.float64]:
-        return np.array(was.std)[:, None]  # (H, 1)
-
-    quantile = most(_in_price)
-    return Apart(
-        compared,
-        len(signals),
-        len(targets),
-        quantile=1e4 * quantile,
-        place=next((_place(w, n) for w, n in signals if quantile and _in_price(w, n).max() == quantile), ""),
-        deviations=most(lambda was, now: _gaps(_in_price(was, now), 0.0, column(was))),
-        mean=1e4 * most(lambda was, now: _gaps(was.mean, now.mean)),
-        std=most(lambda was, now: _gaps(was.std, now.std, was.std)),
-        rise=most(lambda was, now: _gaps(was.rise, now.rise)),
-        coverage=most(lambda was, now: _gaps(_shares(was), _shares(now))),
-        touch=most(lambda was, now: _gaps(_firsts(was), _firsts(now))),
-        drawdown=1e4 * most(lambda was, now: _gaps(was.drawdown or 0.0, now.drawdown or 0.0)),
-        target=max((abs(was.target - now.target) for was, now in targets), default=0.0),
+    prices = _in_price(was, now)
+    quantile = most(apart.quantile, prices, 1e4)
+    return replace(
+        apart,
+        differing=apart.differing + 1,
+        quantile=quantile,
+        place=_place(was, now) if quantile > apart.quantile else apart.place,
+        deviations=most(apart.deviations, _gaps(prices, 0.0, np.array(was.std)[:, None])),
+        mean=most(apart.mean, _gaps(was.mean, now.mean), 1e4),
+        std=most(apart.std, _gaps(was.std, now.std, was.std)),
+        rise=most(apart.rise, _gaps(was.rise, now.rise)),
+        coverage=most(apart.coverage, _gaps(_shares(was), _shares(now))),
+        touch=most(apart.touch, _gaps(_firsts(was), _firsts(now))),
+        drawdown=most(apart.drawdown, _gaps(was.drawdown or 0.0, now.drawdown or 0.0), 1e4),
     )
 
 

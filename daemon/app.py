@@ -5,7 +5,7 @@ import os
 import secrets
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -35,6 +35,7 @@ from barcast.daemon.start import only_one, opening, recover
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
 from barcast.daemon.trainer import Run, children, worker
+from barcast.daemon.verification import Verification
 from barcast.daemon.vitals import Vitals
 from barcast.models import ConfigError
 
@@ -74,7 +75,7 @@ def rehearsal(start: datetime, speed: float, delay: float = 0.0) -> Rehearsal:
 
 
 Commands = Mapping[str, Sequence[str]]
-"""The argument list that begins each subprocess: `train`, `gate` and `compact`."""
+"""The argument list that begins each subprocess: `train`, `gate`, `compact` and `verify`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +213,8 @@ class Daemon:
             self.succession.promote,
             self.succession.refuse,
         )
+        verify = config.verify
+        self.verification = Verification(self.children, self.clock, verify.since) if verify else None
         self.metrics.watch(
             Parts(
                 self.link,
@@ -224,6 +227,7 @@ class Daemon:
                 self.succession,
                 self.retraining,
                 self.lookout,
+                self.verification,
             )
         )
 
@@ -244,11 +248,11 @@ class Daemon:
                 group.create_task(self.lookout.run(self.retraining), name="lookout"),
                 group.create_task(control.serve(self.config.state_dir, VERBS, self._order), name="control"),
             ]
+            if self.verification:
+                rim.append(group.create_task(self.verification.run(), name="verification"))
             path = group.create_task(run(self.source, self.pipeline, self.sink, self.forecasts), name="path")
-            retrain = self.config.retrain
-            planner = scheduler(retrain.cron, self._scheduled) if retrain and retrain.cron else None
-            if planner:
-                planner.start()
+            planner = scheduler(self._jobs())
+            planner.start()
             self.state = "ready"
             self.metrics.serving = True
             self.notifier.send("READY=1", f"STATUS=no broker: {self.link.fault}")
@@ -258,8 +262,7 @@ class Daemon:
             self.notifier.send("STOPPING=1")
             self.state = "stopped"
             self.metrics.serving = False
-            if planner:
-                planner.shutdown(wait=False)
+            planner.shutdown(wait=False)
             path.cancel()
             self.courier.wake()
             with suppress(TimeoutError):
@@ -307,6 +310,16 @@ class Daemon:
         fault = await self.link.publish(wire.status(status, self.config.topics.status, expires), now)
         if fault and self.link.connected.is_set():
             log.warning("status_not_published", reason=fault)
+
+    def _jobs(self) -> dict[str, tuple[str, Callable[[], Awaitable[None]]]]:
+        """What is done by cron: of each table the expression, and what."""
+        jobs: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = {}
+        retrain, verify = self.config.retrain, self.config.verify
+        if retrain and retrain.cron:
+            jobs["retrain"] = retrain.cron, self._scheduled
+        if verify and self.verification:
+            jobs["verify"] = verify.cron, self.verification.ask
+        return jobs
 
     async def _scheduled(self) -> None:
         assert self.config.retrain is not None

@@ -98,7 +98,7 @@ def _cron(value: str) -> str:
     try:
         cron(value)
     except ConfigError as error:
-        raise ValueError(str(error).removeprefix("retrain.cron: ")) from error
+        raise ValueError(str(error)) from error
     return value
 
 
@@ -339,6 +339,13 @@ class Retrain(_Section):
     socket: Path | None = None
 
 
+class Verify(_Section):
+    """When the end of the journal is computed again and compared: `since` ago and later; cron is in UTC."""
+
+    cron: Annotated[str, AfterValidator(_cron)]
+    since: Duration = _UNITS["d"]
+
+
 class Http(_Section):
     """Where metrics and health are served. Whoever reaches the address may read them: there is no login."""
 
@@ -379,6 +386,7 @@ class Config(BaseSettings):
     model: Model = Model()
     strategy: list[StrategyTable] = []
     retrain: Retrain | None = None
+    verify: Verify | None = None
     http: Http | None = None
     rehearsal: Rehearsal | None = None
 

@@ -7,7 +7,7 @@ leaves: the state of the path after a record, a snapshot, stands for the message
 
 import errno
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
@@ -45,8 +45,8 @@ CREATE TABLE IF NOT EXISTS snapshot_part (
 );
 """
 
-READ = 1000
-"""Records read at once."""
+READ = 200
+"""Rows read at once: a record may be an array of a thousand bars."""
 BUSY_SECONDS = 60.0
 """How long a commit waits for one of the other process, at most: each of them takes milliseconds."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
@@ -319,6 +319,16 @@ class Journal:
             )
         return Snapshot(row[0], state)
 
+    def snapshots(self) -> list[tuple[int, int]]:
+        """Number and time of the record that each snapshot was taken after, oldest first."""
+        if not self._compacted:
+            return []
+        with self._reading():
+            return self._db.execute(
+                "SELECT record.seq, record.time FROM snapshot JOIN record ON record.seq = snapshot.seq "
+                "ORDER BY record.seq"
+            ).fetchall()
+
     @contextmanager
     def one_moment(self) -> Iterator[None]:
         """Let all that is read inside be of one moment, whatever others write meanwhile."""
@@ -359,11 +369,12 @@ class Journal:
             db.execute("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", (seq, len(state)))
         rest()
 
-    def rebase(self, base: int, newest: int) -> None:
-        """Let the snapshot after `base` stand for the records up to it, and forget all but the newest."""
+    def rebase(self, base: int, kept: Collection[int]) -> None:
+        """Let the snapshot after `base` stand for the records up to it, and forget all that are not kept."""
         with _transaction(self._db) as db:
             db.execute("UPDATE base SET seq = ?", (base,))
-            db.execute("DELETE FROM snapshot WHERE seq NOT IN (?, ?)", (base, newest))
+            found = db.execute("SELECT seq FROM snapshot").fetchall()
+            db.executemany("DELETE FROM snapshot WHERE seq = ?", [row for row in found if row[0] not in kept])
 
     def drop_snapshots(self, rest: Callable[[], None]) -> None:
         """Remove the pieces of snapshots that do not count."""
@@ -446,6 +457,39 @@ class Journal:
                 (rows, prefix, prefix + "\U0010ffff"),
             )
             yield from found
+
+    def told(self, start: int = 0) -> Iterator[tuple[str, bytes]]:
+        """Topic and payload of the messages of the outbox that are numbered from `start` on, in order."""
+        while True:
+            with self._reading():
+                rows = self._db.execute(
+                    "SELECT n, topic, payload FROM outbox WHERE n >= ? ORDER BY n LIMIT ?", (start, READ)
+                ).fetchall()
+            for _, topic, payload in rows:
+                yield topic, payload
+            if len(rows) < READ:
+                return
+            start = rows[-1][0] + 1
+
+    def valid_after(self, moment: int) -> int:
+        """The number of a message from which on all were told that were still valid after a moment.
+
+        It is found by halving, as messages stand in the order of their time. 0: it is the first one there is.
+        """
+        with self._reading():
+            first, last = self._db.execute("SELECT MIN(n), MAX(n) FROM outbox").fetchone()
+            low, high = (first or 0), (last or 0) + 1
+            while low < high:
+                middle = (low + high) // 2
+                n, expires = self._db.execute(
+                    "SELECT n, expires FROM outbox WHERE n >= ? AND expires IS NOT NULL ORDER BY n LIMIT 1",
+                    (middle,),
+                ).fetchone() or (high, moment)
+                if n >= high or expires > moment:
+                    high = middle
+                else:
+                    low = n + 1
+        return low if low != first else 0
 
     def outbox_counts(self) -> dict[State, int]:
         """How many messages are pending, delivered and expired."""

@@ -28,6 +28,8 @@ from barcast.daemon.pipeline import Counts, Pipeline
 from barcast.daemon.retraining import Result, Retraining
 from barcast.daemon.room import free_bytes
 from barcast.daemon.succession import Succession
+from barcast.daemon.verification import Result as Verified
+from barcast.daemon.verification import Verification
 from barcast.daemon.vitals import Vitals
 from barcast.models import DataError
 
@@ -49,6 +51,7 @@ class Parts:
     succession: Succession
     retraining: Retraining
     lookout: Lookout
+    verification: Verification | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class Metrics(Collector):
             yield from self._groups(self._parts)
             yield from self._messages(self._parts)
             yield from self._model(self._parts)
+            yield from self._verified(self._parts.verification)
             yield from self._machine(self._parts)
 
     async def _ask(self) -> None:
@@ -280,6 +284,30 @@ class Metrics(Collector):
             "drift_crps",
             "CRPS of the champion's newest matured signals over the mean absolute outcome.",
             {} if reading is None else {(): reading.crps.value},
+        )
+
+    def _verified(self, v: Verification | None) -> Iterator[Metric]:
+        """What verifications found; without any there are no values."""
+        yield _gauge("verify_scheduled", "Whether the configuration has a verification.", v is not None)
+        runs = {(result.value,): v.runs[result] if v else 0 for result in Verified}
+        yield _counter("verify_runs", "Verifications since the start.", runs, "result")
+        found: dict[str, float] = {}
+        if v and (r := v.last):
+            missed = r.differing + r.missing
+            found = {"at": v.ended / 1e9, "took": r.seconds, "signals": r.signals, "differing": missed}
+
+        def last(name: str) -> dict[tuple[()], float]:
+            return {(): found[name]} if found else {}
+
+        yield _gauge(
+            "verify_last_timestamp_seconds", "When the last one that came to a result ended.", last("at")
+        )
+        yield _gauge("verify_seconds", "How long the last verification took.", last("took"))
+        yield _gauge("verify_signals", "Signals that it compared.", last("signals"))
+        yield _gauge(
+            "verify_differing_messages",
+            "Messages that are not what the journal says when computed again, or missing.",
+            last("differing"),
         )
 
     def _machine(self, p: Parts) -> Iterator[Metric]:

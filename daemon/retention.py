@@ -1,15 +1,15 @@
 """What is old leaves the journal: its bars go into the archive, the state of the path into a snapshot.
 
-Two snapshots are kept. The one after the last record that left is where a replay begins; the newest one is
-where a start begins. A compaction that is killed leaves a journal that recovers and replays as before, and
-the next one ends its work.
+Of the snapshots the one after the last record that left is where a replay begins, and the newest one where a
+start begins; between them those are kept that a verification of the last day begins with. A compaction that
+is killed leaves a journal that recovers and replays as before, and the next one ends its work.
 """
 
 import asyncio
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +34,8 @@ LONGEST_SECONDS = 6 * 3600.0
 """How long a compaction may take before it is killed: the first one of a large journal takes many minutes."""
 LAST_LINES = 5
 """Lines of what a compaction said that are logged."""
+VERIFIED = 25 * 3600 * 10**9
+"""Nanoseconds that a verification may reach back and find a snapshot near: a day, and an hour more."""
 SIGNALS_KEPT = 500
 """Bars for which messages stay in the outbox: drift is seen by signals whose outcomes are known by now."""
 
@@ -132,7 +134,8 @@ def _compact(
     if base > journal.base:
         journal.put_snapshot(Snapshot(base, pipeline.state.encode()), rest)
     newest = _bring_up(journal, pipeline, base, settled, rest)
-    journal.rebase(base, newest)
+    left = [snapshot for snapshot in journal.snapshots() if snapshot[0] >= base]
+    journal.rebase(base, {base, newest, *_for_verification(left, now)})
     rest()
     journal.drop_snapshots(rest)
     records = journal.drop_bars(rest)
@@ -144,6 +147,13 @@ def _compact(
     messages = journal.drop_messages(min(before, now - SIGNALS_KEPT * bar), rest)
     models = tuple(_collect(state_dir / "models", {*named, *_referenced(journal, base)}, before))
     return Compacted(records, messages, days, base, newest, models)
+
+
+def _for_verification(snapshots: Sequence[tuple[int, int]], now: int) -> Iterator[int]:
+    """Of snapshots (record, time) the newest that is old enough to begin with, and the next one to be so."""
+    old = [seq for seq, time in snapshots if time <= now - VERIFIED]
+    yield from old[-1:]
+    yield from [seq for seq, _ in snapshots[len(old) :]][:1]
 
 
 def _bring_up(journal: Journal, pipeline: Pipeline, base: int, settled: int, rest: Callable[[], None]) -> int:

@@ -1,7 +1,7 @@
-"""The schedule of trainings: cron expressions in UTC."""
+"""The schedule of trainings and verifications: cron expressions in UTC."""
 
 import re
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo
 
@@ -14,31 +14,35 @@ _FIELDS = ("second", "minute", "hour", "day", "month", "day_of_week")
 
 
 def cron(expression: str) -> CronTrigger:
-    """A trigger in UTC from five fields (minute first) or six (second first)."""
+    """A trigger in UTC from five fields (minute first) or six (second first).
+
+    Raise ConfigError for any other, without the name of the key that it is of.
+    """
     fields = expression.split()
     if len(fields) not in (5, 6):
-        raise ConfigError(
-            f"retrain.cron: {expression!r} has {len(fields)} fields; write five, or six with seconds"
-        )
+        raise ConfigError(f"{expression!r} has {len(fields)} fields; write five, or six with seconds")
     if len(fields) == 5:
         fields.insert(0, "0")
     if re.search(r"(?<![/0-9])[0-9]", fields[5]):
         raise ConfigError(
-            f"retrain.cron: {expression!r} numbers a weekday, and programs differ in which one is 0; "
-            "write mon to sun"
+            f"{expression!r} numbers a weekday, and programs differ in which one is 0; write mon to sun"
         )
     try:
         return CronTrigger(**dict(zip(_FIELDS, fields, strict=True)), timezone=ZoneInfo("UTC"))
     except ValueError as error:
-        raise ConfigError(f"retrain.cron: {expression!r}: {error}; write one such as 17 3 * * sun") from error
+        raise ConfigError(f"{expression!r}: {error}; write one such as 17 3 * * sun") from error
 
 
-def scheduler(expression: str, job: Callable[[], Awaitable[None]]) -> AsyncIOScheduler:
-    """A scheduler that runs the job: one instance, a missed run once and late rather than never."""
+def scheduler(jobs: Mapping[str, tuple[str, Callable[[], Awaitable[None]]]]) -> AsyncIOScheduler:
+    """A scheduler that runs jobs, of each table its cron expression and what to do.
+
+    Of a job there is one at a time, and a missed one is run once and late rather than never.
+    """
     planner = AsyncIOScheduler(timezone=ZoneInfo("UTC"))
-    planner.add_job(
-        job, cron(expression), id="retrain", misfire_grace_time=None, coalesce=True, max_instances=1
-    )
+    for table, (expression, job) in jobs.items():
+        planner.add_job(
+            job, cron(expression), id=table, misfire_grace_time=None, coalesce=True, max_instances=1
+        )
     return planner
 
 

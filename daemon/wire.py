@@ -393,7 +393,7 @@ def decode(
         return _piecewise(pieces, symbol, received, calendars, packed)
     bars: list[Bar] = []
     rejects: list[Reject] = []
-    latest, is_close = received + _ahead(calendars), calendars.of(symbol or "").is_close
+    latest, is_close = received + ahead(calendars), calendars.of(symbol or "").is_close
     for m in messages:
         name = m.symbol or symbol
         if symbol is None and name is not None:
@@ -494,7 +494,8 @@ def _form(payload: bytes) -> tuple[bool, bool]:
     return first >= 0x80, first == 0x5B or 0x90 <= first < 0xA0 or first in (0xDC, 0xDD)
 
 
-def _ahead(calendars: Calendars) -> int:
+def ahead(calendars: Calendars) -> int:
+    """How long before its close a bar may come, in nanoseconds: clocks differ."""
     return max(AHEAD, calendars.timeframe.duration or _DAY)
 
 
@@ -564,7 +565,7 @@ def _fault(m: BarMessage, symbol: str | None, received: int, calendars: Calendar
     close, given, calendar = to_ns(m.close_time), m.close_time.isoformat(), calendars.of(name)
     if close <= 0:
         return f"close_time {given} is not after 1970; correct the time"
-    latest = received + _ahead(calendars)
+    latest = received + ahead(calendars)
     if close > latest:
         return (
             f"close_time {given} is after {to_text(latest)}, the latest that an arrival at "

@@ -801,13 +801,13 @@ def recorded(folder: Path) -> Path:
     return path
 
 
-def journal(damage: Damage, command: str = "replay", timeframe: str = "1m") -> Build:
+def journal(damage: Damage, command: str = "verify", timeframe: str = "1m") -> Build:
     """A journal with a fault, and a replay of it or the daemon on it."""
 
     def build(folder: Path) -> list[str]:
         damage(recorded(folder))
         daemon = config(LEAST.replace("1h", timeframe) + SERVED, "run")(folder)
-        return daemon if command == "run" else ["replay", "state/journal.db"]
+        return daemon if command == "run" else ["verify", "state/journal.db"]
 
     return build
 
@@ -836,7 +836,7 @@ def captured(content: bytes, name: str = "seen.txt") -> Build:
     def build(folder: Path) -> list[str]:
         (folder / "seen.txt").write_bytes(content)
         recorded(folder)
-        return ["replay", "state/journal.db", "--capture", name]
+        return ["verify", "state/journal.db", "--capture", name]
 
     return build
 
@@ -857,11 +857,11 @@ JOURNALS: dict[str, tuple[Damage, str]] = {
     "damaged settings": (sql(BROKEN), "record 1 | missing required field `root` | restore a copy"),
 }
 for what, (damage, said) in JOURNALS.items():
-    for command in ("replay", "run"):
+    for command in ("verify", "run"):
         CASES[f"journal: {what}, for {command}"] = journal(damage, command), f"journal.db | {said}"
 CASES |= {
     "journal: no file": (
-        lambda _: ["replay", "journal.db"],
+        lambda _: ["verify", "journal.db"],
         "journal.db | no journal there | give the journal.db of",
     ),
     "journal: empty": (journal(lambda p: p.write_bytes(b"")), "journal.db | it is empty | restore a copy"),

@@ -172,7 +172,7 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
             ["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble", "--member", "no"],
             "no/model.json: cannot",
         ),
-        (["replay", "nowhere.db"], "no journal there"),
+        (["verify", "nowhere.db"], "no journal there"),
         (["run", "nowhere.toml"], "no such file"),
     ],
 )

@@ -98,6 +98,7 @@ def check(config: ConfigFile) -> None:
         *_sampling(settings),
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
         ("retraining", _occasions(settings)),
+        ("verification", _verified(settings)),
         ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
     ):
         table.add_row(name, str(value))
@@ -160,6 +161,12 @@ def _occasions(settings: "Config") -> str:
     when += [f"at an age of {asked.max_age / 86_400e9:g} days"] if asked.max_age else []
     when += ["at drift"] if asked.drift else []
     return ", ".join([*when, "on demand"])
+
+
+def _verified(settings: "Config") -> str:
+    """When the journal is verified, and how much of it."""
+    asked = settings.verify
+    return f"{asked.cron} UTC, of the last {asked.since / 3600e9:g} hours" if asked else "never"
 
 
 @app.command(rich_help_panel=LIVE)
@@ -414,8 +421,11 @@ def export(
 
 
 @app.command(rich_help_panel=LIVE)
-def replay(
-    journal: Annotated[Path, typer.Argument(help="journal.db of an instance's state directory.")],
+def verify(
+    instance: Annotated[
+        Path, typer.Argument(help="TOML file of an instance, or the journal.db of a state directory.")
+    ],
+    since: Since = None,
     capture: Annotated[
         Path | None,
         typer.Option(
@@ -423,20 +433,35 @@ def replay(
             "the journal's outbox."
         ),
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    parent: Parent = None,
 ) -> None:
-    """Compute every message of a recorded live run again, from its journal and the models beside it.
+    """Compute what an instance said again, from its journal and the models beside it, and compare.
 
-    Compare byte by byte and exit 1 on a difference; of what was recorded under another fingerprint, another
-    processor or torch, say how far the figures are apart.
+    It is compared byte by byte: exit status 1 on a difference. Of what was recorded under another
+    fingerprint, another processor or torch, it says how far the figures are apart. The daemon may run; it
+    does so by itself with [verify] in its configuration.
     """
-    from barcast.backtest.verify import compare, read_capture, replay_journal
+    import msgspec
 
-    captured = read_capture(capture) if capture else None
-    replayed = replay_journal(journal)
-    out.print(replayed.sentence())
-    difference = compare(replayed, captured)
-    out.print(difference.sentence(), highlight=False, markup=False, soft_wrap=True)
-    if not difference.agrees:
+    from barcast.backtest.verify import read_capture
+    from barcast.backtest.verify import verify as do
+    from barcast.daemon.config import load
+    from barcast.daemon.trainer import give_way
+    from barcast.daemon.verification import Report
+
+    journal = load(instance).state_dir / "journal.db" if instance.suffix == ".toml" else instance
+    if parent is not None:
+        give_way(19, parent)
+    began = time.monotonic()
+    found = do(journal, moment(since) or 0, read_capture(capture) if capture else None)
+    seconds = round(time.monotonic() - began, 3)
+    if json:
+        report = msgspec.to_builtins(found) | {"agrees": found.agrees, "seconds": seconds}
+        print(msgspec.json.encode(msgspec.convert(report, Report)).decode())
+    else:
+        out.print(f"{found.sentence()}\n{seconds:.1f} s", highlight=False, markup=False, soft_wrap=True)
+    if not found.agrees:
         raise typer.Exit(1)
 
 
@@ -461,6 +486,6 @@ def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]
 
 def _children(config: Path) -> dict[str, list[str]]:
     """Verbs of the daemon's processes about an instance, and the argument list that begins each."""
-    names = {"train": "train-challenger", "gate": "gate", "compact": "compact"}
+    names = {"train": "train-challenger", "gate": "gate", "compact": "compact", "verify": "verify"}
     me = [sys.executable, "-m", "barcast.backtest.cli"]
     return {verb: [*me, name, str(config)] for verb, name in names.items()}

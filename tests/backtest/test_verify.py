@@ -1,26 +1,33 @@
 """What is said of a recorded run that is computed again: to the byte on its machine, elsewhere how far."""
 
 import os
+import random
+import shutil
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from barcast.backtest import verify as verify_module
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.backtest.verify import Replayed, compare, read_capture, replay_journal
+from barcast.backtest.verify import Comparison, read_capture, replay_journal, verify
+from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import Champion, Warmth
 from barcast.daemon.history import bars, scan
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.pipeline import Settings, StrategySettings
+from barcast.daemon.retention import compact
 from barcast.daemon.store import ModelStore
 from barcast.daemon.timeframe import Timeframe
+from barcast.daemon.verification import Report
 from barcast.daemon.wire import (
     CoverageOfSignal,
     GroupOfSignal,
@@ -31,6 +38,7 @@ from barcast.daemon.wire import (
     TouchOfSignal,
     encode_bars,
 )
+from tests.checks import open_model
 from tests.fakes import MINUTE, START, Spread, bar, settings
 from tests.rim import SECOND, Instance, Message, World, activation, play, revision
 
@@ -100,17 +108,17 @@ def elsewhere(tmp_path_factory):
 
 def test_journal_of_other_kernels_is_replayed_and_says_how_far_it_is_apart(elsewhere, run):
     """Torch's plain kernels give other last bits: the replay names both and the largest difference."""
-    replayed = replay_journal(elsewhere / "journal.db")
-    [(recorded, own)] = replayed.fingerprints
+    found = verify(elsewhere / "journal.db")
+    [(recorded, own)] = found.fingerprints
+    assert replay_journal(elsewhere / "journal.db").fingerprints == found.fingerprints
     assert ("cpu=DEFAULT" in recorded, "cpu=DEFAULT" in own) == (True, False)
-    found = compare(replayed)
     assert found.agrees
-    assert (found.signals, found.differing, found.missing) == (2 * SESSIONS, (), ())
+    assert (found.signals, found.differing, found.missing) == (2 * SESSIONS, 0, 0)
     assert found.apart.signals == 2 * SESSIONS
     assert 0 <= found.apart.quantile < 1
     assert 0 <= found.apart.deviations < 1e-2
     assert (found.apart.differing > 0) == (max(found.apart.quantile, found.apart.mean, found.apart.std) > 0)
-    status, out, err = run("replay", str(elsewhere / "journal.db"))
+    status, out, err = run("verify", str(elsewhere / "journal.db"))
     assert (status, err) == (0, "")
     assert f"recorded under {recorded!r}, replayed under {own!r}: bytes are not promised" in out
     assert f"{found.apart.differing} of {2 * SESSIONS} signals differ" in out
@@ -120,13 +128,13 @@ def test_journal_of_other_kernels_is_replayed_and_says_how_far_it_is_apart(elsew
 def test_spoilt_figure_is_found_elsewhere_with_its_size(elsewhere, run, tmp_path):
     """In a capture from elsewhere a quantile that was moved by 3 basis points stands out by its place."""
     file = captured(elsewhere, tmp_path / "seen")
-    assert run("replay", str(elsewhere / "journal.db"), "--capture", str(file))[0] == 0
+    assert run("verify", str(elsewhere / "journal.db"), "--capture", str(file))[0] == 0
     seen = read_capture(file)
     at = [topic for topic, _ in seen].index("t/signals/session/IBM")
     signal = msgspec.json.decode(seen[at][1], type=Signal)
     signal.quantiles[1][5] += 3e-4 * signal.reference
     seen[at] = seen[at][0], msgspec.json.encode(signal)
-    found = compare(replay_journal(elsewhere / "journal.db"), seen)
+    found = verify(elsewhere / "journal.db", captured=seen)
     assert found.apart.quantile == pytest.approx(3, abs=0.01)
     assert found.apart.deviations == pytest.approx(3e-4 / signal.std[1], rel=0.01)
     assert found.apart.place == f"IBM at {signal.close_time}, +5, q90"
@@ -186,15 +194,21 @@ def beside(*captured, elsewhere=True):
         message("t/signals/1m/A", msgspec.json.encode(SIGNAL)),
         message("t/targets/drift/1m/A", msgspec.json.encode(TARGET)),
     ]
-    ids, pairs = ({m.id for m in own}, (("x", "y"),)) if elsewhere else ((), ())
-    replayed = Replayed(own, elsewhere=frozenset(ids), fingerprints=pairs)
-    return compare(
-        replayed,
+    return held(
+        own,
         [
             ("t/signals/1m/A" if isinstance(c, Signal) else "t/targets/drift/1m/A", msgspec.json.encode(c))
             for c in captured
         ],
+        elsewhere,
     )
+
+
+def held(replayed, captured, elsewhere=False, **options):
+    """What is said of replayed messages beside captured ones."""
+    comparison = Comparison(captured=captured, **options)
+    comparison.hear(replayed, elsewhere)
+    return comparison.end([("x", "y")] if elsewhere else ())
 
 
 def other(body=SIGNAL, **changes):
@@ -210,16 +224,16 @@ def test_comparison_counts_what_differs_and_what_is_missing(tmp_path):
         message("t/groups/1m", b"3"),
     ]
     captured = [(m.topic, m.payload) for m in replayed]
-    agree = compare(Replayed(replayed), [*captured, captured[0]])
-    assert (agree.signals, agree.differing, agree.missing, agree.agrees) == (2, (), (), True)
-    flipped = compare(Replayed(replayed), [("t/signals/1m/A", b"0"), *captured[1:]])
-    assert flipped.differing == (("t/signals/1m/A", b"0"),)
-    assert flipped.missing == (replayed[0],)
-    assert not flipped.agrees
-    late = compare(Replayed(replayed), captured[:2])
-    assert (late.missing, late.agrees) == ((replayed[2],), True)
-    assert compare(Replayed(replayed[:2]), captured).differing == (captured[2],)
-    assert not compare(Replayed(replayed), []).agrees
+    agree = held(replayed, [*captured, captured[0]])
+    assert (agree.signals, agree.differing, agree.missing, agree.agrees) == (2, 0, 0, True)
+    flipped = held(replayed, [("t/signals/1m/A", b"0"), *captured[1:]])
+    assert (flipped.differing, flipped.missing, flipped.agrees) == (1, 1, False)
+    assert [(place.topic, place.symbol) for place in flipped.places] == [("t/signals/1m/A", "A")]
+    late = held(replayed, captured[:2])
+    assert (late.missing, late.agrees) == (1, True)
+    extra = held(replayed[:2], captured)
+    assert (extra.differing, [place.topic for place in extra.places]) == (1, ["t/groups/1m"])
+    assert not held(replayed, []).agrees
     file = tmp_path / "capture.jsonl"
     file.write_text('["t/signals/1m/A","1"]\n["t/signals/1m/B","2"]\n["t/groups/1m","3"]\n')
     assert read_capture(file) == captured
@@ -237,7 +251,7 @@ def test_largest_difference_of_each_figure_is_known():
         drawdown=0.0403,
     )
     found = beside(moved, other(TARGET, target=0.2))
-    assert (found.signals, found.differing, found.missing, found.agrees) == (1, (), (), True)
+    assert (found.signals, found.differing, found.missing, found.agrees) == (1, 0, 0, True)
     apart = found.apart
     assert (apart.signals, apart.differing, apart.targets) == (1, 1, 1)
     assert apart.place == "A at 2025-01-31T21:00:00Z, +5, q50"
@@ -287,13 +301,13 @@ def test_more_than_figures_is_a_difference_elsewhere(changed):
     """What follows from the bars alone is the same on every machine: figures may differ, flags may not."""
     kept = TARGET if isinstance(changed, Signal) else SIGNAL
     found = beside(changed, kept)
-    assert (len(found.differing), len(found.missing), found.agrees) == (1, 1, False)
+    assert (found.differing, found.missing, found.agrees) == (1, 1, False)
 
 
 def test_figure_within_one_fingerprint_is_a_difference():
     """Bytes are promised there: the smallest change of a figure is one."""
     found = beside(other(rise=[0.5, 0.600000001]), TARGET, elsewhere=False)
-    assert (len(found.differing), found.agrees, found.apart) == (1, False, None)
+    assert (found.differing, found.agrees, found.apart) == (1, False, None)
 
 
 # Of journals, with the fake.
@@ -342,9 +356,9 @@ def move(state, which="IN (SELECT seq FROM record WHERE kind = 'activation')"):
 LAST = "(SELECT MAX(n) FROM outbox WHERE topic LIKE '%/signals/%')"
 
 
-def spoil(state, old, new):
-    """Put something else into the last signal of the outbox."""
-    sql = f"UPDATE outbox SET payload = CAST(REPLACE(payload, ?, ?) AS BLOB) WHERE n = {LAST}"
+def spoil(state, old, new, which=LAST):
+    """Put something else into a signal of the outbox, by default the last one."""
+    sql = f"UPDATE outbox SET payload = CAST(REPLACE(payload, ?, ?) AS BLOB) WHERE n = {which}"
     change(state, sql, old, new)
 
 
@@ -354,13 +368,13 @@ def test_journal_is_held_against_its_own_outbox(state, run, foreign):
     if foreign:
         move(state)
     path = str(state / "journal.db")
-    status, out, _ = run("replay", path)
+    status, out, _ = run("verify", path)
     assert status == 0
     assert "8 signals in the journal's own outbox, 0 messages differ from the replay" in out
     assert ("0 of 8 signals differ" in out) == foreign
     for count, gone in enumerate((LAST, "(SELECT MIN(n) FROM outbox)"), 1):
         change(state, f"DELETE FROM outbox WHERE n = {gone}")
-        status, out, _ = run("replay", path)
+        status, out, _ = run("verify", path)
         assert (status, f"{count} of the replay are not in it" in out) == (1, True)
 
 
@@ -374,7 +388,7 @@ def test_signal_of_the_outbox_that_nobody_replays(state, run, foreign):
         "INSERT INTO outbox (id, topic, payload, retain, expires) "
         f"SELECT 'x', 't/signals/1m/C', payload, 1, expires FROM outbox WHERE n = {LAST}",
     )
-    status, out, _ = run("replay", str(state / "journal.db"))
+    status, out, _ = run("verify", str(state / "journal.db"))
     assert (status, "9 signals" in out, "1 messages differ from the replay" in out) == (1, True, True)
 
 
@@ -384,7 +398,7 @@ def test_figure_of_the_outbox(state, run, foreign):
     if foreign:
         move(state)
     spoil(state, '"rise":[0.5,', '"rise":[0.4,')
-    status, out, _ = run("replay", str(state / "journal.db"))
+    status, out, _ = run("verify", str(state / "journal.db"))
     assert status == (not foreign)
     assert ("1 messages differ from the replay" in out) == (not foreign)
     assert ("1 of 8 signals differ, by at most 0 bp of the price and 0 of" in out) == foreign
@@ -394,7 +408,7 @@ def test_flag_of_the_outbox_is_no_figure(state, run):
     """Another machine flags the same forecasts."""
     move(state)
     spoil(state, '"flags":["warming"]', '"flags":[]')
-    status, out, _ = run("replay", str(state / "journal.db"))
+    status, out, _ = run("verify", str(state / "journal.db"))
     assert status == 1
     assert "1 messages differ from the replay, figures from elsewhere aside" in out
 
@@ -403,15 +417,15 @@ def test_flag_of_the_outbox_is_no_figure(state, run):
 def test_bytes_are_promised_for_the_part_that_was_recorded_here(state, which, foreign):
     """A journal that moved with its daemon: the bytes of what it said here are checked, before or after."""
     move(state, f"= (SELECT {which}(seq) FROM record WHERE kind = 'activation')")
-    replayed = replay_journal(state / "journal.db")
-    assert replayed.fingerprints == (("numpy=0.1", "numpy"),)
-    signals = [k for k, (topic, _) in enumerate(replayed.outbox) if "/signals/" in topic]  # newest first
-    assert compare(replayed).apart.signals == 4
-    for at in (0, -1):
-        k, spoilt = signals[at], list(replayed.outbox)
-        spoilt[k] = spoilt[k][0], spoilt[k][1].replace(b'"rise":[0.5,', b'"rise":[0.4,')
-        found = compare(replace(replayed, outbox=tuple(spoilt)))
-        assert (len(found.differing), found.apart.differing) == ((0, 1) if at == foreign else (1, 0))
+    whole = verify(state / "journal.db")
+    assert (whole.fingerprints, whole.agrees) == ((("numpy=0.1", "numpy"),), True)
+    assert whole.apart.signals == 4
+    spoil(state, '"rise":[0.5,', '"rise":[0.4,', LAST if foreign else LAST.replace("MAX", "MIN"))
+    here = verify(state / "journal.db")
+    assert (here.differing, here.apart.differing) == (1, 0)
+    spoil(state, '"rise":[0.5,', '"rise":[0.4,', LAST.replace("MAX", "MIN") if foreign else LAST)
+    both = verify(state / "journal.db")
+    assert (both.differing, both.apart.differing) == (1, 1)
 
 
 def test_what_was_not_settled_yet_is_not_missed(state):
@@ -421,5 +435,203 @@ def test_what_was_not_settled_yet_is_not_missed(state):
         journal.append([late])
     replayed = replay_journal(state / "journal.db")
     assert replayed.settled < len(replayed.messages)
-    found = compare(replayed)
-    assert (found.agrees, found.missing) == (True, ())
+    found = verify(state / "journal.db")
+    assert (found.agrees, found.missing) == (True, 0)
+
+
+# Streams of messages.
+
+
+def plain(number):
+    """A message of a stream: the signals of three symbols of each close, and their group."""
+    close = f"2025-01-{1 + number // 4 % 28:02d}T21:00:00Z"
+    name = number % 4
+    topic = "t/groups/1d" if name == 3 else f"t/signals/1d/{'ABC'[name]}"
+    return message(topic, f'{{"close_time":"{close}","n":{number}}}'.encode())
+
+
+@given(st.integers(0, 10**6))
+def test_streams_differ_by_what_is_in_one_of_them(seed):
+    """Whatever is lost, added, altered or changes places: what has no equal on the other side is counted."""
+    dice = random.Random(seed)
+    said = [plain(number) for number in range(100)]
+    told = [(m.topic, m.payload) for m in said]
+    for _ in range(dice.randrange(8)):
+        k = dice.randrange(len(told))
+        match dice.randrange(4):
+            case 0:
+                del told[k]
+            case 1:
+                told.insert(k, (told[k][0], told[k][1].replace(b'"n":', b'"n":9')))
+            case 2:
+                told[k] = told[k][0], told[k][1].replace(b'"n"', b'"m"')
+            case 3:
+                told.insert(dice.randrange(len(told)), told.pop(k))
+    told = list(dict.fromkeys(told))
+    again = {(m.topic, m.payload) for m in said}
+    wanted = len(set(told) - again), len(again - set(told))
+    comparison = Comparison(told)
+    for at in range(0, 100, 4):
+        comparison.hear(said[at : at + 4])
+    found = comparison.end()
+    assert (found.differing, found.missing) == wanted
+    assert found.agrees == (wanted == (0, 0))
+    captured = held(said, dice.sample(told, len(told)))
+    assert (captured.differing, captured.missing) == wanted
+
+
+def test_nothing_is_kept_of_what_agrees_and_little_of_what_does_not(monkeypatch):
+    """Memory does not grow: with the messages that are the same not at all, else up to a bound."""
+    monkeypatch.setattr(verify_module, "WAITING", 8)
+    said = [plain(number) for number in range(100)]
+    told = [(m.topic, m.payload) for m in said]
+    same = Comparison(told)
+    for one in said:
+        same.hear([one])
+        assert same._told.count == same._said.count == 0
+    assert same.end().signals == 75
+    other = Comparison([(topic, payload.replace(b'"n"', b'"m"')) for topic, payload in told])
+    for one in said:
+        other.hear([one])
+        assert other._told.count <= 8
+        assert other._said.count <= 8
+    found = other.end()
+    assert (found.signals, found.differing, found.missing) == (75, 100, 100)
+    assert len(found.places) == 10
+    assert found.sentence().count("\n") == 11
+
+
+# A day.
+
+MINUTES = 1440
+NOON = START + 720 * MINUTE
+
+
+def story(first, last):
+    """Minutes of three symbols: some bars come twice, some late, out of order, corrected or not at all."""
+    steps = []
+    for minute in range(first, last):
+        time, late = START + minute * MINUTE + SECOND, minute % 50 == 0
+        names = [name for name in "ABC" if not (late and name == "C") and (minute % 97 or name != "B")]
+        sent = [Message.of(bar(name, minute)) for name in names]
+        if minute % 7 == 0:
+            sent.append(sent[0])
+        if minute % 61 == 0:
+            sent.append(Message.of(bar("A", minute - 2, close=99.0)))
+        steps.append((time, sent))
+        if late:
+            steps.append((time + 14 * SECOND, [Message.of(bar("C", minute))]))
+    return steps
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory):
+    """The state directory of an instance that lived for a day, with three starts and a new model at noon.
+
+    Before the second and the third start its journal was compacted.
+    """
+    state = tmp_path_factory.mktemp("day")
+    decided = [
+        (START, lambda source: source.decide(revision(settings("ABC")))),
+        (START, lambda source: source.decide(activation("spread"))),
+    ]
+    noon = [(NOON + 30 * SECOND, lambda source: source.decide(activation("other")))]
+    parts = ([*decided, *story(1, 480)], [*story(480, 721), *noon, *story(721, 960)], story(960, MINUTES))
+    for steps in parts:
+        world = World(time=steps[0][0])
+        world.script.extend(steps)
+        with closing(Instance(state / "journal.db", world, open_model)) as instance:
+            play(instance.run())
+        compact(state, world.time, 86_400 * SECOND, (), lambda: None)
+    return state
+
+
+@pytest.fixture
+def lived(day, tmp_path, monkeypatch):
+    """A copy of it."""
+    monkeypatch.setattr(
+        "barcast.daemon.store.open_model", lambda path, *options: open_model(Path(path).name, *options[1:])
+    )
+    state = tmp_path / "state"
+    shutil.copytree(day, state)
+    return state
+
+
+def test_a_real_day_passes(lived, run):
+    """Duplicates, stragglers, corrections, starts, another model and compactions: 0 messages differ."""
+    found = verify(lived / "journal.db")
+    assert (found.differing, found.missing, found.older) == (0, 0, 0)
+    assert found.signals > 4000
+    config = lived.parent / "barcast.toml"
+    config.write_text('instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n')
+    status, out, err = run("verify", str(config), "--json")
+    report = msgspec.json.decode(out, type=Report)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert (report.agrees, report.signals, report.places) == (True, found.signals, ())
+    assert msgspec.json.decode(out).keys() >= {"differing", "missing", "older", "fingerprints", "apart"}
+
+
+def signal_at(state, symbol, minute):
+    """The number of a signal in the outbox."""
+    close = wire.to_text(START + minute * MINUTE)
+    with closing(sqlite3.connect(state / "journal.db")) as db:
+        [(n, payload)] = db.execute(
+            "SELECT n, payload FROM outbox WHERE topic = ? AND INSTR(payload, ?)",
+            (f"t/signals/1m/{symbol}", f'"close_time":"{close}"'.encode()),
+        ).fetchall()
+    return n, payload
+
+
+def plant(state, symbol, minute):
+    """Change a digit of a quantile in the outbox, and nothing else."""
+    n, payload = signal_at(state, symbol, minute)
+    at = payload.index(b'"quantiles":[[') + len(b'"quantiles":[[') + 4
+    digit = b"7" if payload[at : at + 1] != b"7" else b"3"
+    change(state, "UPDATE outbox SET payload = ? WHERE n = ?", payload[:at] + digit + payload[at + 1 :], n)
+
+
+def test_one_byte_is_found_and_named(lived, run):
+    """A digit of one quantile among thousands: exit status 1, and its topic, symbol, close and field."""
+    plant(lived, "B", 1201)
+    close = wire.to_text(START + 1201 * MINUTE)
+    status, out, _ = run("verify", str(lived / "journal.db"))
+    assert (status, "1 messages differ from the replay, 1 of the replay are not in it" in out) == (1, True)
+    assert f"t/signals/1m/B, symbol B, close {close}: another quantiles" in out
+    status, out, _ = run("verify", str(lived / "journal.db"), "--json")
+    report = msgspec.json.decode(out, type=Report)
+    assert (status, report.agrees, report.differing) == (1, False, 1)
+    [place] = report.places
+    assert (place.topic, place.symbol, place.close_time) == ("t/signals/1m/B", "B", close)
+
+
+def test_since_computes_and_compares_only_later_closes(lived, run):
+    """From the snapshot before it on: earlier records are not read, and earlier messages not looked at."""
+    whole = verify(lived / "journal.db")
+    since = START + 1200 * MINUTE
+    text = wire.to_text(since)
+    change(lived, "UPDATE record SET payload = x'00' WHERE kind = 'bars' AND time < ?", START + 900 * MINUTE)
+    plant(lived, "A", 1199)
+    found = verify(lived / "journal.db", since)
+    assert (found.differing, found.missing, found.older) == (0, 0, 0)
+    assert found.signals == pytest.approx(whole.signals / 6, rel=0.05)
+    assert run("verify", str(lived / "journal.db"), "--since", text)[0] == 0
+    plant(lived, "A", 1200)
+    assert verify(lived / "journal.db", since).differing == 1
+    assert verify(lived / "journal.db", since + 1).differing == 0
+    n, _ = signal_at(lived, "A", 1200)
+    change(lived, "DELETE FROM outbox WHERE n = ?", n)
+    gone = verify(lived / "journal.db", since)
+    assert (gone.differing, gone.missing, gone.agrees) == (0, 1, False)
+
+
+def test_since_after_a_compaction(lived):
+    """What left the journal is older; the day since is verified, also where it begins before the journal."""
+    change(lived, "UPDATE outbox SET state = 1")
+    done = compact(lived, START + MINUTES * MINUTE, 120 * MINUTE, (), lambda: None)
+    assert done.records > 3000
+    for minute, older in ((0, True), (1000, True), (1330, False), (1400, False)):
+        found = verify(lived / "journal.db", START + minute * MINUTE)
+        assert (found.agrees, found.older > 0) == (True, older)
+        assert found.signals > 100
+    plant(lived, "C", 1401)
+    assert verify(lived / "journal.db", START + 1330 * MINUTE).differing == 1

@@ -26,6 +26,7 @@ from tests.bench import (
     scrape,
     seeds,
     sizing,
+    verify,
 )
 from tests.bench.report import Section, machine, sentence
 from tests.integration.broker import executable
@@ -41,6 +42,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "seeds": seeds.measure,
     "samplers": samplers.measure,
     "oracle": oracle.measure,
+    "verify": verify.measure,
 }
 RESULT = Path("bench.json")
 WIDTH = 150

@@ -7,7 +7,7 @@ from barcast.daemon.config import load
 ROOT = Path(__file__).parents[2]
 
 
-DEFAULTS = ("max_wait", "log_level", "root", "name", "first", "margin", "timeout", "stall", "nice")
+DEFAULTS = ("max_wait", "log_level", "root", "name", "first", "margin", "timeout", "stall", "nice", "since")
 SHOWN = ("sampler", "steps", "max_age", "drift")
 
 

@@ -7,7 +7,6 @@ import os
 import random
 import sqlite3
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from barcast.backtest import cli
-from barcast.backtest.verify import compare, replay_journal
+from barcast.backtest.verify import replay_journal, verify
 from barcast.daemon import journal as journal_module
 from barcast.daemon import retention
 from barcast.daemon.bars import every_bar, known_bars, read_archive
@@ -158,17 +157,17 @@ def test_capture_of_what_left_is_no_difference(tmp_path, monkeypatch):
     monkeypatch.setattr("barcast.daemon.store.open_model", open_path)
     whole = path_of(recorded(tmp_path, None))
     captured = [(m.topic, m.payload) for m in whole]
-    replayed = replay_journal(tmp_path / "journal.db")
-    assert (replayed.messages, replayed.left) == (whole, -1)
+    file = tmp_path / "journal.db"
+    assert replay_journal(file).messages == whole
+    assert verify(file, captured=captured).older == 0
     compact(tmp_path, START + 7 * MINUTE + 30 * SECOND + DAY, DAY, (), nothing)
-    rest = replay_journal(tmp_path / "journal.db")
-    found = compare(rest, captured)
-    assert (found.differing, found.missing) == ((), ())
-    assert found.older == len(whole) - len(rest.messages) > 0
+    found = verify(file, captured=captured)
+    assert (found.differing, found.missing) == (0, 0)
+    assert found.older == len(whole) - len(replay_journal(file).messages) > 0
     assert f"{found.older} are older than what the journal still holds" in found.sentence()
     spoilt = [*captured[:-1], (captured[-1][0], captured[-1][1].replace(b"22:", b"23:"))]
-    assert len(compare(rest, spoilt).differing) == 1
-    assert len(compare(replace(rest, left=10**19), [("t/signals/1m/A", b"no")]).differing) == 1
+    assert verify(file, captured=spoilt).differing == 1
+    assert verify(file, captured=[("t/signals/1m/A", b"no")]).differing == 1
 
 
 def test_outbox_of_a_compacted_journal_holds_what_a_replay_says(tmp_path, monkeypatch):
@@ -176,15 +175,15 @@ def test_outbox_of_a_compacted_journal_holds_what_a_replay_says(tmp_path, monkey
     monkeypatch.setattr("barcast.daemon.store.open_model", open_path)
     recorded(tmp_path, None)
     compact(tmp_path, START + 7 * MINUTE + 30 * SECOND + DAY, DAY, (), nothing)
-    whole = compare(replay_journal(tmp_path / "journal.db"))
+    whole = verify(tmp_path / "journal.db")
     assert (whole.agrees, whole.older > 0) == (True, True)
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("DELETE FROM outbox WHERE n <= (SELECT MAX(n) FROM outbox) - 9")
-    short = compare(replay_journal(tmp_path / "journal.db"))
+    short = verify(tmp_path / "journal.db")
     assert (short.agrees, short.older, 0 < short.signals < whole.signals) == (True, 0, True)
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("DELETE FROM outbox WHERE n = (SELECT MAX(n) FROM outbox) - 4")
-    assert not compare(replay_journal(tmp_path / "journal.db")).agrees
+    assert not verify(tmp_path / "journal.db").agrees
 
 
 class Killed(Exception):  # noqa: N818 - kill -9, not an error
@@ -317,6 +316,21 @@ def test_file_stops_growing(tmp_path):
     assert sizes[11] <= sizes[5] * 1.05
     assert sizes[5] > sizes[0]
     assert starts == [0] * 12
+
+
+def test_verification_of_a_day_finds_a_snapshot_near(tmp_path):
+    """Compacted once a day, or at each of many starts, a snapshot is left that is a day to two days old."""
+    now = START
+    for day in range(5):
+        filled(tmp_path, [day], 3)
+        for hour in (1, 2, 9, 24) if day % 2 else (24,):
+            now = START + day * DAY + hour * DAY // 24
+            compact(tmp_path, now, 30 * DAY, (), nothing)
+        with closing(Journal(tmp_path / "journal.db")) as journal:
+            ages = [(now - time) / DAY for _, time in journal.snapshots()]
+            assert len(ages) <= 3
+            assert day < 2 or any(1 <= age <= 3 for age in ages)
+            assert journal.base == 0
 
 
 def test_second_compaction_waits_for_nobody(tmp_path):

@@ -68,7 +68,7 @@ def test_numbered_weekday_is_refused(weekday):
 )
 def test_expression_that_means_nothing_is_refused(expression, said):
     """A wrong expression is a fault of the configuration, said with the expression."""
-    with pytest.raises(ConfigError, match=r"retrain\.cron: ") as caught:
+    with pytest.raises(ConfigError, match=r"fields|; write one such as") as caught:
         cron(expression)
     assert said in str(caught.value)
 
@@ -82,7 +82,7 @@ def test_scheduler_calls_the_job():
         async def job():
             called.set()
 
-        planner = scheduler("* * * * * *", job)
+        planner = scheduler({"any": ("* * * * * *", job)})
         planner.start()
         async with asyncio.timeout(5):
             await called.wait()
@@ -98,5 +98,5 @@ def test_missed_run_is_made_up_once():
     async def job():
         raise AssertionError
 
-    job = scheduler("0 3 * * *", job).get_jobs()[0]
-    assert (job.misfire_grace_time, job.coalesce, job.max_instances) == (None, True, 1)
+    jobs = scheduler({"one": ("0 3 * * *", job), "other": ("0 4 * * *", job)}).get_jobs()
+    assert [(j.misfire_grace_time, j.coalesce, j.max_instances) for j in jobs] == [(None, True, 1)] * 2

@@ -102,7 +102,7 @@ def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     assert Loads(page).found == []
 
     journal, capture = str(folder / "state" / "journal.db"), folder / "capture.jsonl"
-    agrees = barcast("replay", journal, "--capture", str(capture))
+    agrees = barcast("verify", journal, "--capture", str(capture))
     assert agrees.returncode == 0, agrees.stderr
     assert f"{signals[1]} signals captured, 0 messages differ" in agrees.stdout
     content = capture.read_bytes()
@@ -113,6 +113,6 @@ def test_demo_shows_what_it_promises(broker: Mosquitto, tmp_path: Path) -> None:
     other = b"7" if content[digit : digit + 1] != b"7" else b"8"
     capture.write_bytes(content[:digit] + other + content[digit + 1 :])
     assert len(read_capture(capture)) == content.count(b"\n")
-    differs = barcast("replay", journal, "--capture", str(capture))
+    differs = barcast("verify", journal, "--capture", str(capture))
     assert differs.returncode == 1
     assert " 1 messages differ" in differs.stdout

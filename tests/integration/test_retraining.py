@@ -8,7 +8,7 @@ from datetime import datetime
 
 import pytest
 
-from barcast.backtest.verify import compare, replay_journal
+from barcast.backtest.verify import verify
 from barcast.daemon.events import Champion
 from barcast.daemon.journal import Journal, Kind, State
 from tests.garch import simulate
@@ -126,12 +126,11 @@ def test_retraining_and_rollback_replay(broker, checkpoints, tmp_path, request):
     late = [p for _, p in signals if json.loads(p)["model"].split("-")[0] not in may_serve(close(p))]
     assert late == []
     captured = [pair for kind in ("signals", "targets", "groups", "backfill") for pair in subscriber.of(kind)]
-    replayed = replay_journal(instance.state / "journal.db")
-    difference = compare(replayed, captured)
+    difference = verify(instance.state / "journal.db", captured=captured)
     print(f"\n{difference.sentence()}; {counts[State.EXPIRED]} expired; {len(reigns)} activations")
-    assert difference.differing == ()
-    assert compare(replayed).agrees
-    assert len(difference.missing) == counts[State.EXPIRED]
+    assert difference.differing == 0
+    assert verify(instance.state / "journal.db").agrees
+    assert difference.missing == counts[State.EXPIRED]
     assert len({json.loads(p)["model"] for _, p in signals}) == 3
 
 
