@@ -1,7 +1,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
-ALONE := "not broker and not promtool and not browser"
-MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser)'
+ALONE := "not broker and not promtool and not browser and not postgres"
+MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser|postgres)|"each_journal"|, each_journal'
 N ?= 100000
 BASE ?= 0
 
@@ -12,9 +12,9 @@ help: ## this list
 demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, retraining, replay, report
 	$(BIN)/barcast demo
 
-test: check ## all checks and tests, with a real mosquitto, promtool and Chromium (installs them where it may)
+test: check ## all checks and tests, with a real mosquitto, PostgreSQL, promtool and Chromium (installs them where it may)
 	.ci/tools
-	$(BIN)/pytest -n 3 -m "broker or promtool or browser" $(shell grep -rlE $(MARKED) tests | sed s,/conftest.py,,)
+	$(BIN)/pytest -n 3 -m "broker or promtool or browser or postgres" $(shell grep -rlE $(MARKED) tests | sed s,/conftest.py,,)
 
 check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/ruff check .

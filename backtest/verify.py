@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from barcast.backtest.replay import Recording, replay
 from barcast.backtest.result import level_column
+from barcast.daemon import journal as journals
 from barcast.daemon import wire
 from barcast.daemon.events import events, restore, shed_groups
 from barcast.daemon.journal import Journal, Kind
@@ -339,18 +340,18 @@ class _Run:
     """The path of a journal, from the newest snapshot on that is older than all that closes `since` need.
 
     The state is that of the path. What came before `begin` is of no such close. Groups up to the close `left`
-    (nanoseconds, -1 for none) went before the snapshot. Models are those of the journal's state directory;
-    one that forecasts nothing is not opened. What was passed over live is passed over. Raise ConfigError when
-    the journal has no settings in it, CheckpointError when a model is missing, changed or cannot be opened
-    here.
+    (nanoseconds, -1 for none) went before the snapshot. Models are those of the state directory, the one that
+    a journal file is in; one that forecasts nothing is not opened. What was passed over live is passed over.
+    Raise ConfigError when the journal has no settings in it, CheckpointError when a model is missing, changed
+    or cannot be opened here.
     """
 
-    def __init__(self, reader: Journal, since: int) -> None:
+    def __init__(self, reader: Journal, since: int, state_dir: Path | None) -> None:
         revision = reader.last(Kind.REVISION)
         if revision is None:
-            raise ConfigError(f"{reader.path}: nothing was recorded yet; run the daemon first")
+            raise ConfigError(f"{reader.place}: nothing was recorded yet; run the daemon first")
         list(events([revision]))  # names the record if it is damaged
-        settings, folder = Settings.decode(revision.payload), reader.path.parent
+        settings, folder = Settings.decode(revision.payload), state_dir or Path(str(reader.place)).parent
         store = ModelStore(folder / "models", settings.timeframe)
         self.pipeline = Pipeline(store.open, folder / "strategies")
         self._reader, self.begin = reader, since - wire.ahead(settings.bar_calendars())
@@ -402,7 +403,7 @@ class Replayed:
     fingerprints: tuple[tuple[str, str], ...] = ()
 
 
-def replay_journal(journal: Path) -> Replayed:
+def replay_journal(journal: journals.Place, state_dir: Path | None = None) -> Replayed:
     """Compute again every signal, target and group message from a journal, as far as it reaches back.
 
     All are kept in memory: to compare those of a long journal, `verify` does without. Raises what `verify`
@@ -410,7 +411,7 @@ def replay_journal(journal: Path) -> Replayed:
     """
     said: list[Outgoing] = []
     with closing(Journal(journal, readonly=True)) as reader, reader.one_moment():
-        run = _Run(reader, 0)
+        run = _Run(reader, 0, state_dir)
         sink = _Sink(run.pipeline, 0, lambda messages, _: said.extend(messages))
         run.settled(sink)
         settled = len(said)
@@ -419,7 +420,10 @@ def replay_journal(journal: Path) -> Replayed:
 
 
 def verify(
-    journal: Path, since: int = 0, captured: Iterable[tuple[str, bytes]] | None = None
+    journal: journals.Place,
+    since: int = 0,
+    captured: Iterable[tuple[str, bytes]] | None = None,
+    state_dir: Path | None = None,
 ) -> "Difference":
     """Compute a journal again and compare what it says with its own outbox, or with what was captured.
 
@@ -436,7 +440,7 @@ def verify(
     or cannot be opened here.
     """
     with closing(Journal(journal, readonly=True)) as reader, reader.one_moment():
-        run = _Run(reader, since)
+        run = _Run(reader, since, state_dir)
         if captured is None:
             first = reader.valid_after(run.begin)
             comparison = Comparison(reader.told(first), run.left, since, whole=first > 0)

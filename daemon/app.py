@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from barcast.daemon.config import Config, Rehearsal, Retrain
 from barcast.daemon.control import Order, Tell
 from barcast.daemon.desk import Desk
 from barcast.daemon.events import shed_groups
-from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.journal import Journal, Kind, Place
 from barcast.daemon.live import Clock, Courier, Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.lookout import Lookout
 from barcast.daemon.metrics import Metrics, Parts
@@ -29,11 +29,13 @@ from barcast.daemon.newcomers import Newcomers
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Pause
+from barcast.daemon.postgres import Lease, Server
 from barcast.daemon.retention import daily
 from barcast.daemon.retraining import Retraining, Serving
 from barcast.daemon.room import check_room, room
 from barcast.daemon.schedule import Planner, scheduler
-from barcast.daemon.start import only_one, opening, recover
+from barcast.daemon.standby import Leadership, Standby
+from barcast.daemon.start import Following, only_one, opening
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
 from barcast.daemon.trainer import Run, children, worker
@@ -83,7 +85,7 @@ class Outside:
     """What the daemon takes from its machine, its network and from chance: each as what makes it."""
 
     clock: Callable[[Config], Clock] = WallClock
-    journal: Callable[[Path], Journal] = Journal
+    journal: Callable[[Place], Journal] = Journal
     scribe: Callable[[Journal], Scribe] = Scribe
     link: type[Link] = Link
     store: Callable[[Path, str], ModelStore] = ModelStore
@@ -144,6 +146,8 @@ class Daemon:
         self.notifier = Notifier(notify_socket)
         self.state: wire.State = "starting"
         self.boot = outside.boot()
+        self.leadership: Leadership | None = None
+        self.following: Following | None = None
         self.metrics = Metrics(config, self.clock)
         self._planner: Planner | None = None
         self._reloading = asyncio.Lock()
@@ -156,13 +160,15 @@ class Daemon:
                 config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             except ValueError as error:
                 raise ConfigError(f"state_dir: {error}; name a directory that this user may write") from error
-        with only_one(config.state_dir / "lock"):
+        place = config.journal_place
+        # On a server it is the lease that keeps a second one from serving: they may share the directory.
+        with nullcontext() if isinstance(place, Server) else only_one(config.state_dir / "lock"):
             with room(config.state_dir):
-                journal = self.outside.journal(config.state_dir / "journal.db")
-                journal.write()
-            check_room(config.state_dir)
+                journal = self.outside.journal(place)
             self.scribe = self.outside.scribe(journal)
             self.forecasts = self.outside.forecasts()
+            if isinstance(place, Server):
+                self.leadership = Leadership(Lease(place, self.boot))
             try:
                 async with AsyncExitStack() as stack:
                     if config.http:
@@ -170,22 +176,53 @@ class Daemon:
                         page = http.page(metrics.text, metrics.alive, metrics.ready)
                         listening = http.listen(config.http.host, config.http.port)
                         await stack.enter_async_context(http.serving(listening, page))
-                    await self._serve()
+                    if self.leadership is None:
+                        await self._serve()
+                    else:
+                        await self._serve_in_turn(self.leadership)
             finally:
                 self.forecasts.shutdown()
                 self.scribe.close()
+                if self.leadership is not None:
+                    await self.leadership.release()
+
+    def follow(self) -> Following:
+        """Make the path, in the state of an empty journal."""
+        config = self.config
+        self.store = self.outside.store(config.state_dir / "models", config.timeframe)
+        self.pipeline = Pipeline(self.store.open, config.state_dir / "strategies")
+        self.following = Following(self.scribe.journal, self.pipeline)
+        return self.following
+
+    async def _serve_in_turn(self, leadership: Leadership) -> None:
+        """Serve when the lease is ours, until it is another one's, which raises DeposedError."""
+        standby = Standby(self.follow(), self.pipeline, self.notifier)
+        self.metrics.standby = standby
+        epoch = await standby.wait(leadership, self.stop)
+        if epoch is None:
+            return
+        self.metrics.standby = None
+        self.scribe.journal.write_as(epoch)
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(leadership.keep(), name="lease")
+            await self._serve()
+            keeping.cancel()
 
     async def build(self) -> None:
         """Recover from the journal, and build the parts; nothing runs yet."""
         config, journal, topics = self.config, self.scribe.journal, self.config.topics
-        self.store = self.outside.store(config.state_dir / "models", config.timeframe)
-        self.pipeline = Pipeline(self.store.open, config.state_dir / "strategies")
-        backlog = await asyncio.to_thread(recover, journal, self.pipeline)
+        following = self.following or self.follow()
+        with room(config.state_dir):
+            journal.write()
+        check_room(config.state_dir)
+        backlog = await asyncio.to_thread(following.recover)
         address = config.mqtt.address(f"barcast-{config.instance}")
         canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)
         lost = wire.Status(state="lost", instance=config.instance, boot=self.boot)
         subscriptions = [topics.bars, topics.adjustments, f"{topics.control}+"]
         self.link = self.outside.link(address, subscriptions, wire.status(lost, topics.status), canary)
+        if self.leadership is not None:
+            self.link.permitted = self.leadership.sure
         self.courier = Courier(self.link, self.scribe, self.clock, config.instance, self.boot)
         self.source = LiveSource(
             self.link,
@@ -296,7 +333,9 @@ class Daemon:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
                     await self.scribe.turned.wait()
             self.scribe.turned.clear()
-            if self.state == "ready" and self.link.greeted and self.vitals.moving:
+            if self.scribe.lost:
+                self.notifier.send("STATUS=the journal's server is not there")
+            elif self.state == "ready" and self.link.greeted and self.vitals.moving:
                 await self._announce()
             elif not self.link.connected.is_set():
                 self.notifier.send(f"STATUS=no broker: {self.link.fault}")

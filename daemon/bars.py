@@ -15,7 +15,7 @@ from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import events, restore
 from barcast.daemon.history import UNREADABLE, VALUES, history_files, read_windows, scan
 from barcast.daemon.history import bars as bars_of_frame
-from barcast.daemon.journal import Journal
+from barcast.daemon.journal import Journal, Place, exists
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Declaration, Event, Warmup
 from barcast.daemon.room import flush, hand_over, make
@@ -42,13 +42,15 @@ def known_bars(
     calendars: Calendars,
     now: int,
     progress: Callable[[int], None] = lambda _bars: None,
+    journal: Place | None = None,
 ) -> dict[str, Window]:
     """Every bar of each symbol that closed by `now`, one window for each: what a model may learn from.
 
-    The journal may be in use by a running daemon. All prices of a symbol are on the basis of its newest bar.
-    `progress` is told how many bars of the journal were read.
+    The journal, that of the state directory where none is named, may be in use by a running daemon. All
+    prices of a symbol are on the basis of its newest bar. `progress` is told how many bars of the journal
+    were read.
     """
-    bars, adjustments = every_bar(state_dir, calendars, now, progress)
+    bars, adjustments = every_bar(state_dir, calendars, now, progress, journal)
     return adjusted(read_windows(bars.lazy()), adjustments)
 
 
@@ -57,24 +59,29 @@ def every_bar(
     calendars: Calendars,
     now: int,
     progress: Callable[[int], None] = lambda _bars: None,
+    journal: Place | None = None,
 ) -> tuple[pl.DataFrame, list[Adjustment]]:
     """Every bar that closed by `now`, in the columns of `SCHEMA` and as received, and what was declared.
 
     A corrected bar has its last values, and a payload that comes again after its correction changes nothing:
     the rule of the windows. Raise DataError where nothing is known.
     """
-    bars, adjustments = _every_bar(state_dir, calendars, now, progress)
+    journal = journal or state_dir / "journal.db"
+    bars, adjustments = _every_bar(state_dir, journal, calendars, now, progress)
     if bars.is_empty():
+        name = journal.name if isinstance(journal, Path) else journal
         raise DataError(
-            f"{state_dir}: neither history/, archive/ nor journal.db holds a bar; let the daemon collect "
+            f"{state_dir}: neither history/, archive/ nor {name} holds a bar; let the daemon collect "
             "some first"
         )
     return bars.sort("close_time", "symbol"), adjustments
 
 
-def last_bars(state_dir: Path, calendars: Calendars, now: int, length: int) -> Iterator[tuple[Bar, ...]]:
+def last_bars(
+    state_dir: Path, journal: Place, calendars: Calendars, now: int, length: int
+) -> Iterator[tuple[Bar, ...]]:
     """The last `length` bars of each symbol that closed by `now`, as they were received."""
-    bars, _ = _every_bar(state_dir, calendars, now, lambda _count: None, length)
+    bars, _ = _every_bar(state_dir, journal, calendars, now, lambda _count: None, length)
     for _, own in bars.group_by("symbol", maintain_order=True):
         yield tuple(bars_of_frame(own.sort("close_time").tail(length).lazy()))
 
@@ -149,6 +156,7 @@ def write_days(bars: pl.DataFrame, folder: Path, timeframe: str) -> int:
 
 def _every_bar(
     state_dir: Path,
+    journal: Place,
     calendars: Calendars,
     now: int,
     progress: Callable[[int], None],
@@ -156,7 +164,7 @@ def _every_bar(
 ) -> tuple[pl.DataFrame, list[Adjustment]]:
     """See `every_bar`; with a `length`, each source is cut to so many bars of a symbol before they meet."""
     # The journal first: what leaves it meanwhile is in the archive before.
-    warm, own, adjustments = _journalled(state_dir / "journal.db", progress, length)
+    warm, own, adjustments = _journalled(journal, progress, length)
     history = _history(state_dir, calendars, now, length=length)
     archive = read_archive(state_dir / "archive", length=length)
     return latest([warm, history, archive, own]), adjustments
@@ -206,14 +214,14 @@ def _history(
 
 
 def _journalled(
-    path: Path, progress: Callable[[int], None], length: int | None
+    place: Place, progress: Callable[[int], None], length: int | None
 ) -> tuple[pl.DataFrame, pl.DataFrame, list[Adjustment]]:
     """The bars of warm-ups, the bars that were received since the base, and every declaration."""
-    if not path.is_file():
+    if not exists(place):
         return _frame([]), _frame([]), []
     adjustments: list[Adjustment] = []
     warm, came, count = [_frame([])], [_frame([])], 0
-    journal = Journal(path, readonly=True)
+    journal = Journal(place, readonly=True)
     try:
         with journal.one_moment():
             pipeline = Pipeline(serves_nothing)

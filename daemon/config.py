@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -30,8 +31,10 @@ from pydantic_settings import (
 
 from barcast.daemon.calendar import Calendar, Calendars
 from barcast.daemon.gate import MARGIN
+from barcast.daemon.journal import Place
 from barcast.daemon.mqtt import Address
 from barcast.daemon.pipeline import MAX_JUMP, Settings, StrategySettings
+from barcast.daemon.postgres import Server
 from barcast.daemon.schedule import cron
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import SYMBOL
@@ -49,6 +52,11 @@ SHOWN, FAULTS = 200, 50
 _DEEP = re.compile(r"""(?<![\w"'-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){64}""")
 """A key of so many parts: reading it takes the square of their number."""
 _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_400 * 10**9}
+
+
+POSTGRESQL = "write postgresql://USER@HOST:PORT/DATABASE, or postgresql://USER@/DATABASE?host=/FOLDER"
+LONGEST_INSTANCE = 55
+"""Characters of an instance whose name is part of a schema's: PostgreSQL cuts names after 63."""
 
 
 def _duration(value: object) -> object:
@@ -156,6 +164,23 @@ def _sampler(value: str, steps: int | None = None) -> str:
     return value
 
 
+def _postgresql(value: str) -> str:
+    try:
+        url = urlsplit(value)
+        port, query = url.port, parse_qsl(url.query, strict_parsing=bool(url.query))
+    except ValueError as error:
+        raise ValueError(f"{error}; {POSTGRESQL}") from error
+    if url.password is not None:
+        raise ValueError(
+            "a password does not belong here: write it into a file, and name that as password_file"
+        )
+    whole = url.scheme == "postgresql" and url.username and len(url.path) > 1 and not url.fragment
+    hosts = [text for key, text in query if key == "host" and text.startswith("/")]
+    if not whole or len(hosts) != len(query) or len(hosts) + bool(url.hostname) != 1 or port == 0:
+        raise ValueError(POSTGRESQL)
+    return value
+
+
 def duration(text: str) -> int:
     """Nanoseconds of a text such as 30m. Raise ConfigError for any other."""
     try:
@@ -182,6 +207,38 @@ Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
 Symbol = Annotated[str, AfterValidator(_symbol)]
 Segment = Annotated[str, AfterValidator(_segment)]
 Zoned = Annotated[datetime, AfterValidator(_zoned)]
+
+
+def _password(table: str, file: Path | None) -> str | None:
+    """The password in a file that a table names."""
+    if file is None:
+        return None
+    key = f"{table}.password_file: {file}"
+    if not _is_file(file):
+        raise ConfigError(f"{key} does not exist; create it or drop the key")
+    try:
+        password = file.read_text("utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{key} cannot be read ({type(error).__name__}); write the password as UTF-8 text that this user "
+            "may read"
+        ) from error
+    if not password:
+        raise ConfigError(f"{key} is empty; write the password into it")
+    return password
+
+
+def _trust(table: str, file: Path | None) -> ssl.SSLContext:
+    """TLS that verifies a server by the authority in a file, or by those that the system trusts."""
+    if file is not None and not _is_file(file):
+        raise ConfigError(f"{table}.ca_file: {file} does not exist; create it or drop the key")
+    try:
+        return ssl.create_default_context(cafile=None if file is None else str(file))
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error
+        raise ConfigError(
+            f"{table}.ca_file: {file} holds no certificate ({reason}); write one in PEM form"
+        ) from error
 
 
 class _Section(BaseModel):
@@ -239,37 +296,38 @@ class Mqtt(_Section):
         return Address(self.host, self.port, client_id, self.username, self._password(), self._tls())
 
     def _password(self) -> str | None:
-        if self.password_file is None:
-            return None
-        if not _is_file(self.password_file):
-            raise ConfigError(
-                f"mqtt.password_file: {self.password_file} does not exist; create it or drop the key"
-            )
-        try:
-            password = self.password_file.read_text("utf-8").strip()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"mqtt.password_file: {self.password_file} cannot be read ({type(error).__name__}); "
-                "write the password as UTF-8 text that this user may read"
-            ) from error
-        if not password:
-            raise ConfigError(
-                f"mqtt.password_file: {self.password_file} is empty; write the password into it"
-            )
-        return password
+        return _password("mqtt", self.password_file)
 
     def _tls(self) -> ssl.SSLContext | None:
-        if self.ca_file is None:
-            return ssl.create_default_context() if self.tls else None
-        if not _is_file(self.ca_file):
-            raise ConfigError(f"mqtt.ca_file: {self.ca_file} does not exist; create it or drop the key")
-        try:
-            return ssl.create_default_context(cafile=str(self.ca_file))
-        except OSError as error:
-            reason = getattr(error, "reason", None) or error
-            raise ConfigError(
-                f"mqtt.ca_file: {self.ca_file} holds no certificate ({reason}); write one in PEM form"
-            ) from error
+        return _trust("mqtt", self.ca_file) if self.tls or self.ca_file else None
+
+
+class JournalServer(_Section):
+    """A journal in PostgreSQL instead of a file: several daemons may wait there to take over.
+
+    The `url` is postgresql://USER@HOST:PORT/DATABASE, or postgresql://USER@/DATABASE?host=FOLDER for the Unix
+    socket in a folder. The password is read from a file. Off this machine the connection is by TLS, and the
+    server is verified by the authority of `ca_file`, or those that the system trusts.
+    """
+
+    url: Annotated[str, AfterValidator(_postgresql)]
+    password_file: Path | None = None
+    ca_file: Path | None = None
+
+    def server(self, instance: str) -> Server:
+        """What the journal of an instance needs, with the files read."""
+        url = urlsplit(self.url)
+        host = dict(parse_qsl(url.query)).get("host") or url.hostname or ""
+        local = host.startswith("/") or is_loopback(host)
+        return Server(
+            host,
+            url.port or 5432,
+            unquote(url.path[1:]),
+            unquote(url.username or ""),
+            f"barcast_{instance}",
+            _password("journal", self.password_file),
+            None if local and self.ca_file is None else _trust("journal", self.ca_file),
+        )
 
 
 class Model(_Section):
@@ -396,6 +454,7 @@ class Config(BaseSettings):
     max_jump: float = Field(default=MAX_JUMP, gt=0, allow_inf_nan=False)
     keep: Duration = 90 * _UNITS["d"]
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    journal: JournalServer | None = None
     mqtt: Mqtt = Mqtt()
     model: Model = Model()
     strategy: list[StrategyTable] = []
@@ -444,6 +503,16 @@ class Config(BaseSettings):
             except ConfigError as error:
                 raise ValueError(str(error)) from error
         return calendars
+
+    @field_validator("journal")
+    @classmethod
+    def _has_a_schema(cls, journal: JournalServer | None, info: ValidationInfo) -> JournalServer | None:
+        if journal and len(info.data.get("instance", "")) > LONGEST_INSTANCE:
+            raise ValueError(
+                f"the instance's name, part of a schema's, has more than {LONGEST_INSTANCE} characters; "
+                "shorten it"
+            )
+        return journal
 
     @field_validator("symbols")
     @classmethod
@@ -524,6 +593,11 @@ class Config(BaseSettings):
         return fixed, soft
 
     @property
+    def journal_place(self) -> Place:
+        """Where the journal is. Raise ConfigError for a file with a password or certificate that is none."""
+        return self.journal.server(self.instance) if self.journal else self.state_dir / "journal.db"
+
+    @property
     def topics(self) -> "Topics":
         """The instance's own topics."""
         return Topics(self.mqtt.root, self.instance)
@@ -569,11 +643,10 @@ def load(path: Path) -> Config:
     base = path.absolute().parent
     if isinstance(values.get("state_dir"), str):
         values["state_dir"] = base / values["state_dir"]
-    mqtt = values.get("mqtt")
-    if isinstance(mqtt, dict):
+    for table in (values.get("mqtt"), values.get("journal")):
         for key in ("password_file", "ca_file"):
-            if isinstance(mqtt.get(key), str):
-                mqtt[key] = base / mqtt[key]
+            if isinstance(table, dict) and isinstance(table.get(key), str):
+                table[key] = base / table[key]
     retrain = values.get("retrain")
     if isinstance(retrain, dict) and isinstance(retrain.get("socket"), str):
         retrain["socket"] = base / retrain["socket"]

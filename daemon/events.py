@@ -237,14 +237,14 @@ def restore(journal: Journal, pipeline: Pipeline, upto: int) -> int:
     if found is None:
         if journal.base:
             raise ConfigError(
-                f"{journal.path}: the snapshot after record {journal.base} is missing; restore a copy"
+                f"{journal.place}: the snapshot after record {journal.base} is missing; restore a copy"
             )
         return 0
     try:
         pipeline.restore(PipelineState.decode(found.state))
     except (msgspec.DecodeError, ValueError) as error:
         raise ConfigError(
-            f"{journal.path}: the snapshot after record {found.seq} cannot be read ({error}); restore a "
+            f"{journal.place}: the snapshot after record {found.seq} cannot be read ({error}); restore a "
             "copy, or use the version of barcast that wrote it"
         ) from error
     return found.seq

@@ -1,6 +1,7 @@
 """The journal: every arrival and decision in order, and the outbox of what is due to subscribers.
 
-SQLite in WAL mode with synchronous=FULL: what a commit returned from survives the process and the power.
+SQLite in WAL mode with synchronous=FULL, or PostgreSQL: what a commit returned from survives the process and
+the power.
 One row holds one accepted message with its raw payload; a replay decodes it by the same code. What is old
 leaves: the state of the path after a record, a snapshot, stands for the messages up to it.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from barcast.daemon.postgres import Postgres, Server
 from barcast.daemon.room import LEAST_FREE, flush, free_bytes, hand_over
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError, DiskFullError
@@ -134,85 +136,50 @@ class Queued:
     message: Outgoing
 
 
-class Journal:
-    """Reads and writes one journal file. Not for several threads at once.
+Place = Path | Server
+"""Where a journal is: a file, or a schema on a server."""
 
-    `readonly` opens an existing journal, also while a daemon is writing it. An older one is taken over where
-    it is opened to be written, and a copy of it, named by its version, stays beside it.
+
+def exists(place: Place) -> bool:
+    """Whether there is a journal. Raise JournalLostError when its server cannot say."""
+    return Postgres.exists(place) if isinstance(place, Server) else place.is_file()
+
+
+class Journal:
+    """Reads and writes one journal. Not for several threads at once.
+
+    `readonly` opens an existing journal, also while a daemon is writing it. An older file is taken over where
+    it is opened to be written, and a copy of it, named by its version, stays beside it. The state is the
+    connection, and the last number of an append that failed: in a server's journal it may have been committed
+    all the same.
     """
 
-    def __init__(self, path: Path, *, readonly: bool = False) -> None:
-        if readonly and not path.is_file():
-            raise ConfigError(f"{path}: no journal there; give the journal.db of a state directory")
-        self.path = path
-        uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
-        with self._reading():
-            self._db = sqlite3.connect(
-                uri, uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_SECONDS
-            )
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            empty = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
-        if version == 0 and (readonly or not empty):
-            what = "is empty" if empty else "is another program's database"
-            raise ConfigError(f"{path}: not a journal (it {what}); move it away or restore a copy")
-        if version not in (0, 1, VERSION):
-            raise ConfigError(
-                f"{path}: journal version {version}, not {VERSION}; use the version of barcast that wrote "
-                "it, or move it away"
-            )
-        self._compacted = version == VERSION or not readonly
-        if readonly:
-            return
-        with self._reading():
-            if version == 0:
-                self._db.execute("PRAGMA journal_mode = WAL")
-            if version not in (0, VERSION):
-                self._keep(version)
-            if version != VERSION:
-                tables = ("" if version else _SCHEMA) + _RETENTION
-                self._db.executescript(f"BEGIN; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
-            self._db.execute("PRAGMA synchronous = FULL")
-
-    def _keep(self, version: int) -> None:
-        """Leave a copy of an older journal beside it, as the program that wrote it can read: the way back.
-
-        The copy is on the disk, and whole, before anything is changed. Raise DiskFullError without room.
-        """
-        copy = self.path.with_name(f"{self.path.name}.{version}")
-        pages, size = (
-            self._db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size")
-        )
-        needed, free = pages * size + LEAST_FREE, free_bytes(self.path.parent)
-        if free < needed:
-            raise DiskFullError(
-                f"{self.path}: it is of version {version} and is copied before it is taken over, which needs "
-                f"{needed} bytes, and {free} are free: make room on its disk, then start again"
-            )
-        partial = copy.with_name(f".{copy.name}.partial")
-        partial.unlink(missing_ok=True)
-        try:
-            with closing(sqlite3.connect(partial)) as target:
-                self._db.backup(target)
-            hand_over(partial)
-            flush(partial)
-            partial.replace(copy)
-            flush(copy.parent)
-        finally:
-            for left in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm"))):
-                left.unlink(missing_ok=True)
+    def __init__(self, place: Place, *, readonly: bool = False) -> None:
+        self.place = place
+        self._tried: int | None = None
+        self._db: _Sqlite | Postgres
+        if isinstance(place, Server):
+            self._db = Postgres(place, _SCHEMA + _RETENTION, VERSION, readonly=readonly)
+        else:
+            self._db = _open(place, readonly)
 
     def append(
         self, records: Sequence[tuple[int, str, str, bytes]], outgoing: Sequence[Outgoing] = ()
     ) -> list[int]:
-        """Write records (time, kind, topic, payload) and messages in one commit; return the numbers."""
-        with _transaction(self._db) as db:
-            seqs = _insert(db, records)
-            _enqueue(db, outgoing)
+        """Write records (time, kind, topic, payload) and messages in one commit; return the numbers.
+
+        One that failed is to be repeated before any other: if it was committed, nothing is written again.
+        """
+        with self._db.transaction() as db:
+            if (seqs := self._done(db, records)) is None:
+                seqs = self._insert(db, records)
+                _enqueue(db, outgoing)
+        self._tried = None
         return seqs
 
     def settle(self, progress: Progress, outgoing: Sequence[Outgoing]) -> None:
         """Put messages into the outbox and note how far the path has come, in one commit."""
-        with _transaction(self._db) as db:
+        with self._db.transaction() as db:
             _enqueue(db, outgoing)
             _come(db, progress)
 
@@ -221,33 +188,41 @@ class Journal:
     ) -> None:
         """Append, behind the record that all before it is done with at `time`, unforecast, in one commit.
 
-        That record holds the progress until then.
+        That record holds the progress until then. What is said of a failed `append` holds here, too.
         """
-        with _transaction(self._db) as db:
-            began = msgspec.json.encode(Progress(*db.execute("SELECT seq, clock FROM progress").fetchone()))
-            [seq] = _insert(db, [(time, Kind.SHED, "", began)])
-            _come(db, Progress(seq, time))
-            _insert(db, records)
-            _enqueue(db, outgoing)
+        with self._db.transaction() as db:
+            began = msgspec.json.encode(Progress(*_one(db, "SELECT seq, clock FROM progress")))
+            all_ = [(time, Kind.SHED, "", began), *records]
+            if self._done(db, all_) is None:
+                _come(db, Progress(self._insert(db, all_)[0], time))
+                _enqueue(db, outgoing)
+        self._tried = None
 
     def mark(self, states: Iterable[tuple[int, State]]) -> None:
         """Record what became of messages: (number in the outbox, state)."""
-        with _transaction(self._db) as db:
-            db.executemany("UPDATE outbox SET state = ? WHERE n = ?", [(int(s), n) for n, s in states])
+        became: dict[State, list[int]] = {}
+        for n, state in states:
+            became.setdefault(state, []).append(n)
+        with self._db.transaction() as db:
+            for state, numbers in became.items():
+                for first in range(0, len(numbers), READ):
+                    part = numbers[first : first + READ]
+                    places = ", ".join("?" * len(part))
+                    db.execute(f"UPDATE outbox SET state = ? WHERE n IN ({places})", [int(state), *part])
 
     def progress(self) -> Progress:
         """How far the path had come at the last commit."""
-        with self._reading():
+        with self._db.reading():
             row = self._db.execute("SELECT seq, clock FROM progress").fetchone()
         if row is None or {*map(type, row)} != {int}:
-            raise self._damaged(f"its progress is {row}")
+            raise _damaged(self.place, f"its progress is {row}")
         return Progress(*row)
 
     def records(self, after: int = 0, upto: int | None = None) -> Iterator[Record]:
         """Records in order, those numbered above `after` and not above `upto`."""
         limit = upto if upto is not None else (1 << 62)
         while True:
-            with self._reading():
+            with self._db.reading():
                 rows = self._db.execute(
                     "SELECT seq, time, kind, topic, payload FROM record WHERE seq > ? AND seq <= ? "
                     "ORDER BY seq LIMIT ?",
@@ -261,7 +236,7 @@ class Journal:
 
     def decisions(self, upto: int) -> Iterator[Record]:
         """The records up to a number that are not bars, in order: they stay when bars leave."""
-        with self._reading():
+        with self._db.reading():
             rows = self._db.execute(
                 "SELECT seq, time, kind, topic, payload FROM record "
                 "WHERE seq <= ? AND kind != ? ORDER BY seq",
@@ -271,7 +246,7 @@ class Journal:
 
     def of_kind(self, kind: str, after: int = 0) -> Iterator[Record]:
         """All records of a kind that is not bars, in order, those numbered above `after`."""
-        with self._reading():
+        with self._db.reading():
             rows = self._db.execute(
                 "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? AND seq > ? ORDER BY seq",
                 (kind, after),
@@ -280,7 +255,7 @@ class Journal:
 
     def last(self, kind: str, upto: int = 1 << 62) -> Record | None:
         """The newest record of a kind, of those up to a number."""
-        with self._reading():
+        with self._db.reading():
             row = self._db.execute(
                 "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? AND seq <= ? "
                 "ORDER BY seq DESC LIMIT 1",
@@ -290,26 +265,26 @@ class Journal:
 
     def last_time(self) -> int:
         """The time of the newest record, 0 in an empty journal: times never go back."""
-        with self._reading():
+        with self._db.reading():
             row = self._db.execute("SELECT time FROM record ORDER BY seq DESC LIMIT 1").fetchone()
         return int(row[0]) if row else 0
 
     @property
     def base(self) -> int:
         """The number up to which records have left: the snapshot after it stands for them. 0: none have."""
-        if not self._compacted:
+        if not self._db.compacted:
             return 0
-        with self._reading():
+        with self._db.reading():
             row = self._db.execute("SELECT seq FROM base").fetchone()
         if row is None or type(row[0]) is not int:
-            raise self._damaged(f"its base is {row}")
+            raise _damaged(self.place, f"its base is {row}")
         return row[0]
 
     def snapshot(self, upto: int) -> Snapshot | None:
         """The newest snapshot after a record that is not above `upto`."""
-        if not self._compacted:
+        if not self._db.compacted:
             return None
-        with self._reading():
+        with self._db.reading():
             row = self._db.execute(
                 "SELECT seq, size FROM snapshot WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (upto,)
             ).fetchone()
@@ -319,16 +294,16 @@ class Journal:
             state = b"".join(body for (body,) in parts)
         if len(state) != row[1]:
             raise ConfigError(
-                f"{self.path}: the snapshot after record {row[0]} is damaged ({len(state)} of {row[1]} "
+                f"{self.place}: the snapshot after record {row[0]} is damaged ({len(state)} of {row[1]} "
                 "bytes); restore a copy"
             )
         return Snapshot(row[0], state)
 
     def snapshots(self) -> list[tuple[int, int]]:
         """Number and time of the record that each snapshot was taken after, oldest first."""
-        if not self._compacted:
+        if not self._db.compacted:
             return []
-        with self._reading():
+        with self._db.reading():
             return self._db.execute(
                 "SELECT record.seq, record.time FROM snapshot JOIN record ON record.seq = snapshot.seq "
                 "ORDER BY record.seq"
@@ -337,46 +312,47 @@ class Journal:
     @contextmanager
     def one_moment(self) -> Iterator[None]:
         """Let all that is read inside be of one moment, whatever others write meanwhile."""
-        with self._reading():
-            self._db.execute("BEGIN")
-        try:
+        with self._db.one_moment():
             yield
-        finally:
-            if self._db.in_transaction:
-                with self._reading():
-                    self._db.execute("COMMIT")
 
     def write(self) -> None:
         """Change nothing, in a commit: it fails where none can be made."""
-        with _transaction(self._db) as db:
+        with self._db.transaction() as db:
             db.execute("UPDATE progress SET seq = seq")
 
     # The verbs of a compaction. Each commit is small, and `rest` is called after it, so that those of a
     # running daemon need not wait; none is fsynced, as all can be done again.
 
     def begin_compaction(self) -> None:
-        """Make commits without an fsync from now on."""
-        self._db.execute("PRAGMA synchronous = NORMAL")
+        """Make commits without an fsync from now on. Raise ConfigError where a second one can be told of."""
+        self._db.relax()
 
     def put_snapshot(self, snapshot: Snapshot, rest: Callable[[], None]) -> None:
         """Write a snapshot piece by piece; it counts when all of it is there."""
         seq, state = snapshot.seq, snapshot.state
         for part, start in enumerate(range(0, len(state), LEAVING_BYTES)):
-            with _transaction(self._db) as db:
+            with self._db.transaction() as db:
                 if part == 0:
                     db.execute("DELETE FROM snapshot WHERE seq = ?", (seq,))
                 piece = state[start : start + LEAVING_BYTES]
-                db.execute("INSERT OR REPLACE INTO snapshot_part VALUES (?, ?, ?)", (seq, part, piece))
+                db.execute(
+                    "INSERT INTO snapshot_part VALUES (?, ?, ?) "
+                    "ON CONFLICT (seq, part) DO UPDATE SET body = excluded.body",
+                    (seq, part, piece),
+                )
             rest()
-        with _transaction(self._db) as db:
+        with self._db.transaction() as db:
             last = -(-len(state) // LEAVING_BYTES)
             db.execute("DELETE FROM snapshot_part WHERE seq = ? AND part >= ?", (seq, last))
-            db.execute("INSERT OR REPLACE INTO snapshot VALUES (?, ?)", (seq, len(state)))
+            db.execute(
+                "INSERT INTO snapshot VALUES (?, ?) ON CONFLICT (seq) DO UPDATE SET size = excluded.size",
+                (seq, len(state)),
+            )
         rest()
 
     def rebase(self, base: int, kept: Collection[int]) -> None:
         """Let the snapshot after `base` stand for the records up to it, and forget all that are not kept."""
-        with _transaction(self._db) as db:
+        with self._db.transaction() as db:
             db.execute("UPDATE base SET seq = ?", (base,))
             found = db.execute("SELECT seq FROM snapshot").fetchall()
             db.executemany("DELETE FROM snapshot WHERE seq = ?", [row for row in found if row[0] not in kept])
@@ -387,7 +363,7 @@ class Journal:
             "SELECT seq, part FROM snapshot_part WHERE seq NOT IN (SELECT seq FROM snapshot)"
         ).fetchall()
         for row in rows:
-            with _transaction(self._db) as db:
+            with self._db.transaction() as db:
                 db.execute("DELETE FROM snapshot_part WHERE seq = ? AND part = ?", row)
             rest()
 
@@ -405,7 +381,7 @@ class Journal:
             if not rows:
                 return count
             for first, last in pairwise(_portions(rows)):
-                with _transaction(self._db) as db:
+                with self._db.transaction() as db:
                     count += db.execute(
                         "DELETE FROM record WHERE seq >= ? AND seq < ? AND kind = ?", (first, last, Kind.BARS)
                     ).rowcount
@@ -413,7 +389,7 @@ class Journal:
 
     def shorten(self, seq: int, payload: bytes) -> None:
         """Put another payload into a record, the bars of which are in a snapshot."""
-        with _transaction(self._db) as db:
+        with self._db.transaction() as db:
             db.execute("UPDATE record SET payload = ? WHERE seq = ?", (payload, seq))
 
     def drop_messages(self, before: int, rest: Callable[[], None]) -> int:
@@ -421,12 +397,9 @@ class Journal:
 
         The last message stays in its place. Return how many were removed.
         """
-        row = (
-            self._db.execute(
-                "SELECT n FROM outbox WHERE expires > ? ORDER BY n LIMIT 1", (before,)
-            ).fetchone()
-            or self._db.execute("SELECT MAX(n) FROM outbox").fetchone()
-        )
+        row = self._db.execute(
+            "SELECT n FROM outbox WHERE expires > ? ORDER BY n LIMIT 1", (before,)
+        ).fetchone() or _one(self._db, "SELECT MAX(n) FROM outbox")
         end, count, first = row[0] or 0, 0, 0
         while True:
             rows = self._db.execute(
@@ -437,7 +410,7 @@ class Journal:
             if not rows:
                 return count
             for low, high in pairwise(_portions(rows)):
-                with _transaction(self._db) as db:
+                with self._db.transaction() as db:
                     count += db.execute(
                         "DELETE FROM outbox WHERE n >= ? AND n < ? AND state != ?", (low, high, State.PENDING)
                     ).rowcount
@@ -446,7 +419,7 @@ class Journal:
 
     def pending(self, limit: int) -> list[Queued]:
         """The oldest undelivered message of each topic, at most `limit` of them, oldest first."""
-        with self._reading():
+        with self._db.reading():
             rows = self._db.execute(_PENDING, (limit,)).fetchall()
         return [Queued(n, Outgoing(i, t, p, bool(r), e)) for n, i, t, p, r, e in rows]
 
@@ -455,7 +428,7 @@ class Journal:
 
         Only the last `rows` messages of the outbox are looked at.
         """
-        with self._reading():
+        with self._db.reading():
             found = self._db.execute(
                 "SELECT topic, payload FROM outbox WHERE n > (SELECT COALESCE(MAX(n), 0) FROM outbox) - ? "
                 "AND topic >= ? AND topic < ? ORDER BY n DESC",
@@ -466,7 +439,7 @@ class Journal:
     def told(self, start: int = 0) -> Iterator[tuple[str, bytes]]:
         """Topic and payload of the messages of the outbox that are numbered from `start` on, in order."""
         while True:
-            with self._reading():
+            with self._db.reading():
                 rows = self._db.execute(
                     "SELECT n, topic, payload FROM outbox WHERE n >= ? ORDER BY n LIMIT ?", (start, READ)
                 ).fetchall()
@@ -481,8 +454,8 @@ class Journal:
 
         It is found by halving, as messages stand in the order of their time. 0: it is the first one there is.
         """
-        with self._reading():
-            first, last = self._db.execute("SELECT MIN(n), MAX(n) FROM outbox").fetchone()
+        with self._db.reading():
+            first, last = _one(self._db, "SELECT MIN(n), MAX(n) FROM outbox")
             low, high = (first or 0), (last or 0) + 1
             while low < high:
                 middle = (low + high) // 2
@@ -503,24 +476,21 @@ class Journal:
 
     def waiting(self) -> int:
         """How many messages are pending; by the index, however many were delivered."""
-        with self._reading():
-            return int(self._db.execute("SELECT COUNT(*) FROM outbox WHERE state = 0").fetchone()[0])
+        with self._db.reading():
+            return int(_one(self._db, "SELECT COUNT(*) FROM outbox WHERE state = 0")[0])
+
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return self._db.size()
+
+    def write_as(self, epoch: int) -> None:
+        """Make commits under an epoch of the lease from now on: those of a journal on a server."""
+        assert isinstance(self._db, Postgres)
+        self._db.epoch = epoch
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, or the connection."""
         self._db.close()
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        """Name the file when SQLite finds no database in it, or a damaged one."""
-        try:
-            yield
-        except sqlite3.DatabaseError as error:
-            if (full := _no_room(error)) is not None:
-                raise full from error
-            raise self._damaged(error) from error
-        except UnicodeDecodeError as error:  # of a text, or of what SQLite says of one
-            raise self._damaged(error) from error
 
     def _record(self, row: tuple[Any, ...]) -> Record:
         """The record of a row; SQLite itself holds a column to no type, least of all in a damaged file."""
@@ -528,27 +498,159 @@ class Journal:
         if isinstance(payload, str):  # of an operator who changed it by hand
             payload = payload.encode()
         if (type(seq), type(time), type(kind), type(topic), type(payload)) != _TYPES:
-            raise self._damaged(f"record {seq!r} is {', '.join(type(value).__name__ for value in row)}")
+            raise _damaged(
+                self.place, f"record {seq!r} is {', '.join(type(value).__name__ for value in row)}"
+            )
         return Record(seq, time, kind, topic, payload)
 
-    def _damaged(self, what: object) -> ConfigError:
-        return ConfigError(f"{self.path}: not a journal, or damaged ({what}); move it away or restore a copy")
+    def _done(self, db: "Database", records: Sequence[object]) -> list[int] | None:
+        """The numbers of records, if the append before, which failed, wrote just them."""
+        if self._tried is None or self._tried > _last(db):
+            return None
+        return list(range(self._tried - len(records) + 1, self._tried + 1))
+
+    def _insert(self, db: "Database", records: Sequence[tuple[int, str, str, bytes]]) -> list[int]:
+        """Write records; return their numbers."""
+        first = _last(db) + 1
+        self._tried = first + len(records) - 1 if records else None
+        rows = [(seq, *record) for seq, record in enumerate(records, first)]
+        db.executemany("INSERT INTO record (seq, time, kind, topic, payload) VALUES (?, ?, ?, ?, ?)", rows)
+        return [seq for seq, *_ in rows]
+
+
+class _Sqlite(sqlite3.Connection):
+    """A journal file: how it is read, and how it is committed to."""
+
+    file: Path
+    compacted: bool
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Name the file when SQLite finds no database in it, or a damaged one."""
+        with _reading(self.file):
+            yield
+
+    @contextmanager
+    def transaction(self) -> Iterator["_Sqlite"]:
+        """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the body or the commit raises."""
+        try:
+            self.execute("BEGIN IMMEDIATE")
+            yield self
+            self.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            if (full := _no_room(error)) is not None:
+                raise full from error
+            raise
+        finally:
+            if self.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
+                self.execute("ROLLBACK")
+
+    @contextmanager
+    def one_moment(self) -> Iterator[None]:
+        """Let all that is read inside be of one moment."""
+        with self.reading():
+            self.execute("BEGIN")
+        try:
+            yield
+        finally:
+            if self.in_transaction:
+                with self.reading():
+                    self.execute("COMMIT")
+
+    def relax(self) -> None:
+        """Make commits without an fsync from now on."""
+        self.execute("PRAGMA synchronous = NORMAL")
+
+    def size(self) -> int:
+        """Bytes of the files."""
+        files = (self.file, self.file.with_name(f"{self.file.name}-wal"))
+        return sum(f.stat().st_size for f in files if f.exists())
+
+
+Database = _Sqlite | Postgres
+"""What runs a statement with a `?` for each value, alone or in a transaction."""
+
+
+def _open(path: Path, readonly: bool) -> _Sqlite:
+    if readonly and not path.is_file():
+        raise ConfigError(f"{path}: no journal there; give the journal.db of a state directory")
+    uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
+    with _reading(path):
+        db = sqlite3.connect(
+            uri,
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=BUSY_SECONDS,
+            factory=_Sqlite,
+        )
+        version = _one(db, "PRAGMA user_version")[0]
+        empty = _one(db, "SELECT COUNT(*) FROM sqlite_master")[0] == 0
+    if version == 0 and (readonly or not empty):
+        what = "is empty" if empty else "is another program's database"
+        raise ConfigError(f"{path}: not a journal (it {what}); move it away or restore a copy")
+    if version not in (0, 1, VERSION):
+        raise ConfigError(
+            f"{path}: journal version {version}, not {VERSION}; use the version of barcast that wrote it, or "
+            "move it away"
+        )
+    db.file, db.compacted = path, version == VERSION or not readonly
+    if readonly:
+        return db
+    with _reading(path):
+        if version == 0:
+            db.execute("PRAGMA journal_mode = WAL")
+        if version not in (0, VERSION):
+            _keep(db, path, version)
+        if version != VERSION:
+            tables = ("" if version else _SCHEMA) + _RETENTION
+            db.executescript(f"BEGIN; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
+        db.execute("PRAGMA synchronous = FULL")
+    return db
+
+
+def _keep(db: _Sqlite, path: Path, version: int) -> None:
+    """Leave a copy of an older journal beside it, as the program that wrote it can read: the way back.
+
+    The copy is on the disk, and whole, before anything is changed. Raise DiskFullError without room.
+    """
+    copy = path.with_name(f"{path.name}.{version}")
+    pages, size = (db.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size"))
+    needed, free = pages * size + LEAST_FREE, free_bytes(path.parent)
+    if free < needed:
+        raise DiskFullError(
+            f"{path}: it is of version {version} and is copied before it is taken over, which needs "
+            f"{needed} bytes, and {free} are free: make room on its disk, then start again"
+        )
+    partial = copy.with_name(f".{copy.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with closing(sqlite3.connect(partial)) as target:
+            db.backup(target)
+        hand_over(partial)
+        flush(partial)
+        partial.replace(copy)
+        flush(copy.parent)
+    finally:
+        for left in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm"))):
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
-def _transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    """BEGIN IMMEDIATE … COMMIT, or ROLLBACK when the body or the commit raises."""
+def _reading(path: Path) -> Iterator[None]:
+    """Name the file when SQLite finds no database in it, or a damaged one."""
     try:
-        db.execute("BEGIN IMMEDIATE")
-        yield db
-        db.execute("COMMIT")
-    except sqlite3.OperationalError as error:
+        yield
+    except sqlite3.DatabaseError as error:
         if (full := _no_room(error)) is not None:
             raise full from error
-        raise
-    finally:
-        if db.in_transaction:  # SQLite may have rolled back by itself, as on a full disk
-            db.execute("ROLLBACK")
+        raise _damaged(path, error) from error
+    except UnicodeDecodeError as error:  # of a text, or of what SQLite says of one
+        raise _damaged(path, error) from error
+
+
+def _damaged(place: Place, what: object) -> ConfigError:
+    return ConfigError(f"{place}: not a journal, or damaged ({what}); move it away or restore a copy")
 
 
 def _no_room(error: sqlite3.DatabaseError) -> OSError | None:
@@ -568,21 +670,28 @@ def _portions(rows: Sequence[tuple[int, int]]) -> Iterator[int]:
     yield rows[-1][0] + 1
 
 
-def _insert(db: sqlite3.Connection, records: Iterable[tuple[int, str, str, bytes]]) -> list[int]:
-    """Write records; return their numbers."""
-    into = "INSERT INTO record (time, kind, topic, payload) VALUES (?, ?, ?, ?)"
-    return [db.execute(into, record).lastrowid or 0 for record in records]
+def _one(db: Database, sql: str) -> tuple[Any, ...]:
+    """The one row of a statement."""
+    [row] = db.execute(sql).fetchall()
+    return tuple(row)
 
 
-def _come(db: sqlite3.Connection, progress: Progress) -> None:
+def _last(db: Database) -> int:
+    """The number of the newest record: it stays in its place, so that none is given twice."""
+    return int(_one(db, "SELECT COALESCE(MAX(seq), 0) FROM record")[0])
+
+
+def _come(db: Database, progress: Progress) -> None:
     """Note how far the path has come."""
     db.execute("UPDATE progress SET seq = ?, clock = ?", (progress.seq, progress.clock))
 
 
-def _enqueue(db: sqlite3.Connection, outgoing: Sequence[Outgoing]) -> None:
+def _enqueue(db: Database, outgoing: Sequence[Outgoing]) -> None:
     """Add messages; one whose id is there already was computed before a crash and is not sent twice."""
-    db.executemany(
-        "INSERT INTO outbox (id, topic, payload, retain, expires) VALUES (?, ?, ?, ?, ?) "
-        "ON CONFLICT (id) DO NOTHING",
-        [(m.id, m.topic, m.payload, m.retain, m.expires) for m in outgoing],
-    )
+    if outgoing:
+        first = int(_one(db, "SELECT COALESCE(MAX(n), 0) FROM outbox")[0]) + 1
+        db.executemany(
+            "INSERT INTO outbox (n, id, topic, payload, retain, expires) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (id) DO NOTHING",
+            [(n, m.id, m.topic, m.payload, m.retain, m.expires) for n, m in enumerate(outgoing, first)],
+        )

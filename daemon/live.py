@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import structlog
@@ -19,7 +20,7 @@ from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.ports import Arrival, Declaration, Event, Group, Outcome, Warmup
 from barcast.daemon.room import free_bytes, is_full
 from barcast.daemon.wire import Outgoing, Reject
-from barcast.models import Adjustment, Bar, Coverage
+from barcast.models import Adjustment, Bar, Coverage, JournalLostError
 
 TAKE = 500
 """Messages written in one commit, at most."""
@@ -30,7 +31,7 @@ PROGRESS_EVERY = 1000
 AT_ONCE = 256
 """Publications under way at once."""
 ROOM_SECONDS = 1.0
-"""How often it is tried whether there is room on a full disk again."""
+"""How often it is tried whether there is room on a full disk, or the journal's server, again."""
 RETRY_SECONDS = 1.0
 """Pause after a publication failed, unless something new is due."""
 LATE = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600)
@@ -69,14 +70,14 @@ class Decision:
 class Scribe:
     """The one thread that touches the journal, so that commits never block the event loop.
 
-    Without room on the disk it tries again until there is some: nothing is acknowledged and nothing acts
-    meanwhile, as all that would follows a commit. The state is `full`, whether that is so now; `turned` is
-    set when it changes.
+    Without room on the disk, or without the journal's server, it tries again until there is some: nothing is
+    acknowledged and nothing acts meanwhile, as all that would follows a commit. The state is whether the disk
+    is `full`, or the server `lost`, now; `turned` is set when that changes.
     """
 
     def __init__(self, journal: Journal) -> None:
         self.journal = journal
-        self.full = False
+        self.full = self.lost = False
         self.turned = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, "journal")
         self._closing = threading.Event()
@@ -84,22 +85,25 @@ class Scribe:
     def __call__(self, verb: Callable[..., T], *args: object) -> asyncio.Future[T]:
         """Call a method of the journal on its thread, in the order of the calls."""
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._thread, lambda: self._until_there_is_room(loop, verb, *args))
+        return loop.run_in_executor(self._thread, lambda: self._until_it_can(loop, verb, *args))
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for either."""
+        return self.full or self.lost
 
     def close(self) -> None:
-        """Finish what is under way, but wait for no room, and close the journal."""
+        """Finish what is under way, but wait for no room and no server, and close the journal."""
         self._closing.set()
         self._thread.submit(self.journal.close).result()
         self._thread.shutdown()
 
-    def _until_there_is_room(
-        self, loop: asyncio.AbstractEventLoop, verb: Callable[..., T], *args: object
-    ) -> T:
+    def _until_it_can(self, loop: asyncio.AbstractEventLoop, verb: Callable[..., T], *args: object) -> T:
         while True:
             try:
                 done = verb(*args)
             except OSError as error:
-                if not is_full(error):
+                if not is_full(error) and not isinstance(error, JournalLostError):
                     raise
                 self._turn(loop, error)
                 if self._closing.wait(ROOM_SECONDS):
@@ -109,21 +113,28 @@ class Scribe:
                 return done
 
     def _turn(self, loop: asyncio.AbstractEventLoop, error: OSError | None) -> None:
-        """Say once that there is no room, and once that there is some again."""
-        if self.full == (error is not None):
+        """Say once that there is no room or no server, and once that there is again."""
+        before, place = (self.full, self.lost), self.journal.place
+        self.lost = isinstance(error, JournalLostError)
+        self.full = error is not None and not self.lost
+        if before == (self.full, self.lost):
             return
-        self.full = error is not None
-        path = self.journal.path
-        if error is not None:
+        disk = {"free_bytes": free_bytes(place.parent)} if isinstance(place, Path) else {}
+        if self.full:
+            where = str(place.parent if isinstance(place, Path) else place)
             log.error(
                 "disk_full",
-                path=str(path),
+                path=str(place),
                 reason=str(error),
-                free_bytes=free_bytes(path.parent),
-                remedy=f"make room on the disk of {path.parent}: no bar is taken or acknowledged until then",
+                remedy=f"make room on the disk of {where}: no bar is taken or acknowledged until then",
+                **disk,
+            )
+        elif self.lost:
+            log.error(
+                "journal_lost", reason=str(error), waits="no bar is taken or acknowledged until it is back"
             )
         else:
-            log.info("disk_has_room", path=str(path), free_bytes=free_bytes(path.parent))
+            log.info("disk_has_room" if before[0] else "journal_found", path=str(place), **disk)
         loop.call_soon_threadsafe(self.turned.set)
 
 
@@ -182,9 +193,9 @@ class LiveSource:
         self._began: tuple[int, int] | None = None
 
     @property
-    def full(self) -> bool:
-        """Whether everything waits for room on the disk: a known wait, not a hang."""
-        return self._scribe.full
+    def held(self) -> bool:
+        """Whether everything waits for room on the disk, or for the journal: a known wait, not a hang."""
+        return self._scribe.held
 
     def now(self) -> int:
         """The time, never before a stamp that was given."""

@@ -141,7 +141,7 @@ class Lookout:
         return [reason for reason in reasons if reason is not None]
 
     def _read(self, card: Card, closes: Mapping[str, Window]) -> Reading | None:
-        journal = Journal(self._config.state_dir / "journal.db", readonly=True)
+        journal = Journal(self._config.journal_place, readonly=True)
         try:
             topics = f"{self._config.mqtt.root}/signals/{self._config.timeframe}/"
             return measure(reign(journal.sent(topics, ROWS), card, closes), closes)

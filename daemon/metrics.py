@@ -21,12 +21,14 @@ from prometheus_client.registry import Collector
 
 from barcast.daemon.config import Config
 from barcast.daemon.distribution import Distribution
+from barcast.daemon.journal import Journal
 from barcast.daemon.live import Clock, Courier, LiveSink, LiveSource, Scribe
 from barcast.daemon.lookout import Lookout
 from barcast.daemon.mqtt import Link
 from barcast.daemon.pipeline import Counts, Pipeline
 from barcast.daemon.retraining import Result, Retraining
 from barcast.daemon.room import free_bytes
+from barcast.daemon.standby import Standby
 from barcast.daemon.succession import Succession
 from barcast.daemon.verification import Result as Verified
 from barcast.daemon.verification import Verification
@@ -66,12 +68,14 @@ class Storage:
 class Metrics(Collector):
     """Says how the daemon is: to a scrape in numbers, to those who ask whether it is well by conditions.
 
-    The state is the parts (None until the daemon has recovered), what they had counted until then, the moment
-    of it, what was last known of the disk, and whether the journal's thread answered in time.
+    The state is the standby that it is (None: it is none), the parts (None until the daemon has recovered),
+    what they had counted until then, the moment of it, what was last known of the disk, and whether the
+    journal's thread answered in time.
     """
 
     def __init__(self, config: Config, clock: Clock) -> None:
         self.serving = False
+        self.standby: Standby | None = None
         self._config, self._clock = config, clock
         self._parts: Parts | None = None
         self._storage = Storage(0, 0, 0)
@@ -113,6 +117,17 @@ class Metrics(Collector):
         about = {"name": config.instance, "timeframe": config.timeframe, "version": version("barcast")}
         yield InfoMetricFamily("barcast", "Instance, base timeframe and version.", about)
         yield _gauge("ready", "Whether bars are processed: all conditions of /readyz.", self._well())
+        yield _gauge(
+            "leader",
+            "Whether it is the one of its instance that serves.",
+            {(config.instance,): self.standby is None},
+            "name",
+        )
+        yield _gauge(
+            "standby_ready",
+            "Whether a standby could take over: it has the journal and the model.",
+            {} if self.standby is None else {(): not self.standby.fault},
+        )
         if self._parts is not None:
             yield from self._bars(self._parts)
             yield from self._groups(self._parts)
@@ -130,7 +145,7 @@ class Metrics(Collector):
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 pending = await scribe(scribe.journal.waiting)
-                self._storage = await scribe(_storage, pending, scribe.journal.path, state_dir)
+                self._storage = await scribe(_storage, pending, scribe.journal, state_dir)
             self._answered = True
         except TimeoutError:
             pass
@@ -138,12 +153,13 @@ class Metrics(Collector):
     def _conditions(self) -> dict[str, bool]:
         p = self._parts
         return {
+            "leading": self.standby is None,
             "recovered": p is not None,
             "serving": self.serving,
             "connected": p is not None and p.link.connected.is_set(),
             "hearing": p is not None and _hears(p.link),
             "moving": p is not None and p.vitals.moving,
-            "journal": self._answered and p is not None and not p.scribe.full,
+            "journal": self._answered and p is not None and not p.scribe.held,
             "model": p is not None and p.pipeline.model is not None,
         }
 
@@ -321,6 +337,7 @@ class Metrics(Collector):
         yield _gauge("state_dir_free_bytes", "Room on the state directory's disk.", storage.free)
         yield _gauge("paused", "Whether an operator paused the forecasts.", p.pipeline.paused)
         yield _gauge("disk_full", "Whether all waits for room on that disk.", p.scribe.full)
+        yield _gauge("journal_lost", "Whether all waits for the journal's server.", p.scribe.lost)
 
 
 def _hears(link: Link) -> bool:
@@ -328,9 +345,8 @@ def _hears(link: Link) -> bool:
     return not link.deaf and (link.greeted or not link.connected.is_set())
 
 
-def _storage(pending: int, journal: Path, state_dir: Path) -> Storage:
-    files = (journal, journal.with_name(f"{journal.name}-wal"))
-    return Storage(pending, sum(f.stat().st_size for f in files if f.exists()), free_bytes(state_dir))
+def _storage(pending: int, journal: Journal, state_dir: Path) -> Storage:
+    return Storage(pending, journal.size(), free_bytes(state_dir))
 
 
 Values = float | Mapping[Any, float]

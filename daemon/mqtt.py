@@ -12,7 +12,7 @@ import select
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -139,7 +139,8 @@ class Link:
     while there is none), the number of the connection, whether anything came by it, whether that is known by
     now (`greeted`), why there was no broker the last time (`fault`), the deliveries that wait to be taken and
     the sizes of those and of some that were taken, the publications that wait for their PUBACK, how many
-    messages of QoS 0 were dropped and of how many the log told, and what was said that is said once.
+    messages of QoS 0 were dropped and of how many the log told, and what was said that is said once. What
+    is `permitted` is awaited before each connection.
     """
 
     def __init__(
@@ -156,6 +157,7 @@ class Link:
         self.connection = 0
         self.greeted = self.deaf = False
         self.fault = "connecting"
+        self.permitted: Callable[[], Awaitable[None]] = _at_once
         self.shed = 0
         self._address, self._subscriptions, self._will = address, subscriptions, will
         self._canary = canary
@@ -182,6 +184,7 @@ class Link:
         """
         failures = cut_short = 0
         while True:
+            await self.permitted()
             began = asyncio.get_running_loop().time()
             try:
                 async with self._open() as client:
@@ -470,6 +473,10 @@ def _on_disconnect(client: aiomqtt.Client, paho: PahoClient, *what: Any) -> None
     if not client._connected.done():
         client._connected.set_exception(aiomqtt.MqttError(UNANSWERED))
     client._on_disconnect(paho, *what)
+
+
+async def _at_once() -> None:
+    """Nothing is to be awaited."""
 
 
 def _is_canary(message: MQTTMessage) -> bool:

@@ -18,7 +18,7 @@ import structlog
 
 from barcast.daemon import bars
 from barcast.daemon.events import Champion, Warmth, events, restore
-from barcast.daemon.journal import Journal, Kind, Snapshot
+from barcast.daemon.journal import Journal, Kind, Place, Snapshot, exists
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over
 from barcast.daemon.ports import Arrival, Event
 from barcast.daemon.room import room
@@ -68,18 +68,26 @@ class Compacted:
 
 
 def compact(
-    state_dir: Path, now: int, keep: int, named: Collection[str], rest: Callable[[], None]
+    state_dir: Path,
+    now: int,
+    keep: int,
+    named: Collection[str],
+    rest: Callable[[], None],
+    place: Place | None = None,
 ) -> Compacted:
     """Let leave what is older than `keep` nanoseconds at `now`; a daemon may be at work.
+
+    Its journal is that of the state directory where no `place` is named.
 
     What it has not settled yet stays in any case, and so do decisions, settings and adjustments, which are
     small. `named` are the models that the configuration names. `rest` is called after each commit. Raise
     ConfigError while another compaction is at work.
     """
-    if not (state_dir / "journal.db").is_file():
-        raise ConfigError(f"{state_dir}/journal.db: no journal there; run the daemon first")
+    place = place or state_dir / "journal.db"
+    if not exists(place):
+        raise ConfigError(f"{place}: no journal there; run the daemon first")
     with only_one(state_dir / "compaction.lock", "compaction"), room(state_dir):
-        journal = Journal(state_dir / "journal.db")
+        journal = Journal(place)
         try:
             return _compact(journal, state_dir, now, keep, named, rest)
         finally:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from barcast.models import ConfigError, DiskFullError
+from barcast.models import ConfigError, DiskFullError, JournalLostError
 
 LEAST_FREE = 1_000_000
 """Bytes that a start needs."""
@@ -67,6 +67,8 @@ def room(folder: Path) -> Iterator[None]:
     """Say in a sentence what keeps us from writing: DiskFullError where it is room, else ConfigError."""
     try:
         yield
+    except JournalLostError:
+        raise
     except OSError as error:
         if is_full(error):
             raise DiskFullError(

@@ -14,7 +14,7 @@ from barcast.daemon.bars import last_bars
 from barcast.daemon.config import Config
 from barcast.daemon.events import Champion, Reign, Warmth, events, restore
 from barcast.daemon.history import bars, digest, history_files, scan
-from barcast.daemon.journal import Journal, Kind, Record
+from barcast.daemon.journal import Journal, Kind, Progress, Record
 from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategies
 from barcast.daemon.ports import Event
 from barcast.daemon.room import flush, hand_over, make, room
@@ -53,7 +53,7 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     settings, stamped = config.settings(), journal.last_time()
     if stamped > now + CLOCK_BACK:
         raise ConfigError(
-            f"{journal.path}: its newest record is of {wire.to_text(stamped)}, and the clock shows "
+            f"{journal.place}: its newest record is of {wire.to_text(stamped)}, and the clock shows "
             f"{wire.to_text(now)}; set the clock right, or name another state_dir"
         )
     last = journal.last(Kind.REVISION)
@@ -120,7 +120,7 @@ def warmth(config: Config, length: int, have: int, record: Record | None, now: i
     found, calendars = digest(files) if files else "", config.bar_calendars()
     changed = bool(files) and (record is None or Warmth.decode(record.payload).digest != found)
     if length > have:
-        own = last_bars(config.state_dir, calendars, now, length)
+        own = last_bars(config.state_dir, config.journal_place, calendars, now, length)
     elif changed:
         frame = scan(files, "close", calendars, until=now + 1).collect()
         own = (tuple(bars(group.tail(length).lazy())) for _, group in frame.group_by("symbol"))
@@ -135,29 +135,54 @@ def warmth(config: Config, length: int, have: int, record: Record | None, now: i
     return [Warmth(found, length, tuple(part)) for part in parts if part or changed]
 
 
-def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
-    """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet.
+class Following:
+    """The path as a journal has it, brought up to the journal's end as often as is wanted.
 
-    Starting and recovering from a crash are the same: groups that were settled are formed again, so
-    that the batcher knows them, and not forecast again.
+    The state is the path's, the record that it is after and the time of that, and how far the journal had
+    come.
     """
-    backlog: list[tuple[int, Event]] = []
-    clock = read = 0
-    with journal.one_moment():
-        settled = journal.progress()
-        after = restore(journal, pipeline, settled.seq)
-        for seq, event in events(journal.records(after), pipeline.revision):
-            if seq > settled.seq:
-                backlog.append((seq, event))
-                continue
-            clock, read = event.time, read + 1
-            pass_over(pipeline, event)
-    # A timer released groups after the last event, at a time that no event has.
-    if settled.clock > clock:
-        for _ in pipeline.due(settled.clock):
-            pass
-    log.info("recovered", records=read, snapshot=after, backlog=len(backlog))
-    return backlog
+
+    def __init__(self, journal: Journal, pipeline: Pipeline) -> None:
+        self.position = self.snapshot = self.read = 0
+        self._journal, self._pipeline = journal, pipeline
+        self._settled = Progress(0, 0)
+        self._clock = -1
+
+    def catch_up(self) -> list[tuple[int, Event]]:
+        """Take what was settled since; return the events whose outcomes are not in the outbox yet."""
+        journal, pipeline = self._journal, self._pipeline
+        backlog: list[tuple[int, Event]] = []
+        with journal.one_moment():
+            self._settled = journal.progress()
+            if self._clock < 0 or journal.base > self.position:
+                self.position = self.snapshot = restore(journal, pipeline, self._settled.seq)
+                self._clock = 0
+            for seq, event in events(journal.records(self.position), pipeline.revision):
+                if seq > self._settled.seq:
+                    backlog.append((seq, event))
+                    continue
+                pass_over(pipeline, event)
+                self.position, self._clock, self.read = seq, event.time, self.read + 1
+        return backlog
+
+    def recover(self) -> list[tuple[int, Event]]:
+        """Bring the path to the very state that it had; return the events as above.
+
+        Starting and recovering from a crash are the same: groups that were settled are formed again, so that
+        the batcher knows them, and not forecast again.
+        """
+        backlog = self.catch_up()
+        # A timer released groups after the last event, at a time that no event has.
+        if self._settled.clock > self._clock:
+            for _ in self._pipeline.due(self._settled.clock):
+                pass
+        log.info("recovered", records=self.read, snapshot=self.snapshot, backlog=len(backlog))
+        return backlog
+
+
+def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
+    """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet."""
+    return Following(journal, pipeline).recover()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from barcast.daemon.bars import serves_nothing
 from barcast.daemon.config import Config
 from barcast.daemon.events import Champion, Ordered, Reign, Warmth, events
 from barcast.daemon.gate import Verdict
-from barcast.daemon.journal import Journal, Kind, Record
+from barcast.daemon.journal import Journal, Kind, Record, exists
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
 from barcast.daemon.pipeline import Pipeline, try_strategies
 from barcast.daemon.ports import Event, Revision
+from barcast.daemon.postgres import Server, leased
 from barcast.daemon.room import room
 from barcast.daemon.start import Opening, keep_strategies, only_one, recover, warmth
 from barcast.daemon.store import ModelStore
@@ -254,20 +256,27 @@ def way_back(config: Config, champion: Champion, store: ModelStore, to: str | No
 def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
     """Roll back an instance that does not run: the next start serves the model. Return a sentence.
 
+    Where the journal is on a server, its lease is taken for as long as that takes.
+
     What has come and is not forecast yet is passed over, by a decision of its own: the champion may be the
     one that cannot. Raise ConfigError when the instance runs, where there is nothing to roll back to and for
     a journal that cannot be read, DiskFullError without room.
     """
-    with only_one(config.state_dir / "lock"), room(config.state_dir):
-        path = config.state_dir / "journal.db"
-        if not path.is_file():
-            raise ConfigError(f"{path}: no journal there, so there is nothing to roll back")
-        journal = Journal(path)
+    place = config.journal_place
+    with ExitStack() as stack:
+        if not isinstance(place, Server):
+            stack.enter_context(only_one(config.state_dir / "lock"))
+        stack.enter_context(room(config.state_dir))
+        if not exists(place):
+            raise ConfigError(f"{place}: no journal there, so there is nothing to roll back")
+        journal = Journal(place)
         try:
+            if isinstance(place, Server):
+                journal.write_as(stack.enter_context(leased(place, "rollback")))
             record = journal.last(Kind.ACTIVATION)
             if record is None:
                 raise ConfigError(
-                    f"{journal.path}: no model was ever activated, so there is nothing to roll back"
+                    f"{journal.place}: no model was ever activated, so there is nothing to roll back"
                 )
             list(events([record]))  # names the record if it is damaged
             champion = Champion.decode(record.payload)

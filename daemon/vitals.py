@@ -59,7 +59,7 @@ class Vitals:
                 if counts != before:
                     log.info("bars", **counts)
             now = (source.position, pipeline.forecasts)
-            if source.waiting or source.full or now != stand:
+            if source.waiting or source.held or now != stand:
                 stand, self._moved = now, loop.time()
                 if self._moved - fed >= FEED_SECONDS:
                     fed = self._moved

@@ -8,7 +8,15 @@ from barcast.models.bar import Adjustment, Bar
 from barcast.models.baselines import FilteredHistoricalSimulation, HistoricalSimulation
 from barcast.models.calibration import Calibrated
 from barcast.models.catalog import BASELINES, MOST_STEPS, SAMPLERS, check_sampled, check_sampler, open_model
-from barcast.models.errors import BarcastError, CheckpointError, ConfigError, DataError, DiskFullError
+from barcast.models.errors import (
+    BarcastError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeposedError,
+    DiskFullError,
+    JournalLostError,
+)
 from barcast.models.evaluation import Scores, compare, even_stride, score
 from barcast.models.fitted import Scaled
 from barcast.models.forecast import LEVELS, Card, Coverage, Forecast, Forecaster, default_horizons, usable
@@ -29,12 +37,14 @@ __all__ = [
     "ConfigError",
     "Coverage",
     "DataError",
+    "DeposedError",
     "DiskFullError",
     "FilteredHistoricalSimulation",
     "Forecast",
     "Forecaster",
     "Garch",
     "HistoricalSimulation",
+    "JournalLostError",
     "Scaled",
     "Scores",
     "Verdict",

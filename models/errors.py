@@ -9,6 +9,14 @@ class DiskFullError(BarcastError):
     """No room where something must be written: it may go on when there is some, without anybody's doing."""
 
 
+class JournalLostError(BarcastError, ConnectionError):
+    """The journal's server is not there: it may go on when it is, without anybody's doing."""
+
+
+class DeposedError(BarcastError):
+    """Another instance has the lease of the journal: this one must start again, as a standby."""
+
+
 class ConfigError(BarcastError):
     """A setting, a missing file or a combination that cannot work."""
 

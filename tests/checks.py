@@ -18,6 +18,7 @@ from barcast.daemon.ports import Activation, Arrival, EndOfSource, Event, Group
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Forecaster, Window
 from tests.fakes import MINUTE, START, Spread, bar, opening, outgoing, settings
+from tests.postgres import put
 from tests.rim import (
     SECOND,
     Instance,
@@ -196,8 +197,7 @@ def serve(
     for old in folder.glob("journal.db*"):
         old.unlink()
     if image is not None:
-        with closing(sqlite3.connect(folder / "journal.db")) as copy:
-            image.backup(copy)
+        put(image, folder / "journal.db")
     world = World(time=start, late=late)
     world.script.extend(script)
     offered, cuts = [], []

@@ -6,6 +6,10 @@ from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadScopeScheduling
 
 from barcast.backtest import cli
+from tests.postgres import (  # noqa: F401 - fixtures
+    cluster,
+    each_journal,
+)
 
 settings.register_profile("barcast", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("barcast")

@@ -21,6 +21,7 @@ from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing, encode_bars
 from barcast.models import Bar
 from tests.fakes import START
+from tests.postgres import image, quick
 
 SECOND = 10**9
 T = TypeVar("T")
@@ -182,8 +183,7 @@ class Instance:
     """The daemon's own parts over a journal file: built like a start of it, recovery and all."""
 
     def __init__(self, file: Path, world: World, open_model: OpenModel) -> None:
-        self.journal = Journal(file)
-        self.journal._db.execute("PRAGMA synchronous = OFF")  # the disk is not what is tested
+        self.journal = quick(Journal(file))
         self.pipeline = Pipeline(open_model)
         backlog = recover(self.journal, self.pipeline)
         self.scribe = Scribe(self.journal)
@@ -213,9 +213,7 @@ class Instance:
 
     def image(self) -> sqlite3.Connection:
         """A copy of the journal as it is on the disk now."""
-        image = sqlite3.connect(":memory:", check_same_thread=False)
-        self.journal._db.backup(image)
-        return image
+        return image(self.journal)
 
     def close(self) -> None:
         """Close the journal; what is in memory is lost."""

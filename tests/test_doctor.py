@@ -52,7 +52,7 @@ def recorded(folder: Path, records: list[tuple[int, str, str, bytes]]) -> Path:
     made = Journal(folder / "state" / "journal.db")
     made.append(records)
     made.close()
-    return made.path
+    return made.place
 
 
 def test_sound_instance_has_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,6 +325,7 @@ def test_imports_are_found() -> None:
         ("apscheduler", "daemon/schedule.py"),
         ("exchange_calendars", "daemon/calendar.py"),
         ("sqlite3", "daemon/journal.py"),
+        ("pg8000", "daemon/postgres.py"),
         ("prometheus_client", "daemon/metrics.py"),
         ("starlette", "daemon/http.py"),
         ("uvicorn", "daemon/http.py"),

@@ -8,14 +8,14 @@ import typer
 
 from barcast.backtest.cli import doctor, models, operators, quants, training
 from barcast.backtest.cli.terminal import app, err, out
-from barcast.models import BarcastError, DiskFullError
+from barcast.models import BarcastError, DeposedError, DiskFullError, JournalLostError
 
 __all__ = ["app", "doctor", "main", "models", "operators", "quants", "training"]
 
 EX_CONFIG = 78
 """Exit status for a fault that a person must mend: systemd does not restart on it."""
 EX_IOERR = 74
-"""Exit status for a full disk: it is worth trying again."""
+"""Exit status for a full disk, a lost journal or a lost lease: it is worth trying again."""
 
 
 def _version(asked: bool) -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         err.print("error: ", style="bold red", end="")
         err.print(str(fault), highlight=False, markup=False, soft_wrap=True)
     if faults:
-        again = all(isinstance(fault, DiskFullError) for fault in faults)
+        again = all(isinstance(fault, DiskFullError | JournalLostError | DeposedError) for fault in faults)
         sys.exit(EX_IOERR if again else EX_CONFIG)
 
 

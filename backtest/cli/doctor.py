@@ -140,28 +140,22 @@ def state_directory(case: Case) -> Found:
 def journal(case: Case, proceed: Callable[[], bool]) -> Found:
     """Version, soundness, age, what is waiting."""
     from barcast.daemon.events import Champion
-    from barcast.daemon.journal import VERSION, Journal, Kind
+    from barcast.daemon.journal import VERSION, Journal, Kind, exists
     from barcast.daemon.wire import to_text
 
-    path = case.settings.state_dir / "journal.db"
-    if not path.is_file():
+    place = case.settings.journal_place
+    if not exists(place):
         yield "ok", "there is none yet: the first start makes it", ""
         return
-    number, faults = 0, list[str]()
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            number = db.execute("PRAGMA user_version").fetchone()[0]
-            db.set_progress_handler(lambda: not proceed(), 1_000)
-            faults = [str(row[0]) for row in db.execute("PRAGMA quick_check(3)")]
-    except sqlite3.DatabaseError as error:
-        if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
-            faults = [str(error)]
+    number, faults = VERSION, ["ok"]
+    if isinstance(place, Path):
+        number, faults = _checked(place, proceed)
     if faults not in ([], ["ok"]):
         yield "fail", f"damaged: {'; '.join(faults)}", "stop the daemon and restore a copy"
         return
     if not faults:
-        yield "warn", "it is too long to be checked in time", f"sqlite3 {path} 'PRAGMA quick_check'"
-    with closing(Journal(path, readonly=True)) as found:
+        yield "warn", "it is too long to be checked in time", f"sqlite3 {place} 'PRAGMA quick_check'"
+    with closing(Journal(place, readonly=True)) as found:
         activation = found.last(Kind.ACTIVATION)
         case.champion = Champion.decode(activation.payload) if activation else None
         case.stamped, waiting = found.last_time(), found.waiting()
@@ -173,6 +167,18 @@ def journal(case: Case, proceed: Callable[[], bool]) -> Found:
     state: State = "warn" if waiting > MANY_PENDING else "ok"
     remedy = "see the broker below: they expire, or wait for it" if state == "warn" else ""
     yield state, f"{waiting} messages wait to be delivered", remedy
+
+
+def _checked(path: Path, proceed: Callable[[], bool]) -> tuple[int, list[str]]:
+    """The version of a journal file, and what SQLite says of it: nothing when it was not to proceed."""
+    number = 0
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            number = db.execute("PRAGMA user_version").fetchone()[0]
+            db.set_progress_handler(lambda: not proceed(), 1_000)
+            return number, [str(row[0]) for row in db.execute("PRAGMA quick_check(3)")]
+    except sqlite3.DatabaseError as error:
+        return number, [] if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT else [str(error)]
 
 
 def model(case: Case) -> Found:
@@ -269,6 +275,11 @@ def daemon(case: Case) -> Found:
 
     folder = case.settings.state_dir
     holder = _holder(folder / "lock")
+    if case.settings.journal:  # it may be a standby, or have left the directory to one on another machine
+        said = ask(folder, Order("state"), lambda _line: None)
+        case.running = said is not None
+        yield "ok", said.splitlines()[0] if said else "none serves here: a standby may wait", ""
+        return
     case.running = holder is not None
     if holder is None:
         yield "warn", "none runs", f"barcast run {case.path}, or systemctl start barcast@NAME"

@@ -85,6 +85,7 @@ def check(config: ConfigFile) -> None:
 
     settings = load(config)
     settings.mqtt.address("check")
+    place = settings.journal_place
     if settings.model.touch:
         _check_paths(settings)
     others = "".join(f"; {name}: {', '.join(own)}" for name, own in settings.calendars.items())
@@ -92,6 +93,7 @@ def check(config: ConfigFile) -> None:
     for name, value in (
         ("instance", settings.instance),
         ("state directory", settings.state_dir),
+        *([("journal", place)] if settings.journal else []),
         ("broker", f"{settings.mqtt.host}:{settings.mqtt.port}, root {settings.mqtt.root}"),
         ("bars", f"{settings.timeframe} on calendar {settings.calendar}{others}"),
         ("symbols", ", ".join(settings.symbols) or "those that come"),
@@ -109,12 +111,12 @@ def check(config: ConfigFile) -> None:
 def _check_paths(settings: "Config") -> None:
     """Raise ConfigError where the model that a start would let serve knows no paths. Loads no model."""
     from barcast.daemon.events import Champion
-    from barcast.daemon.journal import Journal, Kind
+    from barcast.daemon.journal import Journal, Kind, exists
     from barcast.models.catalog import header
 
-    model, path, served = settings.model, settings.state_dir / "journal.db", None
-    if model.name == "champion" and path.is_file():
-        journal = Journal(path, readonly=True)
+    model, place, served = settings.model, settings.journal_place, None
+    if model.name == "champion" and exists(place):
+        journal = Journal(place, readonly=True)
         try:
             served = journal.last(Kind.ACTIVATION)
         finally:
@@ -427,6 +429,7 @@ def compact(config: ConfigFile, parent: Parent = None) -> None:
         settings.keep,
         (model.name, model.first),
         lambda: time.sleep(REST_SECONDS),
+        settings.journal_place,
     )
     print(done.sentence())
 
@@ -450,7 +453,12 @@ def export(
     from barcast.daemon.config import load
 
     settings = load(config)
-    bars, _ = every_bar(settings.state_dir, settings.bar_calendars(), WallClock(settings).now())
+    bars, _ = every_bar(
+        settings.state_dir,
+        settings.bar_calendars(),
+        WallClock(settings).now(),
+        journal=settings.journal_place,
+    )
     close = pl.col("close_time").to_physical()
     for end, keeps in ((moment(since), close.ge), (moment(until), close.lt)):
         bars = bars if end is None else bars.filter(keeps(end))
@@ -492,11 +500,12 @@ def verify(
     from barcast.daemon.trainer import give_way
     from barcast.daemon.verification import Report
 
-    journal = load(instance).state_dir / "journal.db" if instance.suffix == ".toml" else instance
+    settings = load(instance) if instance.suffix == ".toml" else None
+    place, state_dir = (settings.journal_place, settings.state_dir) if settings else (instance, None)
     if parent is not None:
         give_way(19, parent)
     began = time.monotonic()
-    found = do(journal, moment(since) or 0, read_capture(capture) if capture else None)
+    found = do(place, moment(since) or 0, read_capture(capture) if capture else None, state_dir)
     seconds = round(time.monotonic() - began, 3)
     if json:
         report = msgspec.to_builtins(found) | {"agrees": found.agrees, "seconds": seconds}
@@ -522,6 +531,7 @@ def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]
         settings.bar_calendars(),
         WallClock(settings).now(),
         lambda count: say(f"reading the bars: {count} of the journal"),
+        settings.journal_place,
     )
     return settings, histories
 

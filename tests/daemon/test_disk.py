@@ -88,7 +88,7 @@ def test_full_disk_holds_everything_up_and_loses_nothing(tmp_path):
             rest = asyncio.create_task(taken(src))
             await until(lambda: scribe.full)
             await asyncio.sleep(0.1)
-            assert (world.acked, rest.done(), src.full) == ([1], False, True)
+            assert (world.acked, rest.done(), src.held) == ([1], False, True)
             assert scribe.turned.is_set()
             scribe.turned.clear()
             empty(scribe.journal)
@@ -200,7 +200,7 @@ def test_wait_for_room_is_no_hang(tmp_path, monkeypatch):
     monkeypatch.setattr(vitals, "FEED_SECONDS", 0.0)
 
     class Still:
-        waiting, position, full = False, 7, True
+        waiting, position, held = False, 7, True
 
     fed = []
 
@@ -214,7 +214,7 @@ def test_wait_for_room_is_no_hang(tmp_path, monkeypatch):
         task = asyncio.create_task(watch.run())
         await until(lambda: len(fed) > 3)
         assert watch.moving
-        Still.full = False
+        Still.held = False
         await asyncio.sleep(0.05)
         count = len(fed)
         await asyncio.sleep(0.05)

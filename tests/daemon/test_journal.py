@@ -5,12 +5,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pg8000.exceptions import DatabaseError
 
 from barcast.daemon.journal import Journal, Kind, Progress, State
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
+from tests.postgres import quick
+
+over_both = pytest.mark.usefixtures("each_journal")
 
 
 def message(n):
@@ -18,7 +22,7 @@ def message(n):
 
 
 @pytest.fixture
-def journal(tmp_path):
+def journal(tmp_path, each_journal):
     opened = Journal(tmp_path / "journal.db")
     yield opened
     opened.close()
@@ -48,11 +52,12 @@ def test_message_computed_again_is_not_sent_twice(journal):
 
 def test_failed_commit_leaves_nothing(journal):
     """A commit is all or nothing."""
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises((sqlite3.Error, DatabaseError)):
         journal.append([(5, Kind.BARS, "a", b"1"), (6, None, "b", b"2")])
     assert list(journal.records()) == []
 
 
+@over_both
 def test_state_survives_closing(tmp_path):
     """What was committed is there after opening the file again, also for a second reader."""
     first = Journal(tmp_path / "journal.db")
@@ -80,12 +85,13 @@ def test_foreign_files_are_refused_by_name(tmp_path):
         Journal(tmp_path / "absent.db", readonly=True)
 
 
+@over_both
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=30), st.integers(1, 5))
 def test_pending_is_the_oldest_of_each_topic(rows, limit):
     """What is handed out is the oldest undelivered message of each topic, oldest first, at most so many."""
     with TemporaryDirectory() as folder:
-        journal = Journal(Path(folder) / "journal.db")
-        journal._db.execute("PRAGMA synchronous = OFF")
+        journal = quick(Journal(Path(folder) / "journal.db"))
         told = [Outgoing(str(k), topic, b"", False, None) for k, (topic, _) in enumerate(rows)]
         journal.append([], told)
         journal.mark([(k + 1, State.DELIVERED) for k, (_, done) in enumerate(rows) if done])

@@ -5,6 +5,7 @@ import json
 import sqlite3
 
 import pytest
+from pg8000.exceptions import DatabaseError
 from structlog.testing import capture_logs
 
 from barcast.daemon import live
@@ -23,7 +24,7 @@ BAD = Message("t/bars/1m/A", b'{"close_time": "yesterday"}')
 
 
 @pytest.fixture
-def scribe(tmp_path):
+def scribe(tmp_path, each_journal):
     """A journal and its thread."""
     opened = Scribe(Journal(tmp_path / "journal.db"))
     yield opened
@@ -333,7 +334,7 @@ def test_settle_commits_messages_and_progress_together(scribe, monkeypatch):
 def test_settle_that_fails_leaves_neither(scribe):
     """When the commit fails, neither messages nor progress are there."""
     scribe.journal.settle(Progress(1, 1), [])
-    with pytest.raises(sqlite3.Error):
+    with pytest.raises((sqlite3.Error, DatabaseError)):
         scribe.journal.settle(Progress(2, 2), [letter("a1"), Outgoing("b", "t", None, False, None)])
     assert scribe.journal.progress() == Progress(1, 1)
     assert outbox(scribe.journal) == []

@@ -215,7 +215,7 @@ def no_room_before(room):
 
 
 def test_readiness_names_what_is_missing(tmp_path):
-    """Ready is a daemon that recovered, serves, hears a broker, moves, can write and has a model."""
+    """Ready is a daemon that leads, recovered, serves, hears a broker, moves, can write and has a model."""
     made = daemon(tmp_path, TWO, START)
 
     async def story():
@@ -240,7 +240,7 @@ def test_readiness_names_what_is_missing(tmp_path):
             return starting, seen, made.metrics.alive(), full
 
     (nothing, living, said), seen, stuck, full = play(story())
-    assert {name for name, holds in nothing.items() if holds} == set()
+    assert {name for name, holds in nothing.items() if holds} == {"leading"}
     assert living == {"moving": True}
     assert said["barcast_ready",] == 0
     assert said["barcast_info", "me", "1m", metrics.version("barcast")] == 1

@@ -12,6 +12,8 @@ from barcast.daemon.wire import to_ns
 from tests.fakes import MINUTE, START, Spread, bar, settings
 from tests.rim import SECOND, Instance, Message, World, activation, outbox, path_of, play, revision
 
+pytestmark = pytest.mark.usefixtures("each_journal")
+
 
 class Slow(Spread):
     """Takes its time: so many seconds of the world's clock for each symbol."""

@@ -1,7 +1,6 @@
 """Crashes at every commit: recovery goes on as if nothing had happened."""
 
 import json
-import sqlite3
 from collections import Counter
 
 import pytest
@@ -13,7 +12,11 @@ from barcast.daemon.start import recover
 from tests import checks
 from tests.checks import open_model, serve, story
 from tests.fakes import MINUTE, START
+from tests.postgres import change, put
 from tests.rim import SECOND
+
+pytestmark = pytest.mark.usefixtures("each_journal")
+ON_SERVER = pytest.mark.postgres
 
 
 def kinds(messages):
@@ -23,16 +26,17 @@ def kinds(messages):
 
 SHAPES = [(1, 0), (1, 4 * SECOND), (3, 0), (8, 0)]
 """How many messages come together, and how late a timer wakes."""
+CRASHES = [("sqlite", shape, again) for shape in SHAPES for again in (False, True)]
+CRASHES += [pytest.param("postgresql", (3, 4 * SECOND), again, marks=ON_SERVER) for again in (False, True)]
 
 
-@pytest.mark.parametrize(("together", "late"), SHAPES)
-@pytest.mark.parametrize("again", [False, True], ids=["acknowledged", "sent again"])
-def test_crash_at_any_commit_changes_no_message(tmp_path, together, late, again):
+@pytest.mark.parametrize(("each_journal", "shape", "again"), CRASHES, indirect=["each_journal"])
+def test_crash_at_any_commit_changes_no_message(tmp_path, shape, again):
     """Cut after every commit, the daemon goes on to the same outbox, in the same order, byte for byte.
 
     With `again` the crash came before the acknowledgement, so that the broker sends the last messages again.
     """
-    checks.crash_at_any_commit_changes_no_message(tmp_path, together, late, again)
+    checks.crash_at_any_commit_changes_no_message(tmp_path, *shape, again)
 
 
 def test_the_story_holds_what_can_go_wrong(tmp_path):
@@ -114,9 +118,7 @@ def test_recovery_ends_where_the_path_was(tmp_path):
     """Windows, model and settings are those at the last settled event; later ones are handed out again."""
     whole = serve(tmp_path, story(), cutting=True)
     [cut] = [c for c in whole.cuts if c.what == "append at 570.0"]
-    copy = sqlite3.connect(tmp_path / "cut.db")
-    cut.journal.backup(copy)
-    copy.close()
+    put(cut.journal, tmp_path / "cut.db")
     journal = Journal(tmp_path / "cut.db")
     pipeline = Pipeline(open_model)
     backlog = recover(journal, pipeline)
@@ -136,11 +138,8 @@ def test_waiting_group_waits_on_after_a_crash(tmp_path):
     """A group that had begun is still waiting after recovery, until the moment that its first arrival set."""
     whole = serve(tmp_path, story(), cutting=True)
     [cut] = [c for c in whole.cuts if c.what == "append at 722.0"]
-    copy = sqlite3.connect(tmp_path / "cut.db")
-    cut.journal.backup(copy)
-    copy.execute("UPDATE progress SET seq = (SELECT MAX(seq) FROM record)")
-    copy.commit()
-    copy.close()
+    put(cut.journal, tmp_path / "cut.db")
+    change(tmp_path / "cut.db", "UPDATE progress SET seq = (SELECT MAX(seq) FROM record)")
     journal = Journal(tmp_path / "cut.db")
     pipeline = Pipeline(open_model)
     assert recover(journal, pipeline) == []

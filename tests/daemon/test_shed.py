@@ -21,6 +21,7 @@ from barcast.models import CheckpointError
 from tests.fakes import MINUTE, START, Spread, bar, settings
 from tests.rim import SECOND, Instance, Message, World, outbox, path_of, play, revision
 
+pytestmark = pytest.mark.usefixtures("each_journal")
 BAD = "0123456789abcdef"
 TEXT = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\nsymbols = ["A", "B"]\n[mqtt]\nroot = "t"\n'
 

@@ -18,6 +18,8 @@ import polars as pl
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from barcast.daemon.journal import Place
+from barcast.daemon.postgres import Server
 from barcast.daemon.wire import encode_bars
 from barcast.models import Bar, Window
 
@@ -93,6 +95,7 @@ class Instance:
     retrain: str = ""
     user: str | None = None
     http: int | None = None
+    server: Server | None = None
     command: Sequence[str] = BARCAST
     process: subprocess.Popen[bytes] | None = None
     at: datetime = field(default_factory=lambda: datetime.now(UTC) + timedelta(seconds=8))
@@ -100,6 +103,11 @@ class Instance:
     @property
     def state(self) -> Path:
         return self.folder / "state"
+
+    @property
+    def place(self) -> Place:
+        """Where its journal is."""
+        return self.server or self.state / "journal.db"
 
     def write(self) -> Path:
         """Write the configuration as it is now."""
@@ -124,6 +132,7 @@ class Instance:
                 else self.retrain
             )
             + (f"[http]\nport = {self.http}\n" if self.http else "")
+            + (f'[journal]\nurl = "{url(self.server)}"\n' if self.server else "")
         )
         return path
 
@@ -158,6 +167,16 @@ class Instance:
         self.process.kill()
         self.process.wait()
 
+    def freeze(self) -> None:
+        """Stop it as a machine does that hangs; `thaw` lets it go on."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on where it was frozen."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
     def order(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Order something, as an operator on this instance's machine."""
         command = [*BARCAST, "ctl", str(self.folder / "barcast.toml"), *words]
@@ -172,6 +191,13 @@ class Instance:
     def real(self, moment: int) -> float:
         """The wall time at which this instance's clock shows `moment`."""
         return self.at.timestamp() + (moment - self.start) / 1e9 / self.speed
+
+
+def url(server: Server) -> str:
+    """A server as a configuration has it."""
+    if server.host.startswith("/"):
+        return f"postgresql://{server.user}@:{server.port}/{server.database}?host={server.host}"
+    return f"postgresql://{server.user}@{server.host}:{server.port}/{server.database}"
 
 
 def rough(windows: list[Window], first: int, seed: int) -> list[tuple[int, Bar]]:

@@ -4,7 +4,6 @@ import itertools
 import json
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -198,13 +197,13 @@ def settle(instance: Instance, feed: Feed) -> None:
 
 def ask(instance: Instance, question: str) -> list[tuple[Any, ...]]:
     """Look into the journal, also while the daemon writes it."""
-    with closing(sqlite3.connect(f"{(instance.state / 'journal.db').as_uri()}?mode=ro", uri=True)) as db:
-        return db.execute(question).fetchall()
+    with closing(Journal(instance.place, readonly=True)) as journal:
+        return journal._db.execute(question).fetchall()
 
 
 def stored(instance: Instance) -> list[Bar]:
     """Every bar of the journal, as recovery and replays decode it."""
-    journal = Journal(instance.state / "journal.db", readonly=True)
+    journal = Journal(instance.place, readonly=True)
     bars = [bar for _, event in events(journal.records()) if isinstance(event, Arrival) for bar in event.bars]
     journal.close()
     return bars
@@ -236,7 +235,7 @@ class Delivered:
 
 def signals_delivered(instance: Instance, subscriber: Subscriber) -> Delivered:
     """Hold what a subscriber saw against a replay: each message there or expired, one id, in order."""
-    replayed = {m.id: m for m in replay_journal(instance.state / "journal.db").messages}
+    replayed = {m.id: m for m in replay_journal(instance.place, instance.state).messages}
     rows = ask(instance, "SELECT id, topic, payload, state FROM outbox ORDER BY n")
     outbox = {i: (t, p, State(s)) for i, t, p, s in rows if t.split("/")[2] in KINDS}
     captured = [pair for kind in KINDS for pair in subscriber.of(kind)]

@@ -145,6 +145,10 @@ class Platter:
             self._disk.committed()
         return done
 
+    def transaction(self) -> Any:
+        """As the journal's own, by way of the disk."""
+        return type(self._connection).transaction(self)  # type: ignore[attr-defined]
+
     def executemany(self, sql: str, parameters: Any) -> sqlite3.Cursor:
         """Execute for each, unless there is no room."""
         if self._disk.full:

@@ -41,7 +41,7 @@ BUGS = {
         Journal.settle,
         {
             "    _enqueue(db, outgoing)\n": "",
-            "_come(db, progress)": "_come(db, progress)\n    with _transaction(self._db) as db:\n"
+            "_come(db, progress)": "_come(db, progress)\n    with self._db.transaction() as db:\n"
             "        _enqueue(db, outgoing)",
         },
         {"told_of", "replayed"},
