@@ -379,6 +379,11 @@ class _Run:
         """Say what was not settled yet."""
         replay(self._events(self._base, None), self.pipeline, sink, shed=self._shed)
 
+    def read_rest(self) -> None:
+        """Read what was not settled yet, and say nothing of it. Raise ConfigError where it cannot be read."""
+        for _ in self._decoded(self._base, None):
+            pass
+
     def _events(self, after: int, upto: int | None) -> Iterator[Event]:
         """Events in order; what came too early for any close that counts is passed over."""
         for _, event in self._decoded(after, upto):
@@ -448,7 +453,9 @@ def verify(
             comparison = Comparison((), run.left, since, captured=captured)
         sink = _Sink(run.pipeline, since, comparison.hear)
         run.settled(sink)
-        if captured is not None:
+        if captured is None:
+            run.read_rest()
+        else:
             run.rest(sink)
         return comparison.end(sink.fingerprints)
 
