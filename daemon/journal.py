@@ -571,6 +571,21 @@ Database = _Sqlite | Postgres
 """What runs a statement with a `?` for each value, alone or in a transaction."""
 
 
+def checked(path: Path, proceed: Callable[[], bool]) -> tuple[int, list[str]]:
+    """The version of a journal file, and what SQLite says of it: "ok" alone, faults, or nothing.
+
+    It says nothing when it was not to proceed, which it asks now and then.
+    """
+    number = 0
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            number = db.execute("PRAGMA user_version").fetchone()[0]
+            db.set_progress_handler(lambda: not proceed(), 1_000)
+            return number, [str(row[0]) for row in db.execute("PRAGMA quick_check(3)")]
+    except sqlite3.DatabaseError as error:
+        return number, [] if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT else [str(error)]
+
+
 def _open(path: Path, readonly: bool) -> _Sqlite:
     if readonly and not path.is_file():
         raise ConfigError(f"{path}: no journal there; give the journal.db of a state directory")

@@ -5,7 +5,6 @@ import fcntl
 import os
 import shutil
 import socket
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -140,7 +139,7 @@ def state_directory(case: Case) -> Found:
 def journal(case: Case, proceed: Callable[[], bool]) -> Found:
     """Version, soundness, age, what is waiting."""
     from barcast.daemon.events import Champion
-    from barcast.daemon.journal import VERSION, Journal, Kind, exists
+    from barcast.daemon.journal import VERSION, Journal, Kind, checked, exists
     from barcast.daemon.wire import to_text
 
     place = case.settings.journal_place
@@ -149,7 +148,7 @@ def journal(case: Case, proceed: Callable[[], bool]) -> Found:
         return
     number, faults = VERSION, ["ok"]
     if isinstance(place, Path):
-        number, faults = _checked(place, proceed)
+        number, faults = checked(place, proceed)
     if faults not in ([], ["ok"]):
         yield "fail", f"damaged: {'; '.join(faults)}", "stop the daemon and restore a copy"
         return
@@ -167,18 +166,6 @@ def journal(case: Case, proceed: Callable[[], bool]) -> Found:
     state: State = "warn" if waiting > MANY_PENDING else "ok"
     remedy = "see the broker below: they expire, or wait for it" if state == "warn" else ""
     yield state, f"{waiting} messages wait to be delivered", remedy
-
-
-def _checked(path: Path, proceed: Callable[[], bool]) -> tuple[int, list[str]]:
-    """The version of a journal file, and what SQLite says of it: nothing when it was not to proceed."""
-    number = 0
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            number = db.execute("PRAGMA user_version").fetchone()[0]
-            db.set_progress_handler(lambda: not proceed(), 1_000)
-            return number, [str(row[0]) for row in db.execute("PRAGMA quick_check(3)")]
-    except sqlite3.DatabaseError as error:
-        return number, [] if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT else [str(error)]
 
 
 def model(case: Case) -> Found:

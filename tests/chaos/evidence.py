@@ -127,8 +127,8 @@ class Evidence:
             self.gone | (taken - stored),
         )
         yield from _broken(
-            "messages acknowledged by the broker long before it was killed, and gone",
-            (m for m, when in self.lost.items() if not self._excused(when)),
+            "messages acknowledged by a broker that nobody harmed since, and gone",
+            (m for m, when in self.lost.items() if when > max(self.broker_down, default=0.0)),
         )
         yield from _broken("messages sent again, and still not in the journal", self.fed.keys() - stored)
         yield from _broken("bars that left the journal and are in no archive", self.left - self.archived)
@@ -217,6 +217,9 @@ class Evidence:
             "stored": len(self.stored & self.fed.keys()),
             "answered by dead letters": len(self.refused & self.fed.keys()),
             "lost by the broker itself, sent again": len(self.lost),
+            "of these, taken long before it was harmed": sum(
+                not self._excused(t) for t in self.lost.values()
+            ),
             "signals": len(path),
             "signals delivered": count[State.DELIVERED],
             "signals expired": count[State.EXPIRED],

@@ -71,8 +71,8 @@ def without_letter(evidence: Evidence) -> None:
 
 
 def forgotten_by_the_broker(evidence: Evidence) -> None:
-    evidence.lost[BARS, bar(3)] = 10.0
-    evidence.broker_down.append(20.0)
+    evidence.lost[BARS, bar(3)] = 20.0
+    evidence.broker_down.append(10.0)
 
 
 def not_in_the_archive(evidence: Evidence) -> None:
@@ -136,7 +136,7 @@ def nothing_shown(evidence: Evidence) -> None:
     [
         (without_record, "acknowledged by the daemon, and neither"),
         (without_letter, "acknowledged by the daemon, and neither"),
-        (forgotten_by_the_broker, "long before it was killed"),
+        (forgotten_by_the_broker, "nobody harmed since"),
         (not_in_the_archive, "in no archive"),
         (other_bytes, "ids with different bytes"),
         (second_id, "closes with two messages"),

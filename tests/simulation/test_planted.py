@@ -76,7 +76,7 @@ BUGS = {
         {"delivered"},
     ),
     "a recovery loses what was not settled": Bug(
-        start.recover,
+        start.Following.catch_up,
         {"backlog.append((seq, event))": "pass_over(pipeline, event)"},
         {"told_of"},
     ),
