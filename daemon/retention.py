@@ -118,12 +118,12 @@ async def daily(run: Run) -> None:
 def _compact(
     journal: Journal, state_dir: Path, now: int, keep: int, named: Collection[str], rest: Callable[[], None]
 ) -> Compacted:
+    journal.begin_compaction()
     revision = journal.last(Kind.REVISION)
     if revision is None:  # of a start that was killed
         return Compacted(0, 0, 0, 0, 0, ())
     # Settings may be there before anything is settled; all of a journal are of one timeframe.
     timeframe = Settings.decode(revision.payload).timeframe
-    journal.begin_compaction()
     before, settled = now - keep, journal.progress().seq
     pipeline = Pipeline(bars.serves_nothing)
     base = restore(journal, pipeline, journal.base)
