@@ -138,9 +138,9 @@ def _trial(trial: Trial, folder: Path, lead: float) -> tuple[dict[str, Any], dic
         alone = _alone(publisher, broker, due)
         watcher = Raw(broker.port, "watch", subscribe=[f"{ROOT}/signals/#"])
         if trial.bar_seconds:
-            clock = _Clock(closes[HISTORY - 1], bar / 1e9 / trial.bar_seconds, lead)
+            clock = Clock(closes[HISTORY - 1], bar / 1e9 / trial.bar_seconds, lead)
         else:
-            clock = _Clock(closes[HISTORY + WARM], 0.0, lead)
+            clock = Clock(closes[HISTORY + WARM], 0.0, lead)
         patience = GRACE_BARS * trial.bar_seconds or PATIENCE_SECONDS
         with Daemon(
             folder,
@@ -190,7 +190,7 @@ def _trial(trial: Trial, folder: Path, lead: float) -> tuple[dict[str, Any], dic
     return raw, alone
 
 
-class _Clock:
+class Clock:
     """The clock of a rehearsal: it shows `start` for `lead` real seconds, then runs `speed` times as fast.
 
     With a speed of 0 it stands.
@@ -209,11 +209,14 @@ class _Clock:
         """Whether it runs already."""
         return bool(self.speed) and time.time() > self.at.timestamp()
 
+    def real(self, moment: int) -> float:
+        """When it shows `moment`, in real seconds since 1970; it must run."""
+        return self.at.timestamp() + (moment - self.start) / 1e9 / self.speed
+
     def wait(self, moment: int) -> None:
         """Until the clock shows `moment`, if it runs."""
         if self.speed:
-            real = self.at.timestamp() + (moment - self.start) / 1e9 / self.speed
-            time.sleep(max(0.0, real - time.time()))
+            time.sleep(max(0.0, self.real(moment) - time.time()))
 
 
 def _group(
