@@ -625,8 +625,16 @@ def cron_schedule(expression: str, steps: int | None) -> Retrain:
         raise ConfigError("\n".join(_faults("retrain", error))) from error
 
 
-def load(path: Path) -> Config:
-    """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
+def state_dir(path: Path) -> Path:
+    """The state directory of a file in which all else may be wrong. Raise ConfigError where it names none."""
+    named = _read(path).get("state_dir")
+    if not isinstance(named, str) or "\0" in named:
+        raise ConfigError(f"{path}: state_dir: {_shown(named)} is no path; name the daemon's directory")
+    return path.absolute().parent / named
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The values of the file as they are. Raise ConfigError where it holds none."""
     if not _is_file(path):
         raise ConfigError(f"{path}: no such file; `barcast check` expects the path of a TOML file")
     if (size := path.stat().st_size) > MOST_BYTES:
@@ -637,10 +645,14 @@ def load(path: Path) -> Config:
         text = path.read_text("utf-8-sig")
         if deep := _DEEP.search(text):
             raise ValueError(f"a key of 64 parts or more, {_shown(deep[0])}")
-        values = tomllib.loads(text)
+        return tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and lists nested as deep
         raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
-    base = path.absolute().parent
+
+
+def load(path: Path) -> Config:
+    """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
+    values, base = _read(path), path.absolute().parent
     if isinstance(values.get("state_dir"), str):
         values["state_dir"] = base / values["state_dir"]
     for table in (values.get("mqtt"), values.get("journal")):

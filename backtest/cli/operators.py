@@ -280,7 +280,7 @@ def ctl(
     A rollback lets the model that served before serve again, within a bar; twice goes back two models.
     Without a running daemon the next start does.
     """
-    from barcast.daemon.config import load
+    from barcast.daemon.config import load, state_dir
     from barcast.daemon.control import VERBS, Order, ask
 
     if verb not in VERBS:
@@ -289,15 +289,12 @@ def ctl(
         order = Order(verb, wait, to, reason)
     except ValueError as error:
         raise typer.BadParameter(str(error).replace("`", "")) from error
-    settings = load(config)
-    if mqtt:
-        done: str | None = _by_broker(settings, order)
-    else:
-        done = ask(settings.state_dir, order, tell)
+    # A running daemon is reached also when its file has become wrong: by what is needed of it alone.
+    done = _by_broker(load(config), order) if mqtt else ask(state_dir(config), order, tell)
     if done is None and verb == "rollback":
-        done = _at_rest(settings, order)
+        done = _at_rest(load(config), order)
     if done is None:
-        raise ConfigError(f"no daemon runs on {settings.state_dir}: start `barcast run {config}`")
+        raise ConfigError(f"no daemon runs on {state_dir(config)}: start `barcast run {config}`")
     out.print(done, highlight=False, markup=False, soft_wrap=True)
 
 

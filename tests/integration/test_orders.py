@@ -143,7 +143,9 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     bad = instance.order("reload", "--wait")
     assert (bad.returncode, "max_wait: write a duration" in bad.stderr) == (78, True), bad.stderr
     instance.process.send_signal(signal.SIGHUP)
-    instance.wait_for("order_refused")  # before, the command itself could not read it
+    instance.wait_for("order_refused", count=2)
+    with pytest.raises(ConfigError, match="max_wait: write a duration"):
+        by_broker(broker, "reload", wait=True)
     before = len(seen.of("signals"))
     until(lambda: len(seen.of("signals")) > before, "signals go on")
     path.write_text(good.replace('max_wait = "15s"', 'max_wait = "12s"') + '[retrain]\nmax_age = "9d"\n')
@@ -173,7 +175,9 @@ def test_orders_by_every_way(brokers, tmp_path, request):
     assert [(o.who.split()[0], o.verb, results[n].refused is None) for n, o in orders.items()] == [
         ("mqtt", "pause", True),
         ("uid", "resume", True),
+        ("uid", "reload", False),
         ("signal", "reload", False),
+        ("mqtt", "reload", False),
         ("mqtt", "reload", True),
         ("uid", "reload", True),
         ("mqtt", "rollback", True),
