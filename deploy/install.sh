@@ -168,7 +168,7 @@ uninstall() {
 if [ -z "$DESTDIR" ] && [ "$(id -u)" != 0 ]; then fail "run this as root"; fi
 case ${1:-} in
 rollback | uninstall) [ $# = 1 ] ||
-  fail "$1 is of the program and all instances; for one, say systemctl disable --now barcast@$2, or barcast rollback" ;;
+  fail "$1 is of the program and all instances; for one, say systemctl disable --now barcast@$2, or barcast ctl CONFIG rollback" ;;
 esac
 case ${1:-} in
 install)
