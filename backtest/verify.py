@@ -181,14 +181,14 @@ class Comparison:
         left: int = -1,
         since: int = 0,
         *,
-        whole: bool = False,
+        whole: bool = True,
         captured: Iterable[tuple[str, bytes]] | None = None,
     ) -> None:
         self._published = (pair for pair in published if _replays(pair[0]))
         self._head = next(self._published, None)
         self._outbox = captured is None
         self._left, self._since = left, since
-        self._begun = whole or left < 0 or not self._outbox
+        self._begun = whole or not self._outbox
         self._gone = not self._begun and self._head is None
         self._told, self._said = _Side(), _Side()
         self._signals = self._elsewhere = self._differing = self._missing = self._older = 0
@@ -448,7 +448,8 @@ def verify(
         run = _Run(reader, since, state_dir)
         if captured is None:
             first = reader.valid_after(run.begin)
-            comparison = Comparison(reader.told(first), run.left, since, whole=first > 0)
+            whole = first > 0 or not reader.snapshots()  # messages leave by a compaction alone
+            comparison = Comparison(reader.told(first), run.left, since, whole=whole)
         else:
             comparison = Comparison((), run.left, since, captured=captured)
         sink = _Sink(run.pipeline, since, comparison.hear)

@@ -179,6 +179,9 @@ def test_outbox_of_a_compacted_journal_holds_what_a_replay_says(tmp_path, monkey
     """Old messages leave the outbox, too: what is left is compared, and what went first is not missed."""
     monkeypatch.setattr("barcast.daemon.store.open_model", open_path)
     recorded(tmp_path, None)
+    compact(tmp_path, START, DAY, (), nothing)
+    change(tmp_path / "journal.db", "DELETE FROM outbox WHERE n < 4")  # records stay longer, as of late bars
+    assert verify(tmp_path / "journal.db").agrees
     compact(tmp_path, START + 7 * MINUTE + 30 * SECOND + DAY, DAY, (), nothing)
     whole = verify(tmp_path / "journal.db")
     assert (whole.agrees, whole.older > 0) == (True, True)

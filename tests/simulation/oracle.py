@@ -114,6 +114,8 @@ def delivered(schedule: "Schedule") -> Iterator[str]:
     for n, message in schedule.told.items():
         state = schedule.states.get(n)
         expired = message.expires is not None and message.expires <= schedule.clock.latest
+        if state is State.PENDING and n > schedule.promised:
+            continue  # a training that ended while the daemon said good-bye: the next start sends it
         if state is State.PENDING:
             yield f"number {n} on {message.topic} is still pending"
         elif message.id not in taken and (state is State.DELIVERED or not expired):

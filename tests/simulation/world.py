@@ -182,6 +182,7 @@ class Schedule:
     """The state is the world, the daemon in it and its life, what was seen of its journal, and the trace.
 
     `told` are the messages that were ever in the outbox by their number, `records` those of the journal.
+    Those up to the number `promised` were there when the daemon was told to stop.
     """
 
     def __init__(self, seed: int, root: Path) -> None:
@@ -191,6 +192,7 @@ class Schedule:
         self.violations: list[str] = []
         self.told: dict[int, Outgoing] = {}
         self.states: dict[int, State] = {}
+        self.promised = 0
         self.records: dict[int, Record] = {}
         self.answers: list[tuple[str, str]] = []
         self.loop = VirtualLoop(
@@ -285,6 +287,8 @@ class Schedule:
         for order in self._orders:
             order.cancel()
         if self.daemon is not None:
+            self.look()
+            self.promised = max(self.told, default=0)
             self.stop.set()
             if self.violations:
                 self.main.cancel()
