@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import asyncio, pathlib, sys, threading, time
-from barcast.daemon import app, log, lookout
+from barcast.daemon import app, log, lookout, start
 from barcast.daemon.config import load
 
 def reads(*_):
@@ -21,7 +21,7 @@ async def looks(*_):
 log.configure()
 app.FAREWELL_SECONDS = 0.1
 if sys.argv[2] == "starting":
-    app.recover = reads
+    start.Following.recover = reads
 else:
     lookout.Lookout.run = looks
 app.serve(load(pathlib.Path(sys.argv[1])), {"compact": ["true"]})

@@ -378,7 +378,7 @@ class _Only:
     """A journal of which nothing is read but a snapshot."""
 
     state: bytes
-    path: Path = Path("journal.db")
+    place: Path = Path("journal.db")
     base: int = 1
 
     def snapshot(self, _upto: int) -> Snapshot:
