@@ -202,11 +202,25 @@ class Daemon:
         if epoch is None:
             return
         self.metrics.standby = None
+        await self._read_while_waiting()
         self.scribe.journal.write_as(epoch)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(leadership.keep(), name="lease")
             await self._serve()
             keeping.cancel()
+
+    async def _read_while_waiting(self) -> None:
+        """Take what the file says now, as the one before may have been reloaded with it."""
+        try:
+            config = await asyncio.to_thread(self.config.reread)
+            fixed, _ = self.config.changed_in(config)
+            if fixed:
+                raise ConfigError(f"{', '.join(fixed)}: cannot change while the daemon runs; restart it")
+        except (ConfigError, OSError) as error:
+            log.error("configuration_not_read", reason=str(error), remedy="mend it, and order `reload`")
+        else:
+            self.config = config
+            self.metrics.configure(config)
 
     async def build(self) -> None:
         """Recover from the journal, and build the parts; nothing runs yet."""
@@ -448,7 +462,7 @@ class Daemon:
         """Decide it, wait until the path has come there, and tell subscribers."""
         kind = Kind.PAUSE if paused else Kind.RESUME
         number = await self.source.decide(Decision(kind, b"", lambda time: Pause(time, paused)))
-        while self.source.position < number or self.pipeline.paused != paused:
+        while self.sink.reached < number:
             self.sink.moved.clear()
             await self.sink.moved.wait()
         self.scribe.turned.set()

@@ -412,27 +412,23 @@ async def order(
     answers, status = f"{root}/answers/{instance}/{known:x}", f"{root}/status/{instance}"
     link = Link(Address(host, port, "", username, password, tls), [answers, status], will=None, session=0)
     body = OrderMessage(wait=wait, to=to, reason=reason)
-    message = Outgoing(
-        "", f"{root}/control/{instance}/{verb}", msgspec.json.encode(body), False, int(TAKEN_SECONDS * 1e9)
-    )
-    correlation = known.to_bytes(8)
-    sent = asyncio.Event()
+    topic, correlation = f"{root}/control/{instance}/{verb}", known.to_bytes(8)
+    loop = asyncio.get_running_loop()
+    end = loop.time() + TAKEN_SECONDS
 
     async def send() -> None:
-        if not sent.is_set():
-            claim = [(OPERATOR_PROPERTY, operator)] if operator else []
-            fault = await link.publish(message, 0, claim, answers=answers, correlation=correlation)
-            if fault not in (None, NOT_CONNECTED):
-                talk.fault = f"{message.topic}: {fault}; let the broker's access list allow it"
-                link.arrived.set()
-            elif fault is None:
-                sent.set()
+        """At each connection: answers that came without one are lost, and an order that is known is answered."""
+        left = int(max(1.0, end - loop.time()) * 1e9)
+        message = Outgoing("", topic, msgspec.json.encode(body), False, left)
+        claim = [(OPERATOR_PROPERTY, operator)] if operator else []
+        fault = await link.publish(message, 0, claim, answers=answers, correlation=correlation)
+        if fault not in (None, NOT_CONNECTED):
+            talk.fault = f"{topic}: {fault}; let the broker's access list allow it"
+            link.arrived.set()
 
     connection = asyncio.create_task(link.run(send))
     connection.add_done_callback(lambda _task: link.arrived.set())
     try:
-        loop = asyncio.get_running_loop()
-        end = loop.time() + TAKEN_SECONDS
         while True:
             try:
                 async with asyncio.timeout_at(None if talk.boot else end):

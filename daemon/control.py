@@ -102,6 +102,7 @@ async def serve(state_dir: Path, take: TakeOrder) -> None:
             with _reachable(state_dir) as address:
                 (state_dir / NAME).unlink(missing_ok=True)  # of a daemon that was killed: the lock is ours
                 listener.bind(address)
+            own = (state_dir / NAME).stat()
         except OSError as error:
             raise ConfigError(f"state_dir: {state_dir} takes no socket ({error}); name another") from error
 
@@ -113,7 +114,9 @@ async def serve(state_dir: Path, take: TakeOrder) -> None:
             await asyncio.Event().wait()
         finally:
             server.close()
-            (state_dir / NAME).unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(own, (state_dir / NAME).stat()):  # not that of who took over from us
+                    (state_dir / NAME).unlink()
 
 
 async def _client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, take: TakeOrder) -> None:

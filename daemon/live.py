@@ -445,7 +445,7 @@ class LiveSink:
     """
 
     def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
-        self.processed = 0
+        self.processed = self.reached = 0
         self.moved = asyncio.Event()
         self.counts = Emitted()
         self.latency = Distribution(QUICK)
@@ -503,7 +503,7 @@ class LiveSink:
 
     async def settle(self, now: int) -> None:
         """Commit what was emitted since the last time, and the progress."""
-        position = self._source.position
+        position = self.reached = self._source.position
         self.moved.set()
         if self._batch or position - self._settled >= PROGRESS_EVERY:
             batch, self._batch = self._batch, []
