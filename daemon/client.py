@@ -417,7 +417,7 @@ async def order(
     end = loop.time() + TAKEN_SECONDS
 
     async def send() -> None:
-        """At each connection: answers that came without one are lost, and an order that is known is answered."""
+        """At each connection, as answers are lost without one; an order that is known is answered again."""
         left = int(max(1.0, end - loop.time()) * 1e9)
         message = Outgoing("", topic, msgspec.json.encode(body), False, left)
         claim = [(OPERATOR_PROPERTY, operator)] if operator else []

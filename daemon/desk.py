@@ -17,7 +17,7 @@ import structlog
 from barcast.daemon import wire
 from barcast.daemon.config import Topics
 from barcast.daemon.control import VERBS, Answer, Order, Tell, answered
-from barcast.daemon.events import Answered, Ordered
+from barcast.daemon.events import Answered, Ordered, decoded
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Courier, LiveSource, Scribe
 from barcast.daemon.mqtt import NOT_CONNECTED, Delivery, Link, Request
@@ -115,6 +115,8 @@ class Desk:
         """Take what came by the broker. It is on its way into the journal when this returns."""
         request = delivery.request
         assert request is not None
+        if request.retained and not delivery.payload and not request.answers:
+            return  # a retained order was taken back
         verb = delivery.topic.removeprefix(self._topics.control)
         try:
             answers = self._where(request)
@@ -282,14 +284,18 @@ def _known(journal: Journal) -> dict[tuple[str, bytes], Answer | None]:
     after = max(0, journal.progress().seq - RECORDS)
     results = {
         found.order: Answer(done=found.done, refused=found.refused)
-        for found in (Answered.decode(record.payload) for record in journal.of_kind(Kind.ANSWERED, after))
+        for _, found in decoded(journal.of_kind(Kind.ANSWERED, after), Answered.decode)
     }
     unknown = Answer(
         refused="the daemon was started anew before this was done: look at its state, and order again"
     )
     known: dict[tuple[str, bytes], Answer | None] = {}
-    for record in journal.of_kind(Kind.ORDERED, after):
-        order = Ordered.decode(record.payload)
-        if order.correlation:
-            known[order.answers, bytes.fromhex(order.correlation)] = results.get(record.seq, unknown)
+
+    def key(payload: bytes) -> tuple[str, bytes]:
+        order = Ordered.decode(payload)
+        return order.answers, bytes.fromhex(order.correlation)
+
+    for number, (answers, correlation) in decoded(journal.of_kind(Kind.ORDERED, after), key):
+        if correlation:
+            known[answers, correlation] = results.get(number, unknown)
     return known

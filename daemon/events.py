@@ -1,6 +1,7 @@
 """Journal records back to the events they were: used by recovery and by every replay of a journal."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import msgspec
 
@@ -21,6 +22,8 @@ from barcast.daemon.ports import (
 )
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, Bar, Card, ConfigError
+
+T = TypeVar("T")
 
 REMEMBERED = 16
 """Models that a champion stands on, and those left behind, of which an activation tells."""
@@ -217,14 +220,16 @@ def _unreadable(record: Record, error: Exception) -> ConfigError:
 
 def shed_groups(journal: Journal, after: int = 0) -> frozenset[str]:
     """The keys of groups that an overload has shed, in the records after a number."""
-    found = set()
-    for record in journal.of_kind(Kind.OVERLOAD):
-        if record.seq > after:
-            try:
-                found.add(record.payload.decode())
-            except UnicodeDecodeError as error:
-                raise _unreadable(record, error) from error
-    return frozenset(found)
+    return frozenset(key for _, key in decoded(journal.of_kind(Kind.OVERLOAD, after), bytes.decode))
+
+
+def decoded(records: Iterable[Record], decode: Callable[[bytes], T]) -> Iterator[tuple[int, T]]:
+    """The numbers of records and what their payloads are. Raise ConfigError for one that cannot be read."""
+    for record in records:
+        try:
+            yield record.seq, decode(record.payload)
+        except (msgspec.DecodeError, ValueError) as error:
+            raise _unreadable(record, error) from error
 
 
 def restore(journal: Journal, pipeline: Pipeline, upto: int) -> int:

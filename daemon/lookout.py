@@ -124,7 +124,7 @@ class Lookout:
     async def look(self) -> list[str]:
         """The reasons to train now."""
         reasons = [self._age.due(self.since, self._clock.now()) if self._age else None]
-        if self._drifted:
+        if (drifted := self._drifted) is not None:
             champion = self._succession.champion
             closes: dict[str, Window] = {}
             for symbol in chosen(self._pipeline.windows.symbols):
@@ -132,12 +132,14 @@ class Lookout:
                 if window is not None:
                     closes[symbol] = window
                 await asyncio.sleep(0)  # a copy takes a moment: bars come first
-            self.reading = None
+            reading = None
             if self._pipeline.model == champion.model:  # else it takes over at this moment
-                self.reading = await asyncio.to_thread(self._read, self._pipeline.forecaster.card, closes)
-            if self.reading is not None:
-                log.info("drift", **self.reading.plain())
-                reasons.append(self._drifted.due(self.reading, champion.crps, self._clock.now()))
+                reading = await asyncio.to_thread(self._read, self._pipeline.forecaster.card, closes)
+            if drifted is self._drifted:  # else a reload has other bands, or none
+                self.reading = reading
+                if reading is not None:
+                    log.info("drift", **reading.plain())
+                    reasons.append(drifted.due(reading, champion.crps, self._clock.now()))
         return [reason for reason in reasons if reason is not None]
 
     def _read(self, card: Card, closes: Mapping[str, Window]) -> Reading | None:

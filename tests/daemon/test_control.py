@@ -205,3 +205,27 @@ def test_who_leaves_does_not_stop_what_was_ordered(tmp_path):
 
     ordered(tmp_path, [leaves, lambda: time.sleep(0.4)], slow)
     assert done == ["rollback"]
+
+
+def test_socket_of_a_successor_stays(tmp_path):
+    """Where a state directory is shared, the one that is put out ends after the other has begun."""
+
+    async def done(_order, _who, _tell):
+        return control.Answer(done="ok")
+
+    async def story():
+        tasks = []
+        for count in (1, 2):
+            before = (tmp_path / control.NAME).stat().st_ino if count == 2 else None
+            tasks.append(asyncio.create_task(serve(tmp_path, done)))
+            while not (tmp_path / control.NAME).exists() or (tmp_path / control.NAME).stat().st_ino == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        said = await asyncio.to_thread(ask, tmp_path, Order("state"), print)
+        tasks[1].cancel()
+        await asyncio.wait(tasks[1:])
+        return said
+
+    assert asyncio.run(story()) == "ok"
+    assert not (tmp_path / control.NAME).exists()

@@ -8,6 +8,7 @@ import pytest
 
 from barcast.backtest.verify import verify
 from barcast.daemon import desk
+from barcast.daemon.config import DriftBands, Retrain
 from barcast.daemon.control import Order
 from barcast.daemon.events import Answered, Ordered
 from barcast.daemon.journal import Journal, Kind
@@ -15,6 +16,7 @@ from barcast.daemon.mqtt import Delivery, Request
 from barcast.daemon.pipeline import Pipeline, PipelineState
 from barcast.daemon.ports import Pause
 from barcast.daemon.store import ModelStore
+from barcast.models import ConfigError
 from tests.daemon.living import LEAST, at_work, daemon, deliver, until
 from tests.fakes import MINUTE, START, Spread, bar
 from tests.rim import SECOND, Message, outbox, play
@@ -421,3 +423,81 @@ def test_retraining_takes_its_limits_from_a_reload(made):
         "asked for; the log and the model's topic will say what comes of it",
         7.0,
     )
+
+
+def test_pause_and_resume_that_are_taken_together_are_both_answered(made, monkeypatch):
+    """While a group is forecast both come into one commit: the pause is over when it is looked at."""
+    go, began, armed = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(Spread):
+        def forecast(self, windows):
+            if armed.is_set():
+                began.set()
+                assert go.wait(10)
+            return super().forecast(windows)
+
+    monkeypatch.setattr(ModelStore, "open", lambda *_: Slow("fhs"))
+
+    async def story():
+        async with at_work(made) as sent:
+            await warm(made)
+            armed.set()
+            message = Message.of(bar("A", 7))
+            made.link.inbox.append(Delivery(message.topic, message.payload, 1, 1, 1))
+            made.link.arrived.set()
+            await until(began.is_set)
+            send(made, "pause", at="1", known=b"1")
+            send(made, "resume", at="2", known=b"2")
+            await until(lambda: len(journalled(made)) == 2)
+            go.set()
+            await until(lambda: ends(sent, "1") and ends(sent, "2"))
+
+    play(story())
+    assert len(journalled(made, Kind.ANSWERED)) == 2
+
+
+def test_damaged_order_of_the_journal_is_named(made, tmp_path):
+    """A start ends in a sentence with the record."""
+
+    async def start(one):
+        async with at_work(one):
+            pass
+
+    play(start(made))
+    journal = Journal(made.config.journal_place)
+    [number] = journal.append([(journal.last_time(), Kind.ORDERED, "", b'{"who":"x"')])
+    journal.close()
+    with pytest.raises(ConfigError, match=rf"record {number} \(ordered\)"):
+        play(start(daemon(tmp_path, ONE)))
+
+
+def test_retained_order_that_is_taken_back_is_nobodys_fault(made):
+    """The empty message that the refusal asks for is no dead letter."""
+
+    async def story():
+        async with at_work(made):
+            request = Request(None, b"", "", True, None)
+            made.desk.take(Delivery("t/control/me/pause", b"", 1, 1, 1, request=request))
+            return made.source.dead_letters
+
+    assert play(story()) == 0
+
+
+def test_reload_amid_a_look_for_drift_ends_it(made):
+    """What was read by bands that are no more asks for nothing."""
+
+    async def story():
+        async with at_work(made):
+            await warm(made)
+            looks = made.lookout
+            bands = Retrain(drift=DriftBands(coverage=0.05, crps=0.1))
+            looks.configure(made.config.model_copy(update={"retrain": bands}))
+
+            def read(*_):
+                looks.configure(made.config)  # which has no [retrain]
+                return object()
+
+            looks._read = read
+            return await looks.look(), looks.reading
+
+    assert play(story()) == ([], None)
