@@ -202,10 +202,11 @@ class Daemon:
         if epoch is None:
             return
         self.metrics.standby = None
-        await self._read_while_waiting()
-        self.scribe.journal.write_as(epoch)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(leadership.keep(), name="lease")
+            await standby.ended()
+            await self._read_while_waiting()
+            self.scribe.journal.write_as(epoch)
             await self._serve()
             keeping.cancel()
 

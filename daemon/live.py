@@ -214,7 +214,6 @@ class LiveSource:
 
     async def next(self, deadline: int | None) -> Event | None:
         """The next committed event, or None once `deadline` passed with nothing left that came before."""
-        self._time_the_last()
         while True:
             if self._writing is None and (self._link.inbox or self._decisions):
                 self._writing = self._begin()
@@ -240,24 +239,24 @@ class LiveSource:
     async def sheds(self, group: Group, valid_until: Callable[[Group], int]) -> bool:
         """Whether its signals would be ready when nobody may use them: oldest first, newer ones have time.
 
-        How long a group takes is what the last one took, by its symbols. One that is shed halves this, so
-        that a machine that was slow but once is believed to be so no longer. The decision is in the journal
-        before it acts.
+        How long a group takes is what the last one took, by its symbols. After one that is shed half of that
+        is believed, and half the time that signals are valid at most: a machine that was slow but once is
+        not taken to be so for long. The decision is in the journal before it acts.
         """
-        self._time_the_last()
         now, count = self.now(), len(group.symbols)
         if group.key not in self._shed:
-            if now + self._pace * count < valid_until(group):
-                self._began = now, count
+            valid = valid_until(group)
+            if now + self._pace * count < valid:
+                self._began = None if group.straggler else (now, count)
                 return False
-            self._pace /= 2
+            self._pace = min(self._pace, (valid - group.due) / count) / 2
             record = (now, Kind.OVERLOAD, "", group.key.encode())
             await self._scribe(self._scribe.journal.append, [record])
         log.warning("group_shed", close_time=wire.to_text(group.close_time), symbols=count)
         return True
 
-    def _time_the_last(self) -> None:
-        """Note the pace of a group that was forecast since."""
+    def forecast(self) -> None:
+        """A group is forecast: note its pace, without the commits that follow, which may wait for a disk."""
         if self._began is not None:
             (began, count), self._began = self._began, None
             self._pace = (self.now() - began) / count
@@ -464,6 +463,7 @@ class LiveSink:
 
     async def emit(self, outcome: Outcome) -> None:
         """Encode the outcome's messages; they are committed when the path settles."""
+        self._source.forecast()
         messages = list(wire.messages(outcome))
         self._batch.extend(messages)
         now, close_time = self._source.now(), outcome.group.close_time

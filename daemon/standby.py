@@ -92,7 +92,8 @@ class Standby:
         self._following, self._pipeline, self._notifier = following, pipeline, notifier
         self._model: str | None = None
         self._prepared: set[str] = set()
-        self._leaving = False
+        self._leaving = self._unfit = False
+        self._following_task: asyncio.Task[None] | None = None
 
     async def wait(self, leadership: Leadership, stop: asyncio.Event) -> int | None:
         """Be ready until the lease is ours, and return its epoch; None when stopped before."""
@@ -101,23 +102,32 @@ class Standby:
             return epoch
         log.info("standby")
         self._notifier.send("READY=1", "STATUS=standby")
-        following = asyncio.create_task(self._follow(), name="standby")
+        following = self._following_task = asyncio.create_task(self._follow(), name="standby")
         try:
             while epoch is None and not stop.is_set():
                 if following.done():
                     following.result()
                 self._notifier.send("WATCHDOG=1")
                 await asyncio.sleep(TAKE_SECONDS)
+                if self._unfit:  # it could not serve: another one may, or this one once that is mended
+                    continue
                 try:
                     epoch = await leadership.take()
                 except JournalLostError as error:
                     self._say(str(error))
         finally:
             self._leaving = True
-            await asyncio.wait([following])
+        if epoch is None:
+            await self.ended()
         if epoch is not None:
             log.info("lease_taken", epoch=epoch)
         return epoch
+
+    async def ended(self) -> None:
+        """Return once it no longer reads the journal; the lease is kept meanwhile."""
+        self._leaving = True
+        if self._following_task is not None:
+            await asyncio.wait([self._following_task])
 
     async def _follow(self) -> None:
         """Bring the path up to the journal, again and again, and the model to its symbols."""
@@ -126,8 +136,10 @@ class Standby:
                 await asyncio.to_thread(self._following.catch_up)
                 await asyncio.to_thread(self._prepare)
             except (JournalLostError, CheckpointError, ConfigError) as error:
+                self._unfit = not isinstance(error, JournalLostError)
                 self._say(str(error))
             else:
+                self._unfit = False
                 self._say("")
             await asyncio.sleep(TAKE_SECONDS)
 
