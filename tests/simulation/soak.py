@@ -63,8 +63,8 @@ def show(seed: int) -> int:
     return bool(outcome.violations)
 
 
-def soak(first: int, count: int) -> int:
-    """Play many schedules over the cores; write what became of them to soak.json."""
+def soak(first: int, count: int, to: Path = Path("soak.json")) -> int:
+    """Play many schedules over the cores; write what became of them to a file."""
     began = told = time.monotonic()
     total = Summary()
     begins = iter(range(first, first + count, PORTION))
@@ -102,7 +102,7 @@ def soak(first: int, count: int) -> int:
         "never": sorted(kind for kind, times in total.happened.items() if not times),
         "violations": dict(sorted(total.violations.items())),
     }
-    Path("soak.json").write_text(json.dumps(body, indent=1) + "\n")
+    to.write_text(json.dumps(body, indent=1) + "\n")
     for kind, times in sorted(total.happened.items()):
         print(f"{times:10d} {kind}")
     print(

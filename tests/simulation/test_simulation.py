@@ -110,10 +110,9 @@ def test_log_line_that_nobody_expects_is_found(memory, level):
     assert "lookout_failed" in schedule.violations[0]
 
 
-def test_soak_writes_what_happened(tmp_path, monkeypatch, capsys):
+def test_soak_writes_what_happened(tmp_path, capsys):
     """Schedules are played in other processes; a violation would name its seed."""
-    monkeypatch.chdir(tmp_path)
-    assert soak(5, 2) == 0
+    assert soak(5, 2, tmp_path / "soak.json") == 0
     written = json.loads((tmp_path / "soak.json").read_text())
     assert (written["first"], written["schedules"], written["violations"]) == (5, 2, {})
     assert "2 schedules" in capsys.readouterr().out
