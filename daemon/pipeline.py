@@ -347,15 +347,11 @@ class Pipeline:
             if window is None:
                 withheld[symbol] = f"0 of at least {card.min_window} bars"
                 continue
-            calendar, faults = self.calendars.of(symbol), None
-            if not self.continuity.sound(symbol, group.close_time, length) and len(window) > 1:
-                faults = self.continuity.faults(window, length, calendar, settings.max_jump)
-                if faults.hole:
-                    holes[symbol] = (faults.hole,)
+            faults, lacking = self._examined(window, card)
+            if lacking:
+                holes[symbol] = lacking
             if len(window) < card.min_window:
                 withheld[symbol] = f"{len(window)} of at least {card.min_window} bars"
-                if before := self._unasked(window, calendar, card.window - len(window)):
-                    holes[symbol] = (before, *holes.get(symbol, ()))
                 continue
             if faults is not None:
                 if faults.missing > HOLES_WITHHELD * length:
@@ -413,8 +409,10 @@ class Pipeline:
         return max(term.valid_until for term in self._terms(group, (1,)).values())
 
     def passed(self, group: Group) -> Outcome:
-        """The outcome of a group that is shed: all of its symbols are withheld."""
+        """The outcome of a group that is shed: all of its symbols are withheld, and their holes asked for."""
         settings, card = self.settings, self.forecaster.card
+        windows = (self.windows.cut(symbol, group.close_time, card.window) for symbol in group.symbols)
+        lacking = {w.symbol: self._examined(w, card)[1] for w in windows if w is not None}
         return Outcome(
             root=settings.root,
             timeframe=settings.timeframe,
@@ -423,11 +421,24 @@ class Pipeline:
             forecasts={},
             degraded={},
             withheld=dict.fromkeys(group.symbols, "shed"),
-            holes={},
+            holes={symbol: holes for symbol, holes in lacking.items() if holes},
             targets={},
             terms=self._terms(group, card.horizons),
             shed=True,
         )
+
+    def _examined(self, window: Window, card: Card) -> tuple[Faults | None, tuple[Hole, ...]]:
+        """What is wrong with the bars of a window that a model looks at, and which are to be asked for."""
+        symbol, length = window.symbol, max(2, card.min_window)
+        calendar, faults = self.calendars.of(symbol), None
+        holes: tuple[Hole, ...] = ()
+        if not self.continuity.sound(symbol, int(window.close_times[-1]), length) and len(window) > 1:
+            faults = self.continuity.faults(window, length, calendar, self.settings.max_jump)
+            holes = (faults.hole,) if faults.hole else ()
+        short = len(window) < card.min_window
+        if short and (before := self._unasked(window, calendar, card.window - len(window))):
+            holes = (before, *holes)
+        return faults, holes
 
     def _unasked(self, window: Window, calendar: Calendar, bars: int) -> Hole | None:
         """What a new symbol lacks before its first bar, to be asked for once.

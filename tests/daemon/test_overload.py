@@ -172,3 +172,20 @@ def test_a_late_straggler_says_nothing_of_groups(tmp_path):
         told = groups(path_of(outbox(instance.journal)))
     assert (5, 1, False) in told
     assert told[-2:] == [(6, 10, False), (7, 10, False)]
+
+
+def test_what_lacks_before_a_shed_group_is_asked_for(tmp_path):
+    """A hole is told of once, with the group right after it, which may be the one that is shed."""
+    world, slow = World(), Slow("slow")
+    slow.world, slow.pace = world, {0: 0.01, START + 5 * MINUTE: 200.0}
+    world.script.append((START, lambda src: src.decide(revision(settings("A")))))
+    world.script.append((START, lambda src: src.decide(activation("slow"))))
+    for minute in (1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12):
+        world.script.append((START + minute * MINUTE, [Message.of(bar("A", minute))]))
+    with closing(Instance(tmp_path / "journal.db", world, lambda *_: slow)) as instance:
+        play(instance.run())
+        sent = path_of(outbox(instance.journal))
+        assert instance.replayed() == sent
+    asked = [json.loads(m.payload) for m in sent if m.topic == "t/backfill/1m/A"]
+    assert [minute for minute, _, was in groups(sent) if was] == [7]
+    assert [hole["bars"] for hole in asked] == [1]
