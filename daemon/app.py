@@ -35,7 +35,7 @@ from barcast.daemon.retraining import Retraining, Serving
 from barcast.daemon.room import check_room, room
 from barcast.daemon.schedule import Planner, scheduler
 from barcast.daemon.standby import Leadership, Standby
-from barcast.daemon.start import Following, only_one, opening
+from barcast.daemon.start import Following, handed_down, only_one, opening
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
 from barcast.daemon.trainer import Run, children, worker
@@ -230,7 +230,8 @@ class Daemon:
         with room(config.state_dir):
             journal.write()
         check_room(config.state_dir)
-        backlog = await asyncio.to_thread(following.recover)
+        with handed_down(config):
+            backlog = await asyncio.to_thread(following.recover)
         address = config.mqtt.address(f"barcast-{config.instance}")
         canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)
         lost = wire.Status(state="lost", instance=config.instance, boot=self.boot)
@@ -480,7 +481,8 @@ class Daemon:
                 )
             if not changed:
                 return "nothing has changed"
-            await self.succession.revise(config)
+            with handed_down(config):
+                await self.succession.revise(config)
             self.config = config
             self.metrics.configure(config)
             if "retrain" in changed:

@@ -107,7 +107,7 @@ class Client:
       started anew gets the retained ones again: keep the ids that were acted on.
     - What is past its `valid_until` on the `clock` (nanoseconds since 1970) is not handed out, and neither is
       what is not `tradable`, unless `untradable` asks for it; `on_stale` is told of both.
-    - `on_gap` is told of signals and groups that should have come and did not.
+    - `on_gap` is told of signals and groups that should have come and did not, also of those that were shed.
     - `on_halt` is told, once and with the reason, when the daemon is not at work: it says so, or nothing has
       come from it for three of its intervals, whatever the cause. `on_resume` is told when it is at work,
       also the first time. `halted` is the reason, or None.
@@ -274,6 +274,9 @@ class Client:
             if newest is not None and done.previous is not None and _ns(done.previous) > newest:
                 self._on_gap(Gap(done.timeframe, done.previous))
             self._newest[done.timeframe] = max(close, newest or 0)
+        if done.shed:
+            self._on_gap(Gap(done.timeframe, done.close_time, tuple(done.withheld)))
+            return
         self._unfinished.setdefault((done.timeframe, done.close_time), []).append(done)
         if not self._complete(done):
             asyncio.get_running_loop().call_later(GRACE_SECONDS, self._give_up, done)

@@ -2,6 +2,7 @@
 
 import difflib
 import ipaddress
+import json
 import re
 import ssl
 import tomllib
@@ -17,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     PrivateAttr,
     ValidationError,
     ValidationInfo,
@@ -203,7 +205,12 @@ RELOADED = (
 )
 """Keys that a running daemon takes anew; any other needs a restart."""
 
-Duration = Annotated[int, BeforeValidator(_duration), Field(gt=0)]
+Duration = Annotated[
+    int,
+    BeforeValidator(_duration),
+    Field(gt=0),
+    PlainSerializer(lambda given: f"{given // _UNITS['ms']}ms", when_used="json"),
+]
 Symbol = Annotated[str, AfterValidator(_symbol)]
 Segment = Annotated[str, AfterValidator(_segment)]
 Zoned = Annotated[datetime, AfterValidator(_zoned)]
@@ -593,6 +600,15 @@ class Config(BaseSettings):
         return fixed, soft
 
     @property
+    def in_force(self) -> Path:
+        """The file by which a running daemon tells its children what it goes by."""
+        return self.state_dir / ".configuration.json"
+
+    def text(self) -> str:
+        """All but the strategies, which no child builds, as JSON that `load` reads."""
+        return self.model_dump_json(exclude={"strategy"}, exclude_none=True)
+
+    @property
     def journal_place(self) -> Place:
         """Where the journal is. Raise ConfigError for a file with a password or certificate that is none."""
         return self.journal.server(self.instance) if self.journal else self.state_dir / "journal.db"
@@ -645,13 +661,17 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text("utf-8-sig")
         if deep := _DEEP.search(text):
             raise ValueError(f"a key of 64 parts or more, {_shown(deep[0])}")
-        return tomllib.loads(text)
+        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        return values
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and lists nested as deep
         raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
 
 
 def load(path: Path) -> Config:
-    """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults."""
+    """Read the file; paths in it are relative to its folder. Raise ConfigError that names all faults.
+
+    A file that ends in .json is what a daemon wrote for its children, see `Config.text`.
+    """
     values, base = _read(path), path.absolute().parent
     if isinstance(values.get("state_dir"), str):
         values["state_dir"] = base / values["state_dir"]

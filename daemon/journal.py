@@ -269,6 +269,11 @@ class Journal:
             row = self._db.execute("SELECT time FROM record ORDER BY seq DESC LIMIT 1").fetchone()
         return int(row[0]) if row else 0
 
+    def last_seq(self) -> int:
+        """The number of the newest record, which never leaves; 0 in an empty journal."""
+        with self._db.reading():
+            return _last(self._db)
+
     @property
     def base(self) -> int:
         """The number up to which records have left: the snapshot after it stands for them. 0: none have."""

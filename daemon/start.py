@@ -109,6 +109,21 @@ def keep_strategies(settings: Settings, folder: Path) -> None:
             flush(folder)
 
 
+@contextmanager
+def handed_down(config: Config) -> Iterator[None]:
+    """Let the daemon's children go by a configuration from when what is done within went well.
+
+    Its file may say something else by then, which a reload refused. Raise DiskFullError without room.
+    """
+    partial = config.in_force.with_suffix(".partial")
+    with room(config.state_dir):
+        partial.unlink(missing_ok=True)
+        partial.touch(0o600)
+        partial.write_text(config.text(), "utf-8")
+    yield
+    partial.replace(config.in_force)
+
+
 def warmth(config: Config, length: int, have: int, record: Record | None, now: int) -> list[Warmth]:
     """What the windows, which keep `have` bars, lack of what is known: in parts, of whole symbols each.
 

@@ -13,7 +13,7 @@ import structlog
 from barcast.daemon import wire
 from barcast.daemon.bars import serves_nothing
 from barcast.daemon.config import Config
-from barcast.daemon.events import Champion, Ordered, Reign, Warmth, events
+from barcast.daemon.events import Answered, Champion, Ordered, Reign, Warmth, events
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind, Record, exists
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
@@ -301,16 +301,19 @@ def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
                 (time, Kind.ACTIVATION, "", after.encode()),
             ]
             records += [(time, warmup.kind, "", warmup.payload) for warmup in warmups]
+            said = f"{after.model} will serve from the next start on; {champion.model} is left behind"
+            if groups:
+                said += f"; {groups} groups of bars, in {len(backlog)} records, are passed over without a "
+                said += "forecast"
+            order = journal.last_seq() + 1 + bool(groups)  # behind the record of what is passed over
+            records.append((time, Kind.ANSWERED, "", Answered(order, done=said).encode()))
             if groups:
                 journal.shed(time, records, [notice])
             else:
                 journal.append(records, [notice])
         finally:
             journal.close()
-    passed = f"; {groups} groups of bars, in {len(backlog)} records, are passed over without a forecast"
-    return f"{after.model} will serve from the next start on; {champion.model} is left behind" + (
-        passed if groups else ""
-    )
+    return said
 
 
 def _formed(pipeline: Pipeline, backlog: Iterable[tuple[int, Event]], now: int) -> int:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 
 from barcast.backtest.cli import doctor
 from barcast.backtest.cli.doctor import Case, Finding, _Check, examined
-from barcast.daemon import control, mqtt, room, store
+from barcast.daemon import control, http, mqtt, room, store
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion
 from barcast.daemon.journal import Journal, Kind
@@ -182,7 +183,7 @@ def test_daemon_is_asked(tmp_path: Path) -> None:
 
         async def main() -> Found:
             async def state(*_: object) -> control.Answer:
-                return control.Answer(done="fhs serves")
+                return control.Answer(done="fhs serves\npaused: nothing is forecast")
 
             serving = asyncio.create_task(control.serve(tmp_path / "state", state))
             while not (tmp_path / "state" / control.NAME).exists():  # noqa: ASYNC110
@@ -193,7 +194,11 @@ def test_daemon_is_asked(tmp_path: Path) -> None:
                 serving.cancel()
                 await asyncio.wait([serving])
 
-        assert "fhs serves" in one(iter(asyncio.run(main())), "ok")[0]
+        found = asyncio.run(main())
+        assert "fhs serves" in one(iter(found), "ok")[0]
+        said, remedy = one(iter(found), "warn")
+        assert said == "paused: nothing is forecast"
+        assert remedy == f"barcast ctl {own.path} resume"
 
 
 def test_absent_broker_is_a_fault(tmp_path: Path) -> None:
@@ -234,6 +239,31 @@ def test_port_of_metrics_that_is_taken_is_a_fault(tmp_path: Path) -> None:
     assert finding.state == "fail"
     assert "in use" in finding.said
     assert "is free" in one(doctor.http(case(tmp_path, f"[http]\nport = {free_port()}\n")), "ok")[0]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_page_of_a_standby_is_asked(tmp_path: Path, host: str) -> None:
+    """It has no socket for orders, and the port is its own; without one the port is free."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+    more = f'[http]\nhost = "{host}"\nport = {free_port()}\n[journal]\nurl = "postgresql://a@127.0.0.1/b"\n'
+    own = case(tmp_path, more)
+    asked = own.settings.http
+    assert asked is not None
+    assert "is free" in one(doctor.http(own), "ok")[0]
+    with HTTPServer((host, asked.port), Page, bind_and_activate=False) as page:
+        page.socket = http.listen(host, asked.port)
+        threading.Thread(target=page.handle_request, daemon=True).start()
+        said, _ = one(doctor.http(own), "ok")
+    shown = "[::1]" if host == "::1" else host
+    assert said == f"http://{shown}:{asked.port}/readyz says 200"
 
 
 def test_failed_unit_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

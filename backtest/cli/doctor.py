@@ -4,18 +4,17 @@ import asyncio
 import fcntl
 import os
 import shutil
-import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -265,7 +264,10 @@ def daemon(case: Case) -> Found:
     if case.settings.journal:  # it may be a standby, or have left the directory to one on another machine
         said = ask(folder, Order("state"), lambda _line: None)
         case.running = said is not None
-        yield "ok", said.splitlines()[0] if said else "none serves here: a standby may wait", ""
+        if said is None:
+            yield "ok", "none serves here: a standby may wait", ""
+        else:
+            yield from _said(case, "it serves here", said)
         return
     case.running = holder is not None
     if holder is None:
@@ -276,7 +278,16 @@ def daemon(case: Case) -> Found:
         remedy = "it may be starting; else its log says more, and systemctl restart helps"
         yield "warn", f"process {holder} holds the directory and takes no orders", remedy
     else:
-        yield "ok", f"process {holder}: {said.splitlines()[0]}", ""
+        yield from _said(case, f"process {holder}", said)
+
+
+def _said(case: Case, who: str, state: str) -> Found:
+    """What a running daemon says of itself."""
+    first, *more = state.splitlines()
+    yield "ok", f"{who}: {first}", ""
+    for line in more:
+        if line.startswith("paused"):
+            yield "warn", line, f"barcast ctl {case.path} resume"
 
 
 def _holder(path: Path) -> int | None:
@@ -335,26 +346,40 @@ def broker(case: Case) -> Found:
 
 def http(case: Case) -> Found:
     """The page of metrics answers, or its port is free for a start."""
+    from barcast.daemon.http import listen
+
     asked = case.settings.http
     if asked is None:
         yield "ok", "not served", ""
         return
-    url = f"http://{asked.host}:{asked.port}/readyz"
-    if not case.running:
-        with socket.socket() as taken:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken.bind((asked.host, asked.port))  # an OSError is a finding
-        yield "ok", f"port {asked.port} is free", ""
-        return
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            yield "ok", f"{url} says {answer.status}", ""
-    except urllib.error.HTTPError as error:
-        yield (
-            "warn",
-            f"{url} says {error.code}: {error.read(200).decode(errors='replace').strip()}",
-            "see above",
-        )
+    host = f"[{asked.host}]" if ":" in asked.host else asked.host
+    url = f"http://{host}:{asked.port}/readyz"
+    # A standby has the page, and nothing else by which it could be known to run.
+    if case.running or case.settings.journal:
+        page = HTTPConnection(asked.host, asked.port, timeout=5)
+        try:
+            page.request("GET", "/readyz")
+            answer = page.getresponse()
+            body = answer.read(200).decode(errors="replace").strip()
+        except ConnectionRefusedError:
+            if case.running:
+                raise  # an OSError is a finding
+        except HTTPException as error:
+            yield (
+                "fail",
+                f"{url} is no page of metrics: {error!r}",
+                "end what listens there, or change http.port",
+            )
+            return
+        else:
+            good = answer.status == HTTPStatus.OK
+            said = f"{url} says {answer.status}" + ("" if good else f": {body}")
+            yield ("ok", said, "") if good else ("warn", said, "see above")
+            return
+        finally:
+            page.close()
+    listen(asked.host, asked.port).close()  # a ConfigError is a finding
+    yield "ok", f"port {asked.port} is free", ""
 
 
 def unit(case: Case) -> Found:

@@ -51,7 +51,7 @@ def run(config: ConfigFile) -> None:
     settings = load(config)
     log.configure(settings.log_level, os.environ.get("JOURNAL_STREAM"))
     parent = ["--parent", str(os.getpid())]
-    serve(settings, {verb: [*command, *parent] for verb, command in _children(config).items()})
+    serve(settings, {verb: [*command, *parent] for verb, command in _children(settings.in_force).items()})
 
 
 @app.command(rich_help_panel=LIVE)
@@ -497,7 +497,7 @@ def verify(
     from barcast.daemon.trainer import give_way
     from barcast.daemon.verification import Report
 
-    settings = load(instance) if instance.suffix == ".toml" else None
+    settings = load(instance) if instance.suffix in (".toml", ".json") else None
     place, state_dir = (settings.journal_place, settings.state_dir) if settings else (instance, None)
     if parent is not None:
         give_way(19, parent)

@@ -161,6 +161,21 @@ def test_backlog_is_refused_unless_asked_for(untradable):
     assert play(main()) == (([2, 2, 1], 0, []) if untradable else ([0, 0, 0], 4, []))
 
 
+def test_shed_group_is_a_gap():
+    """It has no signals; who waits for them is told whose, once, and nothing waits for them."""
+    groups = of(told(1, 2, 3, 4, 5), "groups")
+    shed = json.loads(groups[-1].payload)
+    shed |= {"shed": True, "symbols": [], "withheld": {"A": "overload", "B": "overload"}}
+    last = dataclasses.replace(groups[-1], payload=json.dumps(shed).encode())
+
+    async def main():
+        async with Reader() as r:
+            r.wire.bring(last, last)
+            return await r.take(r.client.groups()), r.gaps, r.client._unfinished
+
+    assert play(main()) == ([], [Gap("1m", close(5), ("A", "B"))], {})
+
+
 def newer(message):
     """The message as a later version would send it."""
     payload = message.payload.replace(b'"schema":1', b'"schema":2').replace(b'"rise":[', b'"rises":["x",')

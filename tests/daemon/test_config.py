@@ -69,6 +69,15 @@ def faults(path):
     return [line.removeprefix(f"{path}: ") for line in lines]
 
 
+def test_children_read_what_the_daemon_goes_by(write, tmp_path):
+    """All but the strategies, whose files may change, and with paths that hold in another folder."""
+    more = '[verify]\ncron = "0 4 * * *"\n[journal]\nurl = "postgresql://a@h/b"\n[retrain.drift]\n'
+    for text in (LEAST, GOOD + more):
+        config, handed = load(write(text)), tmp_path / "handed.json"
+        handed.write_text(config.text())
+        assert config.changed_in(load(handed)) == ([], ["strategy"] * bool(config.strategy))
+
+
 def test_everything_written_is_read(write):
     """Each key of a full file arrives, durations in nanoseconds and times with their zone."""
     config = load(write(GOOD))

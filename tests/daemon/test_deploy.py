@@ -1,10 +1,12 @@
 """What operators start from is in order."""
 
+import re
 from pathlib import Path
 
 from barcast.daemon.config import load
 
 ROOT = Path(__file__).parents[2]
+RUNBOOK = (ROOT / "deploy" / "RUNBOOK.md").read_text()
 
 
 DEFAULTS = ("max_wait", "log_level", "root", "name", "first", "margin", "timeout", "stall", "nice", "since")
@@ -32,3 +34,11 @@ def test_example_configuration_is_in_order(tmp_path):
     assert (explicit.model.sampler, explicit.model.steps, explicit.retrain.steps) == ("dpmpp", 8, 300)
     assert explicit.retrain.max_age == 30 * 86_400 * 10**9
     assert explicit.retrain.drift.model_dump() == {"coverage": 0.05, "crps": 0.1}
+
+
+def test_configuration_of_an_operator_elsewhere_is_in_order(tmp_path):
+    """What the runbook shows is all that an order over the broker needs."""
+    [shown] = re.findall(r"^```toml\n(instance.*?)^```$", RUNBOOK.split("\n## Orders\n")[1], re.M | re.S)
+    path = tmp_path / "operator.toml"
+    path.write_text(shown)
+    assert load(path).mqtt.username == "operator"

@@ -6,9 +6,10 @@ import threading
 
 import pytest
 
+from barcast.backtest.cli import operators
 from barcast.backtest.verify import verify
-from barcast.daemon import desk
-from barcast.daemon.config import DriftBands, Retrain
+from barcast.daemon import app, desk, log
+from barcast.daemon.config import DriftBands, Retrain, load
 from barcast.daemon.control import Order
 from barcast.daemon.events import Answered, Ordered
 from barcast.daemon.journal import Journal, Kind
@@ -389,6 +390,35 @@ def test_bad_configuration_is_refused_while_the_old_one_runs(made, old, new, sai
     assert len(journalled(made, Kind.REVISION)) == 1
     assert [order.who for order in journalled(made)] == ["uid 7", "signal"]
     assert all(said in answer.refused for answer in journalled(made, Kind.ANSWERED))
+
+
+@pytest.mark.parametrize("bad", ["oops = 1\n", 'log_level = "debug"\n'])
+def test_children_go_by_what_is_in_force(made, bad):
+    """A file that was refused, as wrong or for a key beside `keep`, acts in no compaction or verification."""
+    text, kept = made.config._file.read_text(), []
+
+    async def story():
+        async with at_work(made):
+            for lines in ('keep = "9d"\n', f'{bad}keep = "1d"\n', 'keep = "8d"\n'):
+                made.config._file.write_text(f"{lines}{text}")
+                await locally(made, "reload", wait=True)
+                kept.append(load(made.config.in_force).keep // (86_400 * SECOND))
+
+    play(story())
+    assert kept == [9, 9, 8]
+    assert made.config.in_force.stat().st_mode & 0o777 == 0o600
+    assert made.config.changed_in(load(made.config.in_force)) == ([], [])
+
+
+def test_children_are_given_what_is_in_force(made, monkeypatch):
+    """Each of them, in place of the file that the daemon was given."""
+    given = {}
+    monkeypatch.setattr(log, "configure", lambda *_: None)
+    monkeypatch.setattr(app, "serve", lambda _config, commands: given.update(commands))
+    operators.run(made.config._file)
+    assert {verb: command[4] for verb, command in given.items()} == dict.fromkeys(
+        ("train", "gate", "compact", "verify"), str(made.config.in_force)
+    )
 
 
 def test_reload_without_waiting_is_answered_at_once(made):

@@ -10,7 +10,7 @@ import pytest
 
 from barcast.backtest.verify import replay_journal
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Ordered, Reign, Warmth
+from barcast.daemon.events import Answered, Champion, Ordered, Reign, Warmth
 from barcast.daemon.journal import Journal, Kind, Progress
 from barcast.daemon.live import Decision
 from barcast.daemon.retention import compact
@@ -150,14 +150,15 @@ def test_nothing_is_passed_over_where_nothing_waits(state):
     """A rollback of an instance that ended its work is an order and an activation alone."""
     lived(state, [*bars(1, 5), (START + 6 * MINUTE, activate(BAD, "fhs"))])
     assert "passed over" not in back(state, START + 7 * MINUTE)
-    assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 2, Kind.ORDERED, Kind.ACTIVATION]
+    rolled_back = [Kind.ORDERED, Kind.ACTIVATION, Kind.ANSWERED]
+    assert kinds(state) == [Kind.REVISION, *[Kind.ACTIVATION] * 2, *rolled_back]
 
 
 def test_model_that_looks_back_further_finds_its_bars(state):
     """What is known goes with the activation, as when a running daemon rolls back; the replay has it, too."""
     lived(state, [*bars(1, 40), (START + 41 * MINUTE, activate(BAD, "fhs"))])
     back(state, START + 42 * MINUTE, "hs")
-    assert kinds(state)[-2:] == [Kind.ACTIVATION, Kind.WARMUP]
+    assert kinds(state)[-3:] == [Kind.ACTIVATION, Kind.WARMUP, Kind.ANSWERED]
     with closing(Journal(state / "journal.db", readonly=True)) as journal:
         warmth = Warmth.decode(journal.last(Kind.WARMUP).payload)
     assert [bar.symbol for bar in warmth.bars].count("A") == 20
@@ -178,6 +179,10 @@ def test_operator_reads_one_sentence(state, run, capsys):
         "passed over without a forecast\n",
         "",
     )
+    with closing(Journal(state / "journal.db", readonly=True)) as journal:
+        answered = Answered.decode(journal.last(Kind.ANSWERED).payload)
+        assert answered.order == journal.last(Kind.ORDERED).seq
+    assert "passed over" in answered.done
 
 
 @pytest.mark.parametrize("kept", range(2, 9))

@@ -7,7 +7,7 @@ from contextlib import closing
 import pytest
 
 from barcast.daemon.config import load
-from barcast.daemon.events import Champion, Ordered, Reign, events
+from barcast.daemon.events import Answered, Champion, Ordered, Reign, events
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.ports import Activation
 from barcast.daemon.retention import _referenced
@@ -114,19 +114,20 @@ def serving(path):
 def test_rollback_of_an_instance_that_is_down(instance):
     """The decision is journalled and told, and stamped after all that is in the journal."""
     settings = load(instance)
-    assert rollback_journal(settings, START - 5, BACK).startswith(
-        "fhs will serve from the next start on; ewma"
-    )
+    said = [rollback_journal(settings, START - 5, BACK)]
+    assert said[0].startswith("fhs will serve from the next start on; ewma")
     champion, time, waiting = serving(instance)
     assert (champion.model, champion.window, time, waiting) == ("fhs", 645, START, 1)
-    rollback_journal(settings, START + 5, BACK)
+    said.append(rollback_journal(settings, START + 5, BACK))
     champion, time, _ = serving(instance)
     assert (champion.model, time) == ("hs", START + 5)
     journal = Journal(instance.parent / "state" / "journal.db", readonly=True)
     found = [event for _, event in events(journal.records())]
     assert [event.model for event in found if isinstance(event, Activation)] == ["ewma", "fhs", "hs"]
-    orders = [Ordered.decode(record.payload) for record in journal.of_kind(Kind.ORDERED)]
-    assert orders == [BACK, BACK]
+    orders = {record.seq: Ordered.decode(record.payload) for record in journal.of_kind(Kind.ORDERED)}
+    assert [*orders.values()] == [BACK, BACK]
+    answers = [Answered.decode(record.payload) for record in journal.of_kind(Kind.ANSWERED)]
+    assert answers == [Answered(order, done=done) for order, done in zip(orders, said, strict=True)]
     journal.close()
 
 
