@@ -344,23 +344,31 @@ def connect(server: Server, seconds: float = ANSWER_SECONDS) -> "CoreConnection"
     """Connect to the server. Raise JournalLostError without one, ConfigError where it does not let us in."""
     try:
         from pg8000.core import CoreConnection
+        from pg8000.exceptions import DatabaseError, InterfaceError
     except ImportError as error:
         raise ConfigError(
             f"journal.url: {error}; install barcast with its extra, `pip install barcast[postgres]`"
         ) from error
     local = server.host.startswith("/")
     with _faults(server):
-        return CoreConnection(
-            server.user,
-            host=None if local else server.host,
-            unix_sock=f"{server.host}/.s.PGSQL.{server.port}" if local else None,
-            port=server.port,
-            database=server.database,
-            password=server.password or "",
-            ssl_context=server.tls or False,
-            timeout=seconds,
-            application_name="barcast",
-        )
+        try:
+            return CoreConnection(
+                server.user,
+                host=None if local else server.host,
+                unix_sock=f"{server.host}/.s.PGSQL.{server.port}" if local else None,
+                port=server.port,
+                database=server.database,
+                password=server.password or "",
+                ssl_context=server.tls or False,
+                timeout=seconds,
+                application_name="barcast",
+            )
+        except InterfaceError as error:
+            # The driver says good-bye to a server that has hung up, and that fault hides what that one said.
+            said: BaseException | None = error
+            while said is not None and not isinstance(said, DatabaseError):
+                said = said.__context__
+            raise said or error from None
 
 
 def _prepare(connection: "CoreConnection", server: Server, readonly: bool, relaxed: bool) -> None:

@@ -9,6 +9,8 @@ from contextlib import closing, suppress
 from dataclasses import replace
 
 import pytest
+from pg8000.core import CoreConnection
+from pg8000.exceptions import InterfaceError
 
 from barcast.daemon import live, postgres
 from barcast.daemon.config import load
@@ -312,8 +314,15 @@ def test_journal_of_a_later_version_is_refused(server):
         Journal(server)
 
 
-def test_whatever_keeps_us_out_is_a_sentence(server):
+@pytest.mark.parametrize("hung_up", [False, True])
+def test_whatever_keeps_us_out_is_a_sentence(server, monkeypatch, hung_up):
     """No server, no such database: what to do stands there, and no traceback."""
+    if hung_up:  # before the driver has said good-bye
+
+        def close(_connection):
+            raise InterfaceError("network error") from BrokenPipeError()
+
+        monkeypatch.setattr(CoreConnection, "close", close)
     with pytest.raises(JournalLostError, match="no connection"):
         Journal(replace(server, port=1))
     with pytest.raises(ConfigError, match=r'journal\.url: .*"nowhere" does not exist'):
