@@ -161,7 +161,7 @@ def test_overdue_follows_the_calendar(tmp_path):
 
 def test_coverage_is_that_of_all_symbols(tmp_path):
     """Each symbol's coverage weighs by its outcomes; another model's is forgotten."""
-    sink = LiveSink(None, SimpleNamespace(position=0, now=lambda: START), Silent())
+    sink = LiveSink(None, SimpleNamespace(position=0, now=lambda: START, forecast=lambda: None), Silent())
     model = Spread()
 
     def outcome(card, **shares):

@@ -199,7 +199,7 @@ def test_wrong_targets_are_found_on_trial(targets):
 def test_live_sink_warns_and_counts():
     """Live a refusal is a warning with its reason and a count; the group's messages go out."""
     outcome, said = asked({"A": nan}, {"A": 0.5})
-    sink = LiveSink(None, SimpleNamespace(position=0, now=lambda: CLOSE), Silent())
+    sink = LiveSink(None, SimpleNamespace(position=0, now=lambda: CLOSE, forecast=lambda: None), Silent())
     with capture_logs() as logs:
         play(sink.emit(outcome))
     [warning] = [entry for entry in logs if entry["log_level"] == "warning"]
