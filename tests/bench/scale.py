@@ -57,7 +57,7 @@ class Trial:
 TRIALS = (
     Trial("hs", "hs", 6.0),
     Trial("default model", "sssd", 20.0),
-    Trial("default model, clock too fast", "sssd", 3.0),
+    Trial("default model, clock too fast", "sssd", 4.0),
 )
 
 
@@ -148,7 +148,7 @@ def _trial(trial: Trial, folder: Path, values: Any, closes: list[int], model: st
     return {
         "bar_seconds": trial.bar_seconds,
         **counts,
-        **quantiles(took),
+        **(quantiles(took) if took else {}),  # a machine that is far too slow tells nothing in time
         "rss_mb": sizes[-1],
         "growth": max(sizes[1:]) / sizes[0] - 1,
         "differing": json.loads(checked.stdout)["differing"],
