@@ -230,8 +230,7 @@ class Daemon:
         with room(config.state_dir):
             journal.write()
         check_room(config.state_dir)
-        with handed_down(config):
-            backlog = await asyncio.to_thread(following.recover)
+        backlog = await asyncio.to_thread(following.recover)
         address = config.mqtt.address(f"barcast-{config.instance}")
         canary = Canary(f"{config.mqtt.root}/bars/{config.timeframe}", self.boot)
         lost = wire.Status(state="lost", instance=config.instance, boot=self.boot)
@@ -256,6 +255,8 @@ class Daemon:
         self.sink = LiveSink(self.scribe, self.source, self.courier)
         self.vitals = Vitals(self.source, self.pipeline, self.notifier)
         self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)
+        with handed_down(config):
+            found = await asyncio.to_thread(opening, config, journal, self.store, self.clock.now())
         self.succession = Succession(
             config,
             self.clock,
@@ -265,7 +266,7 @@ class Daemon:
             self.source,
             self.courier,
             self.forecasts,
-            await asyncio.to_thread(opening, config, journal, self.store, self.clock.now()),
+            found,
         )
         self.lookout = Lookout(config, self.clock, self.succession, self.pipeline)
         process, timeout, stall = self._trainer()

@@ -120,8 +120,11 @@ def handed_down(config: Config) -> Iterator[None]:
         partial.unlink(missing_ok=True)
         partial.touch(0o600)
         partial.write_text(config.text(), "utf-8")
-    yield
-    partial.replace(config.in_force)
+    try:
+        yield
+        partial.replace(config.in_force)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def warmth(config: Config, length: int, have: int, record: Record | None, now: int) -> list[Warmth]:
