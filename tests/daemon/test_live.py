@@ -460,7 +460,7 @@ def test_refused_message_holds_its_topic_and_no_other(scribe, broker):
 
     async def looks(courier):
         await until(lambda: len(broker.faults["a"]) <= 2)
-        rows = scribe.journal.pending(10)
+        rows = await scribe(scribe.journal.pending, 10)  # on the thread that has the connection
         seen.extend(row.message.id for row in rows)
 
     delivers(scribe, broker, looks)
