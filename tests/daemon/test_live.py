@@ -356,7 +356,7 @@ def test_progress_is_noted_now_and_then_without_messages(scribe, monkeypatch):
 
         async def noting(now):
             await settle(now)
-            noted.append((src.position, scribe.journal.progress().seq))
+            noted.append((src.position, (await scribe(scribe.journal.progress)).seq))
 
         sink.settle = noting
         await run(src, pipeline, sink)
