@@ -168,8 +168,9 @@ class Postgres:
     @contextmanager
     def transaction(self) -> Iterator["Postgres"]:
         """One commit of the body, under our epoch; nothing of it when the body or the commit raises."""
-        self.execute(f"BEGIN; SET LOCAL idle_in_transaction_session_timeout = {int(OPEN_SECONDS * 1e3)}")
-        try:
+        with self._commit(
+            f"BEGIN; SET LOCAL idle_in_transaction_session_timeout = {int(OPEN_SECONDS * 1e3)}"
+        ):
             row = self.execute("SELECT epoch FROM writer FOR UPDATE").fetchone()
             if self.epoch is not None and row != (self.epoch,):
                 raise DeposedError(
@@ -177,11 +178,19 @@ class Postgres:
                     f"{self.epoch}; this one must start again, as a standby"
                 )
             yield self
+
+    @contextmanager
+    def _commit(self, begin: str) -> Iterator[None]:
+        """COMMIT after the body, or ROLLBACK when that or the commit raises."""
+        self.execute(begin)
+        done = False
+        try:
+            yield
             self.execute("COMMIT")
-        except BaseException:
-            if self._connection is not None:
+            done = True
+        finally:
+            if not done and self._connection is not None:
                 self.execute("ROLLBACK")
-            raise
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -244,18 +253,12 @@ class Postgres:
         """Make the tables, unless another one does so at this moment."""
         text = re.sub(r"\b(INTEGER|BLOB|TEXT)\b", lambda m: _COLUMN_TYPES[m[1]], tables + _LEASE)
         text = text.replace("INSERT OR IGNORE", "INSERT")
-        self.execute("BEGIN")
-        try:
+        with self._commit("BEGIN"):
             self.execute("SELECT pg_advisory_xact_lock(hashtext(?), 0)", (self._server.schema,))
             if self._version() is None:
                 self.execute(f'CREATE SCHEMA IF NOT EXISTS "{self._server.schema}"')
                 self.execute(text)
                 self.execute("INSERT INTO version VALUES (?)", (version,))
-            self.execute("COMMIT")
-        except BaseException:
-            if self._connection is not None:
-                self.execute("ROLLBACK")
-            raise
 
 
 class Lease:
