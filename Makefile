@@ -19,7 +19,7 @@ test: check ## all checks and tests, with a real mosquitto, PostgreSQL, promtool
 check: $(VENV)/.dev ## lint, types, layers and the tests that need no broker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest
+	$(BIN)/mypy -p barcast.models -p barcast.strategies -p barcast.daemon -p barcast.backtest -p tests.bench
 	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2 -m $(ALONE) tests
 

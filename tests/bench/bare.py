@@ -33,7 +33,7 @@ class BareBar(msgspec.Struct, gc=False):
 async def main(port: int, counts: list[int]) -> None:
     """Receive and decode."""
     one, many = msgspec.json.Decoder(BareBar), msgspec.json.Decoder(list[BareBar])
-    connect = Properties(PacketTypes.CONNECT)
+    connect = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
     connect.ReceiveMaximum = 1000  # what the daemon asks for
     version = aiomqtt.ProtocolVersion.V5
     marks = set(accumulate(counts))

@@ -15,6 +15,7 @@ from barcast.models.catalog import SAMPLER, STEPS
 from barcast.models.diffusion import Distribution, use_one_thread
 from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
+from barcast.models.paths import path_steps
 from barcast.models.sssd.head import MLP
 from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.training import BATCH, DRAWS, _Dropout, _Training, train
@@ -104,6 +105,7 @@ def _steps(section: Section, histories: Sequence[Window], tell: Callable[[str], 
     net, generator = training.net.train(), Generator().manual_seed(1)
     share = Share(0, 1, generator)
     distribution = Distribution(net, SAMPLER, STEPS, SAMPLES[0])
+    places = [path_steps(HORIZONS).index(horizon) for horizon in HORIZONS]
 
     def batch() -> tuple[Origins, Tensor]:
         at = training.older[torch.randint(len(training.older), (BATCH,), generator=generator)]
@@ -116,7 +118,8 @@ def _steps(section: Section, histories: Sequence[Window], tell: Callable[[str], 
         part, c = batch()
         with torch.no_grad():
             knots = training._unseen_knots(part)
-        q = distribution.quantiles(distribution.sample(c), training.levels).contiguous()
+        scores = distribution.sample(c, places)
+        q = distribution.quantiles(scores, training.levels).contiguous()
         z = piecewise(q, knot_scores().expand(knots.shape), knots)
         miss = part.z[..., None] - z
         return torch.maximum(training.levels * miss, (training.levels - 1) * miss).mean()

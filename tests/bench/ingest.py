@@ -62,8 +62,8 @@ def measure(tell: Callable[[str], None], folder: Path) -> Section:
         for what, (messages, length, _) in loads.items():
             tell(f"bare aiomqtt, {what}")
             began, cpu = _fill(process.pid, publisher, messages)
-            ended, _ = _line(process).split()
-            raw = _raw(len(messages), length, float(ended) - began, cpu_seconds(process.pid) - cpu)
+            stamp, _ = _line(process).split()
+            raw = _raw(len(messages), length, float(stamp) - began, cpu_seconds(process.pid) - cpu)
             section.rows.append(Row(f"bare aiomqtt, {what}", raw))
     tell("daemon")
     with Broker(folder / "daemon") as broker:

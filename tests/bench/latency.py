@@ -8,7 +8,7 @@ packets on their way to a bare subscriber.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.bench.rig import (
     PATIENCE_SECONDS,
     ROOT,
     Broker,
+    Clock,
     Daemon,
     Raw,
     bars,
@@ -31,7 +32,7 @@ from tests.bench.rig import (
     minutes,
     name,
     packets,
-    rehearsal,
+    publish_close,
     walk,
     write_history,
 )
@@ -161,7 +162,7 @@ def _trial(trial: Trial, folder: Path, lead: float) -> tuple[dict[str, Any], dic
                 if k == WARM:
                     began, cpu, size = time.monotonic(), cpu_seconds(daemon.pid), daemon.journal_bytes()
                 mark = f'"close_time":"{to_text(closes[HISTORY + k])}"'.encode()
-                sent, arrived = _group(publisher, watcher, some, mark, patience)
+                sent, arrived = publish_close(publisher, watcher, some, mark, patience)
                 if k >= WARM:
                     last += [at - sent[-1] for at in arrived.values()]
                     own += [at - sent[symbol] for symbol, at in arrived.items()]
@@ -190,61 +191,13 @@ def _trial(trial: Trial, folder: Path, lead: float) -> tuple[dict[str, Any], dic
     return raw, alone
 
 
-class Clock:
-    """The clock of a rehearsal: it shows `start` for `lead` real seconds, then runs `speed` times as fast.
-
-    With a speed of 0 it stands.
-    """
-
-    def __init__(self, start: int, speed: float, lead: float) -> None:
-        self.start, self.speed = start, speed
-        self.at = datetime.now(UTC) + timedelta(seconds=lead)
-
-    def table(self) -> str:
-        """As the configuration says it."""
-        return rehearsal(self.start, self.at, self.speed) if self.speed else rehearsal(self.start)
-
-    @property
-    def late(self) -> bool:
-        """Whether it runs already."""
-        return bool(self.speed) and time.time() > self.at.timestamp()
-
-    def real(self, moment: int) -> float:
-        """When it shows `moment`, in real seconds since 1970; it must run."""
-        return self.at.timestamp() + (moment - self.start) / 1e9 / self.speed
-
-    def wait(self, moment: int) -> None:
-        """Until the clock shows `moment`, if it runs."""
-        if self.speed:
-            time.sleep(max(0.0, self.real(moment) - time.time()))
-
-
-def _group(
-    publisher: Raw, watcher: Raw, some: Sequence[bytes], mark: bytes, patience: float
-) -> tuple[list[float], dict[int, float]]:
-    """Publish the bars of a close; return when each was sent, and when the signal of each symbol came.
-
-    A signal without the mark is one of an earlier close that is late.
-    """
-    numbers = {name(symbol): symbol for symbol in range(len(some))}
-    sent, arrived = [], {}
-    for one in some:
-        sent.append(time.monotonic())
-        publisher.send(one)
-    while len(arrived) < len(some) and (left := sent[-1] + patience - time.monotonic()) > 0:
-        for message in watcher.receive(left):
-            if mark in message.payload:
-                arrived[numbers[message.topic.rpartition("/")[2]]] = message.at
-    publisher.confirm(len(some))
-    return sent, arrived
-
-
 def _alone(publisher: Raw, broker: Broker, due: Sequence[Sequence[bytes]]) -> dict[str, Any]:
     """The same packets, from one socket to another by way of the broker."""
     watcher = Raw(broker.port, "alone", subscribe=[f"{ROOT}/bars/#"])
     last, own = [], []
     for some in due:
-        sent, arrived = [], []
+        sent: list[float] = []
+        arrived: list[float] = []
         for one in some:
             sent.append(time.monotonic())
             publisher.send(one)

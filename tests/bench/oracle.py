@@ -58,9 +58,9 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
             forecasters["the map alone"] = training, trained.forecaster("map", None, 0)
         forecasters[what] = training, trained.forecaster("model")
     found: dict[str, Forecasts] = {}
-    for what, (training, forecaster) in forecasters.items():
+    for what, (changes, forecaster) in forecasters.items():
         tell(f"{what}: forecasts")
-        found[what] = forecasts(training, forecaster, histories, until)
+        found[what] = forecasts(changes, forecaster, histories, until)
     tell("oracle: paths")
     first = found["static map"]
     truth, deviation = oracle(simulations, first)

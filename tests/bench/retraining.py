@@ -12,18 +12,19 @@ from pathlib import Path
 
 from barcast.daemon.control import Order, ask
 from barcast.daemon.wire import to_text
-from tests.bench.latency import _Clock, _group
 from tests.bench.report import Row, Section, Target, quantiles
 from tests.bench.rig import (
     NOW,
     ROOT,
     Broker,
+    Clock,
     Daemon,
     Raw,
     bars,
     minutes,
     name,
     packets,
+    publish_close,
     walk,
     write_history,
 )
@@ -59,7 +60,7 @@ def measure(tell: Callable[[str], None], folder: Path) -> Section:
     with Broker(folder / "broker") as broker:
         publisher = Raw(broker.port, "feed")
         watcher = Raw(broker.port, "watch", subscribe=[f"{ROOT}/signals/#"])
-        clock = _Clock(closes[HISTORY - 1], 60.0 / BAR_SECONDS, LEAD_SECONDS)
+        clock = Clock(closes[HISTORY - 1], 60.0 / BAR_SECONDS, LEAD_SECONDS)
         with Daemon(
             folder,
             broker,
@@ -80,7 +81,7 @@ def measure(tell: Callable[[str], None], folder: Path) -> Section:
                     some = packets(([bar] for bar in bars(values[at : at + 1], closes[at : at + 1])), "1m")
                     clock.wait(closes[at])
                     mark = f'"close_time":"{to_text(closes[at])}"'.encode()
-                    sent, arrived = _group(publisher, watcher, some, mark, 2 * BAR_SECONDS)
+                    sent, arrived = publish_close(publisher, watcher, some, mark, 2 * BAR_SECONDS)
                     missing += len(some) - len(arrived)
                     took += [moment - sent[-1] for moment in arrived.values()]
                     at += 1

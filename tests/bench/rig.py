@@ -16,13 +16,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from barcast.daemon.journal import Kind
 from barcast.daemon.wire import encode_bars
 from barcast.models import Bar
 from tests.integration.broker import Mosquitto
@@ -356,9 +357,9 @@ class Daemon:
             time.sleep(PULSE_SECONDS)
         raise TimeoutError("the daemon is never quiet")
 
-    def records(self) -> int:
-        """Messages in the journal."""
-        return int(self._ask("SELECT COUNT(*) FROM record WHERE kind = 'bars'"))
+    def records(self, kind: str = Kind.BARS) -> int:
+        """Records of a kind in the journal: of bars, messages."""
+        return self._ask(f"SELECT COUNT(*) FROM record WHERE kind = '{kind}'")
 
     def journal_bytes(self) -> int:
         """The size of the journal, whether its pages are in the file yet or still in its log."""
@@ -376,3 +377,53 @@ class Daemon:
 
     def _events(self) -> set[str]:
         return {json.loads(line)["event"] for line in self._log().splitlines() if line.endswith("}")}
+
+
+class Clock:
+    """The clock of a rehearsal: it shows `start` for `lead` real seconds, then runs `speed` times as fast.
+
+    With a speed of 0 it stands.
+    """
+
+    def __init__(self, start: int, speed: float, lead: float) -> None:
+        self.start, self.speed = start, speed
+        self.at = datetime.now(UTC) + timedelta(seconds=lead)
+
+    def table(self) -> str:
+        """As the configuration says it."""
+        return rehearsal(self.start, self.at, self.speed) if self.speed else rehearsal(self.start)
+
+    @property
+    def late(self) -> bool:
+        """Whether it runs already."""
+        return bool(self.speed) and time.time() > self.at.timestamp()
+
+    def real(self, moment: int) -> float:
+        """When it shows `moment`, in real seconds since 1970; it must run."""
+        return self.at.timestamp() + (moment - self.start) / 1e9 / self.speed
+
+    def wait(self, moment: int) -> None:
+        """Until the clock shows `moment`, if it runs."""
+        if self.speed:
+            time.sleep(max(0.0, self.real(moment) - time.time()))
+
+
+def publish_close(
+    publisher: Raw, watcher: Raw, some: Sequence[bytes], mark: bytes, patience: float
+) -> tuple[list[float], dict[int, float]]:
+    """Publish the bars of a close; return when each was sent, and when the signal of each symbol came.
+
+    A signal without the mark is one of an earlier close that is late.
+    """
+    numbers = {name(symbol): symbol for symbol in range(len(some))}
+    sent: list[float] = []
+    arrived: dict[int, float] = {}
+    for one in some:
+        sent.append(time.monotonic())
+        publisher.send(one)
+    while len(arrived) < len(some) and (left := sent[-1] + patience - time.monotonic()) > 0:
+        for message in watcher.receive(left):
+            if mark in message.payload:
+                arrived[numbers[message.topic.rpartition("/")[2]]] = message.at
+    publisher.confirm(len(some))
+    return sent, arrived
