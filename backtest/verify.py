@@ -396,34 +396,6 @@ class _Run:
         return events(self._reader.records(after, upto), self.pipeline.revision)
 
 
-@dataclass(frozen=True, slots=True)
-class Replayed:
-    """What a journal says when it is computed again: its messages, the first `settled` of them by now.
-
-    `fingerprints` are those (recorded, own) that differ.
-    """
-
-    messages: list[Outgoing]
-    settled: int = 0
-    fingerprints: tuple[tuple[str, str], ...] = ()
-
-
-def replay_journal(journal: journals.Place, state_dir: Path | None = None) -> Replayed:
-    """Compute again every signal, target and group message from a journal, as far as it reaches back.
-
-    All are kept in memory: to compare those of a long journal, `verify` does without. Raises what `verify`
-    does.
-    """
-    said: list[Outgoing] = []
-    with closing(Journal(journal, readonly=True)) as reader, reader.one_moment():
-        run = _Run(reader, 0, state_dir)
-        sink = _Sink(run.pipeline, 0, lambda messages, _: said.extend(messages))
-        run.settled(sink)
-        settled = len(said)
-        run.rest(sink)
-    return Replayed(said, settled, tuple(sink.fingerprints))
-
-
 def verify(
     journal: journals.Place,
     since: int = 0,

@@ -119,13 +119,12 @@ class Standby:
             self._leaving = True
         if epoch is None:
             await self.ended()
-        if epoch is not None:
+        else:
             log.info("lease_taken", epoch=epoch)
         return epoch
 
     async def ended(self) -> None:
-        """Return once it no longer reads the journal; the lease is kept meanwhile."""
-        self._leaving = True
+        """Return once it no longer reads the journal, after `wait`; the lease is kept meanwhile."""
         if self._following_task is not None:
             await asyncio.wait([self._following_task])
 

@@ -198,11 +198,6 @@ class Following:
         return backlog
 
 
-def recover(journal: Journal, pipeline: Pipeline) -> list[tuple[int, Event]]:
-    """Rebuild the state from the journal; return the events whose outcomes are not in the outbox yet."""
-    return Following(journal, pipeline).recover()
-
-
 @contextmanager
 def only_one(path: Path, who: str = "instance") -> Iterator[None]:
     """Hold a lock file of the state directory, so that no second one is at the same work."""

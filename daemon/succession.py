@@ -21,7 +21,7 @@ from barcast.daemon.pipeline import Pipeline, try_strategies
 from barcast.daemon.ports import Event, Revision
 from barcast.daemon.postgres import Server, leased
 from barcast.daemon.room import room
-from barcast.daemon.start import Opening, keep_strategies, only_one, recover, warmth
+from barcast.daemon.start import Following, Opening, keep_strategies, only_one, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, ConfigError, Forecaster
@@ -292,7 +292,7 @@ def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
                 after.model, time, after.fingerprint, verdict, time, config.topics.models
             )
             pipeline = Pipeline(serves_nothing)
-            backlog = recover(journal, pipeline)
+            backlog = Following(journal, pipeline).recover()
             groups = _formed(pipeline, backlog, time)
             have, last = pipeline.windows.length, journal.last(Kind.WARMUP)
             warmups, _ = _lacking(config, card.window, have, last, time)

@@ -16,7 +16,7 @@ from barcast.daemon.live import Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.mqtt import Delivery
 from barcast.daemon.pipeline import OpenModel, Pipeline, Settings, run
 from barcast.daemon.ports import EndOfSource, Event, Revision
-from barcast.daemon.start import recover
+from barcast.daemon.start import Following
 from barcast.daemon.timeframe import Timeframe
 from barcast.daemon.wire import Outgoing, encode_bars
 from barcast.models import Bar
@@ -185,7 +185,7 @@ class Instance:
     def __init__(self, file: Path, world: World, open_model: OpenModel) -> None:
         self.journal = quick(Journal(file))
         self.pipeline = Pipeline(open_model)
-        backlog = recover(self.journal, self.pipeline)
+        backlog = Following(self.journal, self.pipeline).recover()
         self.scribe = Scribe(self.journal)
         progress = self.journal.progress()
         self.source = source(

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from barcast.backtest import verify as verify_module
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.backtest.verify import Comparison, read_capture, replay_journal, verify
+from barcast.backtest.verify import Comparison, read_capture, verify
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.events import Champion, Warmth
@@ -40,6 +40,7 @@ from barcast.daemon.wire import (
 )
 from tests.checks import open_model
 from tests.fakes import MINUTE, START, Spread, bar, settings
+from tests.replayed import replay_journal
 from tests.rim import SECOND, Instance, Message, World, activation, play, revision
 
 ROOT = Path(__file__).parents[2]

@@ -12,12 +12,13 @@ from statistics import median, quantiles
 import msgspec
 import polars as pl
 
-from barcast.backtest.verify import replay_journal, verify
+from barcast.backtest.verify import verify
 from barcast.daemon.bars import read_archive
 from barcast.daemon.journal import Kind, State
 from barcast.daemon.wire import BarMessage, to_ns
 from tests.chaos.feed import Message
 from tests.chaos.proxy import Told
+from tests.replayed import replay_journal
 
 FRESH_SECONDS = 4.0
 """What a broker took less than that before it was killed or stopped, it may lose, or let expire, itself.

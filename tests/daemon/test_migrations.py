@@ -12,7 +12,7 @@ from barcast.daemon import journal as journals
 from barcast.daemon.events import events, restore
 from barcast.daemon.journal import VERSION, Journal, Progress
 from barcast.daemon.pipeline import Pipeline
-from barcast.daemon.start import recover
+from barcast.daemon.start import Following
 from barcast.models import DiskFullError
 from tests.daemon.journals.build import rows, said
 from tests.fakes import Spread
@@ -68,7 +68,7 @@ def test_golden_journal_is_recovered_and_goes_on(version: int, tmp_path: Path) -
     """A start takes it over: nothing is sent twice, what comes now is written, and it has today's version."""
     path = golden(version, tmp_path)
     with closing(Journal(path)) as journal:
-        assert recover(journal, Pipeline(lambda *_: Spread())) == []
+        assert Following(journal, Pipeline(lambda *_: Spread())).recover() == []
         [number] = journal.append([rows()[-1]])
         assert number == len(rows()) + 1
         assert journal.progress() == Progress(len(rows()), rows()[-1][0])

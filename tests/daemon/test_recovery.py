@@ -8,7 +8,7 @@ import pytest
 from barcast.daemon.journal import Journal
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Arrival, Revision
-from barcast.daemon.start import recover
+from barcast.daemon.start import Following
 from tests import checks
 from tests.checks import open_model, serve, story
 from tests.fakes import MINUTE, START
@@ -109,7 +109,7 @@ def test_clean_start_has_nothing_to_recover(tmp_path):
     """In an empty journal there is nothing to rebuild, and nothing to do again."""
     journal = Journal(tmp_path / "journal.db")
     pipeline = Pipeline(open_model)
-    assert recover(journal, pipeline) == []
+    assert Following(journal, pipeline).recover() == []
     assert pipeline.model is None
     journal.close()
 
@@ -121,7 +121,7 @@ def test_recovery_ends_where_the_path_was(tmp_path):
     put(cut.journal, tmp_path / "cut.db")
     journal = Journal(tmp_path / "cut.db")
     pipeline = Pipeline(open_model)
-    backlog = recover(journal, pipeline)
+    backlog = Following(journal, pipeline).recover()
     progress = journal.progress()
     journal.close()
     assert [type(event) for _, event in backlog] == [Revision, Arrival]
@@ -142,6 +142,6 @@ def test_waiting_group_waits_on_after_a_crash(tmp_path):
     change(tmp_path / "cut.db", "UPDATE progress SET seq = (SELECT MAX(seq) FROM record)")
     journal = Journal(tmp_path / "cut.db")
     pipeline = Pipeline(open_model)
-    assert recover(journal, pipeline) == []
+    assert Following(journal, pipeline).recover() == []
     journal.close()
     assert pipeline.deadline == START + 726 * SECOND

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from barcast.backtest import cli
-from barcast.backtest.verify import replay_journal, verify
+from barcast.backtest.verify import verify
 from barcast.daemon import journal as journal_module
 from barcast.daemon import retention
 from barcast.daemon.bars import every_bar, known_bars, read_archive
@@ -35,6 +35,7 @@ from tests.checks import open_model, serve, story
 from tests.fakes import MINUTE, START, Spread, bar, opening
 from tests.fakes import settings as path_settings
 from tests.postgres import change, image, put, quick
+from tests.replayed import replay_journal
 from tests.rim import MINUTELY, SECOND, Instance, World, outbox, path_of
 
 DAY = 86_400 * SECOND

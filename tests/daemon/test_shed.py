@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from barcast.backtest.verify import replay_journal
 from barcast.daemon.config import load
 from barcast.daemon.events import Answered, Champion, Ordered, Reign, Warmth
 from barcast.daemon.journal import Journal, Kind, Progress
@@ -19,6 +18,7 @@ from barcast.daemon.succession import rollback_journal
 from barcast.daemon.wire import to_ns
 from barcast.models import CheckpointError
 from tests.fakes import MINUTE, START, Spread, bar, settings
+from tests.replayed import replay_journal
 from tests.rim import SECOND, Instance, Message, World, outbox, path_of, play, revision
 
 pytestmark = pytest.mark.usefixtures("each_journal")

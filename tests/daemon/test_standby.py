@@ -11,7 +11,7 @@ from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.retention import compact
 from barcast.daemon.standby import Leadership, Standby
-from barcast.daemon.start import Following, recover
+from barcast.daemon.start import Following
 from barcast.daemon.store import ModelStore
 from barcast.models import CheckpointError, DeposedError, JournalLostError
 from tests.checks import open_model, story
@@ -74,7 +74,7 @@ def test_following_ends_where_a_recovery_does(tmp_path, every):
         journal.append, journal.settle = spy(journal.append), spy(journal.settle)
         asyncio.run(instance.run())
         fresh = Pipeline(open_model)
-        assert following.recover() == recover(journal, fresh)
+        assert following.recover() == Following(journal, fresh).recover()
         assert looks > 35
         assert pipeline.state == fresh.state
         assert pipeline.windows.symbols

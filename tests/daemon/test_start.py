@@ -9,7 +9,6 @@ import polars as pl
 import pytest
 
 from barcast.backtest.sample import sample_strategy
-from barcast.backtest.verify import Replayed, replay_journal
 from barcast.daemon import bars as daemon_bars
 from barcast.daemon import start as daemon_start
 from barcast.daemon.app import Daemon, Outside, WallClock
@@ -26,6 +25,7 @@ from barcast.daemon.succession import Succession
 from barcast.daemon.wire import encode_bars
 from barcast.models import Adjustment, Bar, ConfigError, Windows
 from tests.fakes import MINUTE, START, Spread, bar
+from tests.replayed import Replayed, replay_journal
 
 LEAST = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n'
 

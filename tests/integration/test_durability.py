@@ -20,7 +20,7 @@ import paho.mqtt.client as paho
 import polars as pl
 import pytest
 
-from barcast.backtest.verify import replay_journal, verify
+from barcast.backtest.verify import verify
 from barcast.daemon.bars import read_archive
 from barcast.daemon.events import events
 from barcast.daemon.journal import Journal, State
@@ -31,6 +31,7 @@ from barcast.models import Bar
 from tests.garch import simulate
 from tests.integration.broker import SHIPPED, SHIPPED_ACL, Mosquitto
 from tests.integration.instance import BARCAST, Instance, Subscriber, client, until, write_history
+from tests.replayed import replay_journal
 
 MINUTE = 60 * 10**9
 HISTORY = 150
