@@ -41,7 +41,7 @@ from barcast.daemon.succession import Succession
 from barcast.daemon.trainer import Run, children, worker
 from barcast.daemon.verification import Verification
 from barcast.daemon.vitals import Vitals
-from barcast.models import ConfigError
+from barcast.models import BarcastError, ConfigError
 
 FAREWELL_SECONDS = 5.0
 """How long a stopping daemon goes on delivering what is in its outbox."""
@@ -163,8 +163,9 @@ class Daemon:
         place = config.journal_place
         # On a server it is the lease that keeps a second one from serving: they may share the directory.
         with nullcontext() if isinstance(place, Server) else only_one(config.state_dir / "lock"):
-            with room(config.state_dir):
-                journal = self.outside.journal(place)
+            async with self.notifier.starting():  # one of an older version is copied
+                with room(config.state_dir):
+                    journal = await asyncio.to_thread(self.outside.journal, place)
             self.scribe = self.outside.scribe(journal)
             self.forecasts = self.outside.forecasts()
             if isinstance(place, Server):
@@ -196,16 +197,20 @@ class Daemon:
 
     async def _serve_in_turn(self, leadership: Leadership) -> None:
         """Serve when the lease is ours, until it is another one's, which raises DeposedError."""
-        standby = Standby(self.follow(), self.pipeline, self.notifier)
-        self.metrics.standby = standby
-        epoch = await standby.wait(leadership, self.stop)
-        if epoch is None:
-            return
-        self.metrics.standby = None
+        standby = Standby(self.follow(), self.pipeline, self.notifier, leadership)
         async with asyncio.TaskGroup() as group:
+            epoch = await leadership.take()
+            reading: Awaitable[None] | None = None
+            if epoch is None:
+                self.metrics.standby = standby
+                reading = group.create_task(standby.follow(), name="standby")
+                epoch = await standby.take()
             keeping = group.create_task(leadership.keep(), name="lease")
-            await standby.ended()
-            await self._read_while_waiting()
+            self.metrics.standby = None
+            async with self.notifier.starting():
+                if reading is not None:
+                    await reading
+                await self._read_while_waiting()
             self.scribe.journal.write_as(epoch)
             await self._serve()
             keeping.cancel()
@@ -213,11 +218,11 @@ class Daemon:
     async def _read_while_waiting(self) -> None:
         """Take what the file says now, as the one before may have been reloaded with it."""
         try:
-            config = await asyncio.to_thread(self.config.reread)
-            fixed, _ = self.config.changed_in(config)
-            if fixed:
-                raise ConfigError(f"{', '.join(fixed)}: cannot change while the daemon runs; restart it")
-        except (ConfigError, OSError) as error:
+            config, changed = await asyncio.to_thread(self.config.reread)
+            if changed:  # also what a reload would refuse
+                now = self.clock.now()
+                await asyncio.to_thread(opening, config, self.scribe.journal, self.store, now)
+        except (BarcastError, OSError) as error:
             log.error("configuration_not_read", reason=str(error), remedy="mend it, and order `reload`")
         else:
             self.config = config
@@ -473,13 +478,7 @@ class Daemon:
     async def _reload(self) -> str:
         """Go on by what the configuration says now, all of it or nothing."""
         async with self._reloading:
-            config = await asyncio.to_thread(self.config.reread)
-            fixed, changed = self.config.changed_in(config)
-            if fixed:
-                raise ConfigError(
-                    f"{', '.join(fixed)}: cannot change while the daemon runs, so nothing was changed; "
-                    "restart it, or write what was there"
-                )
+            config, changed = await asyncio.to_thread(self.config.reread)
             if not changed:
                 return "nothing has changed"
             with handed_down(config):

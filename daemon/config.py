@@ -583,11 +583,21 @@ class Config(BaseSettings):
             strategies=self.strategies(),
         )
 
-    def reread(self) -> "Config":
-        """What its file says now. Raise ConfigError that names all faults of it."""
+    def reread(self) -> tuple["Config", list[str]]:
+        """What its file says now, and the keys that it has otherwise.
+
+        Raise ConfigError that names all faults of it, or the keys that cannot change without a restart.
+        """
         if self._file is None:
             raise ConfigError("the configuration is from no file, so it cannot be read again; restart")
-        return load(self._file)
+        config = load(self._file)
+        fixed, changed = self.changed_in(config)
+        if fixed:
+            raise ConfigError(
+                f"{', '.join(fixed)}: cannot change while the daemon runs, so nothing was changed; "
+                "restart it, or write what was there"
+            )
+        return config, changed
 
     def changed_in(self, other: "Config") -> tuple[list[str], list[str]]:
         """Which keys another configuration has otherwise: those that need a restart, and the rest."""
@@ -661,7 +671,9 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text("utf-8-sig")
         if deep := _DEEP.search(text):
             raise ValueError(f"a key of 64 parts or more, {_shown(deep[0])}")
-        values: dict[str, Any] = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        values: object = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no table of keys")
         return values
     except (ValueError, RecursionError) as error:  # also a number of 5000 digits, and lists nested as deep
         raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
@@ -719,7 +731,8 @@ def _faults(path: str, error: ValidationError) -> Iterator[str]:
         elif fault["type"] == "missing":
             yield f"{path}: {where}: missing; write it, as it has no default"
         else:
-            given = f" (given: {_shown(fault['input'])})" if fault["loc"] else ""
+            secret = fault["loc"] == ("journal", "url")  # a password may be in it
+            given = f" (given: {_shown(fault['input'])})" if fault["loc"] and not secret else ""
             yield f"{path}: {where}: {_cut(fault['msg'].removeprefix('Value error, '), 5 * SHOWN)}{given}"
 
 

@@ -14,7 +14,6 @@ from barcast.daemon.ports import (
     Arrival,
     Declaration,
     Event,
-    Note,
     Pause,
     Revision,
     Shed,
@@ -25,6 +24,8 @@ from barcast.models import Adjustment, Bar, Card, ConfigError
 
 T = TypeVar("T")
 
+TOLD = (Kind.OVERLOAD, Kind.ORDERED, Kind.ANSWERED)
+"""Kinds of records that tell of a group or an order, and are nothing that comes to the path."""
 REMEMBERED = 16
 """Models that a champion stands on, and those left behind, of which an activation tells."""
 
@@ -199,7 +200,7 @@ def events(records: Iterable[Record], settings: Settings | None = None) -> Itera
     if settings is not None:
         root, calendars = settings.root, settings.bar_calendars()
     for record in records:
-        if record.kind == Kind.OVERLOAD:  # tells of a group, not of something that comes to the path
+        if record.kind in TOLD:
             continue
         try:
             event = _event(record, root, calendars)
@@ -277,6 +278,4 @@ def _event(record: Record, root: str, calendars: Calendars) -> Event:
             return Shed(record.time, began.seq, began.clock)
         case Kind.PAUSE | Kind.RESUME:
             return Pause(record.time, record.kind == Kind.PAUSE)
-        case Kind.ORDERED | Kind.ANSWERED:
-            return Note(record.time)
     raise ValueError(f"kind {record.kind!r} is unknown")

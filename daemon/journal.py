@@ -47,6 +47,13 @@ CREATE TABLE IF NOT EXISTS snapshot_part (
 );
 """
 
+# The few records that are not bars, found without reading those. Other versions of barcast pass it over.
+_DECISIONS = """
+CREATE INDEX IF NOT EXISTS record_decisions ON record (kind, seq) WHERE kind <> 'bars';
+"""
+TABLES = _SCHEMA + _RETENTION + _DECISIONS
+"""Of a new journal."""
+
 READ = 200
 """Rows read at once: a record may be an array of a thousand bars."""
 BUSY_SECONDS = 60.0
@@ -159,7 +166,7 @@ class Journal:
         self._tried: int | None = None
         self._db: _Sqlite | Postgres
         if isinstance(place, Server):
-            self._db = Postgres(place, _SCHEMA + _RETENTION, VERSION, readonly=readonly)
+            self._db = Postgres(place, TABLES, VERSION, readonly=readonly)
         else:
             self._db = _open(place, readonly)
 
@@ -239,8 +246,8 @@ class Journal:
         with self._db.reading():
             rows = self._db.execute(
                 "SELECT seq, time, kind, topic, payload FROM record "
-                "WHERE seq <= ? AND kind != ? ORDER BY seq",
-                (upto, Kind.BARS),
+                "WHERE seq <= ? AND kind <> 'bars' ORDER BY seq",
+                (upto,),
             ).fetchall()
         return map(self._record, rows)
 
@@ -248,17 +255,19 @@ class Journal:
         """All records of a kind that is not bars, in order, those numbered above `after`."""
         with self._db.reading():
             rows = self._db.execute(
-                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? AND seq > ? ORDER BY seq",
+                "SELECT seq, time, kind, topic, payload FROM record "
+                "WHERE kind = ? AND kind <> 'bars' AND seq > ? ORDER BY seq",
                 (kind, after),
             ).fetchall()
         return map(self._record, rows)
 
     def last(self, kind: str, upto: int = 1 << 62) -> Record | None:
-        """The newest record of a kind, of those up to a number."""
+        """The newest record of a kind that is not bars, of those up to a number."""
         with self._db.reading():
             row = self._db.execute(
-                "SELECT seq, time, kind, topic, payload FROM record WHERE kind = ? AND seq <= ? "
-                "ORDER BY seq DESC LIMIT 1",
+                "SELECT seq, time, kind, topic, payload FROM record "
+                # + 0: else a server may think it quicker to go back through all bars to the first one
+                "WHERE kind = ? AND kind <> 'bars' AND seq <= ? ORDER BY seq + 0 DESC LIMIT 1",
                 (kind, upto),
             ).fetchone()
         return None if row is None else self._record(row)
@@ -625,6 +634,7 @@ def _open(path: Path, readonly: bool) -> _Sqlite:
         if version != VERSION:
             tables = ("" if version else _SCHEMA) + _RETENTION
             db.executescript(f"BEGIN; {tables} PRAGMA user_version = {VERSION}; COMMIT;")
+        db.execute(_DECISIONS)
         db.execute("PRAGMA synchronous = FULL")
     return db
 

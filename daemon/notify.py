@@ -30,7 +30,11 @@ class Notifier:
 
         async def ask() -> None:
             while True:
-                self.send(f"EXTEND_TIMEOUT_USEC={MORE_SECONDS * 10**6}", "STATUS=reading journal and model")
+                self.send(
+                    "WATCHDOG=1",  # of a standby that takes over: it has started already
+                    f"EXTEND_TIMEOUT_USEC={MORE_SECONDS * 10**6}",
+                    "STATUS=reading journal and model",
+                )
                 await asyncio.sleep(ASK_SECONDS)
 
         asking = asyncio.create_task(ask(), name="starting")

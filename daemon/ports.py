@@ -81,14 +81,7 @@ class Pause:
     paused: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
-    """What an operator ordered, or what came of it, for who reads the journal: the path does nothing."""
-
-    time: int
-
-
-Event = Arrival | Declaration | Revision | Warmup | Activation | Shed | Pause | Note
+Event = Arrival | Declaration | Revision | Warmup | Activation | Shed | Pause
 
 
 class Group(msgspec.Struct, frozen=True, gc=False):

@@ -32,6 +32,8 @@ FEW = 10
 """Values of a statement that the server is to remember: those of more differ in how many."""
 VALUES = 10_000
 """Values of one statement, at most; the protocol has room for 65,535."""
+BYTES = 250_000
+"""Bytes of one statement, about, at most: the server counts the time in which one arrives as idle."""
 
 _LOST = re.compile(r"08...|57P0[1-5]|25P03|25006|53[234]00")
 """SQLSTATEs that pass: no connection, shut down, starting up, read only as after a failover, too many."""
@@ -94,7 +96,65 @@ class Rows:
         return list(self._rows)
 
 
-class Postgres:
+class Session:
+    """A connection to a server, made when it is needed, and again when it was lost. Not for several threads.
+
+    The state is the connection, None where there is none, and the statements that it knows.
+    """
+
+    def __init__(self, server: Server, seconds: float, *, readonly: bool = False) -> None:
+        self._server, self._seconds, self._readonly, self._relaxed = server, seconds, readonly, False
+        self._connection: CoreConnection | None = None
+        self._statements: dict[str, Any] = {}
+
+    def execute(self, sql: str, values: Sequence[object] = ()) -> Rows:
+        """Run a statement with a `?` for each value."""
+        with self._watched() as connection:
+            if not values:
+                return Rows(connection.execute_simple(sql))
+            if len(values) > FEW:
+                return Rows(connection.execute_unnamed(_numbered(sql), _texts(values)))
+            if sql not in self._statements:
+                self._statements[sql] = connection.prepare_statement(_numbered(sql), ())
+            name, columns, functions = self._statements[sql]
+            return Rows(connection.execute_named(name, _texts(values), columns, functions, sql))
+
+    @contextmanager
+    def _commit(self, begin: str) -> Iterator[None]:
+        """COMMIT after the body, or ROLLBACK when that or the commit raises."""
+        self.execute(begin)
+        done = False
+        try:
+            yield
+            self.execute("COMMIT")
+            done = True
+        finally:
+            if not done and self._connection is not None:
+                self.execute("ROLLBACK")
+
+    def close(self) -> None:
+        """End the connection."""
+        if self._connection is not None:
+            _close(self._connection)
+            self._connection = None
+
+    @contextmanager
+    def _watched(self) -> Iterator["CoreConnection"]:
+        """The connection, made again if need be, and no more when it is lost."""
+        if self._connection is None:
+            made = connect(self._server, self._seconds)
+            with _faults(self._server, made):
+                _prepare(made, self._server, self._readonly, self._relaxed)
+            self._connection, self._statements = made, {}
+        try:
+            with _faults(self._server, self._connection):
+                yield self._connection
+        except JournalLostError:
+            self._connection = None
+            raise
+
+
+class Postgres(Session):
     """A journal's tables on a server, made where there are none. Not for several threads at once.
 
     The state is the connection with the statements that it knows, None where it was lost: it is made again
@@ -107,10 +167,8 @@ class Postgres:
     compacted = True
 
     def __init__(self, server: Server, tables: str, version: int, *, readonly: bool) -> None:
+        super().__init__(server, ANSWER_SECONDS, readonly=readonly)
         self.epoch: int | None = None
-        self._server, self._readonly, self._relaxed = server, readonly, False
-        self._connection: CoreConnection | None = None
-        self._statements: dict[str, Any] = {}
         found = self._version()
         if found is None and readonly:
             raise ConfigError(f"{server}: no journal there; run the daemon first")
@@ -133,18 +191,6 @@ class Postgres:
         finally:
             _close(made)
 
-    def execute(self, sql: str, values: Sequence[object] = ()) -> Rows:
-        """Run a statement with a `?` for each value."""
-        with self._watched() as connection:
-            if not values:
-                return Rows(connection.execute_simple(sql))
-            if len(values) > FEW:
-                return Rows(connection.execute_unnamed(_numbered(sql), _texts(values)))
-            if sql not in self._statements:
-                self._statements[sql] = connection.prepare_statement(_numbered(sql), ())
-            name, columns, functions = self._statements[sql]
-            return Rows(connection.execute_named(name, _texts(values), columns, functions, sql))
-
     def executemany(self, sql: str, rows: Sequence[Sequence[object]]) -> None:
         """Run a statement for each row; one that inserts `VALUES (…)`, for many in one message."""
         parts = re.fullmatch(r"(.* VALUES )(\([?, ]+\))(.*)", sql, re.DOTALL)
@@ -153,9 +199,7 @@ class Postgres:
                 self.execute(sql, row)
             return
         head, places, tail = parts.groups()
-        each = max(1, VALUES // places.count("?"))
-        for first in range(0, len(rows), each):
-            part = rows[first : first + each]
+        for part in _parts(rows, max(1, VALUES // places.count("?"))):
             statement = _numbered(head + ", ".join([places] * len(part)) + tail)
             with self._watched() as connection:
                 connection.execute_unnamed(statement, _texts([value for row in part for value in row]))
@@ -168,9 +212,7 @@ class Postgres:
     @contextmanager
     def transaction(self) -> Iterator["Postgres"]:
         """One commit of the body, under our epoch; nothing of it when the body or the commit raises."""
-        with self._commit(
-            f"BEGIN; SET LOCAL idle_in_transaction_session_timeout = {int(OPEN_SECONDS * 1e3)}"
-        ):
+        with self._commit(_begin()):
             row = self.execute("SELECT epoch FROM writer FOR UPDATE").fetchone()
             if self.epoch is not None and row != (self.epoch,):
                 raise DeposedError(
@@ -178,19 +220,6 @@ class Postgres:
                     f"{self.epoch}; this one must start again, as a standby"
                 )
             yield self
-
-    @contextmanager
-    def _commit(self, begin: str) -> Iterator[None]:
-        """COMMIT after the body, or ROLLBACK when that or the commit raises."""
-        self.execute(begin)
-        done = False
-        try:
-            yield
-            self.execute("COMMIT")
-            done = True
-        finally:
-            if not done and self._connection is not None:
-                self.execute("ROLLBACK")
 
     @contextmanager
     def one_moment(self) -> Iterator[None]:
@@ -221,27 +250,6 @@ class Postgres:
         )
         return int((self.execute(sql, (f'"{self._server.schema}"',)).fetchone() or (0,))[0])
 
-    def close(self) -> None:
-        """End the connection."""
-        if self._connection is not None:
-            _close(self._connection)
-            self._connection = None
-
-    @contextmanager
-    def _watched(self) -> Iterator["CoreConnection"]:
-        """The connection, made again if need be, and no more when it is lost."""
-        if self._connection is None:
-            made = connect(self._server)
-            with _faults(self._server, made):
-                _prepare(made, self._server, self._readonly, self._relaxed)
-            self._connection, self._statements = made, {}
-        try:
-            with _faults(self._server, self._connection):
-                yield self._connection
-        except JournalLostError:
-            self._connection = None
-            raise
-
     def _version(self) -> int | None:
         """The version of the journal, None where there is none."""
         if self.execute("SELECT to_regclass('version')").fetchone() == (None,):
@@ -261,67 +269,46 @@ class Postgres:
                 self.execute("INSERT INTO version VALUES (?)", (version,))
 
 
-class Lease:
+class Lease(Session):
     """The right to write a journal, which one instance at a time has: on a connection of its own.
 
-    The state is the connection and, while the lease is ours, its epoch.
+    The state is, while the lease is ours, its epoch.
     """
 
     def __init__(self, server: Server, holder: str) -> None:
+        super().__init__(server, LEASE_SECONDS)
         self.epoch: int | None = None
-        self._server, self._holder = server, holder
-        self._connection: CoreConnection | None = None
+        self._holder = holder
 
     def take(self) -> int | None:
         """Take the lease if nobody has it, and return the new epoch; nothing that came before may write then.
 
         Raise JournalLostError without a server.
         """
-        free = "SELECT 1 FROM lease WHERE expires < clock_timestamp()"
-        if not self._run(free).rows:
+        if self.execute(f"SELECT 1 FROM lease WHERE {_FREE}").fetchone() is None:
             return None
-        try:
-            self._run("BEGIN")
-            self._run(f"SET LOCAL idle_in_transaction_session_timeout = {int(OPEN_SECONDS * 1e3)}")
+        with self._commit(_begin()):
             # First the row that the last writer may hold: from then on the lease counts.
-            [[epoch]] = self._run("UPDATE writer SET epoch = epoch + 1 RETURNING epoch").rows or []
-            if self._run(
-                f"UPDATE lease SET holder = $1, {_FROM_NOW} WHERE expires < clock_timestamp()", self._holder
-            ).row_count:
-                self._run("COMMIT")
-                self.epoch = int(epoch)
-        finally:
-            if self.epoch is None and self._connection is not None:
-                self._run("ROLLBACK")
+            self.execute("SELECT epoch FROM writer FOR UPDATE")
+            taken = self.execute(f"UPDATE lease SET holder = ?, {_FROM_NOW} WHERE {_FREE}", [self._holder])
+            if not taken.rowcount:
+                return None
+            row = self.execute("UPDATE writer SET epoch = epoch + 1 RETURNING epoch").fetchone() or ()
+        [self.epoch] = row
         return self.epoch
 
     def renew(self) -> bool:
         """Let it last from now on again; say whether it is still ours. Raise JournalLostError."""
-        sql = f"UPDATE lease SET {_FROM_NOW} FROM writer WHERE holder = $1 AND epoch = $2"
-        return bool(self._run(sql, self._holder, str(self.epoch)).row_count == 1)
+        sql = f"UPDATE lease SET {_FROM_NOW} FROM writer WHERE holder = ? AND epoch = ?"
+        return bool(self.execute(sql, [self._holder, self.epoch]).rowcount == 1)
 
     def release(self) -> None:
         """Give it back at once, if it is ours and the server is there."""
         if self.epoch is not None:
-            with suppress(JournalLostError):
-                self._run("UPDATE lease SET expires = '-infinity' WHERE holder = $1", self._holder)
+            with suppress(OSError):
+                self.execute("UPDATE lease SET expires = '-infinity' WHERE holder = ?", [self._holder])
             self.epoch = None
-        if self._connection is not None:
-            _close(self._connection)
-            self._connection = None
-
-    def _run(self, sql: str, *values: str) -> "Context":
-        if self._connection is None:
-            made = connect(self._server, LEASE_SECONDS)
-            with _faults(self._server, made):
-                _prepare(made, self._server, readonly=False, relaxed=False)
-            self._connection = made
-        try:
-            with _faults(self._server, self._connection):
-                return self._connection.execute_unnamed(sql, values)
-        except JournalLostError:
-            self._connection = None
-            raise
+        self.close()
 
 
 @contextmanager
@@ -340,6 +327,25 @@ def leased(server: Server, holder: str) -> Iterator[int]:
         lease.release()
 
 
+def _parts(rows: Sequence[Sequence[object]], most: int) -> Iterator[Sequence[Sequence[object]]]:
+    """Rows in order, in parts of `most` rows and about `BYTES` at most."""
+    first = size = 0
+    for k, row in enumerate(rows):
+        length = sum(len(value) for value in row if isinstance(value, bytes | str))
+        if k > first and (k - first == most or size + length > BYTES):
+            yield rows[first:k]
+            first, size = k, 0
+        size += length
+    if rows:
+        yield rows[first:]
+
+
+def _begin() -> str:
+    """Begin a commit that ends when its writer is stopped in it."""
+    return f"BEGIN; SET LOCAL idle_in_transaction_session_timeout = {int(OPEN_SECONDS * 1e3)}"
+
+
+_FREE = "expires < clock_timestamp()"
 _FROM_NOW = f"expires = clock_timestamp() + interval '{LEASE_SECONDS} seconds'"
 
 
@@ -371,7 +377,9 @@ def connect(server: Server, seconds: float = ANSWER_SECONDS) -> "CoreConnection"
             said: BaseException | None = error
             while said is not None and not isinstance(said, DatabaseError):
                 said = said.__context__
-            raise said or error from None
+            if said is None:
+                raise
+            raise said from None
 
 
 def _prepare(connection: "CoreConnection", server: Server, readonly: bool, relaxed: bool) -> None:

@@ -16,7 +16,7 @@ from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.postgres import LEASE_SECONDS, RENEW_SECONDS, TAKE_SECONDS, Lease
 from barcast.daemon.start import Following
-from barcast.models import CheckpointError, ConfigError, DeposedError, JournalLostError
+from barcast.models import CheckpointError, ConfigError, DeposedError, Forecaster, JournalLostError
 
 PREPARE_AT_ONCE = 20
 """Symbols that a standby's model is prepared for until it looks at the journal again."""
@@ -28,11 +28,12 @@ T = TypeVar("T")
 class Leadership:
     """Takes the lease and keeps it, on a thread of its own.
 
-    The state is until when it is ours for sure, by the event loop's clock: counted from before it was asked
-    for, so that it ends here before it ends on the server.
+    The state is its `epoch` (None: it was never ours), and until when it is ours for sure, by the event
+    loop's clock: counted from before it was asked for, so that it ends here before it ends on the server.
     """
 
     def __init__(self, lease: Lease) -> None:
+        self.epoch: int | None = None
         self._lease = lease
         self._until = float("-inf")
         self._renewed = asyncio.Event()
@@ -41,10 +42,10 @@ class Leadership:
     async def take(self) -> int | None:
         """The epoch of the lease that is ours from now on; None while another one has it, or none can say."""
         asked = asyncio.get_running_loop().time()
-        epoch = await self._ask(self._lease.take)
-        if epoch is not None:
+        self.epoch = await self._ask(self._lease.take)
+        if self.epoch is not None:
             self._until = asked + LEASE_SECONDS
-        return epoch
+        return self.epoch
 
     async def keep(self) -> None:
         """Renew it until cancelled. Raise DeposedError when another one has it; without a server try on."""
@@ -54,7 +55,7 @@ class Leadership:
             asked = asyncio.get_running_loop().time()
             try:
                 ours = await self._ask(self._lease.renew)
-            except JournalLostError as error:
+            except OSError as error:  # also a server without room
                 if not away:
                     log.warning("lease_not_renewed", reason=str(error))
                 away = True
@@ -83,54 +84,41 @@ class Leadership:
 class Standby:
     """Follows the journal of the one who serves, with its model opened and prepared.
 
-    The state is the path as of the last record that is settled, the model that it has and the symbols that
-    this one is prepared for, and why it has none, if so.
+    The state is the path as of the last record that is settled, the forecaster that it has and the symbols
+    that this one is prepared for, and why it could not serve, if so.
     """
 
-    def __init__(self, following: Following, pipeline: Pipeline, notifier: Notifier) -> None:
+    def __init__(
+        self, following: Following, pipeline: Pipeline, notifier: Notifier, leadership: Leadership
+    ) -> None:
         self.fault = "it has not read the journal yet"
         self._following, self._pipeline, self._notifier = following, pipeline, notifier
-        self._model: str | None = None
+        self._leadership = leadership
+        self._forecaster: Forecaster | None = None
         self._prepared: set[str] = set()
-        self._leaving = self._unfit = False
-        self._following_task: asyncio.Task[None] | None = None
+        self._unfit = False
 
-    async def wait(self, leadership: Leadership, stop: asyncio.Event) -> int | None:
-        """Be ready until the lease is ours, and return its epoch; None when stopped before."""
-        epoch = await leadership.take()
-        if epoch is not None:
-            return epoch
+    async def take(self) -> int:
+        """Take the lease as soon as nobody has it and this one could serve; return its epoch."""
         log.info("standby")
         self._notifier.send("READY=1", "STATUS=standby")
-        following = self._following_task = asyncio.create_task(self._follow(), name="standby")
-        try:
-            while epoch is None and not stop.is_set():
-                if following.done():
-                    following.result()
-                self._notifier.send("WATCHDOG=1")
-                await asyncio.sleep(TAKE_SECONDS)
-                if self._unfit:  # it could not serve: another one may, or this one once that is mended
-                    continue
-                try:
-                    epoch = await leadership.take()
-                except JournalLostError as error:
-                    self._say(str(error))
-        finally:
-            self._leaving = True
-        if epoch is None:
-            await self.ended()
-        else:
-            log.info("lease_taken", epoch=epoch)
-        return epoch
+        while True:
+            self._notifier.send("WATCHDOG=1")
+            await asyncio.sleep(TAKE_SECONDS)
+            if self._unfit:  # another one may, or this one once that is mended
+                continue
+            try:
+                epoch = await self._leadership.take()
+            except OSError as error:
+                self._say(str(error))
+            else:
+                if epoch is not None:
+                    log.info("lease_taken", epoch=epoch)
+                    return epoch
 
-    async def ended(self) -> None:
-        """Return once it no longer reads the journal, after `wait`; the lease is kept meanwhile."""
-        if self._following_task is not None:
-            await asyncio.wait([self._following_task])
-
-    async def _follow(self) -> None:
-        """Bring the path up to the journal, again and again, and the model to its symbols."""
-        while not self._leaving:
+    async def follow(self) -> None:
+        """Bring the path up to the journal, again and again, and the model to its symbols, until we lead."""
+        while self._leadership.epoch is None:
             try:
                 await asyncio.to_thread(self._following.catch_up)
                 await asyncio.to_thread(self._prepare)
@@ -147,13 +135,12 @@ class Standby:
         pipeline = self._pipeline
         if pipeline.model is None:
             return
-        if pipeline.model != self._model:
-            self._model, self._prepared = None, set()
         forecaster, windows = pipeline.forecaster, pipeline.windows
-        self._model = pipeline.model
+        if forecaster is not self._forecaster:
+            self._forecaster, self._prepared = forecaster, set()
         card = forecaster.card
         for symbol in [s for s in windows.symbols if s not in self._prepared][:PREPARE_AT_ONCE]:
-            if self._leaving:
+            if self._leadership.epoch is not None:
                 return
             window = windows.foreseen(symbol, card.window, ())
             if window is not None and len(window) >= max(2, card.min_window):

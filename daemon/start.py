@@ -19,7 +19,7 @@ from barcast.daemon.pipeline import Pipeline, Settings, pass_over, try_strategie
 from barcast.daemon.ports import Event
 from barcast.daemon.room import flush, hand_over, make, room
 from barcast.daemon.store import ModelStore
-from barcast.models import Bar, ConfigError
+from barcast.models import Bar, ConfigError, Forecaster
 from barcast.strategies import PATH
 
 CLOCK_BACK = 86_400 * 10**9
@@ -66,8 +66,7 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     served = [(record.time, Champion.decode(record.payload)) for record in journal.of_kind(Kind.ACTIVATION)]
     since, known = served[-1] if served else (None, None)
     model = store.resolve(config.model.name, config.model.first, known.model if known else None)
-    card = store.open(model, settings.sampler, settings.steps, bool(settings.touch)).card
-    try_strategies(settings.build(), card)
+    card = fitting(settings, store, model).card
     keep_strategies(settings, config.state_dir / "strategies")
     reason = "the configuration names it"
     activated: int | None = None
@@ -86,6 +85,16 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
         activated,
         warmth(config, card.window, have, journal.last(Kind.WARMUP), now),
     )
+
+
+def fitting(settings: Settings, store: ModelStore, model: str) -> Forecaster:
+    """A model as settings have it sampled.
+
+    Raise CheckpointError for one that cannot be opened, ConfigError for strategies that it cannot serve.
+    """
+    forecaster = store.open(model, settings.sampler, settings.steps, bool(settings.touch))
+    try_strategies(settings.build(), forecaster.card)
+    return forecaster
 
 
 def keep_strategies(settings: Settings, folder: Path) -> None:
@@ -166,30 +175,26 @@ class Following:
         self._settled = Progress(0, 0)
         self._clock = -1
 
-    def catch_up(self) -> list[tuple[int, Event]]:
-        """Take what was settled since; return the events whose outcomes are not in the outbox yet."""
+    def catch_up(self) -> None:
+        """Take what was settled since."""
         journal, pipeline = self._journal, self._pipeline
-        backlog: list[tuple[int, Event]] = []
         with journal.one_moment():
             self._settled = journal.progress()
             if self._clock < 0 or journal.base > self.position:
                 self.position = self.snapshot = restore(journal, pipeline, self._settled.seq)
                 self._clock = 0
-            for seq, event in events(journal.records(self.position), pipeline.revision):
-                if seq > self._settled.seq:
-                    backlog.append((seq, event))
-                    continue
+            for seq, event in events(journal.records(self.position, self._settled.seq), pipeline.revision):
                 pass_over(pipeline, event)
                 self.position, self._clock, self.read = seq, event.time, self.read + 1
-        return backlog
 
     def recover(self) -> list[tuple[int, Event]]:
-        """Bring the path to the very state that it had; return the events as above.
+        """Bring the path to the very state that it had; return the events still to be settled.
 
         Starting and recovering from a crash are the same: groups that were settled are formed again, so that
         the batcher knows them, and not forecast again.
         """
-        backlog = self.catch_up()
+        self.catch_up()
+        backlog = list(events(self._journal.records(self._settled.seq), self._pipeline.revision))
         # A timer released groups after the last event, at a time that no event has.
         if self._settled.clock > self._clock:
             for _ in self._pipeline.due(self._settled.clock):

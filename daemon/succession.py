@@ -17,11 +17,11 @@ from barcast.daemon.events import Answered, Champion, Ordered, Reign, Warmth, ev
 from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind, Record, exists
 from barcast.daemon.live import Clock, Courier, Decision, LiveSource, Scribe
-from barcast.daemon.pipeline import Pipeline, try_strategies
+from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Event, Revision
 from barcast.daemon.postgres import Server, leased
 from barcast.daemon.room import room
-from barcast.daemon.start import Following, Opening, keep_strategies, only_one, warmth
+from barcast.daemon.start import Following, Opening, fitting, keep_strategies, only_one, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, ConfigError, Forecaster
@@ -112,14 +112,9 @@ class Succession:
     async def _taken_over(
         self, model: str, follows: Callable[[Card], Champion | None], verdict: Verdict
     ) -> Champion | None:
-        settings, store = self._config.settings(), self._store
-        forecaster = await asyncio.to_thread(
-            store.open, model, settings.sampler, settings.steps, bool(settings.touch)
-        )
-        card = forecaster.card
-        try_strategies(settings.build(), card)
+        forecaster = await asyncio.to_thread(fitting, self._config.settings(), self._store, model)
         warmups = await self._warmed(forecaster)
-        champion = follows(card)
+        champion = follows(forecaster.card)
         if champion is None:
             return None
         # In one commit, as all decisions that wait together are.
@@ -135,13 +130,10 @@ class Succession:
         Raise ConfigError for what could not work later, DiskFullError without room: then nothing changes.
         """
         async with self._changing:
-            settings, store, champion = config.settings(), self._store, self._latest
+            settings, champion = config.settings(), self._latest
             if settings != self._config.settings():
-                forecaster = await asyncio.to_thread(
-                    store.open, champion.model, settings.sampler, settings.steps, bool(settings.touch)
-                )
+                forecaster = await asyncio.to_thread(fitting, settings, self._store, champion.model)
                 card = forecaster.card
-                try_strategies(settings.build(), card)
                 await asyncio.to_thread(keep_strategies, settings, config.state_dir / "strategies")
                 warmups = await self._warmed(forecaster)
                 written = self._source.decide(_revision(settings.encode()))
@@ -282,9 +274,7 @@ def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
             champion = Champion.decode(record.payload)
             store = ModelStore(config.state_dir / "models", config.timeframe)
             reign = way_back(config, champion, store, ordered.to)
-            settings = config.settings()
-            card = store.open(reign.model, settings.sampler, settings.steps, bool(settings.touch)).card
-            try_strategies(settings.build(), card)
+            card = fitting(config.settings(), store, reign.model).card
             after = champion.rolled_back(reign, card, f"rolled back from {champion.model}")
             time = max(now, journal.last_time(), journal.progress().clock)
             verdict = msgspec.to_builtins(rolled_back(champion.model, after.model))

@@ -87,7 +87,7 @@ class Verification:
             self._asked.clear()
 
     async def _verify(self, ago: int) -> Result:
-        since = datetime.fromtimestamp((self._clock.now() - ago) // 10**9, UTC)
+        since = datetime.fromtimestamp(max(0, self._clock.now() - ago) // 10**9, UTC)
         words = deque[str](maxlen=WORDS)
         try:
             async with asyncio.timeout(LONGEST_SECONDS):

@@ -112,7 +112,7 @@ class Cluster:
             made.execute_simple(f'DROP SCHEMA IF EXISTS "{server.schema}" CASCADE')
             made.close()
             path.touch()
-        return Postgres(server, journal._SCHEMA + journal._RETENTION, journal.VERSION, readonly=readonly)
+        return Postgres(server, journal.TABLES, journal.VERSION, readonly=readonly)
 
     def _run(self, name: str, *arguments: str) -> None:
         program = executable(name)
@@ -128,7 +128,7 @@ def image(of: Journal) -> sqlite3.Connection:
     if isinstance(of._db, sqlite3.Connection):
         of._db.backup(copy)
         return copy
-    copy.executescript(journal._SCHEMA + journal._RETENTION)
+    copy.executescript(journal.TABLES)
     for table in TABLES:
         rows = of._db.execute(f"SELECT * FROM {table}").fetchall()
         copy.execute(f"DELETE FROM {table}")

@@ -273,6 +273,14 @@ def test_syntax_error_names_the_file(tmp_path, content):
         load(path)
 
 
+def test_json_without_keys_names_the_file(tmp_path):
+    """What a daemon wrote for its children may be damaged, too."""
+    path = tmp_path / "barcast.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match=r"barcast\.json: .*it holds no table of keys"):
+        load(path)
+
+
 def test_paths_are_relative_to_the_file(write, tmp_path, monkeypatch):
     """Paths mean the same whatever the working directory is."""
     path = write(GOOD)

@@ -3,16 +3,20 @@
 import asyncio
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import structlog
 
 from barcast.backtest.cli import operators
 from barcast.backtest.verify import verify
 from barcast.daemon import app, desk, log
+from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import DriftBands, Retrain, load
 from barcast.daemon.control import Order
 from barcast.daemon.events import Answered, Ordered
 from barcast.daemon.journal import Journal, Kind
+from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import Delivery, Request
 from barcast.daemon.pipeline import Pipeline, PipelineState
 from barcast.daemon.ports import Pause
@@ -327,6 +331,40 @@ def change(made, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def test_takeover_leaves_what_a_reload_refused(made, tmp_path):
+    """A standby that was started before the file was spoilt serves by what it was started with."""
+    spoilt = '[[strategy]]\nkind = "quantile-band"\nparams = {horizon = 4}\n[mqtt]'
+
+    async def refused():
+        async with at_work(made):
+            await warm(made)
+            change(made, "[mqtt]", spoilt)
+            answer = await locally(made, "reload", wait=True)
+            assert "quantile-band" in answer.refused
+            change(made, spoilt, "[mqtt]")
+
+    play(refused())
+    other = Daemon(load(tmp_path / "barcast.toml"), {}, asyncio.Event(), None, Outside())
+    change(made, "[mqtt]", spoilt)
+
+    async def takes_over():
+        other.scribe = Scribe(Journal(other.config.state_dir / "journal.db"))
+        other.forecasts = ThreadPoolExecutor(1)
+        try:
+            other.follow().catch_up()
+            await other._read_while_waiting()
+            await other.build()
+        finally:
+            other.forecasts.shutdown()
+            other.scribe.close()
+
+    with structlog.testing.capture_logs() as said:
+        play(takes_over())
+    [refusal] = [line for line in said if line["event"] == "configuration_not_read"]
+    assert "quantile-band" in refusal["reason"]
+    assert other.config.strategies() == made.config.strategies()
 
 
 def test_reload_takes_what_a_running_daemon_can_change(made):

@@ -1,8 +1,10 @@
 """The journal: what was committed is there, once, in order."""
 
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -36,7 +38,7 @@ def test_records_come_back_in_order(journal):
         (2, 6, "bars", "b", b"2"),
         (3, 7, "revision", "", b"3"),
     ]
-    assert journal.last(Kind.BARS).seq == 2
+    assert journal.last(Kind.REVISION).seq == 3
     assert journal.last_time() == 7
 
 
@@ -101,3 +103,25 @@ def test_pending_is_the_oldest_of_each_topic(rows, limit):
                 oldest.setdefault(topic, k + 1)
         assert [q.n for q in journal.pending(limit)] == sorted(oldest.values())[:limit]
         journal.close()
+
+
+@over_both
+def test_decisions_are_found_without_reading_bars(tmp_path):
+    """A journal of hundred million bars would be read for minutes: the server would seem lost."""
+    with closing(Journal(tmp_path / "journal.db")) as journal:
+        db, plans = journal._db, []
+        kinds = (Kind.ACTIVATION, *[Kind.BARS] * 9999, Kind.WARMUP)
+        journal.append([(5, kind, "", b"1") for kind in kinds])
+        db.execute("ANALYZE record")
+        explain = "EXPLAIN QUERY PLAN" if isinstance(db, sqlite3.Connection) else "EXPLAIN"
+
+        def explained(sql, values):
+            plans.append(str(db.execute(f"{explain} {sql}", values).fetchall()))
+            return db.execute(sql, values)
+
+        journal._db = SimpleNamespace(execute=explained, reading=db.reading)
+        journal.last(Kind.WARMUP)
+        journal.of_kind(Kind.ACTIVATION)
+        journal._db = db
+        assert len(plans) == 2
+        assert all("record_decisions" in plan for plan in plans), plans

@@ -1,22 +1,26 @@
 """The one who waits: it follows the journal to the state of a recovery, and leads while it is sure."""
 
 import asyncio
+import errno
+import threading
 from contextlib import closing, suppress
 
+import msgspec
 import pytest
 import structlog
 
 from barcast.daemon import standby
+from barcast.daemon.journal import Kind, Progress
 from barcast.daemon.notify import Notifier
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.retention import compact
 from barcast.daemon.standby import Leadership, Standby
 from barcast.daemon.start import Following
 from barcast.daemon.store import ModelStore
-from barcast.models import CheckpointError, DeposedError, JournalLostError
+from barcast.models import DeposedError, JournalLostError
 from tests.checks import open_model, story
 from tests.daemon.living import until
-from tests.fakes import MINUTE, START, bar, settings
+from tests.fakes import MINUTE, START, Spread, bar, settings
 from tests.rim import SECOND, Instance, Message, World, activation, play, revision
 
 
@@ -43,6 +47,13 @@ def quickly(monkeypatch):
     """Spans of time that a test can wait for."""
     for name, seconds in (("LEASE_SECONDS", 0.3), ("RENEW_SECONDS", 0.1), ("TAKE_SECONDS", 0.01)):
         monkeypatch.setattr(standby, name, seconds)
+
+
+async def both(one):
+    """Follow, and take the lease when it can be had."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(one.follow())
+        return await one.take()
 
 
 # Following.
@@ -100,20 +111,17 @@ def test_standby_says_what_it_lacks(tmp_path, quickly):
     ) as instance:
         asyncio.run(instance.run())
         pipeline = Pipeline(opened)
-        waits = Standby(Following(instance.journal, pipeline), pipeline, Notifier(None))
+        leadership = Leadership(Lease(*[None] * 10_000))
+        waits = Standby(Following(instance.journal, pipeline), pipeline, Notifier(None), leadership)
         assert waits.fault
 
         async def stands_by():
-            stop, faults = asyncio.Event(), []
-            lease = Lease(*[None] * 10_000)
-            task = asyncio.create_task(waits.wait(Leadership(lease), stop))
+            task = asyncio.create_task(both(waits))
             await until(lambda: "0123456789abcdef" in waits.fault)
-            faults.append(waits.fault)
             there.append("a model")
             await until(lambda: not waits.fault)
-            stop.set()
-            assert await task is None
-            return faults
+            task.cancel()
+            await asyncio.wait([task])
 
         with structlog.testing.capture_logs() as said:
             play(stands_by())
@@ -183,8 +191,9 @@ def test_server_that_goes_while_one_waits_is_waited_for(tmp_path, quickly):
 
     async def waits():
         pipeline = Pipeline(open_model)
-        one = Standby(Nothing(), pipeline, Notifier(None))
-        return await one.wait(Leadership(Lease(None, None, away, away, 7)), asyncio.Event())
+        return await both(
+            Standby(Nothing(), pipeline, Notifier(None), Leadership(Lease(None, None, away, away, 7)))
+        )
 
     assert play(waits()) == 7
 
@@ -197,14 +206,78 @@ def test_fault_of_our_own_ends_a_standby(quickly):
             raise RuntimeError("a fault of ours")
 
     async def waits():
-        one = Standby(Broken(), Pipeline(open_model), Notifier(None))
-        await one.wait(Leadership(Lease(*[None] * 1000)), asyncio.Event())
+        await both(Standby(Broken(), Pipeline(open_model), Notifier(None), Leadership(Lease(*[None] * 1000))))
 
-    with pytest.raises(RuntimeError, match="a fault of ours"):
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="a fault of ours")):
         play(waits())
 
 
-def test_missing_model_is_the_error_that_it_is(tmp_path):
-    """The control of the store: a model that is not there is a CheckpointError."""
-    with pytest.raises(CheckpointError):
-        ModelStore(tmp_path, "1m").open("0123456789abcdef", None, None)
+def test_fault_while_the_lease_comes_is_not_swallowed(quickly):
+    """A path that may have taken half an event must not serve."""
+    go = threading.Event()
+
+    class Broken:
+        def catch_up(self):
+            go.wait(5)
+            raise RuntimeError("half an event was taken")
+
+    async def waits():
+        leadership = Leadership(Lease(7))
+        one = Standby(Broken(), Pipeline(open_model), Notifier(None), leadership)
+        async with asyncio.TaskGroup() as group:
+            reading = group.create_task(one.follow())
+            assert await one.take() == 7
+            go.set()
+            await reading
+
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError, match="half an event")):
+        play(waits())
+
+
+def test_server_without_room_does_not_end_the_leader(quickly):
+    """It is waited out, as that of a commit is."""
+
+    async def leads():
+        leadership = Leadership(Lease(1, OSError(errno.ENOSPC, "server: no room"), *[True] * 100))
+        await leadership.take()
+        keeping = asyncio.create_task(leadership.keep())
+        await asyncio.sleep(0.25)
+        await leadership.sure()
+        assert not keeping.done()
+        keeping.cancel()
+
+    play(leads())
+
+
+def test_other_settings_of_the_same_model_are_prepared(tmp_path):
+    """Another number of steps makes another forecaster, which has seen no symbol yet."""
+    made, world = {}, World()
+
+    class Asked(Spread):
+        asked = 0
+
+        def forecast(self, windows):
+            self.asked += 1
+            return super().forecast(windows)
+
+    def opened(*asked):
+        return made.setdefault(asked, Asked("m"))
+
+    world.script.append((START, lambda source: source.decide(revision(settings("A")))))
+    world.script.append((START, lambda source: source.decide(activation("m"))))
+    world.script += [(START + m * MINUTE + SECOND, [Message.of(bar("A", m))]) for m in range(1, 9)]
+    with closing(Instance(tmp_path / "journal.db", world, lambda *_: Spread("m"))) as instance:
+        play(instance.run())
+        pipeline = Pipeline(opened)
+        following = Following(instance.journal, pipeline)
+        one = Standby(following, pipeline, Notifier(None), Leadership(Lease()))
+        following.catch_up()
+        one._prepare()
+        assert [forecaster.asked for forecaster in made.values()] == [1]
+        [number] = instance.journal.append(
+            [(world.time, Kind.REVISION, "", msgspec.structs.replace(settings("A"), steps=7).encode())]
+        )
+        instance.journal.settle(Progress(number, world.time), [])
+        following.catch_up()
+        one._prepare()
+        assert [forecaster.asked for forecaster in made.values()] == [1, 1]

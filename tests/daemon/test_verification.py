@@ -30,11 +30,11 @@ def report(differing=0, **changes):
     return msgspec.json.encode(msgspec.structs.replace(found, **changes))
 
 
-def ran(process, times=1, asks=1):
+def ran(process, times=1, asks=1, since=86_400 * SECOND):
     """A verification that was asked for, once it ended so often; and the log of it."""
 
     async def story():
-        found = Verification(process, CLOCK, 86_400 * SECOND)
+        found = Verification(process, CLOCK, since)
         task = asyncio.create_task(found.run())
         for done in range(times):
             for _ in range(asks):
@@ -47,11 +47,11 @@ def ran(process, times=1, asks=1):
         return play(story()), said
 
 
-def answering(status, out, *words):
+def answering(status, out, *words, since="2023-11-14T22:14:00Z"):
     """A process that ends so."""
 
     async def process(verb, arguments, on_line):
-        assert (verb, arguments) == ("verify", ["--json", "--since", "2023-11-14T22:14:00Z"])
+        assert (verb, arguments) == ("verify", ["--json", "--since", since])
         for word in words:
             on_line(word)
         return status, out
@@ -64,6 +64,12 @@ def test_what_agrees_is_told():
     found, [line] = ran(answering(0, report()))
     assert (found.runs, found.last.signals, found.ended) == ({Result.agrees: 1}, 4000, CLOCK.now())
     assert (line["event"], line["log_level"], line["signals"]) == ("verified", "info", 4000)
+
+
+def test_longer_than_time_is_all():
+    """A span from before 1970 is that from then on."""
+    found, _ = ran(answering(0, report(), since="1970-01-01T00:00:00Z"), since=10**9 * 86_400 * SECOND)
+    assert found.runs == {Result.agrees: 1}
 
 
 def test_a_difference_is_an_error_that_names_the_place():

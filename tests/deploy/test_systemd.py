@@ -171,7 +171,7 @@ def test_daemon_serves_in_its_sandbox(machine):
             assert len(signal["quantiles"][0]) == 7
     assert machine.show("barcast@deep", "NRestarts") == "0"
     words = machine.run("journalctl", "-o", "cat", "_PID=1").stdout
-    assert "(EXTEND_TIMEOUT_USEC=30000000, STATUS=reading journal and model)" in words
+    assert "(WATCHDOG=1, EXTEND_TIMEOUT_USEC=30000000, STATUS=reading journal and model)" in words
     assert "(WATCHDOG=1)" in words
 
 

@@ -76,8 +76,11 @@ BUGS = {
         {"delivered"},
     ),
     "a recovery loses what was not settled": Bug(
-        start.Following.catch_up,
-        {"backlog.append((seq, event))": "pass_over(pipeline, event)"},
+        start.Following.recover,
+        {
+            "backlog = list(": "backlog = []\n    for _, event in (",
+            "revision))\n": "revision)):\n        pass_over(self._pipeline, event)\n",
+        },
         {"told_of"},
     ),
 }
