@@ -22,10 +22,13 @@ CONSEQUENCES = {
     "compaction",
     "delivered again",
     "disk full",
+    "group shed",
     "killed after the first commit of a job",
     "loop stalled",
+    "pause done",
     "publication refused",
     "reordered",
+    "resume done",
     "retrain done",
     "rollback done",
     "training: better",
@@ -86,7 +89,7 @@ def test_daemon_that_hangs_is_found(memory, monkeypatch):
         await self.caught_up.wait()
 
     monkeypatch.setattr(world.live.LiveSource, "next", never)
-    outcome = play(0, memory)
+    outcome = play(1, memory)
     assert any("after the last fault" in fault for fault in outcome.violations)
 
 

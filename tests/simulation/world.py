@@ -30,7 +30,7 @@ from barcast.daemon.journal import Journal, Record, State
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import TAKEN_OVER
 from barcast.daemon.wire import Outgoing
-from barcast.models import Bar, BarcastError, DiskFullError
+from barcast.models import Bar, DiskFullError
 from tests.simulation import oracle
 from tests.simulation.broker import Broker, Client, Properties, Weather
 from tests.simulation.disk import Disk
@@ -71,6 +71,7 @@ WORLDLY = (
     "disk full for a while",
     "disk slow",
     "forecasts slow",
+    "forecasts far too slow",
     "clock set forward",
     "clock set back",
     "killed",
@@ -83,6 +84,8 @@ WORLDLY = (
     "other settings",
     "retrain ordered",
     "rollback ordered",
+    "pause ordered",
+    "resume ordered",
 )
 """What the world does."""
 CRASHES = (
@@ -102,6 +105,8 @@ MOMENTS = (
     "amid a compaction",
 )
 """When a crash comes."""
+QUICK = (0.0, 0.02)
+"""Seconds that a forecast takes, from and to."""
 LASTING = {
     "broker away": 9.0,
     "deaf": 8.0,
@@ -113,6 +118,7 @@ LASTING = {
     "disk full for a while": 9.0,
     "disk slow": 20.0,
     "forecasts slow": 30.0,
+    "forecasts far too slow": 60.0,
 }
 """For about how many seconds."""
 EXPECTED_ERRORS = {
@@ -221,7 +227,7 @@ class Schedule:
         self.folder.mkdir(parents=True)
         self.calm = self.alive = self.over = False
         self.life = 0
-        self.slow_forecasts = False
+        self.forecasting = QUICK
         self._armed: tuple[str, int] | None = None
         self._steps_left: int | None = None
         self._jobs_left: int | None = None
@@ -365,7 +371,9 @@ class Schedule:
             case "disk slow":
                 disk.slow = True
             case "forecasts slow":
-                self.slow_forecasts = True
+                self.forecasting = (0.1, 4.0)
+            case "forecasts far too slow":
+                self.forecasting = (4.0, 22.0)
             case "clock set forward":
                 self.clock.offset = dice.choice((1.0, 7.0, 20.0, 50.0))
             case "clock set back":
@@ -387,6 +395,8 @@ class Schedule:
                 self._order(Order("retrain", wait=True))
             case "rollback ordered":
                 self._order(Order("rollback", to=dice.choice((None, "hs", "fhs"))))
+            case "pause ordered" | "resume ordered":
+                self._order(Order(kind.split()[0]))
         if kind in LASTING:
             self.loop.call_later(LASTING[kind] * dice.uniform(0.1, 1.5), self._pass, kind)
 
@@ -412,8 +422,8 @@ class Schedule:
                 self.disk.full = False
             case "disk slow":
                 self.disk.slow = False
-            case "forecasts slow":
-                self.slow_forecasts = False
+            case "forecasts slow" | "forecasts far too slow":
+                self.forecasting = QUICK
 
     def _calm(self) -> None:
         """Nothing goes wrong any more."""
@@ -424,6 +434,14 @@ class Schedule:
         self._armed = self._steps_left = self._jobs_left = self._rests_left = None
         self.loop.stalling = 0.0
         self.clock.offset = max(0.0, self.clock.offset)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Order until the end that it is not paused."""
+        if self.daemon is not None and self.daemon.state == "ready" and self.daemon.pipeline.paused:
+            self._order(Order("resume"))
+        if not self.over:
+            self.loop.call_later(2.0, self._go_on)
 
     # The daemon's lives.
 
@@ -450,7 +468,7 @@ class Schedule:
         self.note(f"life {self.life}")
         self.stop = asyncio.Event()
         self.writing = Lane(loop, lambda: (0.1, 2.0) if self.disk.slow else (0.0, 0.01), self._perform)
-        thinking = Lane(loop, lambda: (0.1, 4.0) if self.slow_forecasts else (0.0, 0.02))
+        thinking = Lane(loop, lambda: self.forecasting)
         self._lanes = [self.writing, thinking]
         self.children = Children(
             dice, lambda: self.folder, self.clock.now, KEEP, self._compacting, lambda: self.disk.full
@@ -568,15 +586,14 @@ class Schedule:
         daemon = self.daemon
 
         async def give() -> None:
-            try:
-                answer = await daemon._order(order, lambda _line: None)
-            except BarcastError as error:
+            answer = await daemon.desk.order(order, "uid 0", lambda _line: None)
+            if answer.done is None:
                 self.happened[f"{order.verb} refused"] += 1
-                self.note(f"refused {order.verb}: {error}")
+                self.note(f"refused {order.verb}: {answer.refused}")
             else:
                 self.happened[f"{order.verb} done"] += 1
-                self.answers.append((order.verb, answer))
-                self.note(f"done {order.verb}: {answer}")
+                self.answers.append((order.verb, answer.done))
+                self.note(f"done {order.verb}: {answer.done}")
 
         task = asyncio.ensure_future(give())
         self._orders.add(task)
@@ -607,6 +624,8 @@ class Schedule:
         if not self.alive:
             return
         event = entry["event"]
+        if event == "group_shed":
+            self.happened["group shed"] += 1
         self.trace.append(f"{self.loop.time():.6f} log {event}")
         if level in ("error", "critical") and event not in EXPECTED_ERRORS:
             self.violate(f"log: {event}: { {k: v for k, v in entry.items() if k != 'event'} }")
