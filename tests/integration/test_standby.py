@@ -1,9 +1,10 @@
 """Two daemons of one instance on one journal: whatever becomes of the one that serves, the other goes on."""
 
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from urllib.error import HTTPError
@@ -98,11 +99,11 @@ class Timed(Subscriber):
         if message.topic.startswith("barcast/v1/signals/"):
             self.came.append((time.monotonic(), dict(message.properties.UserProperty)["boot"]))
 
-    def after(self, moment: float) -> tuple[float, str]:
-        """Seconds until the first signal of a boot that had not spoken by a moment, and that boot."""
+    def after(self, moment: float) -> float:
+        """Seconds until the first signal of a boot that had not spoken by a moment."""
         known = {boot for at, boot in self.came if at <= moment}
         until(lambda: any(boot not in known for _, boot in list(self.came)), "the other one speaks", 30)
-        return next((at - moment, boot) for at, boot in self.came if boot not in known)
+        return next(at - moment for at, boot in self.came if boot not in known)
 
 
 def asked(instance: Instance, path: str) -> tuple[int, str]:
@@ -159,39 +160,27 @@ def test_each_takes_over_from_the_other(
     feed = stage.feed(first, current, 300)
     feed.start()
     until(lambda: len(subscriber.came) > 20, "the first one speaks")
-    took = {}
+    took: dict[str, float] = {}
 
-    moment = time.monotonic()
-    first.kill()
-    took["kill -9"], _ = subscriber.after(moment)
+    def passes(how: str, one: Instance, harm: Callable[[], object], status: int | None = EX_IOERR) -> None:
+        """Let harm come to the one that leads, and start it again as the standby."""
+        moment = time.monotonic()
+        harm()
+        took[how] = subscriber.after(moment)
+        second.thaw()
+        proxy.mend()
+        assert one.process is not None
+        assert one.process.wait(20) == status
+        ready = sum(line["event"] == "standby_ready" for line in one.log())
+        one.launch()
+        one.wait_for("standby_ready", count=ready + 1)
+
+    passes("kill -9", first, first.kill, -signal.SIGKILL)
     assert 'barcast_leader{name="test"} 1.0' in asked(second, "metrics")[1]
-    first.launch()
-    first.wait_for("standby_ready")
-    time.sleep(1)
-
-    moment = time.monotonic()
-    second.freeze()
-    took["frozen"], _ = subscriber.after(moment)
-    second.thaw()
-    assert second.process is not None
-    assert second.process.wait(20) == EX_IOERR
-    second.launch()
-    second.wait_for("standby_ready", count=2)
-    time.sleep(1)
-
-    moment = time.monotonic()
-    proxy.cut()
-    took["cut off"], _ = subscriber.after(moment)
-    proxy.mend()
-    assert first.process is not None
-    assert first.process.wait(20) == EX_IOERR
-    first.launch()
-    first.wait_for("standby_ready", count=2)
-    time.sleep(1)
-
-    moment = time.monotonic()
-    assert second.stop() == 0
-    took["stopped"], _ = subscriber.after(moment)
+    passes("frozen", second, second.freeze)
+    passes("cut off", first, proxy.cut)
+    passes("stopped", second, second.stop, 0)
+    assert second.stop() == 0  # as a standby
     settle(first, feed)
     until(lambda: subscriber.states()[-1:] == ["stopped"], "the subscriber has everything")
 
