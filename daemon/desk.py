@@ -173,7 +173,10 @@ class Desk:
         log.info("ordered", who=note.who, **msgspec.to_builtins(order))
         if order.verb == "state":
             return await answered(order, self._carry_out(order, tell))
-        [number] = await (written or self._write(Kind.ORDERED, note.encode()))
+        try:
+            [number] = await (written or self._write(Kind.ORDERED, note.encode()))
+        except OSError as error:  # only while the daemon stops: before that the journal waits
+            return Answer(refused=f"the daemon stops, and nothing can be journalled ({error}); order again")
         tell(f"taken: record {number}")
 
         async def carried() -> Answer:
@@ -186,7 +189,10 @@ class Desk:
             else:
                 log.warning("order_refused", record=number, verb=order.verb, reason=answer.refused)
             self.last = f"{order.verb} by {note.who}: {answer.done or answer.refused}"
-            await self._write(Kind.ANSWERED, Answered(number, answer.done, answer.refused).encode())
+            try:
+                await self._write(Kind.ANSWERED, Answered(number, answer.done, answer.refused).encode())
+            except OSError as error:  # as above: the next start answers that it does not know
+                log.warning("answer_not_journalled", record=number, reason=str(error))
             return answer
 
         if order.verb == "reload" and not order.wait:

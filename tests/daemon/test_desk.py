@@ -1,6 +1,7 @@
 """Orders by the broker and by the socket: journalled before they act, carried out once, answered."""
 
 import asyncio
+import errno
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -331,6 +332,23 @@ def change(made, old, new):
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def test_order_that_comes_while_a_full_disk_stops_is_refused(made):
+    """Then nothing waits for room any more: whoever ordered hears it, and nothing ends by a traceback."""
+
+    async def full(*_):
+        raise OSError(errno.ENOSPC, "no room")
+
+    async def story():
+        async with at_work(made):
+            await warm(made)
+            made.desk._write = full
+            answer = await locally(made, "pause")
+            assert "the daemon stops" in answer.refused
+            assert not made.pipeline.paused
+
+    play(story())
 
 
 def test_takeover_leaves_what_a_reload_refused(made, tmp_path):
