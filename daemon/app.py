@@ -460,6 +460,9 @@ class Daemon:
             f"{champion.model} serves since {since}: {champion.reason}",
             f"{work}; trainings since the start: {runs}",
         ]
+        if self.scribe.held:
+            why = "its server is away" if self.scribe.lost else "the disk is full"
+            lines.append(f"the journal cannot be written, {why}: no bar is taken until then")
         if self.pipeline.paused:
             lines.append("paused: nothing is forecast until `resume`")
         if self.desk.last:

@@ -22,6 +22,7 @@ from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Courier, LiveSource, Scribe
 from barcast.daemon.mqtt import NOT_CONNECTED, Delivery, Link, Request
 from barcast.daemon.wire import Outgoing, Reject
+from barcast.models import DeposedError
 
 MOST_BYTES = 4096
 """The longest body of an order."""
@@ -34,6 +35,10 @@ RECORDS = 10_000
 was not acknowledged, and of that there is a window of `mqtt.RECEIVE_MAXIMUM`."""
 UNSENT = 1000
 """Answers that wait for the broker, at most; then the oldest is dropped."""
+SILENT_SECONDS = 3.0
+"""How long who ordered hears nothing of it."""
+LAPSE_SECONDS = 60.0
+"""After how long an order from this machine, of which the journal knows nothing yet, is not carried out."""
 ANSWER_SECONDS = 60.0
 """How long an answer is of use."""
 PAUSE_SECONDS = 0.2
@@ -100,8 +105,9 @@ class Desk:
                 task.cancel()
 
     async def order(self, order: Order, who: str, tell: Tell) -> Answer:
-        """Carry out what somebody on this machine wants."""
-        return await self._carried(order, Ordered(who, **_said(order)), tell, None)
+        """Carry out what somebody on this machine wants, unless the journal is away too long before."""
+        expires = asyncio.get_running_loop().time() + LAPSE_SECONDS
+        return await self._carried(order, Ordered(who, **_said(order)), tell, expires)
 
     def signalled(self, verb: str) -> None:
         """Carry out what a signal to the process means."""
@@ -173,9 +179,12 @@ class Desk:
         log.info("ordered", who=note.who, **msgspec.to_builtins(order))
         if order.verb == "state":
             return await answered(order, self._carry_out(order, tell))
+        written = written or self._write(Kind.ORDERED, note.encode())
+        if not (await asyncio.wait([written], timeout=SILENT_SECONDS))[0]:
+            tell("the journal cannot be written now, see the daemon's log: the order waits for it")
         try:
-            [number] = await (written or self._write(Kind.ORDERED, note.encode()))
-        except OSError as error:  # only while the daemon stops: before that the journal waits
+            [number] = await written
+        except (OSError, DeposedError) as error:  # only while the daemon stops: before that the journal waits
             return Answer(refused=f"the daemon stops, and nothing can be journalled ({error}); order again")
         tell(f"taken: record {number}")
 
@@ -191,7 +200,7 @@ class Desk:
             self.last = f"{order.verb} by {note.who}: {answer.done or answer.refused}"
             try:
                 await self._write(Kind.ANSWERED, Answered(number, answer.done, answer.refused).encode())
-            except OSError as error:  # as above: the next start answers that it does not know
+            except (OSError, DeposedError) as error:  # as above: the next start answers that it does not know
                 log.warning("answer_not_journalled", record=number, reason=str(error))
             return answer
 

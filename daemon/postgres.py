@@ -39,6 +39,8 @@ _LOST = re.compile(r"08...|57P0[1-5]|25P03|25006|53[234]00")
 """SQLSTATEs that pass: no connection, shut down, starting up, read only as after a failover, too many."""
 _REFUSED = re.compile(r"28...|3D000|42501|3F000")
 """SQLSTATEs of a login, a database or a privilege that somebody must mend."""
+_DAMAGED = re.compile(r"42P01|42703")
+"""SQLSTATEs of a table or a column that is not there."""
 _FULL = "53100"
 _COLUMN_TYPES = {"INTEGER": "BIGINT", "BLOB": "BYTEA", "TEXT": 'TEXT COLLATE "C"'}
 """What the types of SQLite are here; texts are in the order of their code points, as there."""
@@ -149,7 +151,7 @@ class Session:
         try:
             with _faults(self._server, self._connection):
                 yield self._connection
-        except JournalLostError:
+        except (JournalLostError, ConfigError):  # it is closed
             self._connection = None
             raise
 
@@ -183,13 +185,22 @@ class Postgres(Session):
     @staticmethod
     def exists(server: Server) -> bool:
         """Whether there is a journal."""
-        made = connect(server)
-        try:
-            with _faults(server):
-                sql = f"SELECT to_regclass('\"{server.schema}\".version') IS NOT NULL"
-                return bool((made.execute_simple(sql).rows or [[False]])[0][0])
-        finally:
-            _close(made)
+        return bool(_asked(server, f"SELECT to_regclass('\"{server.schema}\".version') IS NOT NULL"))
+
+    @staticmethod
+    def fault(server: Server) -> str | None:
+        """What keeps a journal from being made there, if anything."""
+        sql = "SELECT has_database_privilege(current_database(), 'CREATE')"
+        if _asked(server, sql):
+            return None
+        return f"{server.user} may not make a schema in {server.database}"
+
+    @staticmethod
+    def leader(server: Server) -> str | None:
+        """The boot that has the lease of a journal, None while nobody has it."""
+        sql = f'SELECT max(holder) FROM "{server.schema}".lease WHERE {_FREE.replace("<", ">=")}'
+        found: str | None = _asked(server, sql)
+        return found
 
     def executemany(self, sql: str, rows: Sequence[Sequence[object]]) -> None:
         """Run a statement for each row; one that inserts `VALUES (…)`, for many in one message."""
@@ -327,6 +338,16 @@ def leased(server: Server, holder: str) -> Iterator[int]:
         lease.release()
 
 
+def _asked(server: Server, sql: str) -> Any:
+    """The one value of a question, on a connection of its own."""
+    made = connect(server)
+    try:
+        with _faults(server):
+            return (made.execute_simple(sql).rows or [[None]])[0][0]
+    finally:
+        _close(made)
+
+
 def _parts(rows: Sequence[Sequence[object]], most: int) -> Iterator[Sequence[Sequence[object]]]:
     """Rows in order, in parts of `most` rows and about `BYTES` at most."""
     first = size = 0
@@ -421,6 +442,9 @@ def _faults(server: Server, connection: "CoreConnection | None" = None) -> Itera
         if _LOST.fullmatch(code):
             _close(connection)
             raise JournalLostError(f"{server}: {message}; see to the server") from error
+        if _DAMAGED.fullmatch(code):
+            _close(connection)
+            raise ConfigError(f"{server}: not a journal, or damaged ({message}); restore a copy") from error
         if _REFUSED.fullmatch(code):
             _close(connection)
             raise ConfigError(f"journal.url: {server}: {message}; correct it, or grant it there") from error

@@ -139,11 +139,15 @@ def journal(case: Case, proceed: Callable[[], bool]) -> Found:
     """Version, soundness, age, what is waiting."""
     from barcast.daemon.events import Champion
     from barcast.daemon.journal import VERSION, Journal, Kind, checked, exists
+    from barcast.daemon.postgres import Postgres, Server
     from barcast.daemon.wire import to_text
 
     place = case.settings.journal_place
     if not exists(place):
-        yield "ok", "there is none yet: the first start makes it", ""
+        if isinstance(place, Server) and (kept_out := Postgres.fault(place)):
+            yield "fail", kept_out, f"GRANT CREATE ON DATABASE {place.database} TO {place.user}"
+        else:
+            yield "ok", "there is none yet: the first start makes it", ""
         return
     number, faults = VERSION, ["ok"]
     if isinstance(place, Path):
@@ -258,14 +262,20 @@ def clock(case: Case) -> Found:
 def daemon(case: Case) -> Found:
     """Who holds the state directory, and what it says of itself."""
     from barcast.daemon.control import Order, ask
+    from barcast.daemon.journal import exists
+    from barcast.daemon.postgres import Postgres, Server
 
     folder = case.settings.state_dir
     holder = _holder(folder / "lock")
     if case.settings.journal:  # it may be a standby, or have left the directory to one on another machine
         said = ask(folder, Order("state"), lambda _line: None)
         case.running = said is not None
-        if said is None:
-            yield "ok", "none serves here: a standby may wait", ""
+        place = case.settings.journal_place
+        assert isinstance(place, Server)
+        if said is None and (not exists(place) or Postgres.leader(place) is None):
+            yield "warn", "none serves, here or elsewhere", f"barcast run {case.path}, or systemctl start it"
+        elif said is None:
+            yield "ok", "one serves elsewhere: a standby may wait here", ""
         else:
             yield from _said(case, "it serves here", said)
         return

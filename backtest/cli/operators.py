@@ -294,6 +294,11 @@ def ctl(
     if done is None and verb == "rollback":
         done = _at_rest(load(config), order)
     if done is None:
+        if not mqtt and load(config).journal:
+            raise ConfigError(
+                f"no daemon serves on {state_dir(config)}: a standby takes no orders; ask where one serves, "
+                "or with --mqtt, or start one"
+            )
         raise ConfigError(f"no daemon runs on {state_dir(config)}: start `barcast run {config}`")
     out.print(done, highlight=False, markup=False, soft_wrap=True)
 

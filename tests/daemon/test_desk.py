@@ -337,8 +337,10 @@ def change(made, old, new):
 def test_order_that_comes_while_a_full_disk_stops_is_refused(made):
     """Then nothing waits for room any more: whoever ordered hears it, and nothing ends by a traceback."""
 
-    async def full(*_):
-        raise OSError(errno.ENOSPC, "no room")
+    def full(*_):
+        written = asyncio.get_running_loop().create_future()
+        written.set_exception(OSError(errno.ENOSPC, "no room"))
+        return written
 
     async def story():
         async with at_work(made):
@@ -349,6 +351,40 @@ def test_order_that_comes_while_a_full_disk_stops_is_refused(made):
             assert not made.pipeline.paused
 
     play(story())
+
+
+def test_order_that_nothing_could_journal_lapses(made, monkeypatch):
+    """Who ordered hears that it waits; what is known too late is journalled and not carried out."""
+    for name, seconds in (("SILENT_SECONDS", 0.01), ("LAPSE_SECONDS", 0.1)):
+        monkeypatch.setattr(desk, name, seconds)
+    said = []
+
+    async def story():
+        async with at_work(made):
+            await warm(made)
+            write, held = made.desk._write, asyncio.Event()
+
+            async def late(kind, payload):
+                await held.wait()
+                return await write(kind, payload)
+
+            made.desk._write = lambda *given: asyncio.ensure_future(late(*given))
+            made.scribe.lost = True
+            assert "its server is away" in (await locally(made, "state")).done
+            made.scribe.lost = False
+            order = Order("pause")
+            task = asyncio.create_task(made.desk.order(order, "uid 7", said.append))
+            await until(lambda: said)
+            await asyncio.sleep(0.2)
+            held.set()
+            answer = await task
+            assert "expired" in answer.refused
+            assert not made.pipeline.paused
+
+    play(story())
+    assert "the order waits" in said[0]
+    assert [note.verb for note in journalled(made)] == ["pause"]
+    assert "expired" in journalled(made, Kind.ANSWERED)[0].refused
 
 
 def test_takeover_leaves_what_a_reload_refused(made, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from pg8000.core import CoreConnection
 from pg8000.exceptions import InterfaceError
 
+from barcast.backtest.cli import doctor
 from barcast.daemon import live, postgres
 from barcast.daemon.config import load
 from barcast.daemon.journal import Journal, Kind, Progress, exists
@@ -22,6 +23,7 @@ from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError, DeposedError, JournalLostError
 from tests.daemon.living import until
 from tests.fakes import bar
+from tests.integration.instance import url
 from tests.postgres import Cluster
 from tests.rim import Message, World, play, source, taken
 
@@ -432,3 +434,51 @@ def test_long_rows_are_not_one_statement():
     assert [row for part in parts for row in part] == rows
     assert [len(part) for part in parts] == [2, 2, 1, 3]
     assert list(postgres._parts([], 3)) == []
+
+
+def test_rights_that_are_lacking_are_named(server, cluster):
+    """Neither a database of somebody else's nor a table of one is a server that is away."""
+    tell(server, "CREATE ROLE guest LOGIN")
+    guest = replace(server, user="guest", schema="barcast_guest")
+    assert "guest may not make a schema" in Postgres.fault(guest)
+    with pytest.raises(ConfigError, match=r"journal\.url: .*permission denied"):
+        Journal(guest)
+    with closing(Journal(server)):
+        tell(server, f'GRANT USAGE ON SCHEMA "{server.schema}" TO guest')
+        tell(server, f'GRANT SELECT ON "{server.schema}".version TO guest')
+    denied = pytest.raises(ConfigError, match=r"journal\.url: .*permission denied")
+    with closing(Journal(replace(server, user="guest"))) as journal, denied:
+        journal.append([(1, Kind.BARS, "t", b"x")])
+
+
+def test_leader_is_told(server, tmp_path):
+    """Who has the lease, as long as it lasts; without one a doctor does not believe that a standby waits."""
+    (tmp_path / "state").mkdir()
+    (tmp_path / "barcast.toml").write_text(TEXT + f'url = "{url(server)}"\n')
+    config = load(tmp_path / "barcast.toml")
+    case = doctor.Case(tmp_path / "barcast.toml", config)
+
+    def said():
+        [(state, sentence, _)] = doctor.daemon(case)
+        return state, sentence
+
+    assert said() == ("warn", "none serves, here or elsewhere")
+    server = config.journal_place
+    with closing(Journal(server)):
+        lease = Lease(server, "a")
+        assert Postgres.leader(server) is None
+        assert said()[0] == "warn"
+        lease.take()
+        assert Postgres.leader(server) == "a"
+        assert said() == ("ok", "one serves elsewhere: a standby may wait here")
+        lease.release()
+        assert Postgres.leader(server) is None
+    tell(server, f'DROP SCHEMA "{server.schema}" CASCADE')
+
+
+def test_table_that_is_gone_is_a_sentence(server):
+    """As a damaged file is."""
+    with closing(Journal(server)) as journal:
+        tell(server, f'DROP TABLE "{server.schema}".outbox')
+        with pytest.raises(ConfigError, match="not a journal, or damaged"):
+            journal.waiting()
