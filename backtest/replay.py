@@ -21,6 +21,7 @@ from barcast.backtest.ledger import YEAR, Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
+from barcast.backtest.skill import SCHEMA as SKILL
 from barcast.backtest.skill import skill
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
@@ -250,6 +251,7 @@ def run_backtest(
     training_time: str = "30m",
     models: Path | None = None,
     trials: int | None = None,
+    baselines: bool = True,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -262,7 +264,8 @@ def run_backtest(
     such as `median-drift:costs=1` or `mine.py:Mine`. `calendars` (symbol -> name) are those of symbols that
     keep other hours than `calendar`; an adjustment takes effect with the first bar after its time. `trials`
     is how many strategies and settings were tried in all until these were found, for the deflated Sharpe
-    ratio; by default those of this run. `touch` are pairs of barriers, how far up and how far down in
+    ratio; by default those of this run. Without `baselines` nothing is compared with them: `skill` is empty.
+    `touch` are pairs of barriers, how far up and how far down in
     standard deviations of the forecast over the longest horizon: see `BacktestResult.signals`.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
@@ -281,7 +284,7 @@ def run_backtest(
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     if isinstance(retrain, str):
         retrain = cron_schedule(retrain, None)
-    since, until = _ns(since), _ns(until)
+    since, until = nanoseconds(since), nanoseconds(until)
     if since is not None and until is not None and since >= until:
         raise ConfigError(
             f"since is {wire.to_text(since)}, and until {wire.to_text(until)}: give a since before until"
@@ -351,7 +354,9 @@ def run_backtest(
         untrained,
         *(f"{name} never traded." for name in idle),
     ]
-    beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
+    beside = pl.DataFrame(schema=SKILL)
+    if baselines:
+        beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
     trials = max(1, len(settings.strategies)) if trials is None else trials
     return BacktestResult(
         signals=signals,
@@ -496,7 +501,7 @@ def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:
     }
 
 
-def _ns(moment: Moment | None) -> int | None:
+def nanoseconds(moment: Moment | None) -> int | None:
     """Nanoseconds since 1970; a time without a zone is UTC."""
     if moment is None or isinstance(moment, int):
         return moment

@@ -70,7 +70,9 @@ class BacktestResult:
         told = {
             "barcast_result": FORMAT,
             "meta": self.meta,
-            **{name: _rows(getattr(self, name)) for name in ("portfolio", "scores", "skill", "trainings")},
+            **{
+                name: json_rows(getattr(self, name)) for name in ("portfolio", "scores", "skill", "trainings")
+            },
             "definitions": definitions(),
         }
         text = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
@@ -123,7 +125,7 @@ def definitions() -> dict[str, dict[str, str]]:
     }
 
 
-def _rows(frame: pl.DataFrame) -> list[dict[str, object]]:
+def json_rows(frame: pl.DataFrame) -> list[dict[str, object]]:
     """Rows in JSON's values: times as text, what is no finite number as null."""
     finite = pl.selectors.float()
     return frame.with_columns(

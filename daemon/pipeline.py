@@ -103,20 +103,27 @@ class StrategySettings(msgspec.Struct, frozen=True):
         The kind may be FILE.py:CLASS. A value is true, false, a number or a text, which may stand in quotes;
         the parameter `name` is the name. Raise ConfigError for what is not of this form, and as `of` does.
         """
+        kind, written = cls.written(text)
+        params = {param: typed(value) for param, value in written.items()}
+        name = params.pop("name", None)
+        return cls.of(kind, None if name is None else str(name), params)
+
+    @staticmethod
+    def written(text: str) -> tuple[str, dict[str, str]]:
+        """The kind and the texts of the parameters of what `parse` reads. Raise ConfigError as it does."""
         found = re.fullmatch(rf"(?P<kind>{PATH.pattern}|[^:]*?)(:(?P<params>[^:=]+=.*))?", text, re.DOTALL)
         pairs = found["params"].split(",") if found and found["params"] else []
-        params: dict[str, float | int | str | bool] = {}
+        params: dict[str, str] = {}
         for param, sign, value in (pair.partition("=") for pair in pairs):
             if not (param.strip() and sign) or param.strip() in params:
                 found = None
                 break
-            params[param.strip()] = _value(value.strip())
+            params[param.strip()] = value.strip()
         if not found:
             raise ConfigError(
                 f"strategy {text!r}: write KIND or KIND:PARAMETER=VALUE,PARAMETER=VALUE, each parameter once"
             )
-        name = params.pop("name", None)
-        return cls.of(found["kind"], None if name is None else str(name), params)
+        return found["kind"], params
 
     def build(self, kept: Path | None = None) -> Strategy:
         """The strategy, of a file as it was, if need be from the folder where versions are `kept`.
@@ -126,7 +133,8 @@ class StrategySettings(msgspec.Struct, frozen=True):
         return build(self.kind, self.name, self.params, self.digest, kept)
 
 
-def _value(text: str) -> float | int | str | bool:
+def typed(text: str) -> float | int | str | bool:
+    """What a parameter that is written on a command line is: true, false, a number, or a text."""
     if text in ("true", "false"):
         return text == "true"
     for number in (int, float):

@@ -333,6 +333,10 @@ def test_imports_are_found() -> None:
         ("plotly", "backtest/"),
         ("typer", "backtest/cli/"),
         ("iotcore", "backtest/demo.py"),
+        ("joblib", "backtest/workers.py"),
+        ("ray", "backtest/workers.py"),
+        ("distributed", "backtest/workers.py"),
+        ("optuna", "backtest/grid.py"),
     ],
 )
 def test_third_parties_have_one_place(package: str, places: str) -> None:

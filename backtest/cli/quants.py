@@ -12,23 +12,33 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from barcast.backtest.cli.terminal import (
-    BOOKS,
     FORMATS,
     HISTORY,
     Adjustments,
+    Borrow,
     CalendarName,
+    Capital,
+    Commission,
     Files,
     Fill,
+    FillAt,
+    Funding,
+    Impact,
+    Leverage,
+    LimitLevel,
     ModelName,
     OtherCalendars,
     Sampler,
     Since,
+    Slippage,
+    Spread,
     Stamped,
     Steps,
     Symbols,
     Timeframe,
     Touch,
     Until,
+    VolumeShare,
     app,
     calendars_of,
     check_output,
@@ -268,42 +278,17 @@ def backtest(
             min=1,
         ),
     ] = None,
-    fill: Annotated[
-        Fill, typer.Option(help="Where targets are filled: see the README.", rich_help_panel=BOOKS)
-    ] = Fill.next_open,
-    limit_level: Annotated[
-        float,
-        typer.Option(help="With limit: buy at this quantile, sell at 1 less it.", rich_help_panel=BOOKS),
-    ] = 0.25,
-    commission: Annotated[
-        float, typer.Option(help="Basis points of the traded value.", rich_help_panel=BOOKS)
-    ] = 1.0,
-    spread: Annotated[
-        float, typer.Option(help="Basis points; a fill at the market pays half.", rich_help_panel=BOOKS)
-    ] = 0.0,
-    slippage: Annotated[
-        float, typer.Option(help="Basis points of the traded value.", rich_help_panel=BOOKS)
-    ] = 2.0,
-    impact: Annotated[
-        float,
-        typer.Option(help="Share of the price that a bar's whole volume would cost.", rich_help_panel=BOOKS),
-    ] = 0.0,
-    volume_share: Annotated[
-        float | None, typer.Option(help="Most of a bar's volume that a fill takes.", rich_help_panel=BOOKS)
-    ] = None,
-    borrow: Annotated[
-        float,
-        typer.Option(help="A year, on shorts and on borrowed cash: .02 is 2 %.", rich_help_panel=BOOKS),
-    ] = 0.0,
-    funding: Annotated[
-        float, typer.Option(help="A year, longs pay and shorts receive.", rich_help_panel=BOOKS)
-    ] = 0.0,
-    leverage: Annotated[
-        float, typer.Option(help="What may be held in all, times the equity.", rich_help_panel=BOOKS)
-    ] = 1.0,
-    capital: Annotated[
-        float, typer.Option(help="Cash that each book begins with.", rich_help_panel=BOOKS)
-    ] = 1e6,
+    fill: FillAt = Fill.next_open,
+    limit_level: LimitLevel = 0.25,
+    commission: Commission = 1.0,
+    spread: Spread = 0.0,
+    slippage: Slippage = 2.0,
+    impact: Impact = 0.0,
+    volume_share: VolumeShare = None,
+    borrow: Borrow = 0.0,
+    funding: Funding = 0.0,
+    leverage: Leverage = 1.0,
+    capital: Capital = 1e6,
     out_dir: Annotated[
         Path,
         typer.Option("--out", help="Folder for report.html, the tables as Parquet and JSON, and the models."),

@@ -119,6 +119,35 @@ Touch = Annotated[
     ),
 ]
 
+FillAt = Annotated[
+    Fill, typer.Option(help="Where targets are filled: see the README.", rich_help_panel=BOOKS)
+]
+LimitLevel = Annotated[
+    float,
+    typer.Option(help="With limit: buy at this quantile, sell at 1 less it.", rich_help_panel=BOOKS),
+]
+Commission = Annotated[float, typer.Option(help="Basis points of the traded value.", rich_help_panel=BOOKS)]
+Spread = Annotated[
+    float, typer.Option(help="Basis points; a fill at the market pays half.", rich_help_panel=BOOKS)
+]
+Slippage = Annotated[float, typer.Option(help="Basis points of the traded value.", rich_help_panel=BOOKS)]
+Impact = Annotated[
+    float,
+    typer.Option(help="Share of the price that a bar's whole volume would cost.", rich_help_panel=BOOKS),
+]
+VolumeShare = Annotated[
+    float | None, typer.Option(help="Most of a bar's volume that a fill takes.", rich_help_panel=BOOKS)
+]
+Borrow = Annotated[
+    float,
+    typer.Option(help="A year, on shorts and on borrowed cash: .02 is 2 %.", rich_help_panel=BOOKS),
+]
+Funding = Annotated[float, typer.Option(help="A year, longs pay and shorts receive.", rich_help_panel=BOOKS)]
+Leverage = Annotated[
+    float, typer.Option(help="What may be held in all, times the equity.", rich_help_panel=BOOKS)
+]
+Capital = Annotated[float, typer.Option(help="Cash that each book begins with.", rich_help_panel=BOOKS)]
+
 
 def pairs_of(given: list[str] | None) -> tuple[tuple[float, float], ...]:
     """Pairs of barriers, from UP,DOWN."""
@@ -240,13 +269,33 @@ def check_result_folder(path: Path, others: Iterable[Path]) -> None:
 
     One that is there must be empty or hold a backtest, and none of the `others`, which are read.
     """
-    found = {each.name for each in path.iterdir()} if path.is_dir() else set()
-    if path.exists() and not path.is_dir():
-        raise typer.BadParameter(f"{path} is a file: name a folder", param_hint="--out")
+    found = _names(path)
     if found - {"models"} and "result.json" not in found:
         raise typer.BadParameter(
             f"{path} is not empty, and holds no backtest: name a new folder", param_hint="--out"
         )
+    _check_folder(path, others)
+
+
+def check_sweep_folder(path: Path, others: Iterable[Path]) -> None:
+    """The same of a sweep: one that is there holds nothing but what sweeps write."""
+    from barcast.backtest.sweep import OWN
+
+    if foreign := _names(path) - OWN:
+        raise typer.BadParameter(
+            f"{path} holds {min(foreign)}, which no sweep has written: name another folder",
+            param_hint="--out",
+        )
+    _check_folder(path, others)
+
+
+def _names(folder: Path) -> set[str]:
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"{folder} is a file: name a folder", param_hint="--out")
+    return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _check_folder(path: Path, others: Iterable[Path]) -> None:
     for other in others:
         if path.resolve() in (other.resolve(), *other.resolve().parents):
             raise typer.BadParameter(

@@ -1,0 +1,86 @@
+"""Jobs on the cores of this machine or on a cluster: joblib, with a backend by name."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from barcast.models import ConfigError
+
+BACKENDS = ("loky", "ray", "dask")
+
+ONE_THREAD = dict.fromkeys(
+    ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+)
+"""What the environment of a worker must say before it imports anything: the cores are for other jobs."""
+
+
+@contextmanager
+def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]:
+    """Let `run_jobs` have so many workers on this machine (-1: one a core), or those of a running cluster.
+
+    The backend `loky` has processes of this machine alone, `ray` and `dask` know an `address`. Raise
+    ConfigError for a backend that there is not or that is not installed, and for an address that does not
+    answer.
+    """
+    from joblib import parallel_config
+
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend = {backend!r}: take one of {', '.join(BACKENDS)}")
+    if jobs == 0 or jobs < -1:
+        raise ConfigError(f"jobs = {jobs}: take 1 or more, or -1 for one a core")
+    if address is not None and backend == "loky":
+        raise ConfigError(f"address = {address!r}: loky has no cluster; name the backend ray or dask")
+    with ExitStack() as stack:
+        try:
+            if backend == "ray":
+                _ray(stack, jobs, address)
+            elif backend == "dask":
+                _dask(stack, jobs, address)
+        except ImportError as error:
+            raise ConfigError(
+                f"backend = {backend!r}: pip install 'barcast[cluster]', or take loky"
+            ) from error
+        except OSError as error:
+            if address is None:
+                raise
+            raise ConfigError(f"address = {address!r}: {error}; name a {backend} that runs") from error
+        stack.enter_context(
+            parallel_config(backend, n_jobs=jobs, inner_max_num_threads=1)
+            if backend == "loky"
+            else parallel_config(backend, n_jobs=-1)
+        )
+        yield
+
+
+def run_jobs(function: Callable[[Any], None], jobs: Sequence[Any], done: Callable[[int], None]) -> None:
+    """Call the function with each job on the workers that are open; `done` is told how many are over.
+
+    The first error ends it and is raised.
+    """
+    from joblib import Parallel, delayed
+
+    parallel = Parallel(batch_size=1)
+    parallel.print_progress = lambda: done(parallel.n_completed_tasks)  # ray has no results as they come
+    parallel(delayed(function)(job) for job in jobs)
+
+
+def _ray(stack: ExitStack, jobs: int, address: str | None) -> None:
+    import ray
+    from ray.util.joblib import register_ray
+
+    own = {} if address else {"num_cpus": None if jobs < 0 else jobs, "include_dashboard": False}
+    stack.callback(ray.shutdown)
+    ray.init(address, runtime_env={"env_vars": ONE_THREAD}, log_to_driver=False, **own)
+    register_ray()
+
+
+def _dask(stack: ExitStack, jobs: int, address: str | None) -> None:
+    from distributed import Client, LocalCluster
+
+    cluster: Any = address
+    if address is None:
+        count = None if jobs < 0 else jobs
+        cluster = stack.enter_context(
+            LocalCluster(n_workers=count, threads_per_worker=1, env=ONE_THREAD, dashboard_address=None)
+        )
+    stack.enter_context(Client(cluster))
