@@ -265,8 +265,8 @@ def run_backtest(
     keep other hours than `calendar`; an adjustment takes effect with the first bar after its time. `trials`
     is how many strategies and settings were tried in all until these were found, for the deflated Sharpe
     ratio; by default those of this run. Without `baselines` nothing is compared with them: `skill` is empty.
-    `touch` are pairs of barriers, how far up and how far down in
-    standard deviations of the forecast over the longest horizon: see `BacktestResult.signals`.
+    `touch` are pairs of barriers, how far up and how far down in standard deviations of the forecast over the
+    longest horizon: see `BacktestResult.signals`.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from logging import CRITICAL
 from typing import Any
 
 from barcast.models import ConfigError
@@ -12,6 +13,9 @@ ONE_THREAD = dict.fromkeys(
     ("POLARS_MAX_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
 """What the environment of a worker must say before it imports anything: the cores are for other jobs."""
+
+IDLE_SECONDS = 20
+"""After how long without a job a process of `loky` ends, also when whoever began it was killed."""
 
 
 @contextmanager
@@ -45,7 +49,7 @@ def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]
                 raise
             raise ConfigError(f"address = {address!r}: {error}; name a {backend} that runs") from error
         stack.enter_context(
-            parallel_config(backend, n_jobs=jobs, inner_max_num_threads=1)
+            parallel_config(backend, n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE_SECONDS)
             if backend == "loky"
             else parallel_config(backend, n_jobs=-1)
         )
@@ -79,8 +83,7 @@ def _dask(stack: ExitStack, jobs: int, address: str | None) -> None:
 
     cluster: Any = address
     if address is None:
-        count = None if jobs < 0 else jobs
-        cluster = stack.enter_context(
-            LocalCluster(n_workers=count, threads_per_worker=1, env=ONE_THREAD, dashboard_address=None)
-        )
+        local = {"n_workers": None if jobs < 0 else jobs, "threads_per_worker": 1, "env": ONE_THREAD}
+        cluster = LocalCluster(**local, dashboard_address=None, silence_logs=CRITICAL)
+        stack.enter_context(cluster)
     stack.enter_context(Client(cluster))
