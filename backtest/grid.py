@@ -6,13 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from barcast.daemon.pipeline import StrategySettings, try_strategies, typed
-from barcast.models import Card, ConfigError, check_sampled, open_model
-from barcast.strategies import identify
+from barcast.models import BASELINES, Card, ConfigError, check_sampled, open_model
+from barcast.strategies import PATH, identify
 
 if TYPE_CHECKING:
     import optuna
@@ -57,6 +58,8 @@ class Template:
         empty, and for a `name`: cells are named by what is in them.
         """
         kind, written = StrategySettings.written(text)
+        if file := PATH.fullmatch(kind):  # a worker may have another working directory
+            kind = kind.replace(file["file"], str(Path(file["file"]).absolute()), 1)
         if "name" in written:
             raise ConfigError(f"strategy {text!r}: a sweep names its cells itself; leave name out")
         params: dict[str, tuple[Value, ...] | Range] = {}
@@ -100,6 +103,10 @@ class Variant:
     sampler: str | None
     steps: int | None
     card: Card
+
+    def there(self) -> "Variant":
+        """The same for a worker, whose working directory may be another one."""
+        return self if self.model in BASELINES else replace(self, model=str(Path(self.model).absolute()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,18 @@ The walk-forward choice of a fold is the cell that was best in the folds before 
 looked back at. So whatever happens in a fold changes nothing that was chosen for it.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import re
 from bisect import bisect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +57,7 @@ FORMAT = 1
 JOBS = "jobs"
 """The folder of what was found of each cell and fold."""
 
+LOCK = ".lock"
 MAGIC = b"barcast-sweep-1\n"
 _NAME = re.compile(r"[0-9a-f]{64}\.job")
 
@@ -235,11 +238,33 @@ def work(job: Job) -> None:
             periods_per_year=result.meta["periods_per_year"],
             warning=" ".join(warning.split()),
         )
-        with NamedTemporaryFile(
-            dir=job.folder, prefix=f".{key[:16]}.", suffix=".partial", delete=False
-        ) as new:
-            new.write(record.encode())
-        Path(new.name).replace(job.folder / f"{key}.job")
+        partial = job.folder / f".{key}.{os.getpid()}.partial"
+        with _writing(job.folder):
+            partial.write_bytes(record.encode())
+            partial.replace(job.folder / f"{key}.job")
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Say in a sentence that a folder cannot be written, here or where a worker is."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error}; name a folder that all workers may write") from error
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of the records: what another sweep writes looks like what a killed one left behind."""
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{folder}: another sweep is at work there; name another folder") from error
+        yield
 
 
 def _book(book: pl.DataFrame) -> tuple[bytes, bytes]:
@@ -338,9 +363,11 @@ def sweep(
         raise ConfigError(f"by = {by!r}: take one of {', '.join(CRITERIA)}")
     if folds < 2:
         raise ConfigError(f"folds = {folds}: take 2 or more: a choice is judged after what it is made by")
-    if trials is not None and trials < 1:
-        raise ConfigError(f"trials = {trials}: take 1 or more, or leave it out for the whole grid")
-    paths = tuple(Path(file) for file in ([files] if isinstance(files, Path | str) else files))
+    if trials is not None and trials < folds - 1:
+        raise ConfigError(
+            f"trials = {trials}: take {folds - 1} or more, as some are asked for after each fold"
+        )
+    paths = tuple(Path(file).absolute() for file in ([files] if isinstance(files, Path | str) else files))
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     ground = Ground(
         files=paths,
@@ -359,8 +386,11 @@ def sweep(
     else:
         search, cells = Search(over, templates), []
     edges = _edges(ground, over, nanoseconds(since), nanoseconds(until), folds)
-    with open_workers(backend, jobs, address):
-        bench = _Bench(ground, digest(paths), edges, Path(out), progress)
+    folder = Path(out).absolute() / JOBS
+    with _alone(folder), open_workers(backend, jobs, address):
+        bench = _Bench(ground, digest(paths), edges, folder, progress)
+        if search is None:
+            bench.check(cells)
         if search is not None and trials is not None:
             for known in range(1, folds):
                 most = trials * known // (folds - 1)
@@ -401,38 +431,35 @@ def _edges(
 
 @dataclass(slots=True)
 class _Bench:
-    """Where cells are tried: the state is what is known of each cell and fold, by model, strategy and fold.
+    """Where cells are tried: `edges` are those of `_edges`, and folds are counted from 1.
 
-    `edges` are those of `_edges`; folds are counted from 1.
+    The state is the record of each cell and fold; the trial of each record of the folder by its name, empty
+    where it is damaged; how many were computed here, and which of them as they were damaged; and the figures
+    of cells over the first folds.
     """
 
     ground: Ground
     files_sha256: str
     edges: list[int]
-    out: Path
+    folder: Path
     progress: Callable[[int, str], None]
     records: dict[tuple[object, int], Record] = field(default_factory=dict)
     trials: dict[str, str] = field(default_factory=dict)
     ran: int = 0
     again: list[str] = field(default_factory=list)
+    scored: dict[tuple[object, int], dict[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Look at what the folder has from before."""
-        folder = self.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir()):
+        for path in sorted(self.folder.iterdir()):
             if path.name.startswith(".") and path.suffix == ".partial":  # of one that was killed
-                path.unlink()
-            elif not _NAME.fullmatch(path.name):
+                with _writing(self.folder):
+                    path.unlink()
+            elif path.name != LOCK and not _NAME.fullmatch(path.name):
                 raise DataError(f"{path}: no sweep has written it; remove it, or name another folder")
-            else:
+            elif path.name != LOCK:
                 record = Record.read(path)
                 self.trials[path.stem] = "" if record is None else record.trial
-
-    @property
-    def folder(self) -> Path:
-        """Where records are."""
-        return self.out / JOBS
 
     @property
     def folds(self) -> int:
@@ -500,7 +527,8 @@ class _Bench:
         cells = tuple((key, self._trial(cell), cell.strategy) for cell, _, key in own)
         said = f"{self.fold(k)}, model {first.variant.model}"
         since, until = self.edges[k - 1], self.edges[k]
-        return Job(self.ground, self.files_sha256, first.variant, since, until, cells, self.folder, said)
+        variant = first.variant.there()
+        return Job(self.ground, self.files_sha256, variant, since, until, cells, self.folder, said)
 
     def _cell(self, cell: Cell) -> dict[str, object]:
         card = cell.variant.card
@@ -521,25 +549,26 @@ class _Bench:
 
     def scores(self, cells: Sequence[Cell], folds: int, by: str) -> dict[object, float | None]:
         """The criterion of each cell over the first `folds` folds."""
-        if not cells:
-            return {}
-        chains = {cell.id: self.chain(cell, range(1, folds + 1)) for cell in cells}
-        return {name: row[by] for name, row in figures(chains, self.periods_per_year, 1).items()}
+        new = [cell for cell in cells if (cell.id, folds) not in self.scored]
+        chains = {cell.id: self.chain(cell, range(1, folds + 1)) for cell in new}
+        for name, row in figures(chains, self.periods_per_year, 1).items() if chains else ():
+            self.scored[name, folds] = row
+        return {cell.id: self.scored[cell.id, folds][by] for cell in cells}
 
     @property
     def periods_per_year(self) -> int:
         """The calendar's; where symbols keep different hours, the fewest that a fold had."""
         return min(record.periods_per_year for record in self.records.values())
 
-    def tried(self) -> int:
-        """The cells that were ever tried in the folder. Raise DataError where a file cannot tell."""
+    def check(self, cells: Sequence[Cell]) -> None:
+        """Raise DataError for a damaged record that these cells do not compute again."""
+        own = {self._key(cell, k) for cell in cells for k in range(1, self.folds + 1)}
         for name, trial in self.trials.items():
-            if not trial:
+            if not trial and name not in own:
                 raise DataError(
                     f"{self.folder / name}.job: is damaged, so that the cells tried cannot be counted: put "
                     "it back, or remove it"
                 )
-        return len(set(self.trials.values()))
 
 
 def chained(records: Sequence[Record], held: bool = False) -> tuple[Ints, Array]:
@@ -624,7 +653,8 @@ PATH = pl.Schema(
 
 def _result(bench: _Bench, cells: Sequence[Cell], by: str) -> SweepResult:
     every = range(1, bench.folds + 1)
-    trials, P = bench.tried(), bench.periods_per_year
+    bench.check(cells)
+    trials, P = len(set(bench.trials.values())), bench.periods_per_year
     path, chosen = [], []
     for k in every[1:]:
         candidates = [cell for cell in cells if cell.known < k]

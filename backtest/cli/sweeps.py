@@ -163,7 +163,7 @@ def sweep(
         capital=capital,
     )
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
-    with progressing("sweeping", None) as advance, in_folder("--out", out_dir):
+    with progressing("sweeping", None) as advance:
         result = run(
             files,
             stamp=stamp.value,
@@ -188,6 +188,7 @@ def sweep(
             address=address,
             progress=advance,
         )
+    with in_folder("--out", out_dir):
         result.save(out_dir)
     for name in result.again:
         tell(f"{name} was damaged, and was computed again")

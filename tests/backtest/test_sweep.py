@@ -1,5 +1,6 @@
 """Sweeps: the same results wherever they are computed, and choices that see nothing of what judges them."""
 
+import fcntl
 import json
 import os
 import re
@@ -74,7 +75,7 @@ def swept(bars, out, **changes):
 
 def jobs(folder):
     """The records in a folder, by name."""
-    return {path.name: path.read_bytes() for path in (folder / "jobs").iterdir()}
+    return {path.name: path.read_bytes() for path in (folder / "jobs").glob("*.job")}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +151,7 @@ def test_record_is_what_a_backtest_of_the_fold_says(bars, whole):
         name: row[name] for name in ("sharpe", "turnover", "fills")
     }
     assert cell["crps"] == pytest.approx(said.scores.filter(symbol="all")["crps"].mean(), rel=1e-12)
-    records = [Record.read(path) for path in (folder / "jobs").iterdir()]
+    records = [Record.read(path) for path in (folder / "jobs").glob("*.job")]
     assert book["equity"].to_numpy().tobytes() in [record.equity for record in records]
     assert book["close_time"].to_physical().to_numpy().tobytes() in [record.times for record in records]
 
@@ -185,11 +186,13 @@ def test_folds_are_put_in_a_row_by_their_returns(whole):
 
 def test_sweep_that_goes_on_runs_only_what_is_missing(bars, whole, copied):
     """Of records that are gone just these are computed again; leftovers of a killed worker are removed."""
-    gone = sorted((copied / "jobs").iterdir())[::5]
+    gone = sorted((copied / "jobs").glob("*.job"))[::5]
     for path in gone:
         path.unlink()
-    (copied / "jobs" / ".0123456789abcdef.x.partial").write_bytes(b"half")
+    left = copied / "jobs" / ".0123456789abcdef.17.partial"
+    left.write_bytes(b"half")
     result = swept(bars, copied)
+    assert not left.exists()
     assert result.ran == len(gone) == 7
     assert_same(whole, result, copied)
     assert swept(bars, copied).ran == 0
@@ -219,7 +222,7 @@ def test_killed_sweep_goes_on_to_the_same_checksum(bars, whole, tmp_path):
 
 def test_damaged_record_is_computed_again(bars, whole, copied):
     """One with another byte, a cut one and one under another's name are told, and not believed."""
-    changed, cut, moved, other = sorted((copied / "jobs").iterdir())[:4]
+    changed, cut, moved, other = sorted((copied / "jobs").glob("*.job"))[:4]
     changed.write_bytes(changed.read_bytes()[:-1] + b"\0")
     cut.write_bytes(cut.read_bytes()[:100])
     moved.write_bytes(other.read_bytes())
@@ -230,7 +233,7 @@ def test_damaged_record_is_computed_again(bars, whole, copied):
 
 def test_foreign_file_is_refused_by_name(bars, copied):
     """A file that no sweep writes, and a damaged record that this one cannot compute again, are named."""
-    record = next((copied / "jobs").iterdir())
+    record = next((copied / "jobs").glob("*.job"))
     (copied / "jobs" / "mine.txt").write_text("mine")
     with pytest.raises(DataError, match=r"mine\.txt: no sweep has written it; remove it"):
         swept(bars, copied)
@@ -238,6 +241,15 @@ def test_foreign_file_is_refused_by_name(bars, copied):
     with pytest.raises(DataError, match=r"0000\.job: is damaged"):
         swept(bars, copied)
     assert record.exists()
+
+
+def test_folder_is_one_sweeps_at_a_time(bars, copied):
+    """Another one that is at work there is told so, and computes nothing."""
+    with (copied / "jobs" / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another sweep is at work there"):
+            swept(bars, copied)
+    assert swept(bars, copied).ran == 0
 
 
 def test_all_cells_of_a_folder_are_trials(bars, whole, copied):
@@ -257,7 +269,7 @@ def test_deflated_sharpe_counts_the_trials(bars, whole):
     """It is that of a portfolio with as many trials."""
     result, folder = whole
     best = result.cells.row(0, named=True)
-    records = [Record.read(path) for path in (folder / "jobs").iterdir()]
+    records = [Record.read(path) for path in (folder / "jobs").glob("*.job")]
     pieces = [
         np.frombuffer(record.equity)
         for fold in result.folds.filter(strategy=best["strategy"], model=best["model"]).iter_rows(named=True)
@@ -409,6 +421,7 @@ def test_search_stays_in_its_ranges():
         ({"strategies": ["quantile-band:name=x"]}, "names its cells itself"),
         ({"strategies": ["nothing"]}, "strategy kind 'nothing' is unknown"),
         ({"strategies": ["quantile-band:band=0.1..0.2"]}, "band has a range, which only a search can try"),
+        ({"trials": 2}, "trials = 2: take 3 or more"),
         ({"trials": 3}, "--trials searches ranges: give one"),
         ({"strategies": ["quantile-band:band=0.3..0.1"], "trials": 3}, "band from 0.3 to 0.1 is no range"),
         ({"strategies": ["quantile-band:band=0.5..1.5"], "trials": 3}, "parameter band is 1.5, not"),
