@@ -203,7 +203,6 @@ def work(job: Job) -> None:
             sampler=variant.sampler,
             steps=variant.steps,
             execution=ground.execution,
-            trials=1,
             baselines=False,
         )
     except BarcastError as error:
