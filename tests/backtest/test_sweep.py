@@ -314,7 +314,7 @@ def test_choice_does_not_see_the_fold_that_judges_it(bars, side, tmp_path, folds
     plain = swept(bars, tmp_path / "plain", **settings | {"trials": None, "strategies": ["rank"]})
     turn = plain.path["since"].to_physical()[-1]
     falls, rises = (
-        swept(turned(tmp_path, turn, after), tmp_path / f"{after}", **settings) for after in (-0.003, 0.003)
+        swept(turned(tmp_path, turn, after), tmp_path / f"{after}", **settings) for after in (-0.003, 0.012)
     )
     assert falls.cells.sort("strategy")["said"].equals(rises.cells.sort("strategy")["said"])
     assert_frame_equal(falls.path.head(folds - 2), rises.path.head(folds - 2), check_exact=True)
