@@ -242,10 +242,11 @@ def _print_sweep(result: "SweepResult", by: str) -> None:
         fold, since = str(row["fold"]), f"{row['since']:%Y-%m-%d}"
         path.add_row(fold, since, row["said"], _model(row), *scores, *more)
     console.print(path)
+    judged = "fold 2" if result.path.height == 1 else f"folds 2 to {1 + result.path.height}"
     for name, key in (("walk-forward", "walk_forward"), ("buy-and-hold", "buy_and_hold")):
         found = meta[key]
         console.print(
-            f"{name}, folds 2 to {len(meta['folds'])}: return {_number(found['total_return'], 100, ' %')}, "
+            f"{name}, {judged}: return {_number(found['total_return'], 100, ' %')}, "
             f"Sharpe {_number(found['sharpe'], 1, '')}, drawdown {_number(found['max_drawdown'], 100, ' %')}",
             highlight=False,
         )

@@ -445,6 +445,23 @@ def test_sweep_that_cannot_be_is_refused_before_the_work(bars, tmp_path, changes
     assert not [*tmp_path.glob("out/jobs/*.job")]
 
 
+@pytest.mark.parametrize(
+    ("package", "changes", "extra"),
+    [
+        ("ray", {"backend": "ray"}, "cluster"),
+        ("distributed", {"backend": "dask"}, "cluster"),
+        ("optuna", {"trials": 3, "strategies": ["rank:share=0.1..0.3"]}, "sweep"),
+    ],
+)
+def test_package_that_is_missing_is_named_with_its_extra(
+    bars, tmp_path, monkeypatch, package, changes, extra
+):
+    """What is not installed ends in the command that installs it."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'barcast\[{extra}\]'"):
+        swept(bars, tmp_path, **changes)
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_fault_in_a_fold_names_fold_and_model(bars, tmp_path, count):
     """A strategy that raises ends the sweep in one sentence, from whatever process it was raised in."""
