@@ -88,6 +88,17 @@ class Template:
         """The parameters that a search has to find."""
         return [param for param, values in self.params.items() if isinstance(values, Range)]
 
+    def probes(self) -> Iterator[dict[str, Value]]:
+        """Each alternative and each end of a range once, the other parameters being as they are first."""
+        values = {
+            param: found if isinstance(found, tuple) else (found.low, found.high)
+            for param, found in self.params.items()
+        }
+        first = {param: found[0] for param, found in values.items()}
+        yield first
+        for param, found in values.items():
+            yield from (first | {param: value} for value in found[1:])
+
     def every(self) -> Iterator[dict[str, Value]]:
         """The parameters of each combination of the alternatives."""
         choices = [values for values in self.params.values() if isinstance(values, tuple)]
@@ -195,7 +206,7 @@ class Search:
     """
 
     def __init__(self, over: Sequence[Variant], templates: Sequence[Template]) -> None:
-        """Raise ConfigError where there is no range, and where Optuna is not installed."""
+        """Raise ConfigError without a range, without Optuna, and as `Cell.of` does for what may be asked."""
         if not any(template.ranges for template in templates):
             raise ConfigError(
                 "--trials searches ranges: give one, such as --strategy quantile-band:band=0.01..0.3"
@@ -204,6 +215,10 @@ class Search:
             import optuna
         except ImportError as error:
             raise ConfigError("--trials needs Optuna: pip install 'barcast[sweep]'") from error
+        for variant in over:
+            for template in templates:
+                for params in template.probes():
+                    Cell.of(variant, template.kind, params)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._over, self._templates = optuna, over, templates
         self._asked: list[tuple[dict[str, Any], dict[str, Any], Cell]] = []

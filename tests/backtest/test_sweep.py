@@ -427,6 +427,11 @@ def test_search_stays_in_its_ranges():
         ({"trials": 3}, "--trials searches ranges: give one"),
         ({"strategies": ["quantile-band:band=0.3..0.1"], "trials": 3}, "band from 0.3 to 0.1 is no range"),
         ({"strategies": ["quantile-band:band=0.5..1.5"], "trials": 3}, "parameter band is 1.5, not"),
+        (
+            {"strategies": ["quantile-band:band=0.5..0.95"], "trials": 3},
+            "needs the level 0.025, but the model",
+        ),
+        ({"strategies": ["rank:share=0.1..0.3,horizon=1|3"], "trials": 3}, "wants horizon 3, but the model"),
         ({"samplers": ["ddim"]}, "hs is not sampled"),
         ({"steps": [4]}, "hs is not sampled"),
         ({"folds": 1}, "folds = 1: take 2 or more"),
@@ -460,6 +465,21 @@ def test_package_that_is_missing_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=rf"pip install 'barcast\[{extra}\]'"):
         swept(bars, tmp_path, **changes)
+
+
+def test_worker_that_finds_other_files_or_another_fingerprint_writes_nothing(bars, tmp_path, monkeypatch):
+    """Files that changed since the sweep began, and a machine with other bits, are refused by name."""
+    with monkeypatch.context() as patch:
+        patch.setattr("barcast.backtest.sweep.digest", lambda paths: "0" * 64)
+        with pytest.raises(DataError, match=r"fold 1 of 4, .*, model fhs: the files have changed"):
+            swept(bars, tmp_path)
+    [own] = variants(["hs"], (), (), "1h")
+    with monkeypatch.context() as patch:
+        other = replace(own, card=replace(own.card, fingerprint="another"))
+        patch.setattr("barcast.backtest.sweep.variants", lambda *asked: [other])
+        with pytest.raises(ConfigError, match=r"a worker computes under the fingerprint 'numpy=.*'another'"):
+            swept(bars, tmp_path)
+    assert jobs(tmp_path) == {}
 
 
 @pytest.mark.parametrize("count", [1, 2])
