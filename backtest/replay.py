@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import groupby
@@ -17,6 +18,7 @@ import numpy as np
 import polars as pl
 
 from barcast.backtest import caveats
+from barcast.backtest.cache import ForecastCache
 from barcast.backtest.ledger import YEAR, Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
@@ -252,6 +254,7 @@ def run_backtest(
     models: Path | None = None,
     trials: int | None = None,
     baselines: bool = True,
+    cache: ForecastCache | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -265,6 +268,7 @@ def run_backtest(
     keep other hours than `calendar`; an adjustment takes effect with the first bar after its time. `trials`
     is how many strategies and settings were tried in all until these were found, for the deflated Sharpe
     ratio; by default those of this run. Without `baselines` nothing is compared with them: `skill` is empty.
+    With a `cache` what was forecast before is not forecast again, and the result is the same to the bit.
     `touch` are pairs of barriers, how far up and how far down in standard deviations of the forecast over the
     longest horizon: see `BacktestResult.signals`.
 
@@ -322,14 +326,18 @@ def run_backtest(
     past = _Past(settings, model, forecaster, frame, adjustments, start, last)
     ledger = Ledger(execution)
     messages = _Messages(ledger)
-    if retrain is None:
-        pipeline = Pipeline(lambda *_: forecaster)
-        replay(past.story(model, progress), pipeline, messages)
-        trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
-    else:
-        with TemporaryDirectory() as unnamed:
+    known = (lambda one: one) if cache is None else cache.of
+    with ExitStack() as stack:
+        if cache is not None:
+            stack.enter_context(cache)
+        if retrain is None:
+            pipeline = Pipeline(lambda *_: known(forecaster), hashed=cache is not None)
+            replay(past.story(model, progress), pipeline, messages)
+            trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
+        else:
+            unnamed = stack.enter_context(TemporaryDirectory())
             store = ModelStore(models or Path(unnamed), timeframe)
-            pipeline = Pipeline(store.open)
+            pipeline = Pipeline(lambda *asked: known(store.open(*asked)), hashed=cache is not None)
             walk = messages.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
             replay(past.story(walk.champion.model, progress), pipeline, messages, agenda=walk)
             trainings, untrained = walk.frame(), walk.untrained(last)

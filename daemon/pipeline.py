@@ -236,15 +236,15 @@ class Pipeline:
     how often the model was asked, for whoever watches. The first event must be a `Revision`; a model is
     opened, and strategies are made, when the first group needs them: recovery passes over settings whose
     files may have changed since. A file of a user's own is taken as it was when its settings were journalled,
-    if it is `kept` in a folder.
+    if it is `kept` in a folder. With `hashed` windows know what stands for their bars.
     """
 
-    def __init__(self, open_model: OpenModel, kept: Path | None = None) -> None:
+    def __init__(self, open_model: OpenModel, kept: Path | None = None, hashed: bool = False) -> None:
         self.counts, self.forecasts = Counts(), 0
         self.model: str | None = None
         self.fingerprint: str | None = None
         self.revision: Settings | None = None
-        self.windows = Windows(1)
+        self.windows = Windows(1, hashed)
         self.continuity = Continuity()
         self.calendars = Calendars("24x7", Timeframe.parse("1m"))
         self.batcher = Batcher((), 0, self.calendars.open)
@@ -532,9 +532,11 @@ def _asked(
     given it cannot change. Raise StrategyError for whatever the strategy raises.
     """
     for forecast in forecasts.values():
-        paths = (forecast.paths.returns, forecast.paths.bridge) if forecast.paths else ()
-        for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise, *paths):
-            array.flags.writeable = False
+        for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
+            array.setflags(write=False)
+        if forecast.paths:
+            forecast.paths.returns.setflags(write=False)
+            forecast.paths.bridge.setflags(write=False)
     try:
         given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
     except (Exception, SystemExit) as error:
@@ -552,7 +554,7 @@ def _asked(
     for symbol in forecasts:
         if symbol in given:
             target = given[symbol]
-            real = isinstance(target, Real) and not isinstance(target, bool)
+            real = type(target) is float or (isinstance(target, Real) and not isinstance(target, bool))
             if not real or not -1 <= target <= 1:
                 shown = str(target)[:SHOWN] if real else _kind(target)
                 return {}, f"its target of {symbol} is {shown}, not a number from -1 to 1"

@@ -134,7 +134,7 @@ class Calibrated:
                 f"levels {card.levels} of {card.model} cannot be recalibrated: give two or more, rising "
                 "between 0 and 1"
             )
-        self._inner, self._outcomes, self._judged, self._couple = inner, outcomes, judged, couple
+        self.inner, self._outcomes, self._judged, self._couple = inner, outcomes, judged, couple
         self._reach = max(card.horizons)
         self._first = card.window - 1  # place in the window of the first bar with all the bars it needs
         self._full = self._first + outcomes + self._reach - 1  # of the first that is corrected by them all
@@ -160,6 +160,10 @@ class Calibrated:
         """Identity, horizons and levels, and the window that is needed, in bars."""
         return self._card
 
+    def over(self, inner: Forecaster) -> "Calibrated":
+        """The same over another inner forecaster, which says the same."""
+        return Calibrated(inner, self._outcomes, self._judged, self._couple)
+
     def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         """Forecast every window; raises `ValueError` for one shorter than `card.min_window`."""
         for window in windows:
@@ -180,7 +184,7 @@ class Calibrated:
             if len(cut) > self._first:
                 before = latest.get(cut.symbol, self._pasts.get(cut.symbol))
                 past = latest[cut.symbol] = _Past(cut, before, self._first, self._reach)
-                asked += [_cut(cut, k + 1, self._inner.card.window) for k in range(past.start, len(cut))]
+                asked += [_cut(cut, k + 1, self.inner.card.window) for k in range(past.start, len(cut))]
             else:
                 asked.append(cut)
             plans.append((cut, past))
@@ -205,10 +209,10 @@ class Calibrated:
 
     def _ask(self, windows: Sequence[Window]) -> Array:
         """What the inner forecaster says, (n, H, Q); NaN where that can be no price."""
-        card = self._inner.card
+        card = self.inner.card
         said = np.empty((len(windows), len(card.horizons), len(card.levels)))
         for i in range(0, len(windows), CHUNK):
-            made = self._inner.forecast(windows[i : i + CHUNK])
+            made = self.inner.forecast(windows[i : i + CHUNK])
             good = usable(made, card)
             for row, forecast, fine in zip(said[i:], made, good, strict=False):
                 row[:] = forecast.quantiles if fine else np.nan
@@ -359,5 +363,4 @@ def _put(rows: NDArray[Any], ends: Sequence[tuple[int, int, int]], values: NDArr
 
 def _cut(window: Window, stop: int, length: int) -> Window:
     """The last `length` bars before the place `stop`."""
-    part = slice(max(0, stop - length), stop)
-    return Window(window.symbol, window.close_times[part], window.values[part])
+    return window.part(max(0, stop - length), stop)

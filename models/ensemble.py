@@ -233,4 +233,4 @@ def _too_few(n: int, since: int, until: int) -> DataError:
 
 
 def _last(window: Window, length: int) -> Window:
-    return Window(window.symbol, window.close_times[-length:], window.values[-length:])
+    return window.part(max(0, len(window) - length), len(window))

@@ -71,7 +71,7 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
 
     def quantile(self, level: float, horizon: int) -> float:
         """The log return that the outcome stays below with probability `level` over `horizon` bars."""
-        return float(self.quantiles[self.horizons.index(horizon), self.levels.index(level)])
+        return self.quantiles.item(self.horizons.index(horizon), self.levels.index(level))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from enum import Enum
+from hashlib import blake2b
 from operator import attrgetter
 from struct import Struct
 from typing import Any
@@ -18,6 +19,8 @@ SLACK = 64
 """Bars kept beyond the window's length, so that a window can be cut while newer bars are already there."""
 
 _ROW = Struct("=5d")
+_LANES = Struct("<2Q")
+_LANE = 2**64
 _time = attrgetter("time")
 
 
@@ -27,21 +30,48 @@ class Window(msgspec.Struct, frozen=True, eq=False, gc=False):
     `close_times` is (N,) int64 nanoseconds, ascending; `values` is (N, 5) float64: open, high, low,
     close, volume, all on the price basis of the newest bar. N is at most the length asked for, fewer while
     the symbol is warming. Both arrays are read-only, valid until the next bar of the symbol is put.
+
+    `sums`, where they are kept, are those of the hashes of all bars before each of these and after the last,
+    (N + 1, 2) uint64, as they were received; `basis` is what put the values on another basis.
     """
 
     symbol: str
     close_times: NDArray[np.int64]
     values: NDArray[np.float64]
+    sums: NDArray[np.uint64] | None = None
+    basis: tuple[Adjustment, ...] = ()
 
     @property
     def close_time(self) -> int:
         """The close of the newest bar, in nanoseconds."""
-        return int(self.close_times[-1])
+        return self.close_times.item(-1)
 
     @property
     def reference(self) -> float:
         """The newest closing price."""
-        return float(self.values[-1, 3])
+        return self.values.item(-1, 3)
+
+    @property
+    def digest(self) -> bytes | None:
+        """What stands for symbol, closes and values: equal for equal ones, 16 bytes; None without `sums`.
+
+        A bar's hash has its symbol and close in it, so the sum over a run of bars says which they are
+        (AdHash: Bellare and Micciancio 1997). It does not withstand who makes up bars to deceive it.
+        """
+        if self.sums is None:
+            return None
+        lane = self.sums.item
+        told = _LANES.pack((lane(-1, 0) - lane(0, 0)) % _LANE, (lane(-1, 1) - lane(0, 1)) % _LANE)
+        for adjustment in self.basis:
+            if adjustment.time >= self.close_times[0]:
+                changed = repr((adjustment.time, adjustment.factor, adjustment.kind)).encode()
+                told = blake2b(told + changed, digest_size=16).digest()
+        return told
+
+    def part(self, start: int, stop: int) -> "Window":
+        """The bars from one place up to before another, on the basis of all."""
+        sums = None if self.sums is None else self.sums[start : stop + 1]
+        return Window(self.symbol, self.close_times[start:stop], self.values[start:stop], sums, self.basis)
 
     def __len__(self) -> int:
         return len(self.close_times)
@@ -83,11 +113,11 @@ class Windows:
     """The newest bars of each symbol, as they were received, and what is declared about their basis.
 
     The state is one `_Ring` for each symbol, allocated when its first bar comes, and the adjustments of each
-    symbol in order of their time.
+    symbol in order of their time. With `hashed` the windows that are cut know what stands for their bars.
     """
 
-    def __init__(self, length: int) -> None:
-        self.length = length
+    def __init__(self, length: int, hashed: bool = False) -> None:
+        self.length, self._hashed = length, hashed
         self._rings: dict[str, _Ring] = {}
         self._adjustments: dict[str, list[Adjustment]] = {}
 
@@ -114,7 +144,8 @@ class Windows:
         """
         ring = self._rings.get(bar.symbol)
         if ring is None:
-            ring = self._rings[bar.symbol] = _Ring(self.length + SLACK)
+            hashed = bar.symbol.encode() if self._hashed else None
+            ring = self._rings[bar.symbol] = _Ring(self.length + SLACK, hashed)
         if bar.close_time > ring.newest:
             ring.append(bar)
             return Verdict.NEWEST
@@ -172,9 +203,11 @@ class Windows:
         if first < ring.start:
             first = ring.start
         times, values = ring.times[first : at + 1], ring.values[first : at + 1]
-        if symbol in self._adjustments:
-            values = on_one_basis(times, values, self._adjustments[symbol])
-        return Window(symbol, times, values)
+        sums = None if ring.sums is None else ring.sums[first : at + 2]
+        if symbol not in self._adjustments:
+            return Window(symbol, times, values, sums)
+        basis = tuple(a for a in self._adjustments[symbol] if a.time < times[-1])
+        return Window(symbol, times, on_one_basis(times, values, basis), sums, basis)
 
     @property
     def symbols(self) -> list[str]:
@@ -240,11 +273,13 @@ def on_one_basis(
 class _Ring:
     """Up to `capacity` bars, ascending by close, as one contiguous slice [start:stop) of a longer room.
 
-    `times` and `values` are what windows are cut from. `_stamps` and `_rows` write the same memory, a bar at
-    a time: item assignment of numpy takes several times as long.
+    `times`, `values` and `sums` are what windows are cut from. `_stamps`, `_rows` and `_lanes` write the same
+    memory, a bar at a time: item assignment of numpy takes several times as long.
     """
 
     __slots__ = (
+        "_hashed",
+        "_lanes",
         "_rows",
         "_stamps",
         "capacity",
@@ -252,13 +287,16 @@ class _Ring:
         "room",
         "start",
         "stop",
+        "sums",
         "superseded",
         "times",
         "values",
     )
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, hashed: bytes | None = None) -> None:
         self.newest = -1
+        self._hashed = hashed
+        self.sums = None if hashed is None else np.zeros((1, 2), np.uint64)
         self.start = self.stop = self.room = 0
         self.superseded: dict[int, set[tuple[float, ...]]] = {}
         self.times, self.values = np.empty(0, np.int64), np.empty((0, 5))
@@ -271,6 +309,10 @@ class _Ring:
         count = self.stop - self.start
         times[:count] = self.times[self.start : self.stop]
         values[:count] = self.values[self.start : self.stop]
+        if self.sums is not None:
+            sums = np.zeros((room + 1, 2), np.uint64)
+            sums[: count + 1] = self.sums[self.start : self.stop + 1]
+            self.sums, self._lanes = sums, sums.data.cast("B").cast("Q")
         self.capacity, self.room, self.start, self.stop = capacity, room, 0, count
         self._stamps, self._rows = times.data, values.data.cast("B")
         self.times, self.values = times, values
@@ -310,6 +352,8 @@ class _Ring:
         at = self.stop
         self.newest = self._stamps[at] = bar.close_time
         _ROW.pack_into(self._rows, 40 * at, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        if self._hashed is not None:
+            self._sum(at, at + 1)
         self.stop = at + 1
         if at + 1 - self.start > self.capacity:
             if self.superseded:
@@ -325,6 +369,7 @@ class _Ring:
                 return Verdict.DUPLICATE
             self.superseded.setdefault(time, set()).add(known)
             _ROW.pack_into(self._rows, 40 * at, *values)
+            self._sum(at, self.stop)
             return Verdict.CORRECTION
         if at == self.start and self.stop - self.start == self.capacity:
             return Verdict.FORGOTTEN
@@ -336,10 +381,22 @@ class _Ring:
         self._stamps[at] = time
         _ROW.pack_into(self._rows, 40 * at, *values)
         self.stop += 1
+        self._sum(at, self.stop)
         if self.stop - self.start > self.capacity:
             self.superseded.pop(self._stamps[self.start], None)
             self.start += 1
         return Verdict.OLDER
+
+    def _sum(self, start: int, stop: int) -> None:
+        """Let the sums hold the bars from one place up to before another, where sums are kept."""
+        if self._hashed is None:
+            return
+        lanes, stamps, rows = self._lanes, self._stamps, self._rows
+        for at in range(start, stop):
+            told = stamps[at].to_bytes(8, "little") + rows[40 * at : 40 * at + 40] + self._hashed
+            one, other = _LANES.unpack(blake2b(told, digest_size=16).digest())
+            lanes[2 * at + 2] = (lanes[2 * at] + one) % _LANE
+            lanes[2 * at + 3] = (lanes[2 * at + 1] + other) % _LANE
 
     def newest_two(self) -> tuple[int, int]:
         """The closes of the newest bar and the one before it, or twice its own."""

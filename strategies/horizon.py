@@ -33,6 +33,8 @@ def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> f
             f"strategy {strategy!r} needs the level {level:g}, but the model forecasts "
             f"{forecast.levels[0]} to {forecast.levels[-1]}: stay within, or take a model with that level."
         )
+    if level in forecast.levels:
+        return forecast.quantile(level, horizon)
     return float(np.interp(level, forecast.levels, forecast.quantiles[forecast.horizons.index(horizon)]))
 
 

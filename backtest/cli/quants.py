@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,7 @@ from barcast.backtest.cli.terminal import (
     HISTORY,
     Adjustments,
     Borrow,
+    Cache,
     CalendarName,
     Capital,
     Commission,
@@ -289,6 +291,7 @@ def backtest(
     funding: Funding = 0.0,
     leverage: Leverage = 1.0,
     capital: Capital = 1e6,
+    cache: Cache = None,
     out_dir: Annotated[
         Path,
         typer.Option("--out", help="Folder for report.html, the tables as Parquet and JSON, and the models."),
@@ -321,6 +324,7 @@ def backtest(
         raise typer.BadParameter("--training-time goes with --retrain or --config")
     read = [*files, *([adjustments] if adjustments else [])]
     check_result_folder(out_dir, [*read, *([Path(model)] if model and model not in BASELINES else [])])
+    from barcast.backtest.cache import ForecastCache
     from barcast.backtest.ledger import Execution
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
@@ -359,7 +363,11 @@ def backtest(
     if settings["model"] not in BASELINES:
         check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
-    with progressing("replaying", None) as advance:
+    with ExitStack() as stack:
+        if cache is not None:
+            stack.enter_context(in_folder("--cache", cache))
+        known = ForecastCache(cache) if cache is not None else None
+        advance = stack.enter_context(progressing("replaying", None))
         result = run_backtest(
             files,
             stamp=stamp.value,
@@ -371,9 +379,12 @@ def backtest(
             training_time=training_time or "30m",
             models=out_dir / "models" if settings["retrain"] else None,
             trials=trials,
+            cache=known,
             progress=advance,
         )
     _print_result(result)
+    if known is not None:
+        out.print(f"{known.kept:,} forecasts were known in {cache}; the model was asked {known.made:,} times")
     if result.meta["warning"]:
         err.print(str(result.meta["warning"]), style="yellow", markup=False)
     with in_folder("--out", out_dir):

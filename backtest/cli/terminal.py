@@ -147,6 +147,13 @@ Leverage = Annotated[
     float, typer.Option(help="What may be held in all, times the equity.", rich_help_panel=BOOKS)
 ]
 Capital = Annotated[float, typer.Option(help="Cash that each book begins with.", rich_help_panel=BOOKS)]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps forecasts by what their windows held: what is known there is not forecast "
+        "again, the result is the same."
+    ),
+]
 
 
 def pairs_of(given: list[str] | None) -> tuple[tuple[float, float], ...]:

@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from barcast.backtest.cache import ForecastCache
 from barcast.backtest.replay import ReplaySource, drive, run_backtest
 from barcast.backtest.walk import LOOK
 from barcast.daemon import gate
@@ -96,6 +97,18 @@ def assert_same_until(one, other, moment):
     assert trained.height >= 5
     assert trained["accepted"].sum() >= 2
     assert_frame_equal(trained, other.trainings.filter(upto), check_exact=True)
+
+
+def test_cache_hides_no_champion(whole, hourly, times, tmp_path):
+    """What each champion says is kept as its own: a walk-forward that knows all is one without a cache."""
+    cache, until = ForecastCache(tmp_path / "cache"), times[SINCE + 60]
+    for known in (False, True):
+        found = walk(hourly, tmp_path / "bars.parquet", times, until=until, cache=cache)
+        assert (cache.kept > 0) == known
+        assert found.signals["model"].n_unique() > 1
+        for name, time in (("signals", "close_time"), ("fills", "close_time"), ("equity", "close_time")):
+            before = getattr(whole, name).filter(pl.col(time).to_physical() < until)
+            assert_frame_equal(getattr(found, name), before, check_exact=True)
 
 
 def test_later_end_changes_nothing_before_it(whole, hourly, times, end, tmp_path):

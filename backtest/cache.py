@@ -1,0 +1,277 @@
+"""Forecasts that were made before, kept in a folder by what their windows held: asked again, no model works.
+
+A folder of the cache is of one forecaster, by all that identifies it. Its files are Parquet, each of the
+closes of some thousands of bars, and named after its own digest; several processes may write beside one
+another. A forecaster that is calibrated is kept twice: before calibration, for other windows and other
+calibrations, and after it.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict
+from hashlib import blake2b
+from importlib.metadata import version
+from io import BytesIO
+from itertools import product
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from barcast.backtest.result import level_column
+from barcast.daemon.timeframe import DAY, Timeframe
+from barcast.models import Calibrated, Card, Coverage, DataError, Forecast, Forecaster, Window
+from barcast.models.quantiles import central
+
+BARS = 4096
+"""Closes of a symbol in one file, at most."""
+PENDING = 50_000
+"""Forecasts that are held until they are written, at most."""
+LOADED = 3
+"""Spans of closes whose forecasts are held at once: a replay goes on, and calibration looks back."""
+CARD = "card.json"
+_Array = NDArray[np.float64]
+
+
+class ForecastCache:
+    """Opens the shelves of a folder.
+
+    The state is the forecaster that was asked for last, with its shelves: one that serves no more is not
+    held. `kept` counts the forecasts that were found,
+    and `made` the windows that a model itself was asked about. Raise OSError for a folder that cannot be.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.kept = self.made = 0
+        self._last: tuple[Forecaster, Forecaster] | None = None
+        self._shelves: list[_Shelf] = []
+
+    def of(self, forecaster: Forecaster) -> Forecaster:
+        """The same forecaster, that asks the folder first. Paths are not kept: they are sampled anew."""
+        if self._last is None or self._last[0] is not forecaster:
+            self._flush()
+            self._shelves = []
+            if isinstance(forecaster, Calibrated):
+                model: Forecaster = _Asked(self, forecaster.inner)
+                asked: Forecaster = forecaster.over(self._kept(model))
+            else:
+                asked = _Asked(self, forecaster)
+            self._last = forecaster, self._kept(asked)
+        return self._last[1]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is not written yet. Raise OSError where that cannot be done."""
+        self._flush()
+
+    def _flush(self) -> None:
+        for shelf in self._shelves:
+            shelf.flush()
+
+    def _kept(self, forecaster: Forecaster) -> Forecaster:
+        if forecaster.card.path:
+            return forecaster
+        shelf = _Shelf(self.folder, forecaster.card)
+        self._shelves.append(shelf)
+        return _Kept(self, shelf, forecaster)
+
+
+class _Asked:
+    """A model itself: counts what it is asked."""
+
+    def __init__(self, cache: ForecastCache, model: Forecaster) -> None:
+        self._cache, self._model = cache, model
+        self.card = model.card
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """See `Forecaster.forecast`."""
+        self._cache.made += len(windows)
+        return self._model.forecast(windows)
+
+
+class _Kept:
+    """A forecaster in front of which there is a shelf."""
+
+    def __init__(self, cache: ForecastCache, shelf: "_Shelf", inner: Forecaster) -> None:
+        self._cache, self._shelf, self._inner = cache, shelf, inner
+        self.card = inner.card
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """See `Forecaster.forecast`; what a window without a digest gets is not kept."""
+        find = self._shelf.find
+        digests = [window.digest for window in windows]
+        found = [find(window, digest) for window, digest in zip(windows, digests, strict=True)]
+        lacking = [k for k, forecast in enumerate(found) if forecast is None]
+        if lacking:
+            made = self._inner.forecast([windows[k] for k in lacking])
+            for k, forecast in zip(lacking, made, strict=True):
+                found[k] = forecast
+                self._shelf.put(digests[k], forecast)
+        self._cache.kept += len(windows) - len(lacking)
+        return [forecast for forecast in found if forecast is not None]
+
+
+class _Span:
+    """The forecasts of a span of closes: arrays of one row each, and the row by the window's digest."""
+
+    __slots__ = ("covered", "mean", "outcomes", "quantiles", "rise", "rows", "std", "warming")
+
+    def __init__(self, frame: pl.DataFrame, layout: "_Layout") -> None:
+        H, Q, intervals = len(layout.horizons), len(layout.levels), len(layout.intervals)
+
+        def values(columns: Sequence[str]) -> _Array:
+            array = np.ascontiguousarray(frame.select(columns).to_numpy(), np.float64)
+            array.flags.writeable = False
+            return array
+
+        n = len(frame)
+        self.rows: dict[bytes, int] = dict(zip(frame["window"].to_list(), range(n), strict=True))
+        self.quantiles = values(layout.quantiles).reshape(n, H, Q)
+        self.mean, self.std, self.rise = map(values, (layout.mean, layout.std, layout.rise))
+        self.warming: list[bool] = frame["warming"].to_list()
+        self.covered = values(layout.covered).reshape(n, intervals, H)
+        self.outcomes = frame.select(layout.outcomes).to_numpy()
+
+
+class _Layout:
+    """The columns of the figures of one card's forecasts."""
+
+    def __init__(self, card: Card) -> None:
+        self.horizons, self.levels = card.horizons, card.levels
+        self.intervals = tuple(round(card.levels[j] - card.levels[i], 12) for i, j in central(card.levels))
+        self.quantiles = [f"{level_column(q)}_{h}" for h, q in product(card.horizons, card.levels)]
+        self.mean, self.std, self.rise, self.outcomes = (
+            [f"{name}_{h}" for h in card.horizons] for name in ("mean", "std", "rise", "outcomes")
+        )
+        self.covered = [f"covered{100 * p:g}_{h}" for p, h in product(self.intervals, card.horizons)]
+        figures = [*self.quantiles, *self.mean, *self.std, *self.rise, *self.covered]
+        self.schema = pl.Schema(
+            {
+                "window": pl.Binary(),
+                "symbol": pl.String(),
+                "close_time": pl.Datetime("ns", "UTC"),
+                "warming": pl.Boolean(),
+                **dict.fromkeys(figures, pl.Float64()),
+                **dict.fromkeys(self.outcomes, pl.Int32()),
+            }
+        )
+
+
+class _Shelf:
+    """The files of one card.
+
+    The state is what is not written yet, by the digest of its window, and the spans that were read last.
+    """
+
+    def __init__(self, folder: Path, card: Card) -> None:
+        told = json.dumps(asdict(card) | {"barcast": version("barcast")}, sort_keys=True, indent=1)
+        self.folder = folder / f"{card.model[:40]}-{blake2b(told.encode(), digest_size=8).hexdigest()}"
+        self.card = card
+        self._told = told
+        self._layout = _Layout(card)
+        self._length = BARS * (Timeframe.parse(card.timeframe).duration or DAY)
+        self._pending: dict[bytes, Forecast] = {}
+        self._spans: OrderedDict[int, _Span] = OrderedDict()
+
+    def find(self, window: Window, digest: bytes | None) -> Forecast | None:
+        """What was said of a window, if that is known."""
+        if digest is None:
+            return None
+        number = window.close_time // self._length
+        span = self._spans.get(number)
+        if span is None:
+            span = self._load(number)
+        row = span.rows.get(digest)
+        if row is None:
+            return self._pending.get(digest)
+        return Forecast(
+            window.symbol,
+            window.close_time,
+            window.reference,
+            self.card.horizons,
+            self.card.levels,
+            span.quantiles[row],
+            span.mean[row],
+            span.std[row],
+            span.rise[row],
+            span.warming[row],
+            self._coverage(span, row),
+        )
+
+    def _coverage(self, span: _Span, row: int) -> Coverage | None:
+        if not span.outcomes.item(row, 0):
+            return None
+        return Coverage(self._layout.intervals, span.covered[row], tuple(span.outcomes[row].tolist()))
+
+    def put(self, digest: bytes | None, forecast: Forecast) -> None:
+        """Keep what was said of a window."""
+        if digest is None:
+            return
+        self._pending[digest] = forecast
+        if len(self._pending) >= PENDING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet, a file for each span."""
+        spans: dict[int, list[tuple[bytes, Forecast]]] = {}
+        for digest, forecast in self._pending.items():
+            spans.setdefault(forecast.close_time // self._length, []).append((digest, forecast))
+        for number, rows in spans.items():
+            self._write(number, self._frame(rows))
+            self._spans.pop(number, None)
+        self._pending = {}
+
+    def _frame(self, rows: Sequence[tuple[bytes, Forecast]]) -> pl.DataFrame:
+        layout, H = self._layout, len(self.card.horizons)
+        nothing = Coverage((), np.full((len(layout.intervals), H), np.nan), (0,) * H)
+        said = [(forecast, forecast.coverage or nothing) for _, forecast in rows]
+        figures = np.array(
+            [np.concatenate([f.quantiles.ravel(), f.mean, f.std, f.rise, c.share.ravel()]) for f, c in said]
+        )
+        names = [*layout.quantiles, *layout.mean, *layout.std, *layout.rise, *layout.covered]
+        frame = pl.DataFrame(
+            {
+                "window": [digest for digest, _ in rows],
+                "symbol": [f.symbol for f, _ in said],
+                "close_time": [f.close_time for f, _ in said],
+                "warming": [f.warming for f, _ in said],
+                **dict(zip(names, figures.T, strict=True)),
+                **dict(zip(layout.outcomes, zip(*(c.outcomes for _, c in said), strict=True), strict=True)),
+            }
+        )
+        return frame.cast(layout.schema).sort("close_time", "symbol", "window")
+
+    def _write(self, number: int, frame: pl.DataFrame) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / CARD).exists():
+            (self.folder / CARD).write_text(self._told)
+        content = BytesIO()
+        frame.write_parquet(content)
+        told = content.getvalue()
+        path = self.folder / f"{number}-{_digest(told)}.parquet"
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(told)
+        partial.replace(path)
+
+    def _load(self, number: int) -> _Span:
+        frames = [pl.DataFrame(schema=self._layout.schema)]
+        for path in sorted(self.folder.glob(f"{number}-*.parquet")):
+            told = path.read_bytes()
+            if path.stem.rpartition("-")[2] != _digest(told):
+                raise DataError(f"{path}: is damaged; remove it: what is lacking is forecast again")
+            frames.append(pl.read_parquet(told))
+        span = self._spans[number] = _Span(pl.concat(frames), self._layout)
+        while len(self._spans) > LOADED:
+            self._spans.popitem(last=False)
+        return span
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=16).hexdigest()
