@@ -8,8 +8,8 @@ calibrations, and after it.
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from importlib.metadata import version
 from io import BytesIO
@@ -19,17 +19,33 @@ from typing import Self
 
 import numpy as np
 import polars as pl
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from barcast.backtest.result import level_column
+from barcast.daemon.adjustments import by_symbol
 from barcast.daemon.timeframe import DAY, Timeframe
-from barcast.models import Calibrated, Card, Coverage, DataError, Forecast, Forecaster, Window
+from barcast.models import (
+    Adjustment,
+    Calibrated,
+    Card,
+    Coverage,
+    DataError,
+    Forecast,
+    Forecaster,
+    Window,
+    open_model,
+)
+from barcast.models.evaluation import windows_at
 from barcast.models.quantiles import central
+from barcast.models.window import hashed
 
 BARS = 4096
 """Closes of a symbol in one file, at most."""
 PENDING = 50_000
 """Forecasts that are held until they are written, at most."""
+SPAN = 2000
+"""Bars of a symbol that a process forecasts at once."""
 LOADED = 3
 """Spans of closes whose forecasts are held at once: a replay goes on, and calibration looks back."""
 CARD = "card.json"
@@ -81,6 +97,76 @@ class ForecastCache:
         shelf = _Shelf(self.folder, forecaster.card)
         self._shelves.append(shelf)
         return _Kept(self, shelf, forecaster)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Whose forecasts a folder is to be filled with: how the model is opened, and the closes (ns)."""
+
+    folder: Path
+    model: str
+    timeframe: str
+    sampler: str | None
+    steps: int | None
+    since: int
+    until: int
+
+    def opened(self) -> Forecaster:
+        """The forecaster. Raise ConfigError, CheckpointError."""
+        return open_model(self.model, self.timeframe, self.sampler, self.steps)
+
+
+def prefill(
+    wanted: Wanted,
+    histories: Mapping[str, Window],
+    adjustments: Iterable[Adjustment] = (),
+    jobs: int = 1,
+    progress: Callable[[int, str], None] = lambda _count, _at: None,
+) -> int:
+    """Fill a cache with all forecasts of histories, on some processes; return what the model was asked.
+
+    First what the model says of each bar, in parts of symbols and time that know nothing of one another;
+    then, of a calibrated one, what is published, symbol by symbol. Each window goes to the model alone, in
+    the shape of the live service, so that all bits are those of a replay. `progress` is told of bars.
+    """
+    forecaster, own = wanted.opened(), by_symbol(adjustments)
+    calibrated = isinstance(forecaster, Calibrated)
+    asked = 0
+    for reach, inner in ((SPAN, True), (None, False)) if calibrated else ((SPAN, False),):
+        card = forecaster.inner.card if inner and isinstance(forecaster, Calibrated) else forecaster.card
+        since = wanted.since
+        parts = []
+        for symbol, history in histories.items():
+            places = np.arange(*np.searchsorted(history.close_times, (since, wanted.until + 1)))
+            if inner and len(places):  # calibration asks of the bars before, too
+                places = np.arange(max(0, int(places[0]) - forecaster.card.window), int(places[-1]) + 1)
+            places = places[places + 1 >= card.min_window]
+            for k in range(0, len(places), reach or max(1, len(places))):
+                ends = places[k : k + reach] if reach else places
+                first = max(0, int(ends[0]) + 1 - card.window)
+                part = history.part(first, int(ends[-1]) + 1)
+                parts.append((wanted, inner, part, ends - first, tuple(own.get(symbol, ()))))
+        work = Parallel(jobs, return_as="generator_unordered", mmap_mode=None)(
+            delayed(_filled)(*part) for part in parts
+        )
+        for symbol, count, made in work:
+            asked += made
+            progress(count, f"{symbol}, {'before' if inner else 'as'} published" if calibrated else symbol)
+    return asked
+
+
+def _filled(
+    wanted: Wanted, inner: bool, history: Window, ends: NDArray[np.intp], adjustments: Sequence[Adjustment]
+) -> tuple[str, int, int]:
+    """Forecast the windows that end at some places of a history; how many those are, and what was made."""
+    forecaster = wanted.opened()
+    with ForecastCache(wanted.folder) as cache:
+        if inner and isinstance(forecaster, Calibrated):
+            forecaster = forecaster.inner
+        known = cache.of(forecaster)
+        for windows in windows_at(hashed(history), ends.tolist(), known.card.window, adjustments):
+            known.forecast(windows)
+    return history.symbol, len(ends), cache.made
 
 
 class _Asked:

@@ -7,7 +7,7 @@ from enum import Enum
 from hashlib import blake2b
 from operator import attrgetter
 from struct import Struct
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -20,6 +20,7 @@ SLACK = 64
 
 _ROW = Struct("=5d")
 _LANES = Struct("<2Q")
+Buffer: TypeAlias = bytes | memoryview
 _LANE = 2**64
 _time = attrgetter("time")
 
@@ -247,9 +248,30 @@ def window_at(history: Window, place: int, length: int, adjustments: Sequence[Ad
 
     `adjustments` are the symbol's, in order of their time.
     """
-    cut = slice(max(0, place + 1 - length), place + 1)
-    times, values = history.close_times[cut], history.values[cut]
-    return Window(history.symbol, times, on_one_basis(times, values, adjustments) if adjustments else values)
+    window = history.part(max(0, place + 1 - length), place + 1)
+    if not adjustments:
+        return window
+    basis = tuple(a for a in adjustments if a.time < window.close_time)
+    values = on_one_basis(window.close_times, window.values, basis)
+    return Window(window.symbol, window.close_times, values, window.sums, basis)
+
+
+def hashed(history: Window) -> Window:
+    """The same bars, which know what stands for them; see `Window.digest`."""
+    hashes = [
+        _hash(time, row, history.symbol.encode())
+        for time, row in zip(history.close_times.tolist(), map(bytes, history.values), strict=True)
+    ]
+    sums = np.zeros((len(history) + 1, 2), np.uint64)
+    np.cumsum(np.array(hashes, np.uint64).reshape(-1, 2), 0, out=sums[1:])
+    return Window(history.symbol, history.close_times, history.values, sums, history.basis)
+
+
+def _hash(time: int, values: Buffer, symbol: bytes) -> tuple[int, int]:
+    """What stands for a bar: its close, the bytes of its values, and its symbol."""
+    told = time.to_bytes(8, "little", signed=True) + values + symbol
+    first, second = _LANES.unpack(blake2b(told, digest_size=16).digest())
+    return first, second
 
 
 def on_one_basis(
@@ -393,8 +415,7 @@ class _Ring:
             return
         lanes, stamps, rows = self._lanes, self._stamps, self._rows
         for at in range(start, stop):
-            told = stamps[at].to_bytes(8, "little") + rows[40 * at : 40 * at + 40] + self._hashed
-            one, other = _LANES.unpack(blake2b(told, digest_size=16).digest())
+            one, other = _hash(stamps[at], rows[40 * at : 40 * at + 40], self._hashed)
             lanes[2 * at + 2] = (lanes[2 * at] + one) % _LANE
             lanes[2 * at + 3] = (lanes[2 * at + 1] + other) % _LANE
 

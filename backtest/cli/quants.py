@@ -227,6 +227,48 @@ def predict(
 
 
 @app.command(rich_help_panel=HISTORY)
+def prefill(
+    files: Files,
+    stamp: Stamped,
+    model: ModelName,
+    cache: Annotated[
+        Path, typer.Option(help="Folder for the forecasts, where `backtest --cache` finds them.")
+    ],
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    since: Since = None,
+    until: Until = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    jobs: Annotated[int, typer.Option(help="Processes that forecast; -1 is one a core.")] = -1,
+) -> None:
+    """Forecast a whole history into a cache, on all cores: no backtest of these bars asks the model then."""
+    from barcast.backtest.cache import Wanted, prefill
+    from barcast.daemon.adjustments import read_adjustments
+    from barcast.daemon.history import read_windows, scan
+    from barcast.models import check_sampled, open_model
+
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    check_sampled(model, open_model(model, timeframe, sampler, steps).card, sampler, steps)
+    histories = read_windows(scan(files, stamp.value, closes, symbol, None, moment(until)))
+    first, last = moment(since) or 0, max(history.close_time for history in histories.values())
+    wanted = Wanted(cache, model, timeframe, sampler, steps, first, last)
+    declared = read_adjustments(adjustments) if adjustments else []
+    began = time.monotonic()
+    with in_folder("--cache", cache), progressing("forecasting", None) as advance:
+        made = prefill(wanted, histories, declared, jobs, advance)
+    seconds = time.monotonic() - began
+    out.print(
+        f"{made:,} windows of {len(histories)} symbols were forecast in {seconds:,.0f} s: {cache.absolute()}",
+        soft_wrap=True,
+    )
+
+
+@app.command(rich_help_panel=HISTORY)
 def backtest(
     files: Files,
     stamp: Stamped,

@@ -3,6 +3,7 @@
 import random
 
 import msgspec
+import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
@@ -15,8 +16,9 @@ from barcast.backtest import cli
 from barcast.backtest.cache import ForecastCache
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.models import Adjustment, Bar, Calibrated, DataError, Windows, open_model
+from barcast.models import Adjustment, Bar, Calibrated, DataError, Window, Windows, open_model
 from barcast.models.diffusion import SSSDForecaster
+from barcast.models.window import hashed, window_at
 from tests.fakes import MINUTE, START
 
 FRAMES = ("signals", "outcomes", "targets", "fills", "equity", "scores", "skill", "portfolio")
@@ -80,6 +82,49 @@ def test_another_calibration_asks_no_network(tmp_path, asked):
     [plain] = Calibrated(forecaster.inner, 300, 100).forecast([shorter])
     assert known.quantiles.tobytes() == plain.quantiles.tobytes()
     assert known.coverage.share.tobytes() == plain.coverage.share.tobytes()
+
+
+def test_prefilled_history_asks_no_network(tmp_path, asked):
+    """Filled by symbols and parts of time on two processes: a replay finds all of it, the same to the bit."""
+    words = [
+        "prefill",
+        str(sample_bars()),
+        "--stamp",
+        "close",
+        "--calendar",
+        "XNYS",
+        "--cache",
+        str(tmp_path),
+    ]
+    words += ["--model", str(sample_checkpoint()), "--symbol", "IBM", "--since", "2010-03-01", "--jobs", "2"]
+    done = CliRunner().invoke(cli.app, [*words, "--until", "2010-05-01"])
+    assert done.exit_code == 0, done.output
+    assert "windows of 1 symbols were forecast" in done.output
+    assert asked == []  # here
+    options = {"model": str(sample_checkpoint()), "symbols": ["IBM"], "since": "2010-03-01"}
+    found, cache = backtest(tmp_path, **options)
+    assert (asked, cache.made) == ([], 0)
+    assert cache.kept == found.signals.height / 3 > 40
+    plain, _ = backtest(**options)
+    assert_same(found, plain)
+
+
+@pytest.mark.parametrize("adjusted", [False, True])
+def test_history_knows_what_its_windows_hold(adjusted):
+    """A window of a history, hashed at once, is that of a ring, hashed bar by bar, on each basis."""
+    dice, windows = random.Random(adjusted), Windows(7, hashed=True)
+    split = [Adjustment("A", START + 20 * MINUTE, 0.5, "split")] if adjusted else []
+    for one in split:
+        windows.adjust(one)
+    values = np.array([[dice.uniform(1, 2)] * 5 for _ in range(60)])
+    times = START + MINUTE * np.arange(60)
+    history = hashed(Window("A", times, values))
+    for place, row in enumerate(values.tolist()):
+        windows.put(Bar("A", int(times[place]), *row))
+        mine, other = windows.cut("A", int(times[place]), 7), window_at(history, place, 7, split)
+        assert content(mine) == content(other)
+        assert mine.digest == other.digest
+        assert mine.part(1, len(mine)).digest == other.part(1, len(other)).digest
 
 
 def test_adjusted_prices_are_another_window(tmp_path):
