@@ -30,6 +30,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest import metrics
+from barcast.backtest.cache import ForecastCache
 from barcast.backtest.caveats import few
 from barcast.backtest.grid import BATCH, Cell, Search, Template, Variant, digest_of, grid, variants
 from barcast.backtest.ledger import BENCHMARK, EQUITY, FILLS, TIME, Execution
@@ -154,6 +155,7 @@ class Ground:
     adjustments: tuple[Adjustment, ...]
     symbols: tuple[str, ...] | None
     execution: Execution
+    cache: Path | None
 
     def told(self) -> dict[str, object]:
         """What a result depends on, beside the files' contents."""
@@ -204,6 +206,7 @@ def work(job: Job) -> None:
             steps=variant.steps,
             execution=ground.execution,
             baselines=False,
+            cache=None if ground.cache is None else ForecastCache(ground.cache),
         )
     except BarcastError as error:
         raise type(error)(f"{job.said}: {error}") from error
@@ -337,6 +340,7 @@ def sweep(
     backend: str = "loky",
     jobs: int = -1,
     address: str | None = None,
+    cache: Path | str | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> SweepResult:
     """Backtest every cell on every fold, on the workers of a backend, and judge the choice among them.
@@ -353,7 +357,8 @@ def sweep(
     `out` is a folder, in which `jobs/` keeps what was found of each cell and fold; what is there is not
     computed again. All cells found there, also those of earlier sweeps, count as trials for the deflated
     Sharpe ratio. `progress` is told how many cells of folds are done. For `backend`, `jobs` and `address` see
-    `workers.open_workers`; files and folder must be at the same paths for every worker.
+    `workers.open_workers`; files and folders must be at the same paths for every worker. With a `cache`, a
+    folder, nothing is forecast again that a backtest, a sweep or `cache.prefill` has kept there.
 
     Raise as `run_backtest` does, naming fold and model; ConfigError for a grid that cannot be; DataError for
     a folder with files that no sweep has written, or that are damaged and cannot be computed again.
@@ -377,6 +382,7 @@ def sweep(
         adjustments=tuple(adjustments),
         symbols=None if symbols is None else tuple(symbols),
         execution=execution or Execution(),
+        cache=None if cache is None else Path(cache).absolute(),
     )
     over = variants(models, samplers, steps, timeframe)
     templates = [Template.parse(text) for text in strategies]

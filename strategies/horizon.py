@@ -28,13 +28,13 @@ def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> f
 
     Raise `ConfigError` for a level outside of them.
     """
+    if (known := round(level, 12)) in forecast.levels:  # 0.5 - 0.9 / 2 is not 0.05
+        return forecast.quantile(known, horizon)
     if not forecast.levels[0] <= level <= forecast.levels[-1]:
         raise ConfigError(
             f"strategy {strategy!r} needs the level {level:g}, but the model forecasts "
             f"{forecast.levels[0]} to {forecast.levels[-1]}: stay within, or take a model with that level."
         )
-    if level in forecast.levels:
-        return forecast.quantile(level, horizon)
     return float(np.interp(level, forecast.levels, forecast.quantiles[forecast.horizons.index(horizon)]))
 
 

@@ -13,6 +13,7 @@ from barcast.backtest.cli.terminal import (
     HISTORY,
     Adjustments,
     Borrow,
+    Cache,
     CalendarName,
     Capital,
     Commission,
@@ -116,6 +117,7 @@ def sweep(
     funding: Funding = 0.0,
     leverage: Leverage = 1.0,
     capital: Capital = 1e6,
+    cache: Cache = None,
     backend: Annotated[
         Backend,
         typer.Option(help="Processes here, or ray or dask of the extra cluster.", rich_help_panel=WORKERS),
@@ -186,6 +188,7 @@ def sweep(
             backend=backend.value,
             jobs=jobs,
             address=address,
+            cache=cache,
             progress=advance,
         )
     with in_folder("--out", out_dir):

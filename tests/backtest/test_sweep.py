@@ -122,6 +122,14 @@ def test_backend_and_number_of_jobs_change_no_byte(bars, whole, tmp_path, backen
     assert_same(whole, result, tmp_path)
 
 
+def test_cache_changes_no_byte(bars, whole, tmp_path):
+    """What is forecast once for all cells, strategies and sweeps is what each would have been told."""
+    for out in ("one", "other"):
+        result = swept(bars, tmp_path / out, jobs=2, cache=tmp_path / "cache")
+        assert_same(whole, result, tmp_path / out)
+    assert len({path.parent for path in (tmp_path / "cache").glob("*/*.parquet")}) == len(MODELS)
+
+
 def test_order_of_the_grid_changes_no_record(bars, whole, tmp_path):
     """Whatever is named first, the records and their checksum are the same."""
     result = swept(bars, tmp_path, strategies=STRATEGIES[::-1], models=MODELS[::-1])

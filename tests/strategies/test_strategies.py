@@ -171,6 +171,14 @@ def test_rank_is_neutral(group: dict[str, Forecast]) -> None:
     assert Rank("rank", share=0.5, least=2).on_forecasts(0, dict(reversed(group.items()))) == targets
 
 
+def test_band_up_to_the_outermost_levels() -> None:
+    """0.5 - 0.9 / 2 is a little less than 0.05 in binary fractions, and means it."""
+    levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+    quantiles = np.array([[0.01, 0.02, 0.03, 0.04, 0.05]])
+    one = Forecast("A", 0, 100.0, (1,), levels, quantiles, np.array([0.03]), np.ones(1), np.ones(1), False)
+    assert QuantileBand("x", band=0.9).on_forecasts(0, {"A": one}) == {"A": 1.0}
+
+
 def test_level_not_forecast() -> None:
     """A model that does not reach the band's edges is refused by name."""
     one = np.zeros((1, 1))
