@@ -281,7 +281,7 @@ def run_backtest(
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     if isinstance(retrain, str):
         retrain = cron_schedule(retrain, None)
-    since, until = _ns(since), _ns(until)
+    since, until = nanoseconds(since), nanoseconds(until)
     if since is not None and until is not None and since >= until:
         raise ConfigError(
             f"since is {wire.to_text(since)}, and until {wire.to_text(until)}: give a since before until"
@@ -496,7 +496,7 @@ def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:
     }
 
 
-def _ns(moment: Moment | None) -> int | None:
+def nanoseconds(moment: Moment | None) -> int | None:
     """Nanoseconds since 1970; a time without a zone is UTC."""
     if moment is None or isinstance(moment, int):
         return moment
