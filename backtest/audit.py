@@ -51,6 +51,9 @@ KEYS = ("strategy", "symbol", "close_time", "end_time", "judged", "asked", "deci
 SHOWN = 20
 """Violations that are kept of one frame and strategy in one run, the oldest first."""
 
+ROUNDING = 1e-9
+"""Deviations by which a quantile may be off and count as unchanged by bars far back: sums that run along."""
+
 REMOVED, DOUBLED = 0.1, 0.1
 """Shares of the poisoned bars that are left out, and that are there twice."""
 
@@ -121,8 +124,8 @@ class Warmup:
     """How far back signals look, tried at the close `at` (nanoseconds).
 
     `window` is how far they say to look, in bars, `most` how many bars there are at that close, and `first`
-    how many a signal at the first tested close has at least. With `settled` bars or more nothing changes; it
-    is `most` where the oldest bar still counts. `tried` is in order of bars.
+    how many a signal at the first tested close has at least. With `settled` bars or more nothing changes but
+    by `ROUNDING`; it is `most` where the oldest bar still counts. `tried` is in order of bars.
     """
 
     at: int
@@ -169,6 +172,7 @@ def audit(
     cuts: int = 12,
     seed: int = 1,
     window: int | None = None,
+    late: Callable[..., Told] | None = None,
     known: str = "close_time",
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> Audit:
@@ -180,10 +184,11 @@ def audit(
     between calls, or reads beside its frames, escapes.
 
     There is a run on everything, the same once more, and two at each of the `cuts`, drawn by `seed` one from
-    each equal part of the closes that are told of. With a `window` (bars) it is then tried how far back the
-    frame `signals` looks. A run that raises a `BarcastError` on the bars up to a cut is a violation; with
-    poisoned bars it is told only, as the fault may be after the cut. `progress` is called with 1 and a text
-    after each run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of,
+    each equal part of the closes that are told of. A run that raises a `BarcastError` on the bars up to a cut
+    is a violation; with poisoned bars it is told only, as the fault may be after the cut. With a `window`
+    (bars) it is then tried how far back the last signals look: by `late(close, *frames)`, which may leave out
+    what comes before that close (nanoseconds), or by `run`. `progress` is called with 1 and a text after each
+    run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of,
     and what `run` raises.
     """
     if cuts < 1:
@@ -193,6 +198,13 @@ def audit(
 
     def told(text: str, given: Sequence[pl.DataFrame]) -> _Said:
         said = _Said(run(*given))
+        progress(1, text)
+        return said
+
+    def told_of(close: int, text: str, given: Sequence[pl.DataFrame]) -> _Said:
+        if late is None:
+            return told(text, given)
+        said = _Said(late(close, *given))
         progress(1, text)
         return said
 
@@ -225,7 +237,7 @@ def audit(
             violations += found
     warmup = None
     if window is not None and not violations:
-        warmup = _warmup(told, frames, times, whole, window)
+        warmup = _warmup(told_of, frames, times, whole, window)
     return Audit(
         seed=seed, cuts=tuple(drawn), trials=tuple(trials), violations=tuple(violations), warmup=warmup
     )
@@ -262,13 +274,21 @@ def audit_backtest(
     card = open_model(model, timeframe, *sampled).card
     copies = _Copies(named, strategies, stamp, closes, adjustments)
 
-    def run(*frames: pl.DataFrame) -> BacktestResult:
+    def run(*frames: pl.DataFrame, **changes: Any) -> BacktestResult:
         forget()
         with copies.written(frames, symbols) as own:
-            return run_backtest(**settings | {"stamp": stamp, "timeframe": timeframe} | own)
+            return run_backtest(**settings | {"stamp": stamp, "timeframe": timeframe} | own | changes)
 
-    window = None if settings.get("retrain") is not None else card.window
-    found = audit(run, copies.frames, cuts=cuts, seed=seed, window=window, known=KNOWN, progress=progress)
+    found = audit(
+        run,
+        copies.frames,
+        cuts=cuts,
+        seed=seed,
+        window=None if settings.get("retrain") is not None else card.window,
+        late=lambda close, *frames: run(*frames, since=close),
+        known=KNOWN,
+        progress=progress,
+    )
     start = min(int(own.close_times[0]) for own in history.values()) if since is None else since
     max_jump = settings.get("max_jump", MAX_JUMP)
     warnings = [
@@ -499,7 +519,7 @@ def _times(frame: pl.DataFrame, known: str) -> Times:
 
 
 def _warmup(
-    told: Callable[[str, Sequence[pl.DataFrame]], _Said],
+    told: Callable[[int, str, Sequence[pl.DataFrame]], _Said],
     frames: Sequence[pl.DataFrame],
     times: Sequence[Times],
     whole: _Said,
@@ -518,8 +538,8 @@ def _warmup(
             if "close" in _columns(frame)
         ]
     ).unique()
-    told_of = signals["symbol"].unique() if "symbol" in signals.columns else pl.Series([""])
-    bars = bars.filter(pl.col("symbol").is_in(told_of.implode()) & (pl.col("time") <= at)).sort("time")
+    named = signals["symbol"].unique() if "symbol" in signals.columns else pl.Series([""])
+    bars = bars.filter(pl.col("symbol").is_in(named.implode()) & (pl.col("time") <= at)).sort("time")
     counts = bars.group_by("symbol").len()["len"]
     begun, early = signals.filter(pl.col(_TIME) == begin), bars.filter(pl.col("time") <= begin)
     if "symbol" in begun.columns:
@@ -538,7 +558,7 @@ def _warmup(
                 kept &= own >= oldest.fill_null(0).to_numpy()
             given.append(frame.filter(pl.Series(kept)))
         try:
-            said = told(f"{count} bars up to {iso(at)}", given).frames["signals"]
+            said = told(at, f"{count} bars up to {iso(at)}", given).frames["signals"]
         except DataError:  # so few that nothing is forecast
             return signals.clear()
         return said.filter(pl.col(_TIME) == at)
@@ -549,7 +569,9 @@ def _warmup(
     def same(count: int) -> bool:
         if count not in tried:
             tried[count] = _reach(count, full, seen(count))
-        return tried[count].same == tried[count].signals
+        reach = tried[count]
+        near = reach.distance is not None and reach.distance <= ROUNDING
+        return reach.same == reach.signals or (near and not reach.lacking)
 
     low, high = 0, most
     if window < most:
