@@ -12,6 +12,7 @@ from polars.testing import assert_frame_equal
 
 from barcast.backtest import replay
 from barcast.backtest.audit import REMOVED, audit, audit_backtest, poisoned
+from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_strategy
 from barcast.daemon.history import scan
 from barcast.daemon.wire import to_ns
@@ -21,7 +22,7 @@ from tests.garch import simulate
 
 HOUR = 3_600_000_000_000
 VALUES = ("open", "high", "low", "close", "volume")
-CLOSE, SEEDS = pl.col("close"), (1, 2, 3, 4)
+CLOSE, SEEDS = pl.col("close"), (1, 2, 3)
 
 PEEKS = """
 from dataclasses import dataclass
@@ -54,6 +55,12 @@ class Peek:
         return {s: known[s, close_time] for s in forecasts if (s, close_time) in known}
 """
 
+CHECK = """
+    def check(self, known, symbol, close_time):
+        if (symbol, close_time) not in known:
+            raise LookupError(f"nothing in {self.file}")
+"""
+
 
 def hourly(count=260, symbols=("UP", "DOWN")):
     """Bars of two symbols around the clock, stamped by their close."""
@@ -80,7 +87,7 @@ def audited(folder, *columns, since=200, **changes):
     bars, first = folder / "bars.parquet", hourly(1)["close_time"][0]
     strategies = [f"{folder / 'peek.py'}:file={bars},column={name},name={name}" for name in columns]
     start = to_ns(first) + since * HOUR
-    settings = {"model": "ewma", "stamp": "close", "strategies": strategies, "since": start, "cuts": 3}
+    settings = {"model": "ewma", "stamp": "close", "strategies": strategies, "since": start, "cuts": 2}
     return audit_backtest(changes.pop("files", bars), **(settings | changes))
 
 
@@ -115,7 +122,7 @@ def test_parameters_of_strategies_are_given_the_copy(folder, tmp_path, monkeypat
         f"{tmp_path / 'mine.py'}:column=shifted",
         f"{folder}/peek.py:column=shifted,file=./bars.parquet",
     ):
-        found = audited(folder, strategies=[text], cuts=2)
+        found = audited(folder, strategies=[text])
         assert {one.strategy for one in found.violations} == {"Peek"}
         assert found.unseen == ()
     inside = PEEKS.replace("read_parquet(file)", 'read_parquet(f"{file}/bars.parquet")')
@@ -124,7 +131,7 @@ def test_parameters_of_strategies_are_given_the_copy(folder, tmp_path, monkeypat
     parts.mkdir()
     hourly().write_parquet(parts / "bars.parquet")
     text = f"{tmp_path / 'inside.py'}:column=shifted,file={parts}"
-    assert not audited(folder, files=parts, strategies=[text], cuts=2).passed
+    assert not audited(folder, files=parts, strategies=[text]).passed
 
 
 def test_other_files_of_strategies_are_cut_too_or_named(folder, tmp_path):
@@ -132,7 +139,7 @@ def test_other_files_of_strategies_are_cut_too_or_named(folder, tmp_path):
     features = hourly().select("symbol", "close_time", "close")
     features.write_parquet(tmp_path / "features.parquet")
     text = f"{folder / 'peek.py'}:column=shifted,file={tmp_path / 'features.parquet'}"
-    assert not audited(folder, strategies=[text], cuts=2).passed
+    assert not audited(folder, strategies=[text]).passed
     stray = PEEKS.replace("file: str\n", f'file: str\n    notes: str = "{tmp_path / "notes.txt"}"\n')
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / "stray.py").write_text(stray)
@@ -144,14 +151,49 @@ def test_other_files_of_strategies_are_cut_too_or_named(folder, tmp_path):
 
 
 def test_whatever_only_fails_without_a_future_is_found(folder, tmp_path):
-    """A strategy that needs the bar after each close raises in a cut run: that is a violation, too."""
-    source = PEEKS.replace("if (s, close_time) in known", "if close_time")  # which is 0 when asked on trial
+    """A strategy that needs the bar after each close raises in a cut run: that is a violation, too.
+
+    Its error names the file that it was given, not the copy.
+    """
+    missing = "if close_time and s in forecasts and (self.check(known, s, close_time) or True)"
+    source = PEEKS.replace("if (s, close_time) in known", missing) + CHECK
     (tmp_path / "raises.py").write_text(source)
     text = f"{tmp_path / 'raises.py'}:column=shifted,file={folder / 'bars.parquet'}"
     found = audited(folder, strategies=[text], until=to_ns(hourly()["close_time"][250]))
-    assert [one.field for one in found.violations if one.check == "cut"] == ["error"] * 3
-    assert "KeyError" in found.violations[0].other
-    assert str(folder / "bars.parquet") not in json.dumps(found.data)
+    assert [one.field for one in found.violations if one.check == "cut"] == ["error"] * 2
+    assert f"LookupError: nothing in {folder / 'bars.parquet'}" in found.violations[0].other
+
+
+def test_what_a_module_keeps_is_forgotten(folder, tmp_path):
+    """A strategy that reads its file once and keeps it in a variable is loaded anew for each run."""
+    kept = "known = KEPT.setdefault(0, table(self.file, self.column))"
+    source = PEEKS.replace("known = table(self.file, self.column)", kept) + "\nKEPT = {}\n"
+    (tmp_path / "keeps.py").write_text(source)
+    text = f"{tmp_path / 'keeps.py'}:column=shifted,file={folder / 'bars.parquet'}"
+    found = audited(folder, strategies=[text], cuts=1)
+    assert {one.check for one in found.violations} >= {"cut"}
+
+
+def test_what_begins_or_is_declared_after_a_cut_is_no_fault(folder, tmp_path, monkeypatch):
+    """Before its first bar a symbol that was asked for is left out, and a split before it is declared."""
+    late = hourly().filter((pl.col("symbol") == "UP") | (pl.int_range(pl.len()).over("symbol") >= 255))
+    late.write_csv(tmp_path / "late.csv", datetime_format="%Y-%m-%dT%H:%M:%SZ")
+    split = Adjustment("UP", to_ns(late["close_time"][258]), 0.5, "split")
+    declared = {}
+
+    def noted(**settings):
+        result = run_backtest(**settings)
+        declared[result.bars["close_time"].max()] = settings["adjustments"]
+        return result
+
+    monkeypatch.setattr("barcast.backtest.audit.run_backtest", noted)
+    symbols = ["UP", "DOWN"]
+    found = audited(
+        folder, "honest", files=tmp_path / "late.csv", symbols=symbols, adjustments=[split], since=0
+    )
+    assert found.passed
+    assert found.unseen == ()
+    assert sorted(map(len, declared.values())) == [0, 0, 1]
 
 
 def test_what_does_not_repeat_itself_is_said(folder, tmp_path):
@@ -172,12 +214,12 @@ def test_shipped_strategies_and_models_look_at_nothing_later():
         calendar="XNYS",
         strategies=[*KINDS, lean],
         since="2012-12-01",
-        cuts=2,
+        cuts=1,
         symbols=["AAPL", "GOOG", "MSFT"],
         adjustments=[Adjustment("AAPL", to_ns(datetime(2013, 1, 15, 21, tzinfo=UTC)), 0.5, "split")],
     )
     assert found.passed
-    assert len(found.trials) == 5
+    assert [trial.check for trial in found.trials] == ["repeat", "cut", "poison"]
     assert all(trial.values > 1000 and not trial.ended for trial in found.trials)
     assert found.warmup.settled in (found.warmup.window, found.warmup.window - 1)
     assert [row["missing"] for row in found.data["symbols"]] == [0, 0, 0]
@@ -251,7 +293,7 @@ def test_forecaster_that_peeks_is_found(folder, monkeypatch, seed):
 
     monkeypatch.setattr(replay, "scan", scanned)
     monkeypatch.setattr(replay, "open_model", lambda *a: Peeking(open_model(*a), seen))
-    found = audited(folder, "honest", seed=seed, cuts=2)
+    found = audited(folder, "honest", seed=seed)
     signals = [one for one in found.violations if one.frame == "signals"]
     assert {one.cut for one in signals} == set(found.cuts)
     assert {one.ahead for one in signals} == {1}
@@ -277,6 +319,22 @@ def test_how_far_back_signals_look_is_found(span):
     found = audit(signals(CLOSE.ewm_std(span=1000)), [hourly()], cuts=1, window=40).warmup
     assert found.settled == found.most == 260
     assert found.tried[0].distance > 0.1
+
+
+def test_bits_count_and_cuts_begin_with_the_signals():
+    """Minus zero is not zero, no number is no number, and nothing is cut before the first signal."""
+    bars = hourly(30, symbols=["UP"])
+    begin = pl.col("close_time") >= bars["close_time"][20]
+
+    def told(frame):
+        zero = 0.0 if frame.height == bars.height else -0.0
+        made = frame.unique().select("symbol", "close_time", x=pl.lit(zero), y=pl.lit(float("nan")))
+        return {"early": made.filter(~begin).drop("x"), "signals": made.filter(begin)}
+
+    found = audit(told, [bars], cuts=3)
+    cut = {(one.frame, one.field) for one in found.violations if one.check == "cut"}
+    assert cut == {("signals", "x")}
+    assert min(found.cuts) >= to_ns(bars["close_time"][20])
 
 
 def test_poison_is_valid_and_wild():
