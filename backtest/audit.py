@@ -188,23 +188,16 @@ def audit(
     is a violation; with poisoned bars it is told only, as the fault may be after the cut. With a `window`
     (bars) it is then tried how far back the last signals look: by `late(close, *frames)`, which may leave out
     what comes before that close (nanoseconds), or by `run`. `progress` is called with 1 and a text after each
-    run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of,
-    and what `run` raises.
+    run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of, and what
+    `run` raises.
     """
     if cuts < 1:
         raise ConfigError(f"cuts = {cuts!r}: give a number from 1")
     times = [_times(frame, known) for frame in frames]
     last = max((int(own.max()) for own in times if len(own)), default=-1)
 
-    def told(text: str, given: Sequence[pl.DataFrame]) -> _Said:
-        said = _Said(run(*given))
-        progress(1, text)
-        return said
-
-    def told_of(close: int, text: str, given: Sequence[pl.DataFrame]) -> _Said:
-        if late is None:
-            return told(text, given)
-        said = _Said(late(close, *given))
+    def told(text: str, given: Sequence[pl.DataFrame], close: int | None = None) -> _Said:
+        said = _Said(run(*given) if late is None or close is None else late(close, *given))
         progress(1, text)
         return said
 
@@ -237,7 +230,7 @@ def audit(
             violations += found
     warmup = None
     if window is not None and not violations:
-        warmup = _warmup(told_of, frames, times, whole, window)
+        warmup = _warmup(told, frames, times, whole, window)
     return Audit(
         seed=seed, cuts=tuple(drawn), trials=tuple(trials), violations=tuple(violations), warmup=warmup
     )
@@ -519,7 +512,7 @@ def _times(frame: pl.DataFrame, known: str) -> Times:
 
 
 def _warmup(
-    told: Callable[[int, str, Sequence[pl.DataFrame]], _Said],
+    told: Callable[[str, Sequence[pl.DataFrame], int], _Said],
     frames: Sequence[pl.DataFrame],
     times: Sequence[Times],
     whole: _Said,
@@ -558,7 +551,7 @@ def _warmup(
                 kept &= own >= oldest.fill_null(0).to_numpy()
             given.append(frame.filter(pl.Series(kept)))
         try:
-            said = told(at, f"{count} bars up to {iso(at)}", given).frames["signals"]
+            said = told(f"{count} bars up to {iso(at)}", given, at).frames["signals"]
         except DataError:  # so few that nothing is forecast
             return signals.clear()
         return said.filter(pl.col(_TIME) == at)
