@@ -45,6 +45,9 @@ FRAMES = ("bars", "signals", "targets", "fills", "equity", "outcomes", "training
 WHEN = {"outcomes": "end_time", "trainings": "judged"}
 """The column of a frame that says when a row is known; of all others it is `close_time`."""
 
+AFTER = ("trainings",)
+"""Frames whose rows are made only after all else of their moment, and of a run that ends there not at all."""
+
 KEYS = ("strategy", "symbol", "close_time", "end_time", "judged", "asked", "decided", "horizon")
 """What tells the rows of a frame apart, as far as it has these columns."""
 
@@ -72,7 +75,7 @@ class Violation:
 
     `check` is `cut` for a run without what comes after, `poison` for one with other bars there, and `repeat`
     for the very same run again. `strategy`, `symbol`, `close_time` and `horizon` (bars) say which row of the
-    frame, as far as it has them; `close_time` and `cut` are nanoseconds. The `field` called `row` is a row
+    frame, as far as it has them; `close_time` (when the row is known) and `cut` are nanoseconds. The `field` called `row` is a row
     that is there in one run only, `error` a run that ended early. `ahead` is how many bars must at least
     have been known too early; 0 where nothing says so.
     """
@@ -184,12 +187,12 @@ def audit(
     between calls, or reads beside its frames, escapes.
 
     There is a run on everything, the same once more, and two at each of the `cuts`, drawn by `seed` one from
-    each equal part of the closes that are told of. A run that raises a `BarcastError` on the bars up to a cut
-    is a violation; with poisoned bars it is told only, as the fault may be after the cut. With a `window`
-    (bars) it is then tried how far back the last signals look: by `late(close, *frames)`, which may leave out
-    what comes before that close (nanoseconds), or by `run`. `progress` is called with 1 and a text after each
-    run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of, and what
-    `run` raises.
+    each equal part of the closes from the first signal on. A run that raises a `BarcastError` on the bars up
+    to a cut is a violation; with poisoned bars it is told only, as the fault may be after the cut. With a
+    `window` (bars) it is then tried how far back the last signals look: by `late(close, *frames)`, which may
+    leave out what comes before that close (nanoseconds), or by `run`. `progress` is called with 1 and a text
+    after each run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of,
+    and what `run` raises.
     """
     if cuts < 1:
         raise ConfigError(f"cuts = {cuts!r}: give a number from 1")
@@ -202,12 +205,14 @@ def audit(
         return said
 
     whole = told("all bars", frames)
-    closes = whole.closes()
-    if not (closes < last).any():
+    bars = [own for frame, own in zip(frames, times, strict=True) if "close" in _columns(frame)] or times
+    closes = np.unique(np.concatenate(bars)) if bars else np.empty(0, np.int64)
+    tested = closes[(closes >= whole.begin()) & (closes < last)]
+    if not len(tested):
         raise DataError("nothing is told of a time before the last bar: test more bars")
     trial, violations = whole.against(told("all bars, again", frames), "repeat", last, closes)
     trials = [trial]
-    drawn = _drawn(closes[closes < last], cuts, seed) if not violations else []
+    drawn = _drawn(tested, cuts, seed) if not violations else []
     for number, cut in enumerate(drawn):
         rng = np.random.default_rng([seed, number])
         runs = {
@@ -363,12 +368,11 @@ class _Said:
             if WHEN.get(name, "close_time") in told[name].columns
         }
 
-    def closes(self) -> Times:
-        """The times that are told of, from the first signal on; bars before it only warm up."""
-        known = [frame[_TIME].unique() for name, frame in self.frames.items() if name != "bars"]
-        signals = self.frames.get("signals")
-        found = np.unique(np.concatenate([own.to_numpy() for own in known] or [np.empty(0, np.int64)]))
-        return found if signals is None or not signals.height else found[found >= signals[_TIME].min()]
+    def begin(self) -> int:
+        """The first time that is told of beside the bars: of signals, if there are any."""
+        known = {name: frame for name, frame in self.frames.items() if name != "bars" and frame.height}
+        frames = [known["signals"]] if "signals" in known else known.values()
+        return min((int(frame[_TIME].to_numpy().min()) for frame in frames), default=2**63 - 1)
 
     def against(self, other: "_Said", check: str, cut: int, closes: Times) -> tuple[Trial, list[Violation]]:
         """What another run tells differently of the time up to the cut."""
@@ -381,7 +385,8 @@ class _Said:
             others = own.clear() if others is None and own is not None else others
             if own is None or others is None:
                 continue
-            own, others = own.filter(pl.col(_TIME) <= cut), others.filter(pl.col(_TIME) <= cut)
+            until = pl.col(_TIME) < cut if name in AFTER else pl.col(_TIME) <= cut
+            own, others = own.filter(until), others.filter(until)
             values += own.height * (own.width - 1)
             if _same(own, others):
                 continue

@@ -337,6 +337,23 @@ def test_bits_count_and_cuts_begin_with_the_signals():
     assert min(found.cuts) >= to_ns(bars["close_time"][20])
 
 
+def test_trainings_count_once_their_moment_is_past():
+    """Cuts are closes of bars; a training that is over at a cut itself is of the time after it."""
+    bars = hourly(40, symbols=["UP"])
+
+    def told(frame):
+        frame = frame.unique().sort("close_time")
+        ends = frame.select(judged="close_time", crps="close").vstack(
+            frame.select(judged=pl.col("close_time").dt.offset_by("-30m"), crps=pl.col("close").shift(1))
+        )
+        return {"trainings": ends.filter(pl.col("judged") < frame["close_time"].max()), "signals": frame}
+
+    found = audit(told, [bars], cuts=40)
+    assert found.passed
+    assert len(found.cuts) == 39
+    assert all(trial.values for trial in found.trials)
+
+
 def test_poison_is_valid_and_wild():
     """Poisoned bars are bars, in every file the same, and each differs; those before stay to the bit."""
     bars = hourly().with_columns(feature=pl.int_range(pl.len()))
