@@ -7,6 +7,7 @@ frames, `audit_backtest` to a backtest over files.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -75,9 +76,9 @@ class Violation:
 
     `check` is `cut` for a run without what comes after, `poison` for one with other bars there, and `repeat`
     for the very same run again. `strategy`, `symbol`, `close_time` and `horizon` (bars) say which row of the
-    frame, as far as it has them; `close_time` (when the row is known) and `cut` are nanoseconds. The `field` called `row` is a row
-    that is there in one run only, `error` a run that ended early. `ahead` is how many bars must at least
-    have been known too early; 0 where nothing says so.
+    frame, as far as it has them; `close_time`, when it is known, and `cut` are nanoseconds. The `field`
+    called `row` is a row that is there in one run only, `error` a run that ended early. `ahead` is how many
+    bars must at least have been known too early; 0 where nothing says so.
     """
 
     check: str
@@ -390,15 +391,11 @@ class _Said:
             values += own.height * (own.width - 1)
             if _same(own, others):
                 continue
-            counts: dict[object, int] = {}
-            for row, column, whole, changed in _differences(own, others):
-                differ += 1
-                strategy = row.get("strategy")
-                counts[strategy] = counts.get(strategy, 0) + 1
-                if counts[strategy] > SHOWN:
-                    continue
+            count, shown = _differences(own, others, SHOWN)
+            differ += count
+            for row, column, whole, changed in shown:
                 ahead = 0 if check == "repeat" else place - int(np.searchsorted(closes, row[_TIME]))
-                at = (strategy, row.get("symbol"), row[_TIME], row.get("horizon"))
+                at = (row.get("strategy"), row.get("symbol"), row[_TIME], row.get("horizon"))
                 found.append(Violation(check, cut, name, *at, column, whole, changed, ahead))
         return Trial(check, cut, values, differ), found
 
@@ -425,34 +422,47 @@ def _differ(one: pl.Series, other: pl.Series) -> NDArray[np.bool_]:
 
 
 def _differences(
-    own: pl.DataFrame, other: pl.DataFrame
-) -> Iterator[tuple[dict[str, Any], str, object, object]]:
-    """Each value that differs: the row that it is in, its column, and both values; in order of time."""
+    own: pl.DataFrame, other: pl.DataFrame, most: int
+) -> tuple[int, list[tuple[dict[str, Any], str, object, object]]]:
+    """How many values differ; and the row, the column and both values of up to `most` of each strategy.
+
+    They are in order of time. A column that one side lacks is empty there.
+    """
     keys = [_TIME, *(name for name in KEYS if name in own.columns and name in other.columns)]
     other = other.cast({name: own.schema[name] for name in keys}, strict=False)
+    columns = [name for name in dict.fromkeys([*own.columns, *other.columns]) if name not in keys]
     sides = [
-        side.with_columns(pl.int_range(pl.len()).over(keys).alias(_COUNT), pl.lit(True).alias(_THERE))
+        side.with_columns(
+            *(pl.lit(None).alias(name) for name in columns if name not in side.columns),
+            pl.int_range(pl.len()).over(keys).alias(_COUNT),
+            pl.lit(True).alias(_THERE),
+        )
         for side in (own, other)
     ]
     both = sides[0].join(
         sides[1], on=[*keys, _COUNT], how="full", coalesce=True, suffix=_OTHER, nulls_equal=True
     )
     both = both.sort(*keys, _COUNT)
-    here, there = both[_THERE].fill_null(False), both[_THERE + _OTHER].fill_null(False)
-    alone = (here != there).to_numpy()
-    columns = [name for name in own.columns if name not in keys and name in other.columns]
-    unlike = {
-        name: _differ(both[name], both[name + _OTHER]) & ~alone for name in columns
-    }  # of columns that only one side has, the rows tell
+    here, there = (both[name].fill_null(False).to_numpy() for name in (_THERE, _THERE + _OTHER))
+    alone = here != there
+    unlike = {name: _differ(both[name], both[name + _OTHER]) & ~alone for name in columns}
     rows = np.flatnonzero(np.any([alone, *unlike.values()], axis=0))
+    if "strategy" in both.columns:
+        picked = both[rows].select("strategy", at=rows).group_by("strategy", maintain_order=True).head(most)
+        rows = picked["at"].sort().to_numpy()
+    else:
+        rows = rows[:most]
+    shown: list[tuple[dict[str, Any], str, object, object]] = []
+    counts = Counter[object]()
     for at in rows.tolist():
         row = both.row(at, named=True)
+        told = [(name, row[name], row[name + _OTHER]) for name in columns if unlike[name][at]]
         if alone[at]:
-            yield row, "row", *(("there", "absent") if here[at] else ("absent", "there"))
-            continue
-        for name in columns:
-            if unlike[name][at]:
-                yield row, name, row[name], row[name + _OTHER]
+            told = [("row", "there" if here[at] else "absent", "there" if there[at] else "absent")]
+        for one in told[: most - counts[row.get("strategy")]]:
+            counts[row.get("strategy")] += 1
+            shown.append((row, *one))
+    return int(alone.sum()) + sum(int(one.sum()) for one in unlike.values()), shown
 
 
 def _drawn(closes: Times, cuts: int, seed: int) -> list[int]:
@@ -583,7 +593,8 @@ def _warmup(
 def _reach(count: int, full: pl.DataFrame, less: pl.DataFrame) -> Reach:
     """What signals of fewer bars are beside those of all."""
     keys = [name for name in ("symbol", "horizon") if name in full.columns]
-    unlike = {tuple(row.get(key) for key in keys) for row, *_ in _differences(full, less)}
+    _, shown = _differences(full, less, full.height * full.width)
+    unlike = {tuple(row.get(key) for key in keys) for row, *_ in shown}
     distance = None
     both = full.join(less, on=keys, suffix=_OTHER) if keys else full.clear()
     if both.height and "std" in full.columns:

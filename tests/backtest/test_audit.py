@@ -337,6 +337,21 @@ def test_bits_count_and_cuts_begin_with_the_signals():
     assert min(found.cuts) >= to_ns(bars["close_time"][20])
 
 
+def test_wide_frames_are_compared_column_by_column():
+    """A symbol's own column that only begins after the cut is empty before; one that changed is found."""
+    late = (pl.col("symbol") == "UP") | (pl.int_range(pl.len()).over("symbol") >= 150)
+    bars = hourly(200).filter(late)
+
+    def told(frame, column="close"):
+        wide = frame.unique().sort("close_time").with_columns(gone=CLOSE - CLOSE.mean())
+        return {"features": wide.pivot("symbol", index="close_time", values=column)}
+
+    assert audit(told, [bars], cuts=4).passed
+    found = audit(lambda frame: told(frame, "gone"), [bars], cuts=1)
+    assert {one.field for one in found.violations} >= {"UP"}
+    assert found.trials[1].differ > [one.check for one in found.violations].count("cut") == 20
+
+
 def test_trainings_count_once_their_moment_is_past():
     """Cuts are closes of bars; a training that is over at a cut itself is of the time after it."""
     bars = hourly(40, symbols=["UP"])
