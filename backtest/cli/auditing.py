@@ -167,9 +167,10 @@ def _print(found: "Audit") -> None:
         console.print(_changes(found))
     values, differ = (sum(getattr(trial, name) for trial in found.trials) for name in ("values", "differ"))
     runs = f"({len(found.trials)} runs, seed {found.seed})"
+    cuts = f"{len(found.cuts)} cut{'s' * (len(found.cuts) > 1)}"
     if found.passed:
         _say(
-            f"passes: {values:,} values up to {len(found.cuts)} cuts are the same to the bit, whatever comes "
+            f"passes: {values:,} values up to {cuts} are the same to the bit, whatever comes "
             f"after them {runs}",
             "green",
         )
@@ -177,8 +178,7 @@ def _print(found: "Audit") -> None:
         _say(f"fails: {differ:,} of {values:,} values are others when the very same run is repeated", "red")
     else:
         _say(
-            f"fails: {differ:,} of {values:,} values up to {len(found.cuts)} cuts depend on what comes after "
-            f"them {runs}",
+            f"fails: {differ:,} of {values:,} values up to {cuts} depend on what comes after them {runs}",
             "red",
         )
 
