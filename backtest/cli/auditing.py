@@ -154,16 +154,17 @@ def _print(found: "Audit") -> None:
         said = f"From {far.settled} bars on nothing changes any more; the model says {far.window}"
         if far.settled == far.most:
             said = f"Even the oldest of {far.most} bars counts; the model says that it looks at {far.window}"
-        short = far.first < min(far.settled, far.window)
-        remedy = ": give more bars before --since" if short else ""
+        if far.settled > far.window:
+            said += ", and looks farther back than that"
+        remedy = ": give more bars before --since" if far.first < min(far.settled, far.window) else ""
         _say(f"{said}. The first signals have {far.first} behind them{remedy}.")
-    ended = [trial for trial in found.trials if trial.ended and trial.check == "poison"]
-    if ended:
-        _say(
-            f"{len(ended)} runs with poisoned bars ended early and say nothing, the first at "
-            f"{iso(ended[0].cut)}: {ended[0].ended}"
-        )
-    if found.violations:
+    for check, which in (("cut", "on the bars up to a cut failed"), ("poison", "with poisoned bars failed")):
+        ended = [trial for trial in found.trials if trial.ended and trial.check == check]
+        if ended:
+            proves = ", which proves nothing" if check == "poison" else ""
+            first = f"the first at {iso(ended[0].cut)}: {ended[0].ended}"
+            _say(f"{len(ended)} runs {which}{proves}; {first}")
+    if any(one.frame != "run" for one in found.violations):
         console.print(_changes(found))
     values, differ = (sum(getattr(trial, name) for trial in found.trials) for name in ("values", "differ"))
     runs = f"({len(found.trials)} runs, seed {found.seed})"
@@ -177,8 +178,10 @@ def _print(found: "Audit") -> None:
     elif not found.cuts:
         _say(f"fails: {differ:,} of {values:,} values are others when the very same run is repeated", "red")
     else:
+        failed = sum(trial.check == "cut" and bool(trial.ended) for trial in found.trials)
         _say(
-            f"fails: {differ:,} of {values:,} values up to {cuts} depend on what comes after them {runs}",
+            f"fails: {differ:,} of {values:,} values up to {cuts} depend on what comes after them"
+            f"{f', and {failed} runs fail without it' if failed else ''} {runs}",
             "red",
         )
 
@@ -235,7 +238,8 @@ def _changes(found: "Audit") -> Table:
 
     order = {frame: n for n, frame in enumerate(FRAMES)}
     groups: dict[str | None, list[Violation]] = {}
-    for one in sorted(found.violations, key=lambda one: order.get(one.frame, -1)):
+    changed = [one for one in found.violations if one.frame != "run"]
+    for one in sorted(changed, key=lambda one: order.get(one.frame, -1)):
         own = groups.setdefault(one.strategy, [])
         if not own or own[0].frame == one.frame:
             own.append(one)
