@@ -8,7 +8,7 @@ calibrations, and after it.
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from importlib.metadata import version
@@ -19,10 +19,10 @@ from typing import Self
 
 import numpy as np
 import polars as pl
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from barcast.backtest.result import level_column
+from barcast.backtest.workers import open_workers, run_jobs
 from barcast.daemon.adjustments import by_symbol
 from barcast.daemon.timeframe import DAY, Timeframe
 from barcast.models import (
@@ -116,6 +116,19 @@ class Wanted:
         return open_model(self.model, self.timeframe, self.sampler, self.steps)
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Windows of a history that a process forecasts, by the places where they end; or `inner`: what a
+    calibrated forecaster asks its own.
+    """
+
+    wanted: Wanted
+    inner: bool
+    history: Window
+    ends: tuple[int, ...]
+    adjustments: tuple[Adjustment, ...]
+
+
 def prefill(
     wanted: Wanted,
     histories: Mapping[str, Window],
@@ -123,50 +136,61 @@ def prefill(
     jobs: int = 1,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> int:
-    """Fill a cache with all forecasts of histories, on some processes; return what the model was asked.
+    """Fill a cache with all forecasts of histories, by so many processes (-1: one a core); return how many.
 
     First what the model says of each bar, in parts of symbols and time that know nothing of one another;
     then, of a calibrated one, what is published, symbol by symbol. Each window goes to the model alone, in
-    the shape of the live service, so that all bits are those of a replay. `progress` is told of bars.
+    the shape of the live service, so that all bits are those of a replay. `progress` is told of windows.
     """
     forecaster, own = wanted.opened(), by_symbol(adjustments)
-    calibrated = isinstance(forecaster, Calibrated)
-    asked = 0
-    for reach, inner in ((SPAN, True), (None, False)) if calibrated else ((SPAN, False),):
-        card = forecaster.inner.card if inner and isinstance(forecaster, Calibrated) else forecaster.card
-        since = wanted.since
-        parts = []
-        for symbol, history in histories.items():
-            places = np.arange(*np.searchsorted(history.close_times, (since, wanted.until + 1)))
-            if inner and len(places):  # calibration asks of the bars before, too
-                places = np.arange(max(0, int(places[0]) - forecaster.card.window), int(places[-1]) + 1)
-            places = places[places + 1 >= card.min_window]
-            for k in range(0, len(places), reach or max(1, len(places))):
-                ends = places[k : k + reach] if reach else places
-                first = max(0, int(ends[0]) + 1 - card.window)
-                part = history.part(first, int(ends[-1]) + 1)
-                parts.append((wanted, inner, part, ends - first, tuple(own.get(symbol, ()))))
-        work = Parallel(jobs, return_as="generator_unordered", mmap_mode=None)(
-            delayed(_filled)(*part) for part in parts
-        )
-        for symbol, count, made in work:
-            asked += made
-            progress(count, f"{symbol}, {'before' if inner else 'as'} published" if calibrated else symbol)
-    return asked
+    stages = (True, False) if isinstance(forecaster, Calibrated) else (False,)
+    with open_workers("loky", jobs, None):
+        for inner in stages:
+            parts = [
+                part
+                for symbol, history in histories.items()
+                for part in _parts(wanted, inner, forecaster, history, tuple(own.get(symbol, ())))
+            ]
+            over = 0
+
+            def done(count: int, parts: Sequence[_Part] = parts, inner: bool = inner) -> None:
+                nonlocal over
+                what = "before calibration" if inner else "as published"
+                for part in parts[over:count]:
+                    progress(len(part.ends), f"{part.history.symbol}, {what}")
+                over = max(over, count)
+
+            run_jobs(_fill, parts, done)
+    return sum(len(part.ends) for part in parts)
 
 
-def _filled(
-    wanted: Wanted, inner: bool, history: Window, ends: NDArray[np.intp], adjustments: Sequence[Adjustment]
-) -> tuple[str, int, int]:
-    """Forecast the windows that end at some places of a history; how many those are, and what was made."""
-    forecaster = wanted.opened()
-    with ForecastCache(wanted.folder) as cache:
-        if inner and isinstance(forecaster, Calibrated):
-            forecaster = forecaster.inner
+def _parts(
+    wanted: Wanted, inner: bool, forecaster: Forecaster, history: Window, adjustments: tuple[Adjustment, ...]
+) -> Iterator[_Part]:
+    card, reach = forecaster.card, SPAN
+    places = np.arange(*np.searchsorted(history.close_times, (wanted.since, wanted.until + 1)))
+    if isinstance(forecaster, Calibrated):
+        if inner and len(places):  # calibration asks of the bars before, too
+            places = np.arange(max(0, int(places[0]) - card.window), int(places[-1]) + 1)
+            card = forecaster.inner.card
+        elif not inner:
+            reach = max(1, len(places))  # it goes on from bar to bar
+    places = places[places + 1 >= card.min_window]
+    for k in range(0, len(places), reach):
+        ends = places[k : k + reach]
+        first = max(0, int(ends[0]) + 1 - card.window)
+        part = history.part(first, int(ends[-1]) + 1)
+        yield _Part(wanted, inner, part, tuple((ends - first).tolist()), adjustments)
+
+
+def _fill(part: _Part) -> None:
+    forecaster = part.wanted.opened()
+    if part.inner and isinstance(forecaster, Calibrated):
+        forecaster = forecaster.inner
+    with ForecastCache(part.wanted.folder) as cache:
         known = cache.of(forecaster)
-        for windows in windows_at(hashed(history), ends.tolist(), known.card.window, adjustments):
+        for windows in windows_at(hashed(part.history), part.ends, known.card.window, part.adjustments):
             known.forecast(windows)
-    return history.symbol, len(ends), cache.made
 
 
 class _Asked:

@@ -11,6 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol
 from zoneinfo import ZoneInfo
@@ -34,13 +35,16 @@ _MARGIN = 5
 _WHOLE_SESSION = 7 * DAY
 """A step longer than any session: its only bar ends with it."""
 
+_KEPT = 64
+"""Stretches of exchanges' sessions that are kept: reading one takes 0.1 s, and every replay needs three."""
+
 
 class Calendar:
     """The bar closes of one timeframe.
 
     The state is what `_closes` has read of the sessions so far; it grows by years when a time needs it.
-    Reading an exchange's sessions takes about 0.1 s. A time for which the calendar has no sessions
-    raises `DataError`.
+    Reading an exchange's sessions takes about 0.1 s, once in a process. A time for which the calendar has
+    no sessions raises `DataError`.
     """
 
     def __init__(self, name: str, timeframe: Timeframe) -> None:
@@ -392,6 +396,17 @@ def _fx_days(start: int, stop: int) -> _Spans:
 
 
 def _exchange(name: str, duration: int | None) -> _Sessions:
+    years = _years_of(name)
+
+    def load(start: int, stop: int) -> _Spans:
+        return _spans_of(name, duration is None, start, stop)
+
+    return _Sessions(name, duration or _WHOLE_SESSION, years, load)
+
+
+@lru_cache(_KEPT)
+def _years_of(name: str) -> range:
+    """The years in which an exchange's sessions are known. Raise `ConfigError` where there is none such."""
     from exchange_calendars import errors, get_calendar, get_calendar_names
 
     try:
@@ -410,25 +425,28 @@ def _exchange(name: str, duration: int | None) -> _Sessions:
     low, high = known.bound_min(), known.bound_max()
     start = YEARS.start if low is None else low.year + (low.day_of_year > 1)
     stop = YEARS.stop if high is None else high.year + (high.month == 12 and high.day == 31)
-    years = range(max(YEARS.start, start), min(YEARS.stop, stop))
+    return range(max(YEARS.start, start), min(YEARS.stop, stop))
 
-    def load(start: int, stop: int) -> _Spans:
-        calendar = get_calendar(name, start=f"{start}-01-01", end=f"{stop - 1}-12-31")
-        ends = calendar.closes.to_numpy(dtype="datetime64[ns]").astype(np.int64)
-        opens = calendar.opens.to_numpy(dtype="datetime64[ns]").astype(np.int64)
-        days = calendar.closes.index.to_numpy().astype("datetime64[D]").astype(np.int64)
-        if duration is None:
-            return _Spans(opens, ends, days)
-        breaks = calendar.break_starts.notna().to_numpy()
-        pause = calendar.break_starts.to_numpy(dtype="datetime64[ns]").astype(np.int64)[breaks]
-        resume = calendar.break_ends.to_numpy(dtype="datetime64[ns]").astype(np.int64)[breaks]
-        return _Spans(
-            np.sort(np.concatenate([opens, resume])),
-            np.sort(np.concatenate([ends, pause])),
-            np.sort(np.concatenate([days, days[breaks]])),
-        )
 
-    return _Sessions(name, duration or _WHOLE_SESSION, years, load)
+@lru_cache(_KEPT)
+def _spans_of(name: str, whole: bool, start: int, stop: int) -> _Spans:
+    """The sessions of an exchange in the years [start, stop), `whole` or parted by their breaks."""
+    from exchange_calendars import get_calendar
+
+    calendar = get_calendar(name, start=f"{start}-01-01", end=f"{stop - 1}-12-31")
+    ends = calendar.closes.to_numpy(dtype="datetime64[ns]").astype(np.int64)
+    opens = calendar.opens.to_numpy(dtype="datetime64[ns]").astype(np.int64)
+    days = calendar.closes.index.to_numpy().astype("datetime64[D]").astype(np.int64)
+    if whole:
+        return _Spans(opens, ends, days)
+    breaks = calendar.break_starts.notna().to_numpy()
+    pause = calendar.break_starts.to_numpy(dtype="datetime64[ns]").astype(np.int64)[breaks]
+    resume = calendar.break_ends.to_numpy(dtype="datetime64[ns]").astype(np.int64)[breaks]
+    return _Spans(
+        np.sort(np.concatenate([opens, resume])),
+        np.sort(np.concatenate([ends, pause])),
+        np.sort(np.concatenate([days, days[breaks]])),
+    )
 
 
 def _new_year(year: int) -> int:

@@ -34,6 +34,9 @@ TIMES = ("ts", "time", "timestamp", "date")
 SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
 TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 
+KNOWN = "\0known"
+"""The column of `stamped` that no file has."""
+
 SHOWN = 5
 """Symbols that a sentence names."""
 
@@ -186,6 +189,28 @@ def read_origins(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame
     if not origins.height:
         raise DataError(f"{path} holds no origin: write rows of symbol and ts, the time of a bar.")
     return origins
+
+
+def stamped(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame:
+    """The rows of one file as they stand there, of a CSV as texts, and when each was known.
+
+    The column `KNOWN` is added (int64 nanoseconds): the close of the bar that the row's time names, or where
+    no bar has it that time. The file needs a time column alone; without a column `symbol` its rows follow the
+    default calendar. Raise `DataError` for a time that is not understood.
+    """
+    raw, schema, names = _opened(path)
+    time = _time_column(path, schema, names, stamp)
+    symbols = pl.col(names["symbol"]).cast(pl.String) if "symbol" in names else pl.lit("")
+    close = _nanoseconds(path, raw, time, schema[time], symbols, stamp, calendars)
+    moment, _ = _moments(path, raw, time, schema[time])
+    rows = _collect(path, raw.with_columns(pl.when(close == -1).then(moment).otherwise(close).alias(KNOWN)))
+    bad = rows.select(time, KNOWN).with_row_index("\0row", offset=1)
+    bad = bad.filter(pl.col(KNOWN).is_null() | (pl.col(KNOWN) < 0))
+    if bad.height:
+        number, given, mark = bad.row(0)
+        remedy = _REMEDIES["naive" if mark == -2 else "time"]
+        raise DataError(f"{path}, row {number}: column {time!r} is {given}; {remedy}.")
+    return rows
 
 
 @contextmanager

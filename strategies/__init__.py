@@ -11,7 +11,7 @@ from barcast.strategies.params import checked, one_of
 from barcast.strategies.quantile_band import QuantileBand
 from barcast.strategies.rank import Rank
 from barcast.strategies.skew_tilt import SkewTilt
-from barcast.strategies.user import PATH, from_file, from_package, packaged
+from barcast.strategies.user import PATH, forget, from_file, from_package, packaged
 from barcast.strategies.vol_target import VolatilityTarget
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Strategy",
     "VolatilityTarget",
     "build",
+    "forget",
     "identify",
     "kinds",
 ]

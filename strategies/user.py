@@ -23,6 +23,8 @@ GROUP = "barcast.strategies"
 PATH = re.compile(r"(?P<file>.+\.py)(?::(?P<name>[^\W\d]\w*))?", re.DOTALL)
 """A kind that is a file, with the class in it, which may be left out when it is the only strategy there."""
 
+_MODULE = "barcast_strategy_"
+
 
 def packaged() -> list[str]:
     """The names of the strategies that installed packages offer."""
@@ -76,9 +78,15 @@ def from_package(name: str) -> tuple[type, str] | None:
     return _usable(where, found), digest
 
 
+def forget() -> None:
+    """Load the files anew when they are named again, so that nothing is left of what they kept in memory."""
+    for name in [name for name in sys.modules if name.startswith(_MODULE)]:
+        del sys.modules[name]
+
+
 def _module(path: Path, digest: str) -> str:
     """The name under which a version of a file is loaded."""
-    return f"barcast_strategy_{digest}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    return f"{_MODULE}{digest}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
 def _loaded(path: Path, source: bytes, name: str) -> ModuleType:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
@@ -19,8 +20,10 @@ from barcast.backtest.cli.terminal import (
     Borrow,
     Cache,
     CalendarName,
+    CalendarOf,
     Capital,
     Commission,
+    ConfigOf,
     Files,
     Fill,
     FillAt,
@@ -30,15 +33,21 @@ from barcast.backtest.cli.terminal import (
     LimitLevel,
     ModelName,
     OtherCalendars,
+    Retraining,
+    RetrainSteps,
     Sampler,
     Since,
     Slippage,
     Spread,
+    Stamp,
     Stamped,
     Steps,
+    Strategies,
     Symbols,
+    Tested,
     Timeframe,
     Touch,
+    TrainingTime,
     Until,
     VolumeShare,
     app,
@@ -262,58 +271,30 @@ def prefill(
     with in_folder("--cache", cache), progressing("forecasting", None) as advance:
         made = prefill(wanted, histories, declared, jobs, advance)
     seconds = time.monotonic() - began
-    out.print(
-        f"{made:,} windows of {len(histories)} symbols were forecast in {seconds:,.0f} s: {cache.absolute()}",
-        soft_wrap=True,
-    )
+    said = f"{made:,} forecasts of {len(histories)} symbols are there after {seconds:,.0f} s"
+    out.print(f"{said}: {cache.absolute()}", soft_wrap=True)
 
 
 @app.command(rich_help_panel=HISTORY)
 def backtest(
     files: Files,
     stamp: Stamped,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Take timeframe, calendars, symbols, model, strategies and \\[retrain] from the TOML file "
-            "of an instance, not from options."
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A checkpoint directory, or a baseline, which needs no training. [default: fhs]"),
-    ] = None,
+    config: ConfigOf = None,
+    model: Tested = None,
     timeframe: Timeframe = None,
-    calendar: Annotated[
-        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
-    ] = None,
+    calendar: CalendarOf = None,
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
-    strategy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="KIND, or KIND:PARAMETER=VALUE,... of a built-in strategy, an installed one or a file "
-            "mine.py:Mine; may be repeated. [default: quantile-band and median-drift]"
-        ),
-    ] = None,
+    strategy: Strategies = None,
     symbol: Symbols = None,
     since: Since = None,
     until: Until = None,
     sampler: Sampler = None,
     steps: Steps = None,
     touch: Touch = None,
-    retrain: Annotated[
-        str | None,
-        typer.Option(metavar="CRON", help="Train a challenger at these times, in UTC: '17 3 * * sun'."),
-    ] = None,
-    retrain_steps: Annotated[
-        int | None,
-        typer.Option(help="Optimiser steps of each phase of these trainings; default: from the data.", min=1),
-    ] = None,
-    training_time: Annotated[
-        str | None,
-        typer.Option(help="After how long a challenger is judged and may take over: 90s, 2h. [default: 30m]"),
-    ] = None,
+    retrain: Retraining = None,
+    retrain_steps: RetrainSteps = None,
+    training_time: TrainingTime = None,
     trials: Annotated[
         int | None,
         typer.Option(
@@ -344,26 +325,21 @@ def backtest(
     Bars before --since only warm the windows up. With --touch 2,1 the table of signals also has touch_up_2_1,
     touch_down_2_1 and drawdown (a log return).
     """
-    given: dict[str, object] = {
+    given = {
         "model": model,
         "timeframe": timeframe,
         "calendar": calendar,
-        "symbol-calendar": others_of(symbol_calendar) or None,
-        "symbol": symbol,
+        "symbol-calendar": symbol_calendar,
         "strategy": strategy,
+        "symbol": symbol,
         "sampler": sampler,
         "steps": steps,
         "touch": touch,
         "retrain": retrain,
         "retrain-steps": retrain_steps,
+        "training-time": training_time,
     }
-    named = [option for option, value in given.items() if value is not None]
-    if config is not None and named:
-        raise typer.BadParameter(f"--{named[0]} is taken from --config: give one of the two")
-    if retrain_steps is not None and retrain is None:
-        raise typer.BadParameter("--retrain-steps goes with --retrain")
-    if training_time is not None and retrain is None and config is None:
-        raise typer.BadParameter("--training-time goes with --retrain or --config")
+    check_given(config, given)
     read = [*files, *([adjustments] if adjustments else [])]
     check_result_folder(out_dir, [*read, *([Path(model)] if model and model not in BASELINES else [])])
     from barcast.backtest.cache import ForecastCache
@@ -371,7 +347,6 @@ def backtest(
     from barcast.backtest.replay import run_backtest
     from barcast.backtest.report import write_report
     from barcast.daemon.adjustments import read_adjustments
-    from barcast.daemon.config import cron_schedule
 
     execution = Execution(
         fill=fill.value,
@@ -386,22 +361,7 @@ def backtest(
         leverage=leverage,
         capital=capital,
     )
-    settings: dict[str, Any]
-    if config is not None:
-        settings = _of_instance(config)
-    else:
-        settings = {
-            "model": model or "fhs",
-            "timeframe": timeframe or found_timeframe(files, stamp, calendar or "24x7", symbol),
-            "calendar": calendar or "24x7",
-            "calendars": others_of(symbol_calendar),
-            "symbols": symbol,
-            "sampler": sampler,
-            "steps": steps,
-            "touch": pairs_of(touch),
-            "strategies": strategy or ["quantile-band", "median-drift"],
-            "retrain": None if retrain is None else cron_schedule(retrain, retrain_steps),
-        }
+    settings = settings_of(files, stamp, config, given)
     if settings["model"] not in BASELINES:
         check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
@@ -418,7 +378,6 @@ def backtest(
             since=moment(since),
             until=moment(until),
             execution=execution,
-            training_time=training_time or "30m",
             models=out_dir / "models" if settings["retrain"] else None,
             trials=trials,
             cache=known,
@@ -433,6 +392,42 @@ def backtest(
         result.save(out_dir)
         write_report(result, out_dir / "report.html")
     out.print(f"report: {(out_dir / 'report.html').absolute()}", soft_wrap=True)
+
+
+def check_given(config: Path | None, given: Mapping[str, Any]) -> None:
+    """Raise BadParameter for options (name -> value) of a tested path that do not go with one another."""
+    others_of(given["symbol-calendar"])
+    named = [option for option, value in given.items() if value is not None and option != "training-time"]
+    if config is not None and named:
+        raise typer.BadParameter(f"--{named[0]} is taken from --config: give one of the two")
+    if given["retrain-steps"] is not None and given["retrain"] is None:
+        raise typer.BadParameter("--retrain-steps goes with --retrain")
+    if given["training-time"] is not None and given["retrain"] is None and config is None:
+        raise typer.BadParameter("--training-time goes with --retrain or --config")
+
+
+def settings_of(
+    files: list[Path], stamp: Stamp, config: Path | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `run_backtest` is told of a path: from an instance's configuration, or as the options say."""
+    from barcast.daemon.config import cron_schedule
+
+    waits = {"training_time": given["training-time"] or "30m"}
+    if config is not None:
+        return _of_instance(config) | waits
+    calendar, retrain = given["calendar"] or "24x7", given["retrain"]
+    return {
+        "model": given["model"] or "fhs",
+        "timeframe": given["timeframe"] or found_timeframe(files, stamp, calendar, given["symbol"]),
+        "calendar": calendar,
+        "calendars": others_of(given["symbol-calendar"]),
+        "symbols": given["symbol"],
+        "sampler": given["sampler"],
+        "steps": given["steps"],
+        "touch": pairs_of(given["touch"]),
+        "strategies": given["strategy"] or ["quantile-band", "median-drift"],
+        "retrain": None if retrain is None else cron_schedule(retrain, given["retrain-steps"]),
+    } | waits
 
 
 def _of_instance(config: Path) -> dict[str, Any]:

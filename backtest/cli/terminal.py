@@ -154,6 +154,54 @@ Cache = Annotated[
         "again, the result is the same."
     ),
 ]
+ConfigOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="Take timeframe, calendars, symbols, model, strategies and \\[retrain] from the TOML file "
+        "of an instance, not from options.",
+    ),
+]
+Tested = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A checkpoint directory, or a baseline, which needs no training. [default: fhs]",
+    ),
+]
+CalendarOf = Annotated[
+    str | None,
+    typer.Option("--calendar", help="24x7, fx, or a name of exchange_calendars. [default: 24x7]"),
+]
+Strategies = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strategy",
+        help="KIND, or KIND:PARAMETER=VALUE,... of a built-in strategy, an installed one or a file "
+        "mine.py:Mine; may be repeated. [default: quantile-band and median-drift]",
+    ),
+]
+Retraining = Annotated[
+    str | None,
+    typer.Option(
+        "--retrain", metavar="CRON", help="Train a challenger at these times, in UTC: '17 3 * * sun'."
+    ),
+]
+RetrainSteps = Annotated[
+    int | None,
+    typer.Option(
+        "--retrain-steps",
+        help="Optimiser steps of each phase of these trainings; default: from the data.",
+        min=1,
+    ),
+]
+TrainingTime = Annotated[
+    str | None,
+    typer.Option(
+        "--training-time",
+        help="After how long a challenger is judged and may take over: 90s, 2h. [default: 30m]",
+    ),
+]
 
 
 def pairs_of(given: list[str] | None) -> tuple[tuple[float, float], ...]:

@@ -99,7 +99,7 @@ def test_prefilled_history_asks_no_network(tmp_path, asked):
     words += ["--model", str(sample_checkpoint()), "--symbol", "IBM", "--since", "2010-03-01", "--jobs", "2"]
     done = CliRunner().invoke(cli.app, [*words, "--until", "2010-05-01"])
     assert done.exit_code == 0, done.output
-    assert "windows of 1 symbols were forecast" in done.output
+    assert "44 forecasts of 1 symbols are there" in done.output
     assert asked == []  # here
     options = {"model": str(sample_checkpoint()), "symbols": ["IBM"], "since": "2010-03-01"}
     found, cache = backtest(tmp_path, **options)
