@@ -173,6 +173,7 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
             "no/model.json: cannot",
         ),
         (["verify", "nowhere.db"], "no journal there"),
+        (["contract", "--root", "a/#"], "root: 'a/#': use a topic without wildcards"),
         (["run", "nowhere.toml"], "no such file"),
     ],
 )

@@ -179,9 +179,10 @@ def contract(
     root: Annotated[str, typer.Option(help="Root topic.")] = "barcast/v1",
 ) -> None:
     """Print what feeds and readers can rely on: an AsyncAPI 3.0 document of all topics and messages."""
+    from barcast.daemon.config import root_topic
     from barcast.daemon.contract import text
 
-    sys.stdout.write(text(root))
+    sys.stdout.write(text(root_topic(root)))
 
 
 @app.command(rich_help_panel=LIVE)

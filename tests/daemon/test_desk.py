@@ -452,7 +452,7 @@ def test_reload_takes_what_a_running_daemon_can_change(made):
         ('symbols = ["A"]', 'symbols = ["a"]', "symbols.0: a symbol is A-Z"),
         ('symbols = ["A"]', "symbols = [", "not valid TOML"),
         ('symbols = ["A"]', 'symbols = ["B"]\ninstance2 = 1', "instance2: unknown key"),
-        ('root = "t"', 'root = "u"', "mqtt: cannot change while the daemon runs"),
+        ('root = "t"', 'root = "u"', "mqtt.root: cannot change while the daemon runs"),
         ('symbols = ["A"]', 'symbols = ["B"]\ncalendar = "fx"', "calendar: cannot change"),
         ("[mqtt]", '[model]\nfirst = "hs"\n[mqtt]', "model.first: cannot change"),
         (
