@@ -7,6 +7,8 @@ from pathlib import Path
 import polars as pl
 import polars.testing
 import pytest
+import typer
+from rich.text import Text
 
 from barcast.backtest import cli
 from barcast.backtest.replay import run_backtest
@@ -341,6 +343,27 @@ def test_nothing_that_is_read_is_written_over(run, tmp_path, monkeypatch, argume
     status, _, err = run(*named, *DAILY)
     assert (status, words in " ".join(err.replace("│", " ").split())) == (2, True)
     assert (bars.read_bytes(), origins.read_bytes()) == (b"years of bars", b"origins")
+
+
+def test_help_says_what_is_written():
+    """No bracket in a help text is taken for markup: `[mqtt]` would be left out."""
+    told, groups = {}, [("", typer.main.get_command(cli.app))]
+    for above, group in groups:
+        for name, command in group.commands.items():
+            told[f"{above}{name}"] = command.help
+            named = {f"{above}{name} {each.name}": each.help for each in command.params}
+            told |= {key: text for key, text in named.items() if text}
+            groups += [(f"{name} ", command)] if hasattr(command, "commands") else []
+    assert len(told) > 100
+    shown = {name: Text.from_markup(text).plain for name, text in told.items()}
+    wrong = [name for name, text in told.items() if shown[name] != text.replace("\\[", "[")]
+    assert not wrong, wrong
+
+
+def test_help_shows_brackets(run):
+    """Escaped ones come out as they are meant."""
+    said = " ".join(run("ctl", "--help")[1].replace("│", " ").split())
+    assert "as the user of [mqtt] in the configuration" in said
 
 
 def test_orders_without_a_daemon_are_refused(run, tmp_path):

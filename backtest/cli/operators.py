@@ -195,19 +195,19 @@ def publish(
             help="Take broker, timeframe, calendar and clock from this TOML file, not from options."
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Broker. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Its port. [default: 1883]", min=1, max=65535)] = None,
-    root: Annotated[str | None, typer.Option(help="Root topic. [default: barcast/v1]")] = None,
+    host: Annotated[str | None, typer.Option(help="Broker. \\[default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Its port. \\[default: 1883]", min=1, max=65535)] = None,
+    root: Annotated[str | None, typer.Option(help="Root topic. \\[default: barcast/v1]")] = None,
     timeframe: Annotated[
         str | None, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session. Needed without --config.")
     ] = None,
     calendar: Annotated[
-        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
+        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. \\[default: 24x7]")
     ] = None,
     symbol_calendar: OtherCalendars = None,
     speed: Annotated[
         float | None,
-        typer.Option(help="Times real time; the first bar is sent at once. [default: 1]", min=0.001),
+        typer.Option(help="Times real time; the first bar is sent at once. \\[default: 1]", min=0.001),
     ] = None,
     symbol: Symbols = None,
     since: Since = None,
@@ -273,7 +273,7 @@ def ctl(
     reason: Annotated[str | None, typer.Option(help="Why, for the journal.")] = None,
     mqtt: Annotated[
         bool,
-        typer.Option("--mqtt", help="Order over the broker, as the user of [mqtt] in the configuration."),
+        typer.Option("--mqtt", help="Order over the broker, as the user of \\[mqtt] in the configuration."),
     ] = False,
 ) -> None:
     """Order something of the running daemon: on its machine as its user, or with --mqtt from anywhere.
@@ -379,7 +379,7 @@ def gate(
     champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
     margin: Annotated[
         float | None,
-        typer.Option(help="Share of CRPS that must be gained; default: [retrain].", min=0, max=1),
+        typer.Option(help="Share of CRPS that must be gained; default: \\[retrain].", min=0, max=1),
     ] = None,
     parent: Parent = None,
 ) -> None:
@@ -482,8 +482,8 @@ def verify(
     capture: Annotated[
         Path | None,
         typer.Option(
-            help='What a subscriber wrote down, one ["topic", "payload"] a line: compare with that, not with '
-            "the journal's outbox."
+            help="What a subscriber wrote down, one a line: TOPIC PAYLOAD, as mosquitto_sub -v prints it, or "
+            '\\["topic", "payload"]. Compare with that, not with the journal\'s outbox.'
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -493,7 +493,7 @@ def verify(
 
     It is compared byte by byte: exit status 1 on a difference. Of what was recorded under another
     fingerprint, another processor or torch, it says how far the figures are apart. The daemon may run; it
-    does so by itself with [verify] in its configuration.
+    does so by itself where its configuration has a table `verify`.
     """
     import msgspec
 

@@ -227,11 +227,11 @@ def backtest(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="A checkpoint directory, or a baseline, which needs no training. [default: fhs]"),
+        typer.Option(help="A checkpoint directory, or a baseline, which needs no training. \\[default: fhs]"),
     ] = None,
     timeframe: Timeframe = None,
     calendar: Annotated[
-        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
+        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. \\[default: 24x7]")
     ] = None,
     symbol_calendar: OtherCalendars = None,
     adjustments: Adjustments = None,
@@ -239,7 +239,7 @@ def backtest(
         list[str] | None,
         typer.Option(
             help="KIND, or KIND:PARAMETER=VALUE,... of a built-in strategy, an installed one or a file "
-            "mine.py:Mine; may be repeated. [default: quantile-band and median-drift]"
+            "mine.py:Mine; may be repeated. \\[default: quantile-band and median-drift]"
         ),
     ] = None,
     symbol: Symbols = None,
@@ -258,7 +258,9 @@ def backtest(
     ] = None,
     training_time: Annotated[
         str | None,
-        typer.Option(help="After how long a challenger is judged and may take over: 90s, 2h. [default: 30m]"),
+        typer.Option(
+            help="After how long a challenger is judged and may take over: 90s, 2h. \\[default: 30m]"
+        ),
     ] = None,
     trials: Annotated[
         int | None,
