@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -216,6 +216,7 @@ def publish(
     """Feed bars from files to a broker, each when its close comes on the clock."""
     import asyncio
 
+    from barcast.backtest.replay import found_timeframe
     from barcast.daemon import log
     from barcast.daemon.app import WallClock, rehearsal
     from barcast.daemon.config import load, parse
@@ -246,6 +247,13 @@ def publish(
         raise typer.BadParameter("--speed is taken from [rehearsal] in --config: give one of the two")
     frame = scan(files, stamp.value, settings.bar_calendars(), symbol, moment(since), moment(until))
     found = list(bars(frame))
+    if len(found) > len({bar.symbol for bar in found}):  # one bar alone does not tell how long it is
+        text, how = found_timeframe(files, stamp.value, settings.calendar, symbol)
+        if text != settings.timeframe:
+            raise ConfigError(
+                f"timeframe: {settings.timeframe!r} is configured, and the files hold {text!r} bars ({how}); "
+                "name that timeframe, or write the true one into a column `timeframe` of the files"
+            )
     if settings.rehearsal is None:
         first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
         settings = settings.model_copy(update={"rehearsal": rehearsal(first, speed or 1.0)})
@@ -255,7 +263,12 @@ def publish(
         def sent(count: int, close_time: int) -> None:
             advance(count, to_text(close_time))
 
-        asyncio.run(send(found, address, settings.mqtt.root, settings.timeframe, WallClock(settings), sent))
+        def waits(close_time: int, seconds: float) -> None:
+            left = timedelta(seconds=round(seconds))
+            tell(f"the next bar closes at {to_text(close_time)} on the clock, {left} from now")
+
+        clock = WallClock(settings)
+        asyncio.run(send(found, address, settings.mqtt.root, settings.timeframe, clock, sent, waits))
     out.print(f"published {len(found)} bars")
 
 
