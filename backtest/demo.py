@@ -119,13 +119,17 @@ class Demo:
         self.notices: list[wire.ModelNotice] = []
         self.config = str(self.folder / "barcast.toml")
         self.watched, self.ready = asyncio.Event(), asyncio.Event()
+        self.processes: list[Process] = []
 
     def run(self) -> None:
-        """Run the demonstration; raise when a promise does not hold."""
+        """Run the demonstration; raise when a promise does not hold, KeyboardInterrupt when it is to end."""
         began = time.monotonic()
         self._prepare()
         with self._broker():
-            asyncio.run(self._live())
+            try:
+                asyncio.run(self._live())
+            except asyncio.CancelledError:
+                raise KeyboardInterrupt from None
         self._replay()
         self._backtest()
         self.out.print(f"[dim]The running part took {time.monotonic() - began:.0f} s.[/]")
@@ -190,28 +194,36 @@ class Demo:
             yield
 
     async def _live(self) -> None:
-        """Daemon, publisher and an independent subscriber, each a process or client of its own."""
+        """Daemon, publisher and an independent subscriber, each a process or client of its own.
+
+        What asks a process to end, or a terminal that is closed, does what Ctrl-C does.
+        """
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, task.cancel)
         async with asyncio.TaskGroup() as group:
             watching = group.create_task(self._watch())
-            await self.watched.wait()
-            daemon = await self._daemon()
-            feed = ["--since", f"{START:%Y-%m-%d}", "--until", f"{self.last:%Y-%m-%dT%H:%M:%S}"]
-            bars = [str(sample_bars()), "--stamp", "close", "--config", self.config, *feed]
-            publisher = await self._start("publisher", "publish", *bars)
-            self.out.print(
-                f"daemon: process {daemon.pid}, log in {self.folder / 'daemon.log'}\n"
-                f"bars: {SESSIONS} sessions from {START:%Y-%m-%d} in about {self.seconds:.0f} s; meanwhile a "
-                "challenger is trained"
-            )
             try:
+                await self.watched.wait()
+                daemon = await self._daemon()
+                feed = ["--since", f"{START:%Y-%m-%d}", "--until", f"{self.last:%Y-%m-%dT%H:%M:%S}"]
+                bars = [str(sample_bars()), "--stamp", "close", "--config", self.config, *feed]
+                publisher = await self._start("publisher", "publish", *bars)
+                self.out.print(
+                    f"daemon: process {daemon.pid}, log in {self.folder / 'daemon.log'}\n"
+                    f"bars: {SESSIONS} sessions from {START:%Y-%m-%d} in about {self.seconds:.0f} s; "
+                    "meanwhile a challenger is trained"
+                )
                 with Live(self._table(), console=self.out, refresh_per_second=4) as live:
                     await self._follow(live, daemon, publisher)
                 self.out.print()
             finally:
-                for process in (publisher, daemon):
-                    if process.returncode is None:
-                        process.send_signal(signal.SIGTERM)
-                        await process.wait()
+                running = [process for process in self.processes if process.returncode is None]
+                for process in running:  # before any wait, which a second signal would end
+                    process.send_signal(signal.SIGTERM)
+                for process in running:
+                    await process.wait()
                 watching.cancel()
         with (self.folder / "capture.jsonl").open("wb") as file:
             for topic, payload in self.capture:
@@ -243,7 +255,8 @@ class Demo:
     async def _start(self, name: str, *arguments: str) -> Process:
         with (self.folder / f"{name}.log").open("wb") as log:
             command = [sys.executable, "-m", "barcast.backtest.cli", *arguments]
-            return await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log)
+            self.processes.append(await asyncio.create_subprocess_exec(*command, stdout=log, stderr=log))
+        return self.processes[-1]
 
     async def _follow(self, live: Live, daemon: Process, publisher: Process) -> None:
         """Show signals until all bars are sent and both challengers are judged."""

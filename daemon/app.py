@@ -31,7 +31,7 @@ from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Pause
 from barcast.daemon.postgres import Lease, Server
 from barcast.daemon.retention import daily
-from barcast.daemon.retraining import Retraining, Serving
+from barcast.daemon.retraining import Result, Retraining, Serving
 from barcast.daemon.room import check_room, room
 from barcast.daemon.schedule import Planner, scheduler
 from barcast.daemon.standby import Leadership, Standby
@@ -428,7 +428,7 @@ class Daemon:
         return Serving(champion.model, margin, champion.left)
 
     async def _order(self, order: Order, tell: Tell) -> str:
-        """What an operator wants of the daemon. Raise ConfigError for what it cannot do."""
+        """What an operator wants of the daemon. Raise BarcastError for what cannot be done, or was not."""
         match order.verb:
             case "state":
                 return self._about()
@@ -448,7 +448,10 @@ class Daemon:
             self.retraining.ask(ASKED)
             return "asked for; the log and the model's topic will say what comes of it"
         result = await self.retraining.follow(ASKED, tell)
-        return f"{result}; {self.succession.champion.model} serves"
+        said = f"{result}; {self.succession.champion.model} serves"
+        if result is Result.failed:
+            raise BarcastError(f"{said}; the log says why, and `retrain` tries again")
+        return said
 
     def _about(self) -> str:
         """Who serves since when, how trainings went, and what operators did, in lines."""

@@ -437,8 +437,9 @@ async def order(
                 async with asyncio.timeout_at(None if talk.boot else end):
                     await link.arrived.wait()
             except TimeoutError as error:
+                why = talk.known if link.connected.is_set() else f"no broker: {link.fault}"
                 raise ConfigError(
-                    f"{instance}: no answer to {verb} within {TAKEN_SECONDS:.0f} s ({link.fault}); look "
+                    f"{instance}: no answer to {verb} within {TAKEN_SECONDS:.0f} s ({why}); look "
                     f"whether the daemon is at work and may read {root}/control/{instance}/+"
                 ) from error
             link.arrived.clear()
@@ -458,10 +459,14 @@ async def order(
 
 
 class _Talk:
-    """What is known of an order: the start of the daemon that took it ("": none yet), and what is wrong."""
+    """What is known of an order and of the daemon, by its status.
+
+    Of the order it is the start of the daemon that took it ("": none yet), and what is wrong.
+    """
 
     def __init__(self, instance: str, verb: str) -> None:
         self.boot = self.fault = ""
+        self.known = "it has no status on the broker"
         self._instance, self._verb = instance, verb
 
     def hear(self, answers: bool, payload: bytes, on_line: Callable[[str], None]) -> str | None:
@@ -482,6 +487,7 @@ class _Talk:
         return answer.done
 
     def _watch(self, status: Status) -> None:
+        self.known = f"its status is {status.state}"
         if self.boot and (status.boot != self.boot or status.state in ("lost", "stopped")):
             raise ConfigError(
                 f"{self._instance}: the daemon ended before it had answered {self._verb}; its log says why"

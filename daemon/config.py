@@ -96,6 +96,18 @@ def _root(value: str) -> str:
     return value
 
 
+def _host(value: str) -> str:
+    try:
+        ipaddress.IPv6Address(value)
+    except ValueError:
+        if set(value) & set("/@:"):  # a URL, in which a password may be
+            raise ValueError(
+                "write a name or an address alone; the port goes into mqtt.port, user and password into "
+                "mqtt.username and mqtt.password_file"
+            ) from None
+    return value
+
+
 def _timeframe(value: str) -> str:
     try:
         Timeframe.parse(value)
@@ -191,6 +203,14 @@ def duration(text: str) -> int:
         raise ConfigError(f"{text!r}: {error}") from error
 
 
+def root_topic(text: str) -> str:
+    """A root topic that a configuration may have. Raise ConfigError for any other text."""
+    try:
+        return _root(text)
+    except ValueError as error:
+        raise ConfigError(f"root: {_shown(text)}: {error}") from error
+
+
 RELOADED = (
     "symbols",
     "max_wait",
@@ -204,6 +224,8 @@ RELOADED = (
     "verify",
 )
 """Keys that a running daemon takes anew; any other needs a restart."""
+_SECRET = (("journal", "url"), ("mqtt", "host"))
+"""Keys whose wrong values are not shown: somebody may have written a password there."""
 
 Duration = Annotated[
     int,
@@ -221,8 +243,7 @@ def _password(table: str, file: Path | None) -> str | None:
     if file is None:
         return None
     key = f"{table}.password_file: {file}"
-    if not _is_file(file):
-        raise ConfigError(f"{key} does not exist; create it or drop the key")
+    _check_there(key, file)
     try:
         password = file.read_text("utf-8").strip()
     except (OSError, ValueError) as error:
@@ -235,10 +256,18 @@ def _password(table: str, file: Path | None) -> str | None:
     return password
 
 
+def _check_there(key: str, file: Path) -> None:
+    """Raise ConfigError where there is no such file."""
+    if _is_dir(file):
+        raise ConfigError(f"{key} is a folder; name the file in it")
+    if not _is_file(file):
+        raise ConfigError(f"{key} does not exist; create it or drop the key")
+
+
 def _trust(table: str, file: Path | None) -> ssl.SSLContext:
     """TLS that verifies a server by the authority in a file, or by those that the system trusts."""
-    if file is not None and not _is_file(file):
-        raise ConfigError(f"{table}.ca_file: {file} does not exist; create it or drop the key")
+    if file is not None:
+        _check_there(f"{table}.ca_file: {file}", file)
     try:
         return ssl.create_default_context(cafile=None if file is None else str(file))
     except OSError as error:
@@ -268,7 +297,7 @@ class Mqtt(_Section):
     to another machine in the clear only with `plain_password`.
     """
 
-    host: str = Field(default="127.0.0.1", min_length=1)
+    host: Annotated[str, AfterValidator(_host)] = Field(default="127.0.0.1", min_length=1)
     port: int = Field(default=1883, gt=0, lt=65536)
     root: Annotated[str, AfterValidator(_root)] = "barcast/v1"
     username: str | None = None
@@ -276,6 +305,15 @@ class Mqtt(_Section):
     ca_file: Path | None = None
     tls: Annotated[bool | None, Field(validate_default=True)] = None
     plain_password: Annotated[bool, Field(validate_default=True)] = False
+
+    @field_validator("password_file")
+    @classmethod
+    def _has_a_user(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        if file is not None and not info.data.get("username"):
+            raise ValueError(
+                "a password without mqtt.username is told to no broker; write that, too, or drop this"
+            )
+        return file
 
     @field_validator("tls")
     @classmethod
@@ -601,13 +639,17 @@ class Config(BaseSettings):
 
     def changed_in(self, other: "Config") -> tuple[list[str], list[str]]:
         """Which keys another configuration has otherwise: those that need a restart, and the rest."""
-        keys = [key for key in type(self).model_fields if getattr(self, key) != getattr(other, key)]
-        fixed = [key for key in keys if key not in RELOADED and key != "model"]
-        soft = [key for key in keys if key in RELOADED]
-        for key in type(self.model).model_fields:
-            if getattr(self.model, key) != getattr(other.model, key):
-                (soft if f"model.{key}" in RELOADED else fixed).append(f"model.{key}")
-        return fixed, soft
+        keys = [key for name in type(self).model_fields for key in self._apart(other, name)]
+        return [key for key in keys if key not in RELOADED], [key for key in keys if key in RELOADED]
+
+    def _apart(self, other: "Config", name: str) -> list[str]:
+        """A key if another configuration has it otherwise; of a table that both have, its own keys."""
+        mine, its = getattr(self, name), getattr(other, name)
+        if mine == its:
+            return []
+        if name in RELOADED or mine is None or its is None or not isinstance(mine, _Section):
+            return [name]
+        return [f"{name}.{key}" for key in type(mine).model_fields if getattr(mine, key) != getattr(its, key)]
 
     @property
     def in_force(self) -> Path:
@@ -662,13 +704,20 @@ def state_dir(path: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """The values of the file as they are. Raise ConfigError where it holds none."""
     if not _is_file(path):
-        raise ConfigError(f"{path}: no such file; `barcast check` expects the path of a TOML file")
+        raise ConfigError(f"{path}: no such file; name the TOML file of an instance")
     if (size := path.stat().st_size) > MOST_BYTES:
         raise ConfigError(
             f"{path}: has {size} bytes, and no configuration has more than {MOST_BYTES}; name the TOML file"
         )
     try:
         text = path.read_text("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); let this user read it, or ask as the daemon's"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}; correct what stands there") from error
+    try:
         if deep := _DEEP.search(text):
             raise ValueError(f"a key of 64 parts or more, {_shown(deep[0])}")
         values: object = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -731,9 +780,18 @@ def _faults(path: str, error: ValidationError) -> Iterator[str]:
         elif fault["type"] == "missing":
             yield f"{path}: {where}: missing; write it, as it has no default"
         else:
-            secret = fault["loc"] == ("journal", "url")  # a password may be in it
-            given = f" (given: {_shown(fault['input'])})" if fault["loc"] and not secret else ""
-            yield f"{path}: {where}: {_cut(fault['msg'].removeprefix('Value error, '), 5 * SHOWN)}{given}"
+            shown = fault["loc"] and fault["loc"] not in _SECRET
+            given = f" (given: {_shown(fault['input'])})" if shown else ""
+            said = _cut(fault["msg"].removeprefix("Value error, "), 5 * SHOWN)
+            yield f"{path}: {where}: {said}{_form(fault['type'], where)}{given}"
+
+
+def _form(fault: str, where: str) -> str:
+    """How a table or a list is written, for who wrote neither."""
+    table = "[[strategy]]" if where.startswith("strategy") else f"[{where}]"
+    if fault == "model_type" or (fault, table) == ("list_type", "[[strategy]]"):
+        return f"; write {table} and its keys in the lines below"
+    return '; write it in brackets, such as ["AAPL", "IBM"]' if fault == "list_type" else ""
 
 
 def _shown(value: object) -> str:

@@ -8,6 +8,7 @@ leaves: the state of the path after a record, a snapshot, stands for the message
 
 import errno
 import sqlite3
+import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -60,6 +61,8 @@ BUSY_SECONDS = 60.0
 """How long a commit waits for one of the other process, at most: each of them takes milliseconds."""
 NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE, sqlite3.SQLITE_IOERR_SHMSIZE)
 """What SQLite says when the disk, or the quota, is full: here it is an OSError, as of any file."""
+NOT_LET = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+"""What it says to who may not read, or not write: readers write, too, to tell that they read."""
 LEAVING, LEAVING_BYTES = 500, 1_000_000
 """Rows, and bytes, that leave or are written in one commit of a compaction, at most."""
 
@@ -148,8 +151,22 @@ Place = Path | Server
 
 
 def exists(place: Place) -> bool:
-    """Whether there is a journal. Raise JournalLostError when its server cannot say."""
-    return Postgres.exists(place) if isinstance(place, Server) else place.is_file()
+    """Whether there is a journal.
+
+    Raise ConfigError for a file that may not be looked at, JournalLostError when its server cannot say.
+    """
+    return Postgres.exists(place) if isinstance(place, Server) else _is_file(place)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no path has such characters
+        return False
+    except OSError as error:
+        refused = isinstance(error, PermissionError)
+        remedy = "ask as the user of the daemon" if refused else "name another state_dir"
+        raise ConfigError(f"{path}: {error.strerror}; {remedy}") from error
 
 
 class Journal:
@@ -601,7 +618,7 @@ def checked(path: Path, proceed: Callable[[], bool]) -> tuple[int, list[str]]:
 
 
 def _open(path: Path, readonly: bool) -> _Sqlite:
-    if readonly and not path.is_file():
+    if readonly and not _is_file(path):
         raise ConfigError(f"{path}: no journal there; give the journal.db of a state directory")
     uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
     with _reading(path):
@@ -674,6 +691,10 @@ def _reading(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         if (full := _no_room(error)) is not None:
             raise full from error
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_LET and path.is_file():
+            raise ConfigError(
+                f"{path}: {error}; let this user read and write it, or ask as the user of the daemon"
+            ) from error
         raise _damaged(path, error) from error
     except UnicodeDecodeError as error:  # of a text, or of what SQLite says of one
         raise _damaged(path, error) from error

@@ -10,6 +10,9 @@ from barcast.daemon.mqtt import NOT_CONNECTED, Address, Link
 from barcast.daemon.wire import Outgoing, encode_bars
 from barcast.models import Bar, ConfigError
 
+LONG_SECONDS = 61.0
+"""A wait that is worth a word: bars of a minute, in real time, are none."""
+
 
 async def publish(
     bars: Iterable[Bar],
@@ -18,11 +21,13 @@ async def publish(
     timeframe: str,
     clock: Clock,
     sent: Callable[[int, int], None],
+    waits: Callable[[int, float], None],
 ) -> None:
     """Publish bars, sorted by close time, one message a bar, and wait for the broker to have each.
 
     What a lost connection interrupted is sent again; what the broker refuses raises ConfigError.
-    `sent(count, close_time)` is called after each close.
+    `sent(count, close_time)` is called after each close, and `waits(close_time, seconds)` before a long wait,
+    in real seconds.
     """
     link = Link(address, (), None)
 
@@ -41,7 +46,10 @@ async def publish(
         connection = group.create_task(link.run(connected), name="link")
         await link.connected.wait()
         for close_time, together in groupby(bars, attrgetter("close_time")):
-            await asyncio.sleep(clock.seconds_until(close_time))
+            seconds = clock.seconds_until(close_time)
+            if seconds > LONG_SECONDS:
+                waits(close_time, seconds)
+            await asyncio.sleep(seconds)
             due = list(together)
             await asyncio.gather(*(deliver(bar) for bar in due))
             sent(len(due), close_time)

@@ -137,10 +137,12 @@ TABLE: dict[str, tuple[str | bytes, str]] = {
 for what, (text, said) in TABLE.items():
     CASES[f"config: {what}"] = config(text), f"barcast.toml | {said}"
 
-SECRET, AUTHORITY = (f'{LEAST}[mqtt]\n{key} = "mine"\n' for key in ("password_file", "ca_file"))
+SECRET, AUTHORITY = (
+    f'{LEAST}[mqtt]\nusername = "u"\n{key} = "mine"\n' for key in ("password_file", "ca_file")
+)
 CASES |= {
-    "config: no file": (lambda _: ["check", "absent.toml"], "absent.toml | no such file | expects the path"),
-    "config: a folder": (lambda _: ["run", "."], ". | no such file | expects the path of a TOML file"),
+    "config: no file": (lambda _: ["check", "absent.toml"], "absent.toml | no such file | name the TOML"),
+    "config: a folder": (lambda _: ["run", "."], ". | no such file | name the TOML file of an instance"),
     "config: no password file": (config(SECRET), "mine | mqtt.password_file | does not exist | create it"),
     "config: no CA file": (config(AUTHORITY), "mine | mqtt.ca_file | does not exist | create it"),
     "config: a CA file without a certificate": (

@@ -7,6 +7,8 @@ from pathlib import Path
 import polars as pl
 import polars.testing
 import pytest
+import typer
+from rich.text import Text
 
 from barcast.backtest import cli
 from barcast.backtest.replay import run_backtest
@@ -173,6 +175,7 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
             "no/model.json: cannot",
         ),
         (["verify", "nowhere.db"], "no journal there"),
+        (["contract", "--root", "a/#"], "root: 'a/#': use a topic without wildcards"),
         (["run", "nowhere.toml"], "no such file"),
     ],
 )
@@ -340,6 +343,65 @@ def test_nothing_that_is_read_is_written_over(run, tmp_path, monkeypatch, argume
     status, _, err = run(*named, *DAILY)
     assert (status, words in " ".join(err.replace("│", " ").split())) == (2, True)
     assert (bars.read_bytes(), origins.read_bytes()) == (b"years of bars", b"origins")
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What would be published: how many bars, of which timeframe, and whether a wait was told of."""
+    calls = []
+
+    async def send(bars, _address, _root, timeframe, _clock, told, waits):
+        calls.append((len(bars), timeframe))
+        waits(bars[0].close_time, 90_000.0)
+        told(len(bars), bars[-1].close_time)
+
+    monkeypatch.setattr("barcast.daemon.publish.publish", send)
+    return calls
+
+
+def test_bars_of_another_length_are_not_published(run, tmp_path, sent):
+    """Daily bars in a configuration of minutes are named, by their column or the distances between them."""
+    config = tmp_path / "barcast.toml"
+    config.write_text('instance = "x"\nstate_dir = "s"\ntimeframe = "1m"\n')
+    status, _, err = run("publish", SAMPLE, "--stamp", "close", "--config", str(config))
+    assert (status, sent) == (78, [])
+    assert "timeframe: '1m' is configured, and the files hold '1d' bars (the most frequent distance" in err
+    says = pl.read_parquet(SAMPLE).head(2).with_columns(timeframe=pl.lit("1d"))
+    says.write_parquet(tmp_path / "says.parquet")
+    status, _, err = run("publish", str(tmp_path / "says.parquet"), "--stamp", "close", "--timeframe", "1m")
+    assert (status, "column 'timeframe' of" in err) == (78, True)
+
+
+def test_bars_are_published_and_a_long_wait_is_told(run, tmp_path, sent):
+    """Of the configured length, or too few to tell; whoever waits for the next close is told until when."""
+    cut = ["--symbol", "IBM", "--since", "2012-01-03", "--until", "2012-01-10"]
+    status, out, err = run("publish", SAMPLE, *DAILY, *cut)
+    assert (status, "published 5 bars" in out, sent) == (0, True, [(5, "session")]), err
+    assert "the next bar closes at 2012-01-03T21:00:00" in err
+    assert "1 day, 1:00:00 from now" in err
+    pl.read_parquet(SAMPLE).head(1).write_parquet(tmp_path / "one.parquet")
+    assert run("publish", str(tmp_path / "one.parquet"), "--stamp", "close", "--timeframe", "1m")[0] == 0
+
+
+def test_help_says_what_is_written():
+    """No bracket in a help text is taken for markup: `[mqtt]` would be left out."""
+    told, groups = {}, [("", typer.main.get_command(cli.app))]
+    for above, group in groups:
+        for name, command in group.commands.items():
+            told[f"{above}{name}"] = command.help
+            named = {f"{above}{name} {each.name}": each.help for each in command.params}
+            told |= {key: text for key, text in named.items() if text}
+            groups += [(f"{name} ", command)] if hasattr(command, "commands") else []
+    assert len(told) > 100
+    shown = {name: Text.from_markup(text).plain for name, text in told.items()}
+    wrong = [name for name, text in told.items() if shown[name] != text.replace("\\[", "[")]
+    assert not wrong, wrong
+
+
+def test_help_shows_brackets(run):
+    """Escaped ones come out as they are meant."""
+    said = " ".join(run("ctl", "--help")[1].replace("│", " ").split())
+    assert "as the user of [mqtt] in the configuration" in said
 
 
 def test_orders_without_a_daemon_are_refused(run, tmp_path):

@@ -99,6 +99,61 @@ def test_state_directory_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert finding.state == "fail"
     assert "No locks available" in finding.said
 
+    def full(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(doctor.os, "fsync", full)
+    [finding] = _Check("state", 5, partial(doctor.state_directory, own)).result()[-1:]
+    assert finding.state == "fail"
+    assert finding.remedy == "make room on the disk of the state directory"
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_file_in_the_place_of_the_state_directory_is_a_fault(tmp_path: Path, above: bool) -> None:
+    """No start could make the directory, there or below it."""
+    (tmp_path / "state").write_text("mine")
+    path = tmp_path / "barcast.toml"
+    path.write_text(LEAST.format(port=1).replace('"state"', '"state/a/b"' if above else '"state"'))
+    said, remedy = one(doctor.state_directory(Case(path, load(path))), "fail")
+    assert said == f"{tmp_path / 'state'} is no directory"
+    assert "move it away" in remedy
+
+
+def test_directory_that_nobody_can_make_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start by this user could not make it; that of a service has its directory made."""
+    own = case(tmp_path, state=False)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    said, remedy = one(doctor.state_directory(own), "warn")
+    assert said == f"{tmp_path / 'state'} is not there, and this user may not make it in {tmp_path}"
+    assert "as the user of the daemon" in remedy
+
+
+def test_passwords_are_for_nobody_else(tmp_path: Path) -> None:
+    """A file that all may read is worth a word, one of this user and a group is none."""
+    more = 'username = "u"\npassword_file = "secret"\n[journal]\nurl = "postgresql://a@/b?host=/run"\n'
+    own = case(tmp_path, f'{more}password_file = "other"\n')
+    for name, mode in (("secret", 0o640), ("other", 0o644)):
+        (tmp_path / name).write_text("x")
+        (tmp_path / name).chmod(mode)
+    said, remedy = one(doctor.passwords(own), "warn")
+    assert said == f"journal.password_file: {tmp_path / 'other'} has mode 644: every user may read it"
+    assert remedy == f"chmod o= {tmp_path / 'other'}"
+    (tmp_path / "other").chmod(0o600)
+    assert one(doctor.passwords(own), "ok")[0] == "none that every user may read"
+
+
+def test_worker_that_does_not_listen_is_a_fault(tmp_path: Path) -> None:
+    """Without its socket every training would fail; one that is there is not disturbed."""
+    assert "the daemon" in one(doctor.worker(case(tmp_path)), "ok")[0]
+    own = case(tmp_path, '[retrain]\nsocket = "run/worker"\n')
+    said, remedy = one(doctor.worker(own), "fail")
+    assert said == f"there is no socket {tmp_path / 'run' / 'worker'}"
+    assert "barcast-retrain@" in remedy
+    (tmp_path / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "run" / "worker"))
+        assert "is there" in one(doctor.worker(own), "ok")[0]
+
 
 def test_journal_is_examined(tmp_path: Path) -> None:
     """Damage in it, an older version, what is too long to be checked, and a file that is none."""
@@ -146,6 +201,11 @@ def test_history_is_read(tmp_path: Path) -> None:
     [finding] = _Check("history", 20, partial(doctor.history, own)).result()
     assert finding.state == "fail"
     assert "a.csv" in finding.said
+    (tmp_path / "state" / "history" / "a.csv").rename(tmp_path / "state" / "history" / "a.parquet")
+    [finding] = _Check("history", 20, partial(doctor.history, own)).result()
+    assert "a.parquet" in finding.said
+    assert finding.remedy
+    assert finding.remedy not in finding.said
 
 
 def test_strategies_are_tried(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_password_goes_to_nobody_but_the_broker_that_was_named(
 )
 def test_password_to_another_machine_needs_tls(given: dict[str, object], goes: bool) -> None:
     """Off loopback, a password without TLS is refused unless somebody says that it is meant."""
-    mqtt_table = {"host": "broker.example", "password_file": "secret"} | given
+    mqtt_table = {"host": "broker.example", "username": "u", "password_file": "secret"} | given
     if goes:
         parse(LEAST | {"mqtt": mqtt_table}, "x")
         return

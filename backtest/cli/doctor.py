@@ -108,8 +108,16 @@ def state_directory(case: Case) -> Found:
     from barcast.daemon.room import LEAST_FREE, free_bytes
 
     folder = case.settings.state_dir
-    if not folder.is_dir():
-        yield "ok", f"{folder} is not there yet: the first start makes it", ""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        yield "fail", f"{there} is no directory", "move it away, or name another state_dir"
+        return
+    if there != folder.absolute():
+        if os.access(there, os.W_OK | os.X_OK):
+            yield "ok", f"{folder} is not there yet: the first start makes it", ""
+        else:
+            said = f"{folder} is not there, and this user may not make it in {there}"
+            yield "warn", said, "make it for the daemon's user, or run doctor as the user of the daemon"
     else:
         found = folder.stat()
         if found.st_uid != os.geteuid():
@@ -126,13 +134,27 @@ def state_directory(case: Case) -> Found:
             os.fsync(file.fileno())
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     free = free_bytes(folder)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     disk = os.statvfs(there)
     state: State = "fail" if free < LEAST_FREE else "warn" if free < LITTLE_ROOM else "ok"
     remedy = "" if state == "ok" else f"make room on the disk of {folder}, or lower `keep`"
     yield state, f"{free / 1e9:.1f} GB free", remedy
     if disk.f_files and disk.f_favail < FEW_FILES:
         yield "warn", f"the disk takes {disk.f_favail} files more", "remove files: it has no inodes left"
+
+
+def passwords(case: Case) -> Found:
+    """Their files are for those alone who need them."""
+    settings, found = case.settings, False
+    for table, given in (("mqtt", settings.mqtt), ("journal", settings.journal)):
+        if given is None or (file := given.password_file) is None:
+            continue
+        mode = stat.S_IMODE(file.stat().st_mode)
+        if mode & stat.S_IROTH:
+            found = True
+            said = f"{table}.password_file: {file} has mode {mode:o}: every user may read it"
+            yield "warn", said, f"chmod o= {file}"
+    if not found:
+        yield "ok", "none that every user may read", ""
 
 
 def journal(case: Case, proceed: Callable[[], bool]) -> Found:
@@ -313,6 +335,18 @@ def _holder(path: Path) -> int | None:
     return None
 
 
+def worker(case: Case) -> Found:
+    """Where trainings are asked for. It is not asked, as that would start one."""
+    retrain = case.settings.retrain
+    if retrain is None or retrain.socket is None:
+        yield "ok", "none: what is trained is trained by the daemon", ""
+    elif retrain.socket.is_socket():
+        yield "ok", f"{retrain.socket} is there", ""
+    else:
+        remedy = "systemctl enable --now barcast-retrain@NAME.socket, or drop retrain.socket"
+        yield "fail", f"there is no socket {retrain.socket}", remedy
+
+
 def broker(case: Case) -> Found:
     """It is reached, is who it should be, lets us in, and what is published comes back."""
     from barcast.daemon.config import is_loopback
@@ -417,12 +451,14 @@ BROKER_SECONDS = 25.0
 CHECKS: tuple[tuple[str, float, Callable[..., Found]], ...] = (
     ("packages", 10, packages),
     ("state directory", 10, state_directory),
+    ("passwords", 5, passwords),
     ("journal", 30, journal),
     ("model", 120, model),
     ("history", 120, history),
     ("strategies", 20, strategies),
     ("clock", 5, clock),
     ("daemon", 15, daemon),
+    ("worker", 5, worker),
     ("broker", BROKER_SECONDS + 5, broker),
     ("http", 10, http),
     ("systemd", 15, unit),
@@ -431,11 +467,16 @@ CHECKS: tuple[tuple[str, float, Callable[..., Found]], ...] = (
 
 
 def fault(check: str, error: Exception) -> Finding:
-    """A fault that a sentence tells of, which ends with the remedy."""
-    said, _, remedy = str(error).rpartition("; ") if isinstance(error, BarcastError) else ("", "", "")
-    return Finding(
-        check, "fail", said or str(error), remedy or "let this user do that, or ask as the daemon's"
-    )
+    """A fault that a sentence tells of, which ends with the remedy, behind a semicolon or a colon."""
+    from barcast.daemon.room import is_full
+
+    text, remedy = str(error), "let this user do that, or ask as the daemon's"
+    if isinstance(error, BarcastError):
+        said, _, remedy = text.rpartition("; " if "; " in text else ": ")
+        return Finding(check, "fail", said or text, remedy if said else "see what was found")
+    if isinstance(error, OSError) and is_full(error):
+        remedy = f"make room on the disk of {error.filename or 'the state directory'}"
+    return Finding(check, "fail", text, remedy)
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -179,9 +179,10 @@ def contract(
     root: Annotated[str, typer.Option(help="Root topic.")] = "barcast/v1",
 ) -> None:
     """Print what feeds and readers can rely on: an AsyncAPI 3.0 document of all topics and messages."""
+    from barcast.daemon.config import root_topic
     from barcast.daemon.contract import text
 
-    sys.stdout.write(text(root))
+    sys.stdout.write(text(root_topic(root)))
 
 
 @app.command(rich_help_panel=LIVE)
@@ -194,19 +195,19 @@ def publish(
             help="Take broker, timeframe, calendar and clock from this TOML file, not from options."
         ),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Broker. [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Its port. [default: 1883]", min=1, max=65535)] = None,
-    root: Annotated[str | None, typer.Option(help="Root topic. [default: barcast/v1]")] = None,
+    host: Annotated[str | None, typer.Option(help="Broker. \\[default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Its port. \\[default: 1883]", min=1, max=65535)] = None,
+    root: Annotated[str | None, typer.Option(help="Root topic. \\[default: barcast/v1]")] = None,
     timeframe: Annotated[
         str | None, typer.Option(help="Length of a bar: {n}{s|m|h|d}, or session. Needed without --config.")
     ] = None,
     calendar: Annotated[
-        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. [default: 24x7]")
+        str | None, typer.Option(help="24x7, fx, or a name of exchange_calendars. \\[default: 24x7]")
     ] = None,
     symbol_calendar: OtherCalendars = None,
     speed: Annotated[
         float | None,
-        typer.Option(help="Times real time; the first bar is sent at once. [default: 1]", min=0.001),
+        typer.Option(help="Times real time; the first bar is sent at once. \\[default: 1]", min=0.001),
     ] = None,
     symbol: Symbols = None,
     since: Since = None,
@@ -215,6 +216,7 @@ def publish(
     """Feed bars from files to a broker, each when its close comes on the clock."""
     import asyncio
 
+    from barcast.backtest.replay import found_timeframe
     from barcast.daemon import log
     from barcast.daemon.app import WallClock, rehearsal
     from barcast.daemon.config import load, parse
@@ -245,6 +247,13 @@ def publish(
         raise typer.BadParameter("--speed is taken from [rehearsal] in --config: give one of the two")
     frame = scan(files, stamp.value, settings.bar_calendars(), symbol, moment(since), moment(until))
     found = list(bars(frame))
+    if len(found) > len({bar.symbol for bar in found}):  # one bar alone does not tell how long it is
+        text, how = found_timeframe(files, stamp.value, settings.calendar, symbol)
+        if text != settings.timeframe:
+            raise ConfigError(
+                f"timeframe: {settings.timeframe!r} is configured, and the files hold {text!r} bars ({how}); "
+                "name that timeframe, or write the true one into a column `timeframe` of the files"
+            )
     if settings.rehearsal is None:
         first = datetime.fromtimestamp(found[0].close_time / 1e9, UTC)
         settings = settings.model_copy(update={"rehearsal": rehearsal(first, speed or 1.0)})
@@ -254,7 +263,12 @@ def publish(
         def sent(count: int, close_time: int) -> None:
             advance(count, to_text(close_time))
 
-        asyncio.run(send(found, address, settings.mqtt.root, settings.timeframe, WallClock(settings), sent))
+        def waits(close_time: int, seconds: float) -> None:
+            left = timedelta(seconds=round(seconds))
+            tell(f"the next bar closes at {to_text(close_time)} on the clock, {left} from now")
+
+        clock = WallClock(settings)
+        asyncio.run(send(found, address, settings.mqtt.root, settings.timeframe, clock, sent, waits))
     out.print(f"published {len(found)} bars")
 
 
@@ -272,7 +286,7 @@ def ctl(
     reason: Annotated[str | None, typer.Option(help="Why, for the journal.")] = None,
     mqtt: Annotated[
         bool,
-        typer.Option("--mqtt", help="Order over the broker, as the user of [mqtt] in the configuration."),
+        typer.Option("--mqtt", help="Order over the broker, as the user of \\[mqtt] in the configuration."),
     ] = False,
 ) -> None:
     """Order something of the running daemon: on its machine as its user, or with --mqtt from anywhere.
@@ -378,7 +392,7 @@ def gate(
     champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
     margin: Annotated[
         float | None,
-        typer.Option(help="Share of CRPS that must be gained; default: [retrain].", min=0, max=1),
+        typer.Option(help="Share of CRPS that must be gained; default: \\[retrain].", min=0, max=1),
     ] = None,
     parent: Parent = None,
 ) -> None:
@@ -481,8 +495,8 @@ def verify(
     capture: Annotated[
         Path | None,
         typer.Option(
-            help='What a subscriber wrote down, one ["topic", "payload"] a line: compare with that, not with '
-            "the journal's outbox."
+            help="What a subscriber wrote down, one a line: TOPIC PAYLOAD, as mosquitto_sub -v prints it, or "
+            '\\["topic", "payload"]. Compare with that, not with the journal\'s outbox.'
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
@@ -492,7 +506,7 @@ def verify(
 
     It is compared byte by byte: exit status 1 on a difference. Of what was recorded under another
     fingerprint, another processor or torch, it says how far the figures are apart. The daemon may run; it
-    does so by itself with [verify] in its configuration.
+    does so by itself where its configuration has a table `verify`.
     """
     import msgspec
 

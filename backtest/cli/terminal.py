@@ -166,19 +166,19 @@ Tested = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A checkpoint directory, or a baseline, which needs no training. [default: fhs]",
+        help="A checkpoint directory, or a baseline, which needs no training. \\[default: fhs]",
     ),
 ]
 CalendarOf = Annotated[
     str | None,
-    typer.Option("--calendar", help="24x7, fx, or a name of exchange_calendars. [default: 24x7]"),
+    typer.Option("--calendar", help="24x7, fx, or a name of exchange_calendars. \\[default: 24x7]"),
 ]
 Strategies = Annotated[
     list[str] | None,
     typer.Option(
         "--strategy",
         help="KIND, or KIND:PARAMETER=VALUE,... of a built-in strategy, an installed one or a file "
-        "mine.py:Mine; may be repeated. [default: quantile-band and median-drift]",
+        "mine.py:Mine; may be repeated. \\[default: quantile-band and median-drift]",
     ),
 ]
 Retraining = Annotated[
@@ -199,7 +199,7 @@ TrainingTime = Annotated[
     str | None,
     typer.Option(
         "--training-time",
-        help="After how long a challenger is judged and may take over: 90s, 2h. [default: 30m]",
+        help="After how long a challenger is judged and may take over: 90s, 2h. \\[default: 30m]",
     ),
 ]
 

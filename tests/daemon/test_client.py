@@ -10,7 +10,7 @@ import pytest
 
 from barcast.daemon import client as module
 from barcast.daemon import wire
-from barcast.daemon.client import Client, Gap, NewerSchemaError
+from barcast.daemon.client import Client, Gap, NewerSchemaError, order
 from barcast.daemon.mqtt import Delivery
 from barcast.daemon.ports import Arrival
 from barcast.models import ConfigError
@@ -444,3 +444,29 @@ def test_readers_end_with_the_client():
         return found
 
     assert play(main()) == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("connected", "message", "said"),
+    [
+        (False, None, "no broker: Connection refused"),
+        (True, None, "it has no status on the broker"),
+        (True, status("stopped"), "its status is stopped"),
+    ],
+)
+def test_order_that_nobody_takes_says_what_is_known(monkeypatch, connected, message, said):
+    """Whether the broker was reached, and what the daemon's retained status says."""
+    link = Wire()
+    link.connected, link.fault = asyncio.Event(), "Connection refused"
+    monkeypatch.setattr(module, "Link", lambda *_, **__: link)
+    monkeypatch.setattr(module, "TAKEN_SECONDS", 0.05)
+
+    async def main():
+        if connected:
+            link.connected.set()
+        if message is not None:
+            link.bring(message)
+        await order(instance="me", root="t", verb="pause")
+
+    with pytest.raises(ConfigError, match=rf"me: no answer to pause within 0 s \({said}\); look whether"):
+        play(main())

@@ -212,8 +212,11 @@ def test_bar_closes_that_do_not_exist_are_refused(write, text, key, parts):
         ('[mqtt]\nroot = "$SYS"\n', ("mqtt.root", "'$SYS'")),
         ('max_wait = "0s"\n', ("max_wait", "greater than 0")),
         ("max_wait = 2\n", ("max_wait", "2", "number and a unit")),
-        ('symbols = "A"\n', ("symbols", "'A'", "list")),
-        ('strategy = "median-drift"\n', ("strategy", "list")),
+        ('symbols = "A"\n', ("symbols", "'A'", "list; write it in brackets")),
+        ('strategy = "median-drift"\n', ("strategy", "list; write [[strategy]]")),
+        ('strategy = ["median-drift"]\n', ("strategy.0", "write [[strategy]] and")),
+        ('mqtt = "localhost"\n', ("mqtt", "write [mqtt]")),
+        ('[mqtt]\npassword_file = "x"\n', ("mqtt.password_file", "without mqtt.username", "write that")),
         ("[http]\n", ("http.port", "missing")),
         ("[http]\nport = 0\n", ("http.port", "greater than 0")),
         ('[http]\nport = 9464\nhost = ""\n', ("http.host", "at least 1")),
@@ -316,9 +319,57 @@ def test_password_is_read_without_its_line_end(write):
 @pytest.mark.parametrize("key", ["password_file", "ca_file"])
 def test_missing_secret_is_a_fault(write, key):
     """A password or CA file that is not there stops the start with its name, not a guess."""
-    config = load(write(LEAST + f'[mqtt]\n{key} = "absent"\n'))
+    path = write(LEAST + f'[mqtt]\nusername = "u"\n{key} = "absent"\n')
     with pytest.raises(ConfigError, match=rf"mqtt\.{key}: .*conf/absent does not exist; create it"):
-        config.mqtt.address("me")
+        load(path).mqtt.address("me")
+    (path.parent / "absent").mkdir()
+    with pytest.raises(ConfigError, match=rf"mqtt\.{key}: .*conf/absent is a folder; name the file"):
+        load(path).mqtt.address("me")
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["mqtt://me:TOPSECRET@127.0.0.1", "me:TOPSECRET@desk", "TOPSECRET@desk", "desk:1883", "desk/x", "[::1]"],
+)
+def test_host_is_a_name_or_an_address(write, host):
+    """What looks like a URL may hold a password: it is refused and never shown."""
+    [said] = faults(write(LEAST + f'[mqtt]\nhost = "{host}"\n'))
+    assert said == (
+        "mqtt.host: write a name or an address alone; the port goes into mqtt.port, user and password into "
+        "mqtt.username and mqtt.password_file"
+    )
+
+
+@pytest.mark.parametrize("host", ["localhost", "10.0.0.7", "::1", "fe80::1%eth0", "a_b.example"])
+def test_names_and_addresses_are_hosts(write, host):
+    """Also IPv6, with and without a zone."""
+    assert load(write(LEAST + f'[mqtt]\nhost = "{host}"\n')).mqtt.host == host
+
+
+def test_what_needs_a_restart_is_named_by_its_key(write):
+    """A key of a table is named with its table; what a running daemon takes anew is told apart."""
+    one = load(write(LEAST))
+    more = 'symbols = ["A"]\n[mqtt]\nport = 1884\nroot = "x"\n'
+    more += '[model]\nfirst = "hs"\nsteps = 3\n[http]\nport = 1\n'
+    other = load(write(LEAST + more))
+    assert one.changed_in(other) == (
+        ["mqtt.port", "mqtt.root", "model.first", "http"],
+        ["symbols", "model.steps"],
+    )
+
+
+def test_file_that_may_not_be_read_is_a_fault(write, monkeypatch):
+    """It is there, and its reader is the wrong user."""
+    path = write(LEAST)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refused)
+    with pytest.raises(
+        ConfigError, match=r"barcast\.toml: cannot be read \(Permission denied\); let this user"
+    ):
+        load(path)
 
 
 def test_certificate_that_is_none_is_a_fault(write):

@@ -14,13 +14,14 @@ from barcast.backtest.verify import verify
 from barcast.daemon import app, desk, log
 from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import DriftBands, Retrain, load
-from barcast.daemon.control import Order
+from barcast.daemon.control import Answer, Order
 from barcast.daemon.events import Answered, Ordered
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import Delivery, Request
 from barcast.daemon.pipeline import Pipeline, PipelineState
 from barcast.daemon.ports import Pause
+from barcast.daemon.retraining import Result
 from barcast.daemon.store import ModelStore
 from barcast.models import ConfigError
 from tests.daemon.living import LEAST, at_work, daemon, deliver, until
@@ -452,7 +453,7 @@ def test_reload_takes_what_a_running_daemon_can_change(made):
         ('symbols = ["A"]', 'symbols = ["a"]', "symbols.0: a symbol is A-Z"),
         ('symbols = ["A"]', "symbols = [", "not valid TOML"),
         ('symbols = ["A"]', 'symbols = ["B"]\ninstance2 = 1', "instance2: unknown key"),
-        ('root = "t"', 'root = "u"', "mqtt: cannot change while the daemon runs"),
+        ('root = "t"', 'root = "u"', "mqtt.root: cannot change while the daemon runs"),
         ('symbols = ["A"]', 'symbols = ["B"]\ncalendar = "fx"', "calendar: cannot change"),
         ("[mqtt]", '[model]\nfirst = "hs"\n[mqtt]', "model.first: cannot change"),
         (
@@ -545,6 +546,26 @@ def test_retraining_takes_its_limits_from_a_reload(made):
         "asked for; the log and the model's topic will say what comes of it",
         7.0,
     )
+
+
+@pytest.mark.parametrize("result", Result)
+def test_training_that_failed_was_not_done(made, monkeypatch, result):
+    """Who waited for it gets an error and a status to go by; a challenger that was refused is a result."""
+
+    async def followed(*_):
+        return result
+
+    async def story():
+        async with at_work(made):
+            with made.config._file.open("a") as file:
+                file.write("[retrain]\n")
+            await locally(made, "reload", wait=True)
+            monkeypatch.setattr(made.retraining, "follow", followed)
+            return await locally(made, "retrain", wait=True)
+
+    said = f"{result}; fhs serves"
+    failed = Answer(refused=f"{said}; the log says why, and `retrain` tries again")
+    assert play(story()) == (failed if result is Result.failed else Answer(done=said))
 
 
 def test_pause_and_resume_that_are_taken_together_are_both_answered(made, monkeypatch):

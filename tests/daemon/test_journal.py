@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pg8000.exceptions import DatabaseError
 
-from barcast.daemon.journal import Journal, Kind, Progress, State
+from barcast.daemon.journal import Journal, Kind, Progress, State, exists
 from barcast.daemon.wire import Outgoing
 from barcast.models import ConfigError
 from tests.postgres import quick
@@ -40,6 +40,46 @@ def test_records_come_back_in_order(journal):
     ]
     assert journal.last(Kind.REVISION).seq == 3
     assert journal.last_time() == 7
+
+
+@pytest.mark.parametrize(
+    ("what", "remedy"),
+    [
+        (PermissionError(13, "Permission denied"), "Permission denied; ask as the user of the daemon"),
+        (OSError(36, "File name too long"), "File name too long; name another state_dir"),
+    ],
+)
+def test_file_that_cannot_be_looked_at_is_a_fault(tmp_path, monkeypatch, what, remedy):
+    """Whoever may not see whether there is a journal gets a sentence, not that there is none."""
+
+    def refused(path, **_):
+        raise what
+
+    monkeypatch.setattr(Path, "stat", refused)
+    for look in (exists, lambda path: Journal(path, readonly=True)):
+        with pytest.raises(ConfigError, match=rf"journal\.db: {remedy}"):
+            look(tmp_path / "journal.db")
+
+
+@pytest.mark.parametrize(
+    ("code", "what"),
+    [
+        (sqlite3.SQLITE_CANTOPEN, "unable to open database file"),
+        (sqlite3.SQLITE_READONLY_DIRECTORY, "attempt to write a readonly database"),
+    ],
+)
+def test_file_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch, code, what):
+    """It is whole, and its reader the wrong user: nobody is to move it away."""
+    Journal(tmp_path / "journal.db").close()
+
+    def refused(*_, **__):
+        error = sqlite3.OperationalError(what)
+        error.sqlite_errorcode = code
+        raise error
+
+    monkeypatch.setattr(sqlite3, "connect", refused)
+    with pytest.raises(ConfigError, match=rf"journal\.db: {what}; let this user read and write it"):
+        Journal(tmp_path / "journal.db", readonly=True)
 
 
 def test_message_computed_again_is_not_sent_twice(journal):

@@ -141,7 +141,9 @@ def _toml_seeds() -> list[bytes]:
         live.encode(),
         whole.encode(),
         _LEAST.encode(),
-        (_LEAST + '[mqtt]\nport = 0xff\npassword_file = "secret"\n[http]\nport = 9\n').encode(),
+        (
+            _LEAST + '[mqtt]\nport = 0xff\nusername = "u"\npassword_file = "secret"\n[http]\nport = 9\n'
+        ).encode(),
         (_LEAST + '[model]\nname = "fhs"\ntouch = [[2, 1]]\n[calendars]\nfx = ["EUR"]\n').encode(),
         (_LEAST + '[[strategy]]\nkind = "quantile-band"\nparams = { band = 0.5 }\n').encode(),
         (_LEAST + '[retrain]\ncron = "0 3 * * *"\nmax_age = "7d"\n[retrain.drift]\ncrps = 0.1\n').encode(),

@@ -53,7 +53,7 @@ def test_nothing_is_raised_but_what_is_documented(name: str) -> None:
         (f"[mqtt]\nhost.{DEEP} = 1\n", "a key of 64 parts"),
         (f"[[strategy]]\nkind = 'a'\nparams = {{ {DEEP} = 1 }}\n", "a key of 64 parts"),
         ("[mqtt]\nport = 0x" + "f" * 6000 + "\n", "too large to be shown"),
-        ("[mqtt]\npassword_file = '" + "a" * 5000 + "'\n", "does not exist"),
+        ("[mqtt]\nusername = 'u'\npassword_file = '" + "a" * 5000 + "'\n", "does not exist"),
         ("[model]\nname = '" + "a" * 5000 + "'\n", "is neither champion"),
         ("symbols = [" + "0," * 3000 + "]\n", "and 2950 faults more"),
         ("# " + "x" * config.MOST_BYTES + "\n", "no configuration has more than 1000000"),
