@@ -179,13 +179,14 @@ class Desk:
         log.info("ordered", who=note.who, **msgspec.to_builtins(order))
         if order.verb == "state":
             return await answered(order, self._carry_out(order, tell))
-        written = written or self._write(Kind.ORDERED, note.encode())
-        if not (await asyncio.wait([written], timeout=SILENT_SECONDS))[0]:
-            tell("the journal cannot be written now, see the daemon's log: the order waits for it")
+        held = "the journal cannot be written now, see the daemon's log: the order waits for it"
+        silence = asyncio.get_running_loop().call_later(SILENT_SECONDS, tell, held)
         try:
-            [number] = await written
+            [number] = await (written or self._write(Kind.ORDERED, note.encode()))
         except (OSError, DeposedError) as error:  # only while the daemon stops: before that the journal waits
             return Answer(refused=f"the daemon stops, and nothing can be journalled ({error}); order again")
+        finally:
+            silence.cancel()
         tell(f"taken: record {number}")
 
         async def carried() -> Answer:
