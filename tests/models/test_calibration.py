@@ -446,7 +446,7 @@ def test_bits_of_a_stateful_forecaster_survive_long_walks() -> None:
 def test_a_window_that_slides_keeps_what_it_said_of_the_past() -> None:
     """More bars before those that are needed change nothing; it is warming as long as the inner one is."""
     window = walk(200, seed=10)
-    n, inner = calibrated().card.window, calibrated()._inner.card.window
+    n, inner = calibrated().card.window, calibrated().inner.card.window
     lengths = (200, n + 1, n, n - 1, inner, inner - 1)
     cuts = [Window("WALK", window.close_times[-k:], window.values[-k:]) for k in lengths]
     more, one, whole, less, new, few = calibrated().forecast(cuts)
