@@ -192,7 +192,9 @@ class Lane:
         while self._jobs and not self.dead:
             future, job = self._jobs.popleft()
             if not future.done():
-                self._settle(future, self._tried(job))
+                outcome = self._tried(job)
+                if not self.dead:  # of a crash amid it nobody hears
+                    self._settle(future, outcome)
         func()
         return Done()
 
