@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import structlog
 
@@ -20,7 +20,7 @@ from barcast.daemon.mqtt import Delivery, Link
 from barcast.daemon.ports import Arrival, Declaration, Event, Group, Outcome, Warmup
 from barcast.daemon.room import free_bytes, is_full
 from barcast.daemon.wire import Outgoing, Reject
-from barcast.models import Adjustment, Bar, Coverage, JournalLostError
+from barcast.models import Adjustment, Bar, BarcastError, Coverage, JournalLostError
 
 TAKE = 500
 """Messages written in one commit, at most."""
@@ -85,7 +85,9 @@ class Scribe:
     def __call__(self, verb: Callable[..., T], *args: object) -> asyncio.Future[T]:
         """Call a method of the journal on its thread, in the order of the calls."""
         loop = asyncio.get_running_loop()
-        return loop.run_in_executor(self._thread, lambda: self._until_it_can(loop, verb, *args))
+        future = loop.run_in_executor(self._thread, lambda: self._until_it_can(loop, verb, *args))
+        future.add_done_callback(self._left)
+        return future
 
     @property
     def held(self) -> bool:
@@ -97,6 +99,14 @@ class Scribe:
         self._closing.set()
         self._thread.submit(self.journal.close).result()
         self._thread.shutdown()
+
+    def _left(self, future: asyncio.Future[Any]) -> None:
+        """Hear what a stop left undone: whoever wanted it may be gone."""
+        if not self._closing.is_set() or future.cancelled():
+            return
+        error = future.exception()
+        if error is not None and not isinstance(error, OSError | BarcastError):
+            log.error("journal_failed", exc_info=error)
 
     def _until_it_can(self, loop: asyncio.AbstractEventLoop, verb: Callable[..., T], *args: object) -> T:
         while True:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import json
 import os
 import sqlite3
@@ -192,6 +193,30 @@ def test_stopping_waits_for_no_room(tmp_path):
             await written
 
     play(stops())
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_nobody_waits_for_any_more_is_heard(tmp_path, damaged):
+    """A stop may have ended who wanted a commit: no room for it is nothing to report, any other fault is."""
+    scribe, told = Scribe(Journal(tmp_path / "journal.db")), []
+
+    def fails(*_):
+        if scribe._closing.wait(5) and damaged:
+            raise sqlite3.DatabaseError("database disk image is malformed")
+        no_room()
+
+    async def stops():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: told.append(context))
+        scribe(fails)
+        await loop.run_in_executor(None, scribe.close)
+        await asyncio.sleep(0)
+        gc.collect()
+
+    with structlog.testing.capture_logs() as said:
+        play(stops())
+    assert told == []
+    assert ("journal_failed" in [line["event"] for line in said]) == damaged
 
 
 def test_wait_for_room_is_no_hang(tmp_path, monkeypatch):

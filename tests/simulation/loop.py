@@ -38,6 +38,10 @@ class Sleeping:
         """Let no job wait any more."""
         self._set = True
 
+    def is_set(self) -> bool:
+        """Whether it is set."""
+        return self._set
+
     def wait(self, seconds: float) -> bool:
         """Whether it is set; else the job waits."""
         if not self._set:

@@ -5,6 +5,7 @@ every promise was kept.
 """
 
 import asyncio
+import gc
 import hashlib
 import shutil
 import sqlite3
@@ -248,6 +249,11 @@ class Schedule:
             self.violate(f"it hangs: {hang}")
         finally:
             self.loop.close()
+        # What nobody heard of is told when it is collected: now, not in the time of a later schedule.
+        self.daemon, self._orders, self._lanes = None, set(), []
+        del self.main, self.writing
+        gc.collect()
+        self.violations += [f"in a callback: {fault}" for fault in self.loop.faults]
         if not self.violations:
             oracle.judge(self)
         shutil.rmtree(self._root / str(self.seed), ignore_errors=True)
@@ -299,7 +305,6 @@ class Schedule:
             if self.violations:
                 self.main.cancel()
         await living
-        self.violations += [f"in a callback: {fault}" for fault in loop.faults]
         if not self.violations:
             self.look()
 
@@ -697,6 +702,8 @@ def prepared() -> Iterator[None]:
             stack.enter_context(mock.patch.object(module, name, value))
         structlog.configure(processors=[_capture], cache_logger_on_first_use=False)
         stack.callback(structlog.reset_defaults)
+        gc.freeze()  # each schedule collects what is left of it
+        stack.callback(gc.unfreeze)
         yield
 
 
