@@ -186,11 +186,15 @@ def replay(
     drive(run(ReplaySource(source, end, agenda, shed), pipeline, sink))
 
 
-class _Messages:
-    """A sink in front of the ledger: hashes every outgoing message, so that two runs can be compared.
+_bits = msgspec.msgpack.Encoder(enc_hook=np.ndarray.tobytes).encode
+
+
+class _Decisions:
+    """A sink in front of the ledger: hashes every outcome to the last bit, so that two runs can be compared.
 
     It hands signals on to the walk-forward, and keeps what was wrong with the bars: for each symbol how many
-    forecasts were withheld and why the last time, how many were degraded, and what holes did.
+    forecasts were withheld and why the last time, how many were degraded, and what holes did. What live is
+    published is a function of the outcomes, and takes longer to be written than they take to be made.
     """
 
     def __init__(self, ledger: Ledger) -> None:
@@ -200,21 +204,10 @@ class _Messages:
         self.holes = caveats.Holes()
         self.walk: WalkForward | None = None
         self._ledger = ledger
-
-    def accepted(self, bar: Bar) -> None:
-        """Hand it on."""
-        self._ledger.accepted(bar)
-
-    def adjusted(self, adjustment: Adjustment) -> None:
-        """Hand it on."""
-        self._ledger.adjusted(adjustment)
-
-    async def settle(self, now: int) -> None:
-        """Hand it on."""
-        await self._ledger.settle(now)
+        self.accepted, self.adjusted, self.settle = ledger.accepted, ledger.adjusted, ledger.settle
 
     async def emit(self, outcome: Outcome) -> None:
-        """Hash the outcome's messages and hand it on. Raise ConfigError for a strategy without targets."""
+        """Hash the outcome and hand it on. Raise ConfigError for a strategy without targets."""
         for error in outcome.raised.values():
             raise ConfigError(in_strategy(error)) from error
         for sentence in outcome.refused.values():
@@ -223,10 +216,9 @@ class _Messages:
             self.withheld[symbol] = (self.withheld.get(symbol, (0, ""))[0] + 1, why)
         self.degraded.update(outcome.degraded.keys())
         self.holes.seen(outcome)
-        sent = list(wire.messages(outcome))
-        for message in sent:
-            self.sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
+        self.sha256.update(_bits(outcome))
         if self.walk is not None:
+            sent = wire.messages(outcome)
             self.walk.said([(m.topic, m.payload) for m in sent if "/signals/" in m.topic])
         await self._ledger.emit(outcome)
 
@@ -325,26 +317,26 @@ def run_backtest(
         )
     past = _Past(settings, model, forecaster, frame, adjustments, start, last)
     ledger = Ledger(execution)
-    messages = _Messages(ledger)
+    decisions = _Decisions(ledger)
     known = (lambda one: one) if cache is None else cache.of
     with ExitStack() as stack:
         if cache is not None:
             stack.enter_context(cache)
         if retrain is None:
             pipeline = Pipeline(lambda *_: known(forecaster), hashed=cache is not None)
-            replay(past.story(model, progress), pipeline, messages)
+            replay(past.story(model, progress), pipeline, decisions)
             trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
         else:
             unnamed = stack.enter_context(TemporaryDirectory())
             store = ModelStore(models or Path(unnamed), timeframe)
             pipeline = Pipeline(lambda *asked: known(store.open(*asked)), hashed=cache is not None)
-            walk = messages.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
-            replay(past.story(walk.champion.model, progress), pipeline, messages, agenda=walk)
+            walk = decisions.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
+            replay(past.story(walk.champion.model, progress), pipeline, decisions, agenda=walk)
             trainings, untrained = walk.frame(), walk.untrained(last)
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
-    holes = caveats.few(messages.holes.sentences(closes))
+    holes = caveats.few(decisions.holes.sentences(closes))
     if not signals.height:
-        why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*messages.withheld.items()][:3])
+        why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*decisions.withheld.items()][:3])
         raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
     windows, periods = read_windows(frame), _periods_per_year(closes, equity)
     jumps = caveats.jumps(adjusted(windows, adjustments), start, forecaster.card.window, max_jump)
@@ -388,10 +380,10 @@ def run_backtest(
             "files": [path.name for path in paths],
             "files_sha256": digest(paths),
             "jumps": [msgspec.to_builtins(jump) | {"close_time": iso(jump.close_time)} for jump in jumps],
-            "messages_sha256": messages.sha256.hexdigest(),
+            "decisions_sha256": decisions.sha256.hexdigest(),
             "bars": asdict(pipeline.counts),
-            "degraded": dict(messages.degraded),
-            "withheld": {s: f"{n} times, the last: {why}" for s, (n, why) in messages.withheld.items()},
+            "degraded": dict(decisions.degraded),
+            "withheld": {s: f"{n} times, the last: {why}" for s, (n, why) in decisions.withheld.items()},
         },
     )
 

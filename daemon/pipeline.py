@@ -47,7 +47,7 @@ from barcast.models import (
     Windows,
     usable,
 )
-from barcast.models.forecast import Paths
+from barcast.models.forecast import Paths, freeze
 from barcast.models.joint import outlook
 from barcast.models.window import WindowsState
 from barcast.strategies import PATH, Strategy, build, identify
@@ -60,6 +60,8 @@ AT_ONCE = 16
 
 MAX_JUMP = 0.3
 """How far a price may be from the close before it, as a share, without a declared split or roll."""
+
+NEWEST = Verdict.NEWEST
 
 SHOWN = 40
 """Characters of an unknown symbol or a wrong target that a sentence shows."""
@@ -346,27 +348,29 @@ class Pipeline:
         withheld: dict[str, str] = {}
         holes: dict[str, tuple[Hole, ...]] = {}
         terms = self._terms(group, card.horizons)
+        close_time, cut, sound = group.close_time, self.windows.cut, self.continuity.sound
         for symbol in group.symbols:
             if not terms[symbol].ends:
                 name = self.calendars.of(symbol).name
                 withheld[symbol] = f"the calendar {name} ends before the horizons; install a newer one"
                 continue
-            window = self.windows.cut(symbol, group.close_time, card.window)
+            window = cut(symbol, close_time, card.window)
             if window is None:
                 withheld[symbol] = f"0 of at least {card.min_window} bars"
                 continue
-            faults, lacking = self._examined(window, card)
-            if lacking:
-                holes[symbol] = lacking
-            if len(window) < card.min_window:
-                withheld[symbol] = f"{len(window)} of at least {card.min_window} bars"
-                continue
-            if faults is not None:
-                if faults.missing > HOLES_WITHHELD * length:
-                    withheld[symbol] = f"{faults.missing} of the last {length} bars are missing"
+            if len(window) < length or not sound(symbol, close_time, length):
+                faults, lacking = self._examined(window, card)
+                if lacking:
+                    holes[symbol] = lacking
+                if len(window) < card.min_window:
+                    withheld[symbol] = f"{len(window)} of at least {card.min_window} bars"
                     continue
-                if reasons := _reasons(faults, length):
-                    degraded[symbol] = reasons
+                if faults is not None:
+                    if faults.missing > HOLES_WITHHELD * length:
+                        withheld[symbol] = f"{faults.missing} of the last {length} bars are missing"
+                        continue
+                    if reasons := _reasons(faults, length):
+                        degraded[symbol] = reasons
             windows.append(window)
         made: list[Forecast] = []
         for first in range(0, len(windows), AT_ONCE):
@@ -465,31 +469,34 @@ class Pipeline:
         return Hole(after, first, missing) if missing else None
 
     def _take_bars(self, bars: Iterable[Bar], time: int, sink: Sink | None) -> Iterator[Group]:
-        counts, settings, symbol = self.counts, self.settings, ""
-        calendar, oldest = self.calendars.default, 0
+        counts, windows, continuity = self.counts, self.windows, self.continuity
+        put, runs, max_jump, of = windows.put, continuity.runs, self.settings.max_jump, self.calendars.of
+        newest_of, rebased, add = continuity.newest, windows.rebased, self.batcher.add
+        accepted = None if sink is None else sink.accepted
+        calendar: Calendar | None = None
+        oldest = 0
         for bar in bars:
-            verdict = self.windows.put(bar)
-            if verdict is not Verdict.NEWEST:
+            symbol = bar.symbol
+            verdict = put(bar)
+            if verdict is not NEWEST:
                 setattr(counts, verdict.value, getattr(counts, verdict.value) + 1)
                 if verdict is not Verdict.DUPLICATE:
-                    self.continuity.disturbed(bar.symbol)
+                    continuity.disturbed(symbol)
                 continue
             counts.newest += 1
-            if bar.symbol not in self.continuity.runs and self.windows.count(bar.symbol) == 1:
-                self.newcomers[bar.symbol] = None
-            if bar.symbol != symbol:
-                symbol = bar.symbol
-                calendar = self.calendars.of(symbol)
-                oldest = calendar.oldest_valid(time)
-            self.continuity.newest(bar, calendar, settings.max_jump)
-            if self.windows.rebased(symbol):
-                self.continuity.disturbed(symbol)
-            if sink is not None:
-                sink.accepted(bar)
+            if symbol not in runs and windows.count(symbol) == 1:
+                self.newcomers[symbol] = None
+            if (own := of(symbol)) is not calendar:
+                calendar, oldest = own, own.oldest_valid(time)
+            newest_of(bar, own, max_jump)
+            if rebased(symbol):
+                continuity.disturbed(symbol)
+            if accepted is not None:
+                accepted(bar)
             if bar.close_time < oldest:
                 counts.stale += 1
                 continue
-            for group in self.batcher.add(bar, time):
+            for group in add(bar, time):
                 counts.straggler += group.straggler
                 yield group
 
@@ -531,12 +538,6 @@ def _asked(
     A sentence shows of a value only what is the same in every run: it is published. What the strategy is
     given it cannot change. Raise StrategyError for whatever the strategy raises.
     """
-    for forecast in forecasts.values():
-        for array in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
-            array.setflags(write=False)
-        if forecast.paths:
-            forecast.paths.returns.setflags(write=False)
-            forecast.paths.bridge.setflags(write=False)
     try:
         given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
     except (Exception, SystemExit) as error:
@@ -584,19 +585,21 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
     raises, and for targets that are none: better before the settings are journalled than at the first group.
     """
     rising = np.linspace(-0.01, 0.01, len(card.levels))
+    quantiles, returns = np.tile(rising, (len(card.horizons), 1)), np.zeros((1, len(card.path)))
     some, still = np.full(len(card.horizons), 0.5), np.zeros(len(card.path))
+    freeze(quantiles, returns, some, still)
     trial = Forecast(
         symbol="TRIAL",
         close_time=0,
         reference=1.0,
         horizons=card.horizons,
         levels=card.levels,
-        quantiles=np.tile(rising, (len(card.horizons), 1)),
+        quantiles=quantiles,
         mean=some,
         std=some,
         rise=some,
         warming=False,
-        paths=Paths(card.path, np.zeros((1, len(still))), still) if card.path else None,
+        paths=Paths(card.path, returns, still) if card.path else None,
     )
     for strategy in strategies:
         try:

@@ -53,7 +53,7 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     that no model can make sense of give quantiles that are not finite; they are withheld. While a symbol is
     `warming` the model saw fewer bars than it looks back for; those behind its calibration do not count.
     `coverage` is that of the forecasts before, where it is known. `paths` are there where they were asked
-    for: their distribution at each horizon is that of the quantiles.
+    for: their distribution at each horizon is that of the quantiles. Arrays are read-only.
     """
 
     symbol: str
@@ -95,6 +95,12 @@ class Card:
     path: tuple[int, ...] = ()
 
 
+def freeze(*arrays: NDArray[np.float64]) -> None:
+    """Let nobody write to arrays any more: strategies are given them."""
+    for array in arrays:
+        array.setflags(write=False)
+
+
 def forecast_from(
     card: Card,
     window: Window,
@@ -107,8 +113,9 @@ def forecast_from(
 ) -> Forecast:
     """The forecast that a model of this card makes of a window; the figures are those of `Forecast`.
 
-    It is warming below the card's window, unless that is said.
+    It is warming below the card's window, unless that is said. From now on nobody can write to the figures.
     """
+    freeze(quantiles, mean, std, rise)
     return Forecast(
         symbol=window.symbol,
         close_time=window.close_time,

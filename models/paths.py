@@ -14,7 +14,7 @@ import numpy as np
 from msgspec.structs import replace
 from numpy.typing import NDArray
 
-from barcast.models.forecast import Forecast, Paths
+from barcast.models.forecast import Forecast, Paths, freeze
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
@@ -114,7 +114,9 @@ def coupled(forecast: Forecast, coupling: Coupling) -> Paths:
     values = read(quantiles, forecast.levels, (np.arange(S) + 0.5) / S)  # (G, S)
     returns = np.take_along_axis(values.T, coupling.ranks, 0)
     moves = np.diff(returns, axis=1, prepend=0.0)
-    return Paths(coupling.steps, returns, coupling.bridge * moves.std(0))
+    bridge = coupling.bridge * moves.std(0)
+    freeze(returns, bridge)
+    return Paths(coupling.steps, returns, bridge)
 
 
 def with_paths(coupler: Coupler, windows: Sequence[Window], forecasts: Sequence[Forecast]) -> list[Forecast]:

@@ -20,6 +20,7 @@ SLACK = 64
 
 _ROW = Struct("=5d")
 _LANES = Struct("<2Q")
+_lanes_of, _stamp_of = _LANES.unpack, Struct("<q").pack
 Buffer: TypeAlias = bytes | memoryview
 _LANE = 2**64
 _time = attrgetter("time")
@@ -267,11 +268,9 @@ def hashed(history: Window) -> Window:
     return Window(history.symbol, history.close_times, history.values, sums, history.basis)
 
 
-def _hash(time: int, values: Buffer, symbol: bytes) -> tuple[int, int]:
-    """What stands for a bar: its close, the bytes of its values, and its symbol."""
-    told = time.to_bytes(8, "little", signed=True) + values + symbol
-    first, second = _LANES.unpack(blake2b(told, digest_size=16).digest())
-    return first, second
+def _hash(time: int, values: Buffer, symbol: bytes) -> tuple[Any, ...]:
+    """What stands for a bar, as two integers: its close, the bytes of its values, and its symbol."""
+    return _lanes_of(blake2b(_stamp_of(time) + values + symbol, digest_size=16).digest())
 
 
 def on_one_basis(

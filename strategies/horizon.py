@@ -28,7 +28,8 @@ def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> f
 
     Raise `ConfigError` for a level outside of them.
     """
-    if (known := round(level, 12)) in forecast.levels:  # 0.5 - 0.9 / 2 is not 0.05
+    known = level if level in forecast.levels else round(level, 12)  # 0.5 - 0.9 / 2 is not 0.05
+    if known in forecast.levels:
         return forecast.quantile(known, horizon)
     if not forecast.levels[0] <= level <= forecast.levels[-1]:
         raise ConfigError(
@@ -40,4 +41,4 @@ def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> f
 
 def deviation(horizon: int, forecast: Forecast) -> float:
     """The standard deviation of the log return over a horizon."""
-    return float(forecast.std[forecast.horizons.index(horizon)])
+    return forecast.std.item(forecast.horizons.index(horizon))

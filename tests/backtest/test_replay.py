@@ -1,15 +1,17 @@
 """A backtest on the shipped bars: nothing after a bar changes what was said or done at it."""
 
 import asyncio
+import hashlib
 from datetime import UTC, datetime
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from barcast.backtest.ledger import Execution
+from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.daemon import wire
 from barcast.daemon.pipeline import StrategySettings
 from barcast.daemon.wire import to_ns
 from barcast.models import CheckpointError, ConfigError, DataError
@@ -148,28 +150,45 @@ def test_backtest_repeats_itself(whole):
         assert_frame_equal(getattr(again, name), getattr(whole, name), check_exact=True)
 
 
-def test_golden_messages():
+@pytest.fixture
+def told(monkeypatch):
+    """The SHA-256 of what would have been published of the outcomes of a backtest."""
+    sha256 = hashlib.sha256()
+
+    class Telling(Ledger):
+        async def emit(self, outcome):
+            for message in wire.messages(outcome):
+                sha256.update(message.topic.encode() + b"\0" + message.payload + b"\n")
+            await super().emit(outcome)
+
+    monkeypatch.setattr("barcast.backtest.replay.Ledger", Telling)
+    return sha256
+
+
+def test_golden_messages(told):
     """A month's messages are the very bytes that they were when this was written."""
     result = backtest(since="2010-01-01", until="2010-02-01")
     assert result.signals.height == 19 * 4 * 3
-    assert result.meta["messages_sha256"] == GOLDEN
+    assert told.hexdigest() == GOLDEN
 
 
-def test_hash_of_the_messages_sees_every_digit(bars, tmp_path):
-    """The control of the golden hash: one cent in one price is another hash."""
+def test_hashes_see_every_digit(told, bars, tmp_path):
+    """The control of the golden hash: one cent in one price is another hash, also of the decisions."""
     at = (pl.col("symbol") == "IBM") & (pl.col("close_time") > when("2010-01-20"))
     first = bars.filter(at)["close_time"].min()
     cent = pl.when(at & (pl.col("close_time") == first)).then(0.01).otherwise(0.0)
     bars.with_columns(pl.col("high") + cent, pl.col("close") + cent).write_parquet(tmp_path / "cent.parquet")
-    result = backtest(tmp_path / "cent.parquet", since="2010-01-01", until="2010-02-01")
-    assert result.meta["messages_sha256"] != GOLDEN
+    other = backtest(tmp_path / "cent.parquet", since="2010-01-01", until="2010-02-01")
+    assert told.hexdigest() != GOLDEN
+    whole = backtest(since="2010-01-01", until="2010-02-01")
+    assert whole.meta["decisions_sha256"] != other.meta["decisions_sha256"]
 
 
 def same(one, other):
     """Whether two backtests said and did the same."""
     for name in ("signals", "fills", "equity"):
         assert_frame_equal(getattr(one, name), getattr(other, name), check_exact=True)
-    return one.meta["messages_sha256"] == other.meta["messages_sha256"]
+    return one.meta["decisions_sha256"] == other.meta["decisions_sha256"]
 
 
 def test_dates_of_sessions_mean_their_closes(whole, bars, tmp_path):
@@ -203,7 +222,7 @@ def test_stamp_says_which_end_a_time_names(hourly, tmp_path):
     )
     assert closes.signals.height > 0
     assert same(closes, opened)
-    assert shifted.meta["messages_sha256"] != closes.meta["messages_sha256"]
+    assert shifted.meta["decisions_sha256"] != closes.meta["decisions_sha256"]
 
 
 def test_it_runs_inside_a_running_event_loop(whole):

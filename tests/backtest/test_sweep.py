@@ -173,7 +173,7 @@ def test_backtest_without_baselines_is_the_same_but_for_the_skill(bars):
     )
     assert plain.skill.height > 0 == bare.skill.height
     assert bare.skill.schema == plain.skill.schema
-    assert bare.meta["messages_sha256"] == plain.meta["messages_sha256"]
+    assert bare.meta["decisions_sha256"] == plain.meta["decisions_sha256"]
     assert_frame_equal(bare.portfolio, plain.portfolio, check_exact=True)
 
 

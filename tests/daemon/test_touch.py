@@ -173,7 +173,7 @@ def test_backtest_keeps_what_signals_tell(monkeypatch):
     assert (result.signals["touch_up_2_1"] + result.signals["touch_down_2_1"]).max() <= 1
     without = run_backtest(sample_bars(), timeframe="session", **options)
     assert result.signals.drop(named).equals(without.signals)
-    assert result.meta["messages_sha256"] != without.meta["messages_sha256"]
+    assert result.meta["decisions_sha256"] != without.meta["decisions_sha256"]
 
 
 ORIGINS = "symbol,ts\nIBM,2012-06-06\nIBM,2012-06-04\n"
@@ -239,7 +239,7 @@ def test_backtest_of_a_configuration_takes_its_barriers(run, tmp_path, winding):
             str(to),
         )
         assert status == 0, err
-        hashes.append(json.loads((to / "result.json").read_text())["meta"]["messages_sha256"])
+        hashes.append(json.loads((to / "result.json").read_text())["meta"]["decisions_sha256"])
         assert "touch_up_2_1" in pl.read_parquet(to / "signals.parquet").columns
     assert hashes[0] == hashes[1]
 
