@@ -49,7 +49,7 @@ from barcast.models import (
 )
 from barcast.models.forecast import Paths, freeze
 from barcast.models.joint import outlook
-from barcast.models.window import WindowsState
+from barcast.models.window import NEWEST, WindowsState
 from barcast.strategies import PATH, Strategy, build, identify
 
 HOLES_WITHHELD = 0.1
@@ -60,8 +60,6 @@ AT_ONCE = 16
 
 MAX_JUMP = 0.3
 """How far a price may be from the close before it, as a share, without a declared split or roll."""
-
-NEWEST = Verdict.NEWEST
 
 SHOWN = 40
 """Characters of an unknown symbol or a wrong target that a sentence shows."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from subprocess import PIPE
 
 import polars as pl
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 
 from barcast.backtest.sample import sample_bars
 from barcast.models.checkpoint import preset_of
+from tests.integration.broker import free_port
 
 DAILY = ["--stamp", "close", "--timeframe", "session", "--calendar", "XNYS", "--symbol", "IBM"]
 QUICK = [*DAILY, "--until", "2003-01-01", "--steps", "13"]
@@ -94,17 +96,29 @@ def test_each_epoch_is_a_log_line_with_both_losses(run, bars, tmp_path):
     assert (record["precision"], record["processes"]) == ("fp32", 1)
 
 
-def test_two_processes_train_one_model(bars, run, tmp_path, few_looks):
-    """Under torchrun two processes share each batch, and one of them writes and speaks."""
+def test_processes_of_two_hosts_train_one_model(bars, run, tmp_path, few_looks):
+    """Under torchrun two processes share each batch, each as on a host and disk of its own; the first one
+    writes and speaks.
+    """
     status, _, err = run("train", bars, *QUICKER, "--out", str(tmp_path / "one"))
     assert status == 0, err
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     me = tmp_path / "me.py"
     me.write_text(f"{few_looks}from barcast.backtest import cli\ncli.main()\n")
-    two = python(*launch, str(me), "train", bars, *QUICKER, "--out", str(tmp_path / "two"))
-    assert two.returncode == 0, two.stderr
-    assert two.stderr.count("written to") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["me.py", "one", "two"]
+    meet = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    meet += ["--master_port", str(free_port())]
+    (tmp_path / "far").mkdir()
+
+    def host(rank: int) -> subprocess.CompletedProcess[str]:
+        launch = ["-m", "torch.distributed.run", *meet, "--node_rank", str(rank), str(me)]
+        out = tmp_path / ("two" if rank == 0 else "far/two")
+        return python(*launch, "train", bars, *QUICKER, "--out", str(out))
+
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(host, (0, 1))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert (first.stderr.count("written to"), second.stderr.count("written to")) == (1, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["far", "me.py", "one", "two"]
+    assert not list((tmp_path / "far").iterdir())
     records = [json.loads((tmp_path / n / "model.json").read_text())["record"] for n in ("one", "two")]
     assert [r["processes"] for r in records] == [1, 2]
     curves = [[(c["phase"], c["step"]) for c in r["candidates"]] for r in records]
