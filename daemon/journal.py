@@ -605,7 +605,8 @@ Database = _Sqlite | Postgres
 def checked(path: Path, proceed: Callable[[], bool]) -> tuple[int, list[str]]:
     """The version of a journal file, and what SQLite says of it: "ok" alone, faults, or nothing.
 
-    It says nothing when it was not to proceed, which it asks now and then.
+    It says nothing when it was not to proceed, which it asks now and then. Raise ConfigError for a file that
+    this user may not read.
     """
     number = 0
     try:
@@ -614,6 +615,8 @@ def checked(path: Path, proceed: Callable[[], bool]) -> tuple[int, list[str]]:
             db.set_progress_handler(lambda: not proceed(), 1_000)
             return number, [str(row[0]) for row in db.execute("PRAGMA quick_check(3)")]
     except sqlite3.DatabaseError as error:
+        if (refused := _not_let(path, error)) is not None:
+            raise refused from error
         return number, [] if error.sqlite_errorcode == sqlite3.SQLITE_INTERRUPT else [str(error)]
 
 
@@ -691,13 +694,16 @@ def _reading(path: Path) -> Iterator[None]:
     except sqlite3.DatabaseError as error:
         if (full := _no_room(error)) is not None:
             raise full from error
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF in NOT_LET and path.is_file():
-            raise ConfigError(
-                f"{path}: {error}; let this user read and write it, or ask as the user of the daemon"
-            ) from error
-        raise _damaged(path, error) from error
+        raise _not_let(path, error) or _damaged(path, error) from error
     except UnicodeDecodeError as error:  # of a text, or of what SQLite says of one
         raise _damaged(path, error) from error
+
+
+def _not_let(path: Path, error: sqlite3.DatabaseError) -> ConfigError | None:
+    """What to say of a file that is there, and that this user may not open as SQLite does."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF not in NOT_LET or not path.is_file():
+        return None
+    return ConfigError(f"{path}: {error}; let this user read and write it, or ask as the user of the daemon")
 
 
 def _damaged(place: Place, what: object) -> ConfigError:

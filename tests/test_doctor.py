@@ -24,7 +24,7 @@ from barcast.daemon import control, http, mqtt, room, store
 from barcast.daemon.config import load
 from barcast.daemon.events import Champion
 from barcast.daemon.journal import Journal, Kind
-from barcast.models import open_model
+from barcast.models import ConfigError, open_model
 from tests.integration.broker import SHIPPED_ACL, Mosquitto, free_port
 
 LEAST = 'instance = "desk"\nstate_dir = "state"\ntimeframe = "1m"\n[mqtt]\nport = {port}\n'
@@ -106,6 +106,50 @@ def test_state_directory_is_examined(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [finding] = _Check("state", 5, partial(doctor.state_directory, own)).result()[-1:]
     assert finding.state == "fail"
     assert finding.remedy == "make room on the disk of the state directory"
+
+
+def test_directory_that_may_not_be_written_is_a_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory is named, and a journal in it that this user may not open is not called damaged."""
+    own = case(tmp_path)
+    path = recorded(tmp_path, [(NOW, Kind.BARS, "t", b"x")])
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    said, remedy = one(doctor.state_directory(own), "fail")
+    assert said == f"this user may not write into {tmp_path / 'state'}"
+    assert "as the daemon's" in remedy
+
+    def refused(*_: object, **__: object) -> None:
+        error = sqlite3.OperationalError("attempt to write a readonly database")
+        error.sqlite_errorcode = sqlite3.SQLITE_READONLY_DIRECTORY
+        raise error
+
+    monkeypatch.setattr(sqlite3, "connect", refused)
+    check = _Check("journal", 5, partial(doctor.journal, own, lambda: True))
+    said, remedy = one(iter([(each.state, each.said, each.remedy) for each in check.result()]), "fail")
+    assert said == f"{path}: attempt to write a readonly database"
+    assert remedy == "let this user read and write it, or ask as the user of the daemon"
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "remedy"),
+    [
+        (errno.EACCES, "Permission denied", "let this user do that, or ask as the daemon's"),
+        (errno.ENOSPC, "No space left on device", "make room on the disk of /x/lock"),
+    ],
+)
+def test_words_of_the_system_are_no_remedy(number: int, what: str, remedy: str) -> None:
+    """A sentence that ends with them is what was found; one that goes on has its own remedy."""
+    cause = OSError(number, what, "/x/lock")
+    for text, said, own in (
+        (f"state_dir: {cause}", f"state_dir: {cause}", remedy),
+        (f"/x/lock: {what}", f"/x/lock: {what}", remedy),
+        (f"state_dir: {cause}; name another", f"state_dir: {cause}", "name another"),
+    ):
+        error = ConfigError(text)
+        error.__cause__ = cause
+        assert doctor.fault("daemon", error) == Finding("daemon", "fail", said, own)
+    assert doctor.fault("daemon", cause) == Finding("daemon", "fail", str(cause), remedy)
 
 
 @pytest.mark.parametrize("above", [False, True])

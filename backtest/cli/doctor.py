@@ -128,6 +128,10 @@ def state_directory(case: Case) -> Found:
             )
         if stat.S_IMODE(found.st_mode) & 0o077:
             yield "warn", f"{folder} has mode {stat.S_IMODE(found.st_mode):o}", f"chmod 700 {folder}"
+        if not os.access(folder, os.W_OK | os.X_OK):
+            said = f"this user may not write into {folder}"
+            yield "fail", said, "let this user do that, or ask as the daemon's"
+            return
         with TemporaryFile(dir=folder) as file:  # an OSError is a finding
             file.write(b"x")
             file.flush()
@@ -467,16 +471,27 @@ CHECKS: tuple[tuple[str, float, Callable[..., Found]], ...] = (
 
 
 def fault(check: str, error: Exception) -> Finding:
-    """A fault that a sentence tells of, which ends with the remedy, behind a semicolon or a colon."""
+    """A fault that a sentence tells of, which ends with the remedy, behind a semicolon or a colon.
+
+    One that ends with the words of the operating system has none.
+    """
     from barcast.daemon.room import is_full
 
-    text, remedy = str(error), "let this user do that, or ask as the daemon's"
-    if isinstance(error, BarcastError):
+    text, cause = str(error), _of_the_system(error)
+    if cause is None or not text.endswith((str(cause), str(cause.strerror))):
         said, _, remedy = text.rpartition("; " if "; " in text else ": ")
         return Finding(check, "fail", said or text, remedy if said else "see what was found")
-    if isinstance(error, OSError) and is_full(error):
-        remedy = f"make room on the disk of {error.filename or 'the state directory'}"
+    remedy = "let this user do that, or ask as the daemon's"
+    if is_full(cause):
+        remedy = f"make room on the disk of {cause.filename or 'the state directory'}"
     return Finding(check, "fail", text, remedy)
+
+
+def _of_the_system(error: BaseException | None) -> OSError | None:
+    """The fault of the operating system that an error is, or was made of."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error
 
 
 @dataclass
