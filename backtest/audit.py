@@ -276,7 +276,8 @@ def audit_backtest(
     def run(*frames: pl.DataFrame, **changes: Any) -> BacktestResult:
         forget()
         with copies.written(frames, symbols) as own:
-            return run_backtest(**settings | {"stamp": stamp, "timeframe": timeframe} | own | changes)
+            given = {"stamp": stamp, "timeframe": timeframe, "baselines": False}
+            return run_backtest(**settings | given | own | changes)
 
     found = audit(
         run,

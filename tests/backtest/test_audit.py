@@ -196,13 +196,21 @@ def test_what_begins_or_is_declared_after_a_cut_is_no_fault(folder, tmp_path, mo
     assert sorted(map(len, declared.values())) == [0, 0, 1]
 
 
-def test_what_does_not_repeat_itself_is_said(folder, tmp_path):
-    """Dice in a strategy end an audit before the cuts: nothing could be told from them."""
+def test_what_does_not_repeat_itself_is_said(folder, tmp_path, monkeypatch):
+    """Dice in a strategy end an audit before the cuts: nothing could be told from them.
+
+    No run is compared with the baselines, of which nothing is told.
+    """
+    asked = []
+    monkeypatch.setattr(
+        "barcast.backtest.audit.run_backtest", lambda **given: asked.append(given) or run_backtest(**given)
+    )
     source = PEEKS.replace("known[s, close_time] for", "__import__('random').random() for")
     (tmp_path / "dice.py").write_text(source)
     found = audited(folder, strategies=[f"{tmp_path / 'dice.py'}:file={folder / 'bars.parquet'}"])
     assert found.cuts == ()
     assert {one.check for one in found.violations} == {"repeat"}
+    assert [given["baselines"] for given in asked] == [False, False]
 
 
 def test_shipped_strategies_look_at_nothing_later(tmp_path):
