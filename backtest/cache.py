@@ -1,7 +1,7 @@
 """Forecasts that were made before, kept in a folder by what their windows held: asked again, no model works.
 
 A folder of the cache is of one forecaster, by all that identifies it. Its files are Parquet, each of the
-closes of some thousands of bars, and named after its own digest; several processes may write beside one
+closes of a thousand bars, and named after its own digest; several processes may write beside one
 another. A forecaster that is calibrated is kept twice: before calibration, for other windows and other
 calibrations, and after it.
 """
@@ -9,7 +9,8 @@ calibrations, and after it.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from hashlib import blake2b
 from importlib.metadata import version
 from io import BytesIO
@@ -22,13 +23,16 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest.result import level_column
-from barcast.backtest.workers import open_workers, run_jobs
+from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
 from barcast.daemon.adjustments import by_symbol
+from barcast.daemon.calendar import iso
 from barcast.daemon.timeframe import DAY, Timeframe
 from barcast.models import (
+    BASELINES,
     Adjustment,
     Calibrated,
     Card,
+    ConfigError,
     Coverage,
     DataError,
     Forecast,
@@ -40,14 +44,14 @@ from barcast.models.evaluation import windows_at
 from barcast.models.quantiles import central
 from barcast.models.window import hashed
 
-BARS = 4096
+BARS = 1024
 """Closes of a symbol in one file, at most."""
 PENDING = 50_000
 """Forecasts that are held until they are written, at most."""
 SPAN = 2000
 """Bars of a symbol that a process forecasts at once."""
-LOADED = 3
-"""Spans of closes whose forecasts are held at once: a replay goes on, and calibration looks back."""
+ROWS = 300_000
+"""Forecasts of a shelf that are held beside those of the span of closes that is at hand, at most."""
 CARD = "card.json"
 _Array = NDArray[np.float64]
 
@@ -56,13 +60,14 @@ class ForecastCache:
     """Opens the shelves of a folder.
 
     The state is the forecaster that was asked for last, with its shelves: one that serves no more is not
-    held. `kept` counts the forecasts that were found,
-    and `made` the windows that a model itself was asked about. Raise OSError for a folder that cannot be.
+    held. `kept` counts the forecasts that were found, and `made` the windows that a model itself was asked
+    about. Raise ConfigError for a folder that cannot be.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing_in(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.kept = self.made = 0
         self._last: tuple[Forecaster, Forecaster] | None = None
         self._shelves: list[_Shelf] = []
@@ -84,7 +89,7 @@ class ForecastCache:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Write what is not written yet. Raise OSError where that cannot be done."""
+        """Write what is not written yet. Raise ConfigError where that cannot be done."""
         self._flush()
 
     def _flush(self) -> None:
@@ -111,18 +116,20 @@ class Wanted:
     since: int
     until: int
 
-    def opened(self) -> Forecaster:
-        """The forecaster. Raise ConfigError, CheckpointError."""
-        return open_model(self.model, self.timeframe, self.sampler, self.steps)
+    def there(self) -> "Wanted":
+        """The same for a worker, whose working directory may be another one."""
+        model = self.model if self.model in BASELINES else str(Path(self.model).absolute())
+        return replace(self, folder=self.folder.absolute(), model=model)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
     """Windows of a history that a process forecasts, by the places where they end; or `inner`: what a
-    calibrated forecaster asks its own.
+    calibrated forecaster asks its own. `card` is the forecaster's, where the parts are made.
     """
 
     wanted: Wanted
+    card: Card
     inner: bool
     history: Window
     ends: tuple[int, ...]
@@ -133,24 +140,39 @@ def prefill(
     wanted: Wanted,
     histories: Mapping[str, Window],
     adjustments: Iterable[Adjustment] = (),
-    jobs: int = 1,
+    *,
+    backend: str = "loky",
+    jobs: int = -1,
+    address: str | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> int:
-    """Fill a cache with all forecasts of histories, by so many processes (-1: one a core); return how many.
+    """Fill a cache with all forecasts of histories, on the workers of a backend; return how many there are.
 
     First what the model says of each bar, in parts of symbols and time that know nothing of one another;
     then, of a calibrated one, what is published, symbol by symbol. Each window goes to the model alone, in
     the shape of the live service, so that all bits are those of a replay. `progress` is told of windows.
+
+    For `backend`, `jobs` and `address` see `workers.open_workers`; the model and the folder must be at the
+    same paths for every worker. Raise as `open_model` does; ConfigError for a folder that cannot be written,
+    and for a worker that computes under another fingerprint; DataError where nothing is to be forecast, and
+    where what workers wrote is not here.
     """
-    forecaster, own = wanted.opened(), by_symbol(adjustments)
+    wanted, own = wanted.there(), by_symbol(adjustments)
+    forecaster = open_model(wanted.model, wanted.timeframe, wanted.sampler, wanted.steps)
     stages = (True, False) if isinstance(forecaster, Calibrated) else (False,)
-    with open_workers("loky", jobs, None):
+    with open_workers(backend, jobs, address):
         for inner in stages:
             parts = [
                 part
                 for symbol, history in histories.items()
                 for part in _parts(wanted, inner, forecaster, history, tuple(own.get(symbol, ())))
             ]
+            if not parts:
+                raise DataError(
+                    f"Nothing is to be forecast from {iso(wanted.since)} to {iso(wanted.until)}: no symbol "
+                    f"has a close then with the {forecaster.card.min_window} bars that "
+                    f"{forecaster.card.model} needs; give an earlier since, or more history."
+                )
             over = 0
 
             def done(count: int, parts: Sequence[_Part] = parts, inner: bool = inner) -> None:
@@ -161,6 +183,12 @@ def prefill(
                 over = max(over, count)
 
             run_jobs(_fill, parts, done)
+    shelf = _Shelf(wanted.folder, forecaster.card)
+    if not (shelf.folder / CARD).exists():
+        raise DataError(
+            f"{shelf.folder}: workers have written there, and it is not here: the folder must be one that "
+            "all workers share"
+        )
     return sum(len(part.ends) for part in parts)
 
 
@@ -180,11 +208,24 @@ def _parts(
         ends = places[k : k + reach]
         first = max(0, int(ends[0]) + 1 - card.window)
         part = history.part(first, int(ends[-1]) + 1)
-        yield _Part(wanted, inner, part, tuple((ends - first).tolist()), adjustments)
+        yield _Part(wanted, forecaster.card, inner, part, tuple((ends - first).tolist()), adjustments)
+
+
+@lru_cache(1)
+def _opened(wanted: Wanted, card: Card) -> Forecaster:
+    """The forecaster, which a process has many parts of, if it is that of the card."""
+    forecaster = open_model(wanted.model, wanted.timeframe, wanted.sampler, wanted.steps)
+    if forecaster.card != card:
+        raise ConfigError(
+            f"{wanted.model}: a worker has {forecaster.card.model} under the fingerprint "
+            f"{forecaster.card.fingerprint!r}, this machine {card.model} under {card.fingerprint!r}: take "
+            "workers with the same model, packages and processor"
+        )
+    return forecaster
 
 
 def _fill(part: _Part) -> None:
-    forecaster = part.wanted.opened()
+    forecaster = _opened(part.wanted, part.card)
     if part.inner and isinstance(forecaster, Calibrated):
         forecaster = forecaster.inner
     with ForecastCache(part.wanted.folder) as cache:
@@ -277,7 +318,8 @@ class _Layout:
 class _Shelf:
     """The files of one card.
 
-    The state is what is not written yet, by the digest of its window, and the spans that were read last.
+    The state is what is not written yet, by the digest of its window; the spans that are held, the one that
+    was asked for last at the end; and its number, which most windows have again.
     """
 
     def __init__(self, folder: Path, card: Card) -> None:
@@ -289,15 +331,16 @@ class _Shelf:
         self._length = BARS * (Timeframe.parse(card.timeframe).duration or DAY)
         self._pending: dict[bytes, Forecast] = {}
         self._spans: OrderedDict[int, _Span] = OrderedDict()
+        self._last: int | None = None
 
     def find(self, window: Window, digest: bytes | None) -> Forecast | None:
         """What was said of a window, if that is known."""
         if digest is None:
             return None
         number = window.close_time // self._length
-        span = self._spans.get(number)
-        if span is None:
-            span = self._load(number)
+        if number != self._last:
+            self._turn_to(number)
+        span = self._spans[number]
         row = span.rows.get(digest)
         if row is None:
             return self._pending.get(digest)
@@ -336,7 +379,7 @@ class _Shelf:
         for number, rows in spans.items():
             self._write(number, self._frame(rows))
             self._spans.pop(number, None)
-        self._pending = {}
+        self._pending, self._last = {}, None
 
     def _frame(self, rows: Sequence[tuple[bytes, Forecast]]) -> pl.DataFrame:
         layout, H = self._layout, len(self.card.horizons)
@@ -359,28 +402,31 @@ class _Shelf:
         return frame.cast(layout.schema).sort("close_time", "symbol", "window")
 
     def _write(self, number: int, frame: pl.DataFrame) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / CARD).exists():
-            (self.folder / CARD).write_text(self._told)
+            write_whole(self.folder / CARD, self._told.encode())
         content = BytesIO()
         frame.write_parquet(content)
         told = content.getvalue()
-        path = self.folder / f"{number}-{_digest(told)}.parquet"
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(told)
-        partial.replace(path)
+        write_whole(self.folder / f"{number}-{_digest(told)}.parquet", told)
+
+    def _turn_to(self, number: int) -> None:
+        """Have the span at hand; those that were longest not asked for make room first."""
+        if number not in self._spans:
+            while sum(len(span.rows) for span in self._spans.values()) > ROWS:
+                self._spans.popitem(last=False)
+            self._spans[number] = self._load(number)
+        self._spans.move_to_end(number)
+        self._last = number
 
     def _load(self, number: int) -> _Span:
         frames = [pl.DataFrame(schema=self._layout.schema)]
         for path in sorted(self.folder.glob(f"{number}-*.parquet")):
-            told = path.read_bytes()
+            with writing_in(self.folder):
+                told = path.read_bytes()
             if path.stem.rpartition("-")[2] != _digest(told):
                 raise DataError(f"{path}: is damaged; remove it: what is lacking is forecast again")
             frames.append(pl.read_parquet(told))
-        span = self._spans[number] = _Span(pl.concat(frames), self._layout)
-        while len(self._spans) > LOADED:
-            self._spans.popitem(last=False)
-        return span
+        return _Span(pl.concat(frames), self._layout)
 
 
 def _digest(content: bytes) -> str:

@@ -12,7 +12,6 @@ looked back at. So whatever happens in a fold changes nothing that was chosen fo
 import fcntl
 import hashlib
 import json
-import os
 import re
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import Moment, found_timeframe, learnt_until, nanoseconds, run_backtest
 from barcast.backtest.result import json_rows
 from barcast.backtest.scoring import POOLED
-from barcast.backtest.workers import open_workers, run_jobs
+from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
 from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.history import Stamp, digest, read_windows, scan
 from barcast.daemon.pipeline import StrategySettings
@@ -240,25 +239,13 @@ def work(job: Job) -> None:
             periods_per_year=result.meta["periods_per_year"],
             warning=" ".join(warning.split()),
         )
-        partial = job.folder / f".{key}.{os.getpid()}.partial"
-        with _writing(job.folder):
-            partial.write_bytes(record.encode())
-            partial.replace(job.folder / f"{key}.job")
-
-
-@contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Say in a sentence that a folder cannot be written, here or where a worker is."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error}; name a folder that all workers may write") from error
+        write_whole(job.folder / f"{key}.job", record.encode())
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Hold the folder of the records: what another sweep writes looks like what a killed one left behind."""
-    with _writing(folder):
+    with writing_in(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a")
     with file:
@@ -439,8 +426,7 @@ class _Bench:
     """Where cells are tried: `edges` are those of `_edges`, and folds are counted from 1.
 
     The state is the record of each cell and fold; the trial of each record of the folder by its name, empty
-    where it is damaged; how many were computed here, and which of them as they were damaged; and the figures
-    of cells over the first folds.
+    where it is damaged; and how many were computed here, and which of them as they were damaged.
     """
 
     ground: Ground
@@ -452,14 +438,13 @@ class _Bench:
     trials: dict[str, str] = field(default_factory=dict)
     ran: int = 0
     again: list[str] = field(default_factory=list)
-    scored: dict[tuple[object, int], dict[str, float | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Look at what the folder has from before."""
         for path in sorted(self.folder.iterdir()):
             if path.name.startswith(".") and path.suffix == ".partial":  # of one that was killed
-                with _writing(self.folder):
-                    path.unlink()
+                with writing_in(self.folder):
+                    path.unlink(missing_ok=True)
             elif path.name != LOCK and not _NAME.fullmatch(path.name):
                 raise DataError(f"{path}: no sweep has written it; remove it, or name another folder")
             elif path.name != LOCK:
@@ -554,16 +539,13 @@ class _Bench:
 
     def scores(self, cells: Sequence[Cell], folds: int, by: str) -> dict[object, float | None]:
         """The criterion of each cell over the first `folds` folds."""
-        new = [cell for cell in cells if (cell.id, folds) not in self.scored]
-        chains = {cell.id: self.chain(cell, range(1, folds + 1)) for cell in new}
-        for name, row in figures(chains, self.periods_per_year, 1).items() if chains else ():
-            self.scored[name, folds] = row
-        return {cell.id: self.scored[cell.id, folds][by] for cell in cells}
+        chains = {cell.id: self.chain(cell, range(1, folds + 1)) for cell in cells}
+        found = figures(chains, self.per_year(folds), 1) if chains else {}
+        return {name: row[by] for name, row in found.items()}
 
-    @property
-    def periods_per_year(self) -> int:
-        """The calendar's; where symbols keep different hours, the fewest that a fold had."""
-        return min(record.periods_per_year for record in self.records.values())
+    def per_year(self, folds: int) -> int:
+        """Periods: the calendar's; where symbols keep different hours, the fewest of the first `folds`."""
+        return min(record.periods_per_year for (_, k), record in self.records.items() if k <= folds)
 
     def check(self, cells: Sequence[Cell]) -> None:
         """Raise DataError for a damaged record that these cells do not compute again."""
@@ -659,7 +641,7 @@ PATH = pl.Schema(
 def _result(bench: _Bench, cells: Sequence[Cell], by: str) -> SweepResult:
     every = range(1, bench.folds + 1)
     bench.check(cells)
-    trials, P = len(set(bench.trials.values())), bench.periods_per_year
+    trials, P = len(set(bench.trials.values())), bench.per_year(bench.folds)
     path, chosen = [], []
     for k in every[1:]:
         candidates = [cell for cell in cells if cell.known < k]

@@ -1,8 +1,11 @@
-"""Jobs on the cores of this machine or on a cluster: joblib, with a backend by name."""
+"""Jobs on the cores of this machine or on a cluster: joblib, with a backend by name, and files of theirs."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from logging import CRITICAL
+from pathlib import Path
+from threading import get_native_id
 from typing import Any
 
 from barcast.models import ConfigError
@@ -66,6 +69,31 @@ def run_jobs(function: Callable[[Any], None], jobs: Sequence[Any], done: Callabl
     parallel = Parallel(batch_size=1)
     parallel.print_progress = lambda: done(parallel.n_completed_tasks)  # ray has no results as they come
     parallel(delayed(function)(job) for job in jobs)
+
+
+@contextmanager
+def writing_in(folder: Path) -> Iterator[None]:
+    """Say in a sentence what forbids writing into a folder, here or where a worker is: raise ConfigError."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error}; name a folder that you may write, with room in it") from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file, of which nobody sees a part, also where others write the same one.
+
+    The partial is of one thread of one machine. Raise ConfigError where the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.stem}.{os.uname().nodename}.{get_native_id()}.partial")
+    with writing_in(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            partial.replace(path)
+        except OSError:  # such as a full disk: what is there of it would only take room
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def _ray(stack: ExitStack, jobs: int, address: str | None) -> None:

@@ -1,10 +1,10 @@
 """Commands of those who look for forecasts and strategies that hold."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +16,11 @@ from rich.table import Table
 from barcast.backtest.cli.terminal import (
     FORMATS,
     HISTORY,
+    WORKERS,
+    Address,
     Adjustments,
+    Backend,
+    BackendName,
     Borrow,
     Cache,
     CalendarName,
@@ -252,9 +256,14 @@ def prefill(
     until: Until = None,
     sampler: Sampler = None,
     steps: Steps = None,
-    jobs: Annotated[int, typer.Option(help="Processes that forecast; -1 is one a core.")] = -1,
+    backend: BackendName = Backend.loky,
+    jobs: Annotated[
+        int, typer.Option(help="Parts at a time; -1: one a core.", min=-1, rich_help_panel=WORKERS)
+    ] = -1,
+    address: Address = None,
 ) -> None:
     """Forecast a whole history into a cache, on all cores: no backtest of these bars asks the model then."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # else it reports to its makers
     from barcast.backtest.cache import Wanted, prefill
     from barcast.daemon.adjustments import read_adjustments
     from barcast.daemon.history import read_windows, scan
@@ -268,8 +277,16 @@ def prefill(
     wanted = Wanted(cache, model, timeframe, sampler, steps, first, last)
     declared = read_adjustments(adjustments) if adjustments else []
     began = time.monotonic()
-    with in_folder("--cache", cache), progressing("forecasting", None) as advance:
-        made = prefill(wanted, histories, declared, jobs, advance)
+    with progressing("forecasting", None) as advance:
+        made = prefill(
+            wanted,
+            histories,
+            declared,
+            backend=backend.value,
+            jobs=jobs,
+            address=address,
+            progress=advance,
+        )
     seconds = time.monotonic() - began
     said = f"{made:,} forecasts of {len(histories)} symbols are there after {seconds:,.0f} s"
     out.print(f"{said}: {cache.absolute()}", soft_wrap=True)
@@ -365,11 +382,8 @@ def backtest(
     if settings["model"] not in BASELINES:
         check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
-    with ExitStack() as stack:
-        if cache is not None:
-            stack.enter_context(in_folder("--cache", cache))
-        known = ForecastCache(cache) if cache is not None else None
-        advance = stack.enter_context(progressing("replaying", None))
+    known = ForecastCache(cache) if cache is not None else None
+    with progressing("replaying", None) as advance:
         result = run_backtest(
             files,
             stamp=stamp.value,

@@ -11,7 +11,11 @@ from rich.table import Table
 
 from barcast.backtest.cli.terminal import (
     HISTORY,
+    WORKERS,
+    Address,
     Adjustments,
+    Backend,
+    BackendName,
     Borrow,
     Cache,
     CalendarName,
@@ -53,7 +57,6 @@ if TYPE_CHECKING:
 
 SHOWN = 20
 """Cells that the table has."""
-WORKERS = "Workers"
 
 
 class Criterion(StrEnum):
@@ -63,14 +66,6 @@ class Criterion(StrEnum):
     sortino = "sortino"
     calmar = "calmar"
     total_return = "total_return"
-
-
-class Backend(StrEnum):
-    """Where the backtests run."""
-
-    loky = "loky"
-    ray = "ray"
-    dask = "dask"
 
 
 @app.command(rich_help_panel=HISTORY)
@@ -118,20 +113,11 @@ def sweep(
     leverage: Leverage = 1.0,
     capital: Capital = 1e6,
     cache: Cache = None,
-    backend: Annotated[
-        Backend,
-        typer.Option(help="Processes here, or ray or dask of the extra cluster.", rich_help_panel=WORKERS),
-    ] = Backend.loky,
+    backend: BackendName = Backend.loky,
     jobs: Annotated[
         int, typer.Option(help="Backtests at a time; -1: one a core.", min=-1, rich_help_panel=WORKERS)
     ] = -1,
-    address: Annotated[
-        str | None,
-        typer.Option(
-            help="Of a running ray or dask, whose machines see files and folder at the same paths.",
-            rich_help_panel=WORKERS,
-        ),
-    ] = None,
+    address: Address = None,
     out_dir: Annotated[
         Path,
         typer.Option("--out", help="Folder for tables as Parquet and JSON, and for what was found so far."),

@@ -27,8 +27,8 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
-LIVE, HISTORY, BOOKS = "Live", "History", "Books"
-"""Where commands, and options of a backtest, stand in the help."""
+LIVE, HISTORY, BOOKS, WORKERS = "Live", "History", "Books", "Workers"
+"""Where commands, and options of theirs, stand in the help."""
 
 LINE_SECONDS = 5.0
 """How often long work says where it stands when nobody watches a terminal."""
@@ -49,6 +49,14 @@ class Fill(StrEnum):
     next_open = "next-open"
     next_close = "next-close"
     limit = "limit"
+
+
+class Backend(StrEnum):
+    """Where the jobs of a command run."""
+
+    loky = "loky"
+    ray = "ray"
+    dask = "dask"
 
 
 FORMATS = ["%Y-%m-%d", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M:%SZ"]
@@ -152,6 +160,17 @@ Cache = Annotated[
     typer.Option(
         help="Folder that keeps forecasts by what their windows held: what is known there is not forecast "
         "again, the result is the same."
+    ),
+]
+BackendName = Annotated[
+    Backend,
+    typer.Option(help="Processes here, or ray or dask of the extra cluster.", rich_help_panel=WORKERS),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a running ray or dask, whose machines see files and folder at the same paths.",
+        rich_help_panel=WORKERS,
     ),
 ]
 ConfigOf = Annotated[

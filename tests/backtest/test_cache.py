@@ -1,6 +1,11 @@
 """Forecasts that are kept: the same to the bit, of the very bars alone, and no model works for them again."""
 
+import errno
+import os
 import random
+import threading
+from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -13,10 +18,19 @@ from typer.testing import CliRunner
 
 from barcast.backtest import cache as cache_module
 from barcast.backtest import cli
-from barcast.backtest.cache import ForecastCache
+from barcast.backtest.cache import ForecastCache, Wanted, prefill
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
-from barcast.models import Adjustment, Bar, Calibrated, DataError, Window, Windows, open_model
+from barcast.models import (
+    Adjustment,
+    Bar,
+    Calibrated,
+    ConfigError,
+    DataError,
+    Window,
+    Windows,
+    open_model,
+)
 from barcast.models.diffusion import SSSDForecaster
 from barcast.models.window import hashed, window_at
 from tests.fakes import MINUTE, START
@@ -84,8 +98,13 @@ def test_another_calibration_asks_no_network(tmp_path, asked):
     assert known.coverage.share.tobytes() == plain.coverage.share.tobytes()
 
 
-def test_prefilled_history_asks_no_network(tmp_path, asked):
+@pytest.mark.parametrize("backend", ["loky", "ray", "dask"])
+def test_prefilled_history_asks_no_network(tmp_path, asked, backend, monkeypatch):
     """Filled by symbols and parts of time on two processes: a replay finds all of it, the same to the bit."""
+    if backend != "loky":
+        package = {"ray": "ray", "dask": "distributed"}[backend]
+        pytest.importorskip(package, reason="the extra `cluster` is not installed")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "")  # and put back what the command changes
     words = [
         "prefill",
         str(sample_bars()),
@@ -97,6 +116,7 @@ def test_prefilled_history_asks_no_network(tmp_path, asked):
         str(tmp_path),
     ]
     words += ["--model", str(sample_checkpoint()), "--symbol", "IBM", "--since", "2010-03-01", "--jobs", "2"]
+    words += ["--backend", backend]
     done = CliRunner().invoke(cli.app, [*words, "--until", "2010-05-01"])
     assert done.exit_code == 0, done.output
     assert "44 forecasts of 1 symbols are there" in done.output
@@ -140,7 +160,7 @@ def test_adjusted_prices_are_another_window(tmp_path):
 def test_small_files_and_few_spans_say_the_same(tmp_path, monkeypatch):
     """However the forecasts are written and read."""
     plain, _ = backtest()
-    for name, value in (("BARS", 16), ("PENDING", 7), ("LOADED", 1)):
+    for name, value in (("BARS", 16), ("PENDING", 7), ("ROWS", 1)):
         monkeypatch.setattr(cache_module, name, value)
     first, _ = backtest(tmp_path)
     second, cache = backtest(tmp_path)
@@ -242,5 +262,140 @@ def test_command_says_what_was_known(tmp_path):
         assert f"{kept} forecasts were known" in done.output.replace("\n", " ")
         assert f"asked {made} times" in done.output.replace("\n", " ")
     (tmp_path / "file").touch()
-    done = run.invoke(cli.app, [*words, "--cache", str(tmp_path / "file"), "--out", str(tmp_path / "out")])
-    assert "--cache" in str(done.exception)
+    filling = ["prefill", *words[1:]]
+    for command in ([*words, "--out", str(tmp_path / "out")], [*filling, "--jobs", "1"]):
+        done = run.invoke(cli.app, [*command, "--cache", str(tmp_path / "file")])
+        assert isinstance(done.exception, ConfigError)
+        assert str(done.exception).startswith(f"{tmp_path / 'file'}: ")
+        assert str(done.exception).endswith("name a folder that you may write, with room in it")
+
+
+def rows_of(count, first=0):
+    """Windows of a symbol, each a minute after the one before, as they are asked about."""
+    dice, windows = random.Random(3), Windows(120, hashed=True)
+    found = []
+    for minute in range(first + count + 119):
+        windows.put(Bar("A", START + minute * MINUTE, *[dice.uniform(1, 2)] * 4, 1.0))
+        if minute >= first + 119:
+            found.append(windows.cut("A", START + minute * MINUTE, 120))
+    return found
+
+
+def test_two_may_write_the_same_rows_at_once(tmp_path, monkeypatch):
+    """Each has a partial of its own, also on another machine that sees the folder, and both end."""
+    [window], met, names = rows_of(1), threading.Barrier(2, timeout=60), []
+    plain, faults = Path.replace, []
+
+    def meeting(path, target):
+        names.append(path.name)
+        met.wait()  # both have written, and none has it in its place
+        return plain(path, target)
+
+    def write():
+        try:
+            with ForecastCache(tmp_path) as cache:
+                cache.of(open_model("hs", "1m", None, None)).forecast([window])
+        except (OSError, ConfigError) as error:
+            faults.append(error)
+
+    monkeypatch.setattr(Path, "replace", meeting)
+    both = [threading.Thread(target=write) for _ in range(2)]
+    for one in both:
+        one.start()
+    for one in both:
+        one.join()
+    assert faults == []
+    assert len(set(names)) == len(names) == 4
+    assert all(f".{os.uname().nodename}." in name for name in names)
+    assert len([*tmp_path.glob("*/*.parquet")]) == 1
+    assert not [*tmp_path.glob("*/.*")]
+
+
+def test_full_disk_is_a_sentence_and_leaves_no_part(tmp_path, monkeypatch):
+    """Whatever has no room is named with its folder; what is there of it would only take room."""
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = ForecastCache(tmp_path)
+    cache.of(open_model("hs", "1m", None, None)).forecast(rows_of(1))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match=r"hs-[\w-]+: .*No space.*; name a folder that you may"):
+        cache.__exit__()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_rows_bound_what_is_held_and_the_last_asked_stay(tmp_path, monkeypatch):
+    """Spans are held up to so many rows beside the one at hand; one that is asked again stays longest."""
+    monkeypatch.setattr(cache_module, "BARS", 10)
+    windows = rows_of(50)
+    with ForecastCache(tmp_path) as cache:
+        cache.of(open_model("hs", "1m", None, None)).forecast(windows)
+    loaded, load = [], cache_module._Shelf._load
+    monkeypatch.setattr(
+        cache_module._Shelf, "_load", lambda shelf, number: loaded.append(number) or load(shelf, number)
+    )
+    monkeypatch.setattr(cache_module, "ROWS", 20)
+    cache = ForecastCache(tmp_path)
+    known = cache.of(open_model("hs", "1m", None, None))
+    spans = {}
+    for window in windows:
+        spans.setdefault(window.close_time // (10 * MINUTE), window)
+    first, *others = list(spans.values())[1:5]  # of ten rows each
+    for window in others:
+        known.forecast([first])
+        known.forecast([window])
+        [shelf] = cache._shelves
+        assert sum(len(span.rows) for span in shelf._spans.values()) <= 20 + 10
+    assert cache.made == 0
+    assert len(loaded) == len(set(loaded)) == 4
+
+
+def filled(folder, *, until=20, since=0, **changes):
+    """What `prefill` says of sixty bars of a symbol, asked for those from one place to another."""
+    dice = random.Random(5)
+    values = np.array([[dice.uniform(1, 2)] * 5 for _ in range(until)])
+    times = START + MINUTE * np.arange(until)
+    wanted = Wanted(folder, "hs", "1m", None, None, START + since * MINUTE, int(times[-1]))
+    return prefill(wanted, {"A": Window("A", times, values)}, **({"jobs": 1} | changes))
+
+
+@pytest.mark.parametrize("bars", [{"until": 20}, {"until": 200, "since": 200}])
+def test_nothing_to_forecast_is_a_fault(tmp_path, bars):
+    """A beginning after the last bar, or too few bars, is said, where nothing would come of it."""
+    with pytest.raises(DataError, match=r"Nothing is to be forecast .*; give an earlier since"):
+        filled(tmp_path, **bars)
+
+
+def test_process_opens_the_model_once(tmp_path, monkeypatch):
+    """However many parts a process has of one model."""
+    opened, plain = [], cache_module.open_model
+    monkeypatch.setattr(cache_module, "open_model", lambda *asked: opened.append(asked) or plain(*asked))
+    monkeypatch.setattr(cache_module, "SPAN", 10)
+    cache_module._opened.cache_clear()
+    assert filled(tmp_path, until=200) > 50
+    assert len(opened) == 2  # by who asks, and by who works
+
+
+def test_worker_with_another_fingerprint_fills_nothing(tmp_path, monkeypatch):
+    """What it would keep no replay here would find."""
+    plain = cache_module.open_model
+
+    class Other:
+        def __init__(self, model):
+            self.card = replace(model.card, fingerprint="another")
+
+    models = iter((plain, lambda *asked: Other(plain(*asked))))
+    monkeypatch.setattr(cache_module, "open_model", lambda *asked: next(models)(*asked))
+    cache_module._opened.cache_clear()
+    with pytest.raises(ConfigError, match=r"a worker has hs.* under the fingerprint 'another', this machine"):
+        filled(tmp_path, until=200)
+    assert not [*tmp_path.rglob("*.parquet")]
+
+
+def test_folder_that_workers_do_not_share_is_a_fault(tmp_path, monkeypatch):
+    """What is not here after their work is elsewhere."""
+    monkeypatch.setattr(cache_module, "run_jobs", lambda *_: None)
+    with pytest.raises(DataError, match="the folder must be one that all workers share"):
+        filled(tmp_path, until=200)

@@ -229,6 +229,21 @@ def test_killed_sweep_goes_on_to_the_same_checksum(bars, whole, tmp_path):
     assert_same(whole, result, tmp_path)
 
 
+def test_leftover_that_is_gone_meanwhile_is_no_fault(bars, copied, monkeypatch):
+    """Whoever else removes what a killed worker left is not in the way."""
+    plain = Path.iterdir
+    gone = copied / "jobs" / ".0123456789abcdef.17.partial"
+    monkeypatch.setattr(Path, "iterdir", lambda path: [gone, *plain(path)])
+    assert swept(bars, copied).ran == 0
+
+
+def test_cache_that_is_no_folder_is_a_sentence(bars, tmp_path):
+    """It is named with the fold in whose worker it was found."""
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"fold 1 of 4, .*file: .*; name a folder that you may write"):
+        swept(bars, tmp_path / "out", models=["hs"], cache=tmp_path / "file")
+
+
 def test_damaged_record_is_computed_again(bars, whole, copied):
     """One with another byte, a cut one and one under another's name are told, and not believed."""
     changed, cut, moved, other = sorted((copied / "jobs").glob("*.job"))[:4]
@@ -332,6 +347,42 @@ def test_choice_does_not_see_the_fold_that_judges_it(bars, side, tmp_path, folds
     assert falls.path["sharpe"][-1] > 0 > rises.path["sharpe"][-1]
     assert rises.path["best"][-1] > 0
     assert trials is None or 15 < rises.cells.height <= trials
+
+
+def test_choice_does_not_see_the_hours_of_the_fold_that_judges_it(bars, tmp_path, monkeypatch):
+    """Where symbols keep other hours later, what was chosen before, and by what, stays the same."""
+
+    def chosen(*periods):
+        """What is chosen after the first of two folds with so many periods a year."""
+
+        def work(job):
+            n = 0 if job.said.startswith("fold 1") else 1
+            times = (job.since + np.arange(10)).astype("<i8").tobytes()
+            for (key, trial, _), (fall, gain) in zip(job.cells, ((0.13, 0.1), (0.02, 0.05)), strict=True):
+                equity = np.interp(np.arange(10), (0, 1, 9), (1, 1 - fall, 1 + gain)).astype("<f8").tobytes()
+                none = dict.fromkeys(("calmar", "turnover", "exposure"))
+                record = Record(
+                    key=key,
+                    trial=trial,
+                    crps=[],
+                    figures=none | {"periods": 9, "fills": 1, "costs": 0.0},
+                    times=times,
+                    equity=equity,
+                    held_times=times,
+                    held_equity=equity,
+                    periods_per_year=periods[n],
+                    warning="",
+                )
+                (job.folder / f"{key}.job").write_bytes(record.encode())
+
+        monkeypatch.setattr("barcast.backtest.sweep.work", work)
+        settings = {"strategies": STRATEGIES[:1], "models": ["hs"], "folds": 2, "by": "calmar"}
+        path = swept(bars, tmp_path / "-".join(map(str, periods)), **settings).path
+        return path.select("strategy", "before")
+
+    plain = chosen(365, 365)
+    assert_frame_equal(chosen(365, 300), plain, check_exact=True)
+    assert chosen(300, 300)["strategy"][0] != plain["strategy"][0]  # the control
 
 
 def test_cell_is_chosen_only_after_the_search_has_asked_for_it(bars, side, tmp_path):
