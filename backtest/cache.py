@@ -319,7 +319,7 @@ class _Shelf:
     """The files of one card.
 
     The state is what is not written yet, by the digest of its window; the spans that are held, the one that
-    was asked for last at the end; and its number, which most windows have again.
+    was asked for last at the end; and the number of that, which most windows have again.
     """
 
     def __init__(self, folder: Path, card: Card) -> None:
@@ -373,13 +373,14 @@ class _Shelf:
 
     def flush(self) -> None:
         """Write what is not written yet, a file for each span."""
+        self._last = None
         spans: dict[int, list[tuple[bytes, Forecast]]] = {}
         for digest, forecast in self._pending.items():
             spans.setdefault(forecast.close_time // self._length, []).append((digest, forecast))
         for number, rows in spans.items():
             self._write(number, self._frame(rows))
             self._spans.pop(number, None)
-        self._pending, self._last = {}, None
+        self._pending = {}
 
     def _frame(self, rows: Sequence[tuple[bytes, Forecast]]) -> pl.DataFrame:
         layout, H = self._layout, len(self.card.horizons)
@@ -411,6 +412,7 @@ class _Shelf:
 
     def _turn_to(self, number: int) -> None:
         """Have the span at hand; those that were longest not asked for make room first."""
+        self._last = None  # as long as there is none: what is read may be damaged
         if number not in self._spans:
             while sum(len(span.rows) for span in self._spans.values()) > ROWS:
                 self._spans.popitem(last=False)

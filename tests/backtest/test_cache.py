@@ -352,6 +352,25 @@ def test_rows_bound_what_is_held_and_the_last_asked_stay(tmp_path, monkeypatch):
     assert len(loaded) == len(set(loaded)) == 4
 
 
+def test_fault_of_a_span_leaves_the_others(tmp_path, monkeypatch):
+    """After a damaged file was named, what is sound is found as before."""
+    monkeypatch.setattr(cache_module, "BARS", 10)
+    monkeypatch.setattr(cache_module, "ROWS", 0)
+    windows = rows_of(30)
+    with ForecastCache(tmp_path) as cache:
+        cache.of(open_model("hs", "1m", None, None)).forecast(windows)
+    last = windows[-1].close_time // (10 * MINUTE)
+    [part] = tmp_path.glob(f"*/{last}-*.parquet")
+    part.write_bytes(b"half")
+    cache = ForecastCache(tmp_path)
+    known = cache.of(open_model("hs", "1m", None, None))
+    known.forecast(windows[:1])
+    with pytest.raises(DataError, match="is damaged"):
+        known.forecast(windows[-1:])
+    known.forecast(windows[:1])
+    assert (cache.kept, cache.made) == (2, 0)
+
+
 def filled(folder, *, until=20, since=0, **changes):
     """What `prefill` says of sixty bars of a symbol, asked for those from one place to another."""
     dice = random.Random(5)
