@@ -256,15 +256,12 @@ class _Kept:
 
     def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         """See `Forecaster.forecast`; what a window without a digest gets is not kept."""
-        find = self._shelf.find
-        digests = [window.digest for window in windows]
-        found = [find(window, digest) for window, digest in zip(windows, digests, strict=True)]
-        lacking = [k for k, forecast in enumerate(found) if forecast is None]
-        if lacking:
-            made = self._inner.forecast([windows[k] for k in lacking])
-            for k, forecast in zip(lacking, made, strict=True):
+        found = self._shelf.find(windows)
+        if lacking := [k for k, forecast in enumerate(found) if forecast is None]:
+            asked = [windows[k] for k in lacking]
+            for k, window, forecast in zip(lacking, asked, self._inner.forecast(asked), strict=True):
                 found[k] = forecast
-                self._shelf.put(digests[k], forecast)
+                self._shelf.put(window.digest, forecast)
         self._cache.kept += len(windows) - len(lacking)
         return [forecast for forecast in found if forecast is not None]
 
@@ -288,7 +285,7 @@ class _Span:
         self.mean, self.std, self.rise = map(values, (layout.mean, layout.std, layout.rise))
         self.warming: list[bool] = frame["warming"].to_list()
         self.covered = values(layout.covered).reshape(n, intervals, H)
-        self.outcomes = frame.select(layout.outcomes).to_numpy()
+        self.outcomes: list[tuple[int, ...]] = frame.select(layout.outcomes).rows()
 
 
 class _Layout:
@@ -333,35 +330,29 @@ class _Shelf:
         self._spans: OrderedDict[int, _Span] = OrderedDict()
         self._last: int | None = None
 
-    def find(self, window: Window, digest: bytes | None) -> Forecast | None:
-        """What was said of a window, if that is known."""
-        if digest is None:
-            return None
-        number = window.close_time // self._length
-        if number != self._last:
-            self._turn_to(number)
-        span = self._spans[number]
-        row = span.rows.get(digest)
-        if row is None:
-            return self._pending.get(digest)
-        return Forecast(
-            window.symbol,
-            window.close_time,
-            window.reference,
-            self.card.horizons,
-            self.card.levels,
-            span.quantiles[row],
-            span.mean[row],
-            span.std[row],
-            span.rise[row],
-            span.warming[row],
-            self._coverage(span, row),
-        )
-
-    def _coverage(self, span: _Span, row: int) -> Coverage | None:
-        if not span.outcomes.item(row, 0):
-            return None
-        return Coverage(self._layout.intervals, span.covered[row], tuple(span.outcomes[row].tolist()))
+    def find(self, windows: Sequence[Window]) -> list[Forecast | None]:
+        """What was said of windows, where that is known."""
+        found: list[Forecast | None] = []
+        horizons, levels, length = self.card.horizons, self.card.levels, self._length
+        for window in windows:
+            digest, close_time = window.digest, window.close_times.item(-1)
+            if digest is None:
+                found.append(None)
+                continue
+            if (number := close_time // length) != self._last:
+                self._turn_to(number)
+            span = self._spans[number]
+            row = span.rows.get(digest)
+            if row is None:
+                found.append(self._pending.get(digest))
+                continue
+            coverage = None
+            if span.outcomes[row][0]:
+                coverage = Coverage(self._layout.intervals, span.covered[row], span.outcomes[row])
+            told = span.quantiles[row], span.mean[row], span.std[row], span.rise[row], span.warming[row]
+            reference = window.values.item(-1, 3)
+            found.append(Forecast(window.symbol, close_time, reference, horizons, levels, *told, coverage))
+        return found
 
     def put(self, digest: bytes | None, forecast: Forecast) -> None:
         """Keep what was said of a window."""

@@ -50,7 +50,8 @@ def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]
         except OSError as error:
             if address is None:
                 raise
-            raise ConfigError(f"address = {address!r}: {error}; name a {backend} that runs") from error
+            token = ", and if it asks for a token set RAY_AUTH_MODE=token" if backend == "ray" else ""
+            raise ConfigError(f"address = {address!r}: {error}; name a {backend} that runs{token}") from error
         stack.enter_context(
             parallel_config(backend, n_jobs=jobs, inner_max_num_threads=1, idle_worker_timeout=IDLE_SECONDS)
             if backend == "loky"

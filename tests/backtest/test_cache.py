@@ -76,6 +76,21 @@ def test_another_strategy_asks_no_network(tmp_path, asked):
     assert_same(second, plain)
 
 
+@pytest.mark.parametrize("model", ["hs", "fhs", str(sample_checkpoint())])
+def test_figures_cannot_be_changed(tmp_path, model):
+    """Neither those that a model makes, nor those that were kept: strategies are given them as they are."""
+    forecaster = open_model(model, "session", None, None)
+    frame = pl.read_parquet(sample_bars()).filter(symbol="IBM").head(1400)
+    values = frame.select("open", "high", "low", "close", "volume").to_numpy()
+    history = hashed(Window("IBM", frame["close_time"].to_physical().to_numpy(), values))
+    window = window_at(history, 1399, forecaster.card.window)
+    with ForecastCache(tmp_path) as cache:
+        made = cache.of(forecaster).forecast([window])
+    for forecast in made + ForecastCache(tmp_path).of(forecaster).forecast([window]):
+        for figures in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
+            assert not figures.flags.writeable
+
+
 def test_another_calibration_asks_no_network(tmp_path, asked):
     """What is kept before calibration serves windows of another length, and other outcomes."""
     forecaster = open_model(str(sample_checkpoint()), "session", None, None)
