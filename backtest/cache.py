@@ -16,6 +16,7 @@ from importlib.metadata import version
 from io import BytesIO
 from itertools import product
 from pathlib import Path
+from threading import get_native_id
 from typing import Self
 
 import numpy as np
@@ -212,8 +213,8 @@ def _parts(
 
 
 @lru_cache(1)
-def _opened(wanted: Wanted, card: Card) -> Forecaster:
-    """The forecaster, which a process has many parts of, if it is that of the card."""
+def _opened(wanted: Wanted, card: Card, _thread: int) -> Forecaster:
+    """The forecaster, which a worker has many parts of, if it is that of the card; no threads share one."""
     forecaster = open_model(wanted.model, wanted.timeframe, wanted.sampler, wanted.steps)
     if forecaster.card != card:
         raise ConfigError(
@@ -225,7 +226,7 @@ def _opened(wanted: Wanted, card: Card) -> Forecaster:
 
 
 def _fill(part: _Part) -> None:
-    forecaster = _opened(part.wanted, part.card)
+    forecaster = _opened(part.wanted, part.card, get_native_id())
     if part.inner and isinstance(forecaster, Calibrated):
         forecaster = forecaster.inner
     with ForecastCache(part.wanted.folder) as cache:
