@@ -358,9 +358,10 @@ def test_rows_bound_what_is_held_and_the_last_asked_stay(tmp_path, monkeypatch):
     for window in windows:
         spans.setdefault(window.close_time // (10 * MINUTE), window)
     first, *others = list(spans.values())[1:5]  # of ten rows each
+    known.forecast([first])
     for window in others:
-        known.forecast([first])
         known.forecast([window])
+        known.forecast([first])
         [shelf] = cache._shelves
         assert sum(len(span.rows) for span in shelf._spans.values()) <= 20 + 10
     assert cache.made == 0
