@@ -67,10 +67,11 @@ class Distribution:
 
     def sample(self, c: Tensor, at: Sequence[int], key: Key = NO_KEY) -> Tensor:
         """c (B, code) -> scores (B, S, H) float64 of the steps at these H places, each rising along S."""
-        places, noise = list(at), self._noise(key)
+        places, noise = torch.tensor(at, device=c.device), self._noise(key)
         error = self._error(noise) if self.draws else self.error
-        ordered = self._run(c, noise)[..., places].sort(-2).values
-        return torch.cummax(ordered - error[:, places], 1).values
+        scores = self._run(c, noise).index_select(-1, places).transpose(1, 2).contiguous()  # (B, H, S)
+        ordered = scores.sort(-1).values - error.index_select(-1, places).T
+        return torch.cummax(ordered, -1).values.transpose(1, 2)
 
     def quantiles(self, scores: Tensor, levels: Tensor) -> Tensor:
         """Scores (B, S, H) -> their quantiles at levels (Q,), (B, H, Q), not falling along Q.
@@ -102,10 +103,8 @@ class Distribution:
         return torch.cat([self.noise[None], fresh])
 
     def _run(self, c: Tensor, noise: Tensor) -> Tensor:
-        denoise, lam = self.net.denoiser, self.lam[:, None].expand(-1, len(c))
-        film = denoise.modulation(c.expand(len(lam), -1, -1), lam)[:, :, None]  # (evaluations, B, 1, .)
         start = noise[..., None, :, :].expand(*noise.shape[:-2], len(c), -1, -1)
-        return self._scores(self.run(lambda x, i: denoise(x, film[i]), start))
+        return self._scores(self.run(self.net.denoiser.velocity(c, self.lam), start))
 
     def _error(self, noise: Tensor) -> Tensor:
         zero = self.run(lambda x, _: torch.zeros_like(x), noise)

@@ -90,8 +90,8 @@ def ddim(timesteps: Sequence[int]) -> Solver:
     a = alphas_cumprod()
     here = a[list(timesteps)]
     after = torch.cat([here[1:], torch.ones(1)])
-    alphas, sigmas = (here**0.5).tolist(), ((1 - here) ** 0.5).tolist()
-    alphas_after, sigmas_after = (after**0.5).tolist(), ((1 - after) ** 0.5).tolist()
+    alphas, sigmas = (here**0.5).unbind(), ((1 - here) ** 0.5).unbind()
+    alphas_after, sigmas_after = (after**0.5).unbind(), ((1 - after) ** 0.5).unbind()
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
         for i, (alpha, sigma) in enumerate(zip(alphas, sigmas, strict=True)):
@@ -112,11 +112,11 @@ def ddpm(timesteps: Sequence[int]) -> Solver:
     a = alphas_cumprod()
     here = a[list(timesteps)]
     after = torch.cat([here[1:], torch.ones(1)])
-    alphas, sigmas = (here**0.5).tolist(), ((1 - here) ** 0.5).tolist()
+    alphas, sigmas = (here**0.5).unbind(), ((1 - here) ** 0.5).unbind()
     alpha = here / after  # of the step alone
-    of_x0 = ((after**0.5 * (1 - alpha)) / (1 - here)).tolist()
-    of_x = (alpha**0.5 * (1 - after) / (1 - here)).tolist()
-    deviations = (((1 - after) / (1 - here) * (1 - alpha)) ** 0.5).tolist()
+    of_x0 = ((after**0.5 * (1 - alpha)) / (1 - here)).unbind()
+    of_x = (alpha**0.5 * (1 - after) / (1 - here)).unbind()
+    deviations = (((1 - after) / (1 - here) * (1 - alpha)) ** 0.5).unbind()
     last = len(timesteps) - 1
 
     def run(velocity: Velocity, noise: Tensor) -> Tensor:
@@ -136,11 +136,11 @@ def dpmpp(timesteps: Sequence[int]) -> Solver:
     _, alpha, sigma = _levels(timesteps)
     lam = torch.log(alpha) - torch.log(sigma)  # infinite at the end
     h = lam[1:] - lam[:-1]
-    keep = (sigma[1:] / sigma[:-1]).tolist()
+    keep = (sigma[1:] / sigma[:-1]).unbind()
     gain = alpha[1:] * (torch.exp(-h) - 1.0)
-    half = (0.5 * gain).tolist()
-    slope = (1.0 / (h[:-1] / h[1:])).tolist()  # 1 / r_0 of every step but the first
-    gains, alphas, sigmas = gain.tolist(), alpha.tolist(), sigma.tolist()
+    half = (0.5 * gain).unbind()
+    slope = (1.0 / (h[:-1] / h[1:])).unbind()  # 1 / r_0 of every step but the first
+    gains, alphas, sigmas = gain.unbind(), alpha.unbind(), sigma.unbind()
     last = len(timesteps) - 1
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
@@ -166,16 +166,16 @@ def dpmpp3(timesteps: Sequence[int]) -> Solver:
     _, alpha, sigma = _levels(timesteps)
     lam = torch.log(alpha) - torch.log(sigma)  # infinite at the end
     h = lam[1:] - lam[:-1]
-    keep = (sigma[1:] / sigma[:-1]).tolist()
+    keep = (sigma[1:] / sigma[:-1]).unbind()
     gain = alpha[1:] * (torch.exp(-h) - 1.0)
-    half = (0.5 * gain).tolist()
-    first = (alpha[1:] * ((torch.exp(-h) - 1.0) / h + 1.0)).tolist()  # of the first derivative
-    second = (alpha[1:] * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5)).tolist()
+    half = (0.5 * gain).unbind()
+    first = (alpha[1:] * ((torch.exp(-h) - 1.0) / h + 1.0)).unbind()  # of the first derivative
+    second = (alpha[1:] * ((torch.exp(-h) - 1.0 + h) / h**2 - 0.5)).unbind()
     r0 = torch.cat([torch.ones(1), h[:-1] / h[1:]])
     r1 = torch.cat([torch.ones(2), h[:-2] / h[2:]])
-    near, far = (1.0 / r0).tolist(), (1.0 / r1).tolist()
-    lean, bend = (r0 / (r0 + r1)).tolist(), (1.0 / (r0 + r1)).tolist()
-    gains, alphas, sigmas = gain.tolist(), alpha.tolist(), sigma.tolist()
+    near, far = (1.0 / r0).unbind(), (1.0 / r1).unbind()
+    lean, bend = (r0 / (r0 + r1)).unbind(), (1.0 / (r0 + r1)).unbind()
+    gains, alphas, sigmas = gain.unbind(), alpha.unbind(), sigma.unbind()
     last = len(timesteps) - 1
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
@@ -205,9 +205,9 @@ def unipc(timesteps: Sequence[int]) -> Solver:
     _, alpha, sigma = _levels(timesteps)
     lam = torch.log(alpha) - torch.log(sigma)  # infinite at the end
     last = len(timesteps) - 1
-    keep = (sigma[1:] / sigma[:-1]).tolist()
+    keep = (sigma[1:] / sigma[:-1]).unbind()
     gain = torch.expm1(-(lam[1:] - lam[:-1]))  # B(h), and h phi_1(h), of each step
-    gains = (alpha[1:] * gain).tolist()
+    gains = (alpha[1:] * gain).unbind()
     ratios, correct = [1.0] * (last + 1), [(0.0, 0.5)] * (last + 1)
     for i in range(1, last):
         h = lam[i + 1] - lam[i]
@@ -217,7 +217,7 @@ def unipc(timesteps: Sequence[int]) -> Solver:
         R = torch.stack([torch.ones(2), torch.stack([r, torch.ones(())])])
         rho = torch.linalg.solve(R, b)
         ratios[i], correct[i] = float(r), (float(rho[0]), float(rho[1]))
-    alphas, sigmas = alpha.tolist(), sigma.tolist()
+    alphas, sigmas = alpha.unbind(), sigma.unbind()
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
         m0, plain, D1 = x, x, torch.zeros_like(x)  # of the step before: prediction, x by it alone, slope
@@ -257,9 +257,9 @@ def deis(timesteps: Sequence[int]) -> Solver:
         integral(rho[to], log[to], b, c) - integral(rho[at], log[at], b, c)
         for b, c in ((log[at], log[before]), (log[before], log[at]))
     )
-    nears, fars = [0.0, *near.tolist()], [0.0, *far.tolist()]
-    keep, gains = (alpha[1:] / alpha[:-1]).tolist(), (sigma[1:] * (torch.exp(h) - 1.0)).tolist()
-    alphas, sigmas = alpha.tolist(), sigma.tolist()
+    nears, fars = [0.0, *near.unbind()], [0.0, *far.unbind()]
+    keep, gains = (alpha[1:] / alpha[:-1]).unbind(), (sigma[1:] * (torch.exp(h) - 1.0)).unbind()
+    alphas, sigmas = alpha.unbind(), sigma.unbind()
     last = len(timesteps) - 1
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
@@ -280,7 +280,7 @@ def deis(timesteps: Sequence[int]) -> Solver:
 def euler(timesteps: Sequence[int]) -> Solver:
     """Euler in sigma / alpha (Karras et al. 2022, alg. 1 without its second half)."""
     s = _levels(timesteps)[0]
-    steps = s.diff().tolist()
+    steps = s.diff().unbind()
     slope = _Slope(s[:-1])
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ def kdpm2(timesteps: Sequence[int]) -> Solver:
     s = _levels(timesteps)[0]
     middle = s.log().lerp(s.roll(1).log(), 0.5).exp()[1:]  # of each step, 0 of the last
     slope = _Slope(torch.stack([s[:-1], middle], 1).flatten()[:-1])
-    half, whole = (middle - s[:-1]).tolist(), s.diff().tolist()
+    half, whole = (middle - s[:-1]).unbind(), s.diff().unbind()
     last = len(timesteps) - 1
 
     def run(velocity: Velocity, x: Tensor) -> Tensor:
@@ -338,8 +338,8 @@ class _Slope:
 
     def __init__(self, s: Tensor) -> None:
         variance = s**2 + 1
-        self.s, self.variance, self.norm = s.tolist(), variance.tolist(), (variance**0.5).tolist()
-        self.of_v = (-s / variance**0.5).tolist()
+        self.s, self.variance, self.norm = s.unbind(), variance.unbind(), (variance**0.5).unbind()
+        self.of_v = (-s / variance**0.5).unbind()
         self.start = self.norm[0]  # the deviation of y where it starts
 
     def __call__(self, velocity: Velocity, y: Tensor, i: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The denoiser's head: what velocity the scores have, given context and noise level."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from math import pi
 
@@ -37,6 +37,19 @@ class Denoiser(nn.Module):
         film: Tensor = self.film(functional.silu(c + self.time(time)))
         return film
 
+    def velocity(self, c: Tensor, lam: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """What a sampler asks: x_t (..., B, S, G) at the i-th of n noise levels -> v, of x_t's shape.
+
+        c (B, code) and lambda (n,) are those of `modulation`, which is worked out for all levels at once.
+        """
+        film = self._levels(c, lam)
+        return lambda x, i: self(x, film[i])
+
+    def _levels(self, c: Tensor, lam: Tensor) -> Tensor:
+        """The modulation of contexts (B, code) at noise levels (n,), (n, B, 1, 2 scales)."""
+        n, B = len(lam), len(c)
+        return self.modulation(c.expand(n, -1, -1), lam[:, None].expand(-1, B))[:, :, None]
+
 
 class MLP(Denoiser):
     """Residual blocks over all steps at once.
@@ -54,14 +67,40 @@ class MLP(Denoiser):
 
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """See `Denoiser`."""
-        size = torch.log((x * x).mean(-1, keepdim=True) + FLOOR)
-        y = self.enter(torch.cat([x, size], -1))
         parts = film.chunk(2 * len(self.first), -1)
-        for i, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
-            z = functional.layer_norm(y, y.shape[-1:]) * (1 + parts[2 * i]) + parts[2 * i + 1]
-            y = y + second(functional.silu(first(z)))
-        v: Tensor = self.leave(functional.silu(y))
-        return v
+        layers = self._layers([1 + scale for scale in parts[::2]], parts[1::2])
+        return layers(x, 0)
+
+    def velocity(self, c: Tensor, lam: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """See `Denoiser`: the bits of `forward`, but what does not depend on x_t is worked out once."""
+        film = self._levels(c, lam).unflatten(-1, (len(self.first), 2, -1))  # (n, B, 1, blocks, 2, D)
+        scale, shift = film.permute(4, 0, 3, 1, 2, 5).flatten(1, 2)  # (n blocks, B, 1, D)
+        return self._layers((1 + scale).unbind(), shift.unbind())
+
+    def _layers(self, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
+        """The layers as functions, with what modulates each block at each noise level, (..., D).
+
+        Calling modules, and the constants of each layer, took a third of the time of a path. To normalise by
+        ones and zeros gives the bits of a normalisation without them, in half of its time.
+        """
+        linear, normal = functional.linear, torch.layer_norm
+        enter, leave = ((layer.weight, layer.bias) for layer in (self.enter, self.leave))
+        blocks = [
+            (first.weight, first.bias, second.weight, second.bias)
+            for first, second in zip(self.first, self.second, strict=True)
+        ]
+        D = (len(self.enter.bias),)
+        ones, zeros, floor = enter[0].new_ones(D), enter[0].new_zeros(D), enter[0].new_tensor(FLOOR)
+
+        def velocity(x: Tensor, i: int) -> Tensor:
+            size = torch.log((x * x).mean(-1, keepdim=True) + floor)
+            y = linear(torch.cat([x, size], -1), *enter)
+            for k, (w1, b1, w2, b2) in enumerate(blocks, i * len(blocks)):
+                z = normal(y, D, ones, zeros) * scales[k] + shifts[k]
+                y = y + linear(functional.silu(linear(z, w1, b1)), w2, b2)
+            return linear(functional.silu(y), *leave)
+
+        return velocity
 
 
 class UNet1D(Denoiser):

@@ -1,5 +1,6 @@
 """The structured state-space layer."""
 
+from collections.abc import Callable
 from math import log, pi, sqrt
 
 import torch
@@ -14,8 +15,8 @@ class S4D(nn.Module):
     """Diagonal state-space layer, S4D-Lin with zero-order hold (Gu et al. 2022, arXiv:2206.11893).
 
     x' = A x + B u, y = 2 Re(C x) + D u, with A_n = -1/2 + i pi n at the start and B absorbed in C. Re A is
-    below zero whatever the weights. The kernel is computed in complex128, and kept while the module is in
-    eval mode and nothing is learnt.
+    below zero whatever the weights. The kernel is computed in complex128; it and what is made of it are kept
+    while the module is in eval mode and nothing is learnt.
     """
 
     def __init__(self, width: int, poles: int, generator: Generator) -> None:
@@ -27,7 +28,7 @@ class S4D(nn.Module):
         self.A_imag = nn.Parameter(pi * torch.arange(N).float().repeat(width, 1))  # (H, N)
         self.C = nn.Parameter(torch.randn(width, N, 2, generator=generator) * sqrt(0.5))  # (H, N, 2)
         self.D = nn.Parameter(torch.randn(width, generator=generator))  # (H,)
-        self._kernel: Tensor | None = None
+        self._kept: dict[str, tuple[int, Tensor]] = {}
 
     def poles(self) -> Tensor:
         """A, (H, N) complex128."""
@@ -42,15 +43,11 @@ class S4D(nn.Module):
 
     def kernel(self, L: int) -> Tensor:
         """The first L terms of the impulse response, (H, L) float32."""
-        if self.training or torch.is_grad_enabled():  # its graph serves one way back
-            return self._computed(L)
-        if self._kernel is None or self._kernel.shape[-1] != L:
-            self._kernel = self._computed(L)
-        return self._kernel
+        return self._once("kernel", L, self._computed)
 
     def train(self, mode: bool = True) -> "S4D":
         """Switch the mode, and forget the kernel."""
-        self._kernel = None
+        self._kept = {}
         super().train(mode)
         return self
 
@@ -62,21 +59,19 @@ class S4D(nn.Module):
         steps on the transform is faster, and the matrix would grow with the square of the steps.
         """
         L = u.shape[-1]
-        response = self._response(L)
         y: Tensor
         if L > DIRECT:  # of twice the length, so that the end does not reach round to the beginning
-            spectrum = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(response, n=2 * L)
+            spectrum = torch.fft.rfft(u, n=2 * L) * torch.fft.rfft(self._response(L), n=2 * L)
             y = torch.fft.irfft(spectrum, n=2 * L)[..., :L]
             return y
-        step = torch.arange(L, device=u.device)
-        lag = step - step[:, None]  # (L, L): of the column behind the row
-        toeplitz = response[:, lag.clamp(min=0)] * (lag >= 0)  # (H, L, L)
-        y = torch.bmm(u.transpose(0, 1), toeplitz).transpose(0, 1)
+        rows = u.transpose(0, 1).contiguous()  # with other strides one row takes seven times as long
+        y = torch.bmm(rows, self._once("toeplitz", L, self._toeplitz)).transpose(0, 1)
         return y
 
     def newest(self, u: Tensor) -> Tensor:
         """The last step of `forward`, (B, H)."""
-        y: Tensor = torch.einsum("bhl,hl->bh", u, self._response(u.shape[-1]).flip(-1))
+        latest = self._once("latest", u.shape[-1], lambda L: self._response(L).flip(-1))
+        y: Tensor = torch.einsum("bhl,hl->bh", u, latest)
         return y
 
     def step(self, u: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -93,6 +88,21 @@ class S4D(nn.Module):
         lag = torch.arange(L, dtype=torch.float64, device=A.device)
         powers = torch.exp(torch.log(A)[..., None] * lag)  # (H, N, L)
         return 2 * torch.einsum("hn,hnl->hl", C, powers).real.float()
+
+    def _once(self, name: str, L: int, make: Callable[[int], Tensor]) -> Tensor:
+        """What is made of the weights for L steps."""
+        if self.training or torch.is_grad_enabled():  # its graph serves one way back
+            return make(L)
+        kept = self._kept.get(name)
+        if kept is None or kept[0] != L:
+            kept = self._kept[name] = L, make(L)
+        return kept[1]
+
+    def _toeplitz(self, L: int) -> Tensor:
+        """The convolution with the response as matrices of each channel, (H, L, L)."""
+        step = torch.arange(L, device=self.D.device)
+        lag = step - step[:, None]  # (L, L): of the column behind the row
+        return self._response(L)[:, lag.clamp(min=0)] * (lag >= 0)
 
     def _response(self, L: int) -> Tensor:
         """The kernel and D, which acts without delay, (H, L)."""

@@ -77,6 +77,21 @@ def test_one_modulation_serves_all_samples(name: str) -> None:
         torch.testing.assert_close(head(x, film)[1, 3:4], head(x[1, 3:4], film[1]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("windows", [1, 3])
+def test_a_velocity_has_the_bits_of_its_head(name: str, windows: int) -> None:
+    """What a sampler asks is the head under the modulation of each noise level, to the bit."""
+    head = _head(name, 16)
+    g = _generator(2)
+    x, c, lam = (torch.randn(shape, generator=g) for shape in ((windows, 32, 16), (windows, 48), (5,)))
+    with torch.inference_mode():
+        velocity = head.velocity(c, lam)
+        film = head.modulation(c.expand(5, -1, -1), lam[:, None].expand(-1, windows))[:, :, None]
+        expected = [head(x, each) for each in film]
+        assert all(torch.equal(velocity(x, i), v) for i, v in enumerate(expected))
+        assert not torch.equal(expected[0], expected[1])
+
+
 def test_the_unet_knows_where_on_the_path_it_is() -> None:
     """A path of equal steps has unequal velocities far from its ends, too, and only by the embedding."""
     head = _head("unet1d", 64)

@@ -108,6 +108,22 @@ def test_its_kernel_is_kept_while_nothing_is_learnt() -> None:
     torch.testing.assert_close(layer.kernel(64), 2 * before)
 
 
+def test_what_is_made_of_a_kernel_is_forgotten_with_it() -> None:
+    """In eval mode a layer says what its weights of now say: of two lengths in turn, and after a change."""
+    layer, u = S4D(6, 4, _generator()).eval(), torch.randn(1, 6, 64, generator=_generator(1))
+    for _ in range(2):
+        expected = [(layer(v).detach(), layer.newest(v).detach()) for v in (u, u[..., 9:])]  # nothing is kept
+        with torch.inference_mode():
+            for v, (whole, newest) in (*zip((u, u[..., 9:]), expected, strict=True), ((u, expected[0]))):
+                assert torch.equal(layer(v), whole)
+                assert torch.equal(layer.newest(v), newest)
+        layer.train()
+        with torch.no_grad():
+            layer.C.mul_(2)
+            layer.D.add_(1)
+        layer.eval()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_each_step_of_a_training_has_a_kernel_of_its_own(training: bool) -> None:
     """Two steps one after another run, in eval mode too, and after a forecast."""
