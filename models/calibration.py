@@ -53,9 +53,36 @@ def recalibrated(scores: Array, h: int, levels: tuple[float, ...]) -> Array:
     if not len(scores):
         return z
     share = len(scores) / (len(scores) + PRIOR * h)
-    found = np.quantile(np.concatenate((scores, -scores)), levels)
+    found = mirrored_quantiles(scores, levels)
     rising: Array = np.maximum.accumulate(z + share * (found - z))
     return rising
+
+
+def mirrored_quantiles(scores: Array, levels: tuple[float, ...]) -> Array:
+    """The quantiles (Q,) of scores (n,) and their mirror images together, to the bits of `np.quantile`.
+
+    That finds its order statistics in five times as long as it takes to sort.
+    """
+    low, high, sides, shares, near = _mirrored(len(scores), levels)
+    size = np.sort(np.abs(scores))
+    a, b = sides[0] * size[low], sides[1] * size[high]
+    apart = b - a
+    return np.where(near, b - apart * (1 - shares), a + apart * shares)
+
+
+@lru_cache(64)
+def _mirrored(n: int, levels: tuple[float, ...]) -> tuple[NDArray[Any], ...]:
+    """Of n sizes in order and their mirror images, how the quantiles at each level are made.
+
+    Places of the sizes below and above it (Q,), their signs (2, Q), the share of the way between them, and
+    whether it is counted from above.
+    """
+    rank = (2 * n - 1) * np.array(levels)
+    below = np.floor(rank)
+    places = np.stack([below, np.minimum(below + 1, 2 * n - 1)]).astype(np.intp) - n  # below 0 a mirror image
+    at = np.where(places < 0, -1 - places, places)
+    share = rank - below
+    return at[0], at[1], np.where(places < 0, -1.0, 1.0), share, share >= 0.5
 
 
 def normal_scores(outcomes: Array, quantiles: Array, levels: tuple[float, ...], dice: Array) -> Array:

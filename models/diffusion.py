@@ -1,6 +1,7 @@
 """The forecaster that serves: windows -> quantiles through the map, and paths by the diffusion model."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ Key = tuple[str, str, int]
 """Model, symbol and close time: what decides the draws of a stochastic sampler."""
 NO_KEY: Key = ("", "", 0)
 THREADS = 1
+TOGETHER = 16
+"""Windows whose work is ordered by its kind, at most: what is held of them stays in the caches."""
 
 
 def fingerprint(samples: int) -> str:
@@ -36,6 +39,17 @@ def use_one_thread() -> None:
     """
     if torch.get_num_threads() != THREADS:
         torch.set_num_threads(THREADS)
+
+
+class Places(NamedTuple):
+    """Where the quantiles at Q levels lie among S ranks: between `low` (Q,) and the next, by `share` (Q,).
+
+    `normal` (Q,) are the levels' normal scores.
+    """
+
+    low: Tensor
+    share: Tensor
+    normal: Tensor
 
 
 class Distribution:
@@ -55,6 +69,7 @@ class Distribution:
         self.noise = net.noise[:samples]  # (S, G)
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)
+        self.apart = 1e-9 * torch.arange(samples)  # (S,), makes scores rise strictly
         with torch.inference_mode():
             self.error = torch.empty(0) if self.draws else self._error(self.noise)  # (S, G)
 
@@ -65,35 +80,46 @@ class Distribution:
         """
         return self._run(c, self._noise(key))
 
-    def sample(self, c: Tensor, at: Sequence[int], key: Key = NO_KEY) -> Tensor:
-        """c (B, code) -> scores (B, S, H) float64 of the steps at these H places, each rising along S."""
-        places, noise = torch.tensor(at, device=c.device), self._noise(key)
-        error = self._error(noise) if self.draws else self.error
-        scores = self._run(c, noise).index_select(-1, places).transpose(1, 2).contiguous()  # (B, H, S)
-        ordered = scores.sort(-1).values - error.index_select(-1, places).T
-        return torch.cummax(ordered, -1).values.transpose(1, 2)
+    def sample(self, contexts: Sequence[Tensor], at: Tensor, keys: Sequence[Key]) -> Tensor:
+        """Contexts (1, code) of B windows -> scores (B, H, S) float64, see `ranked`.
 
-    def quantiles(self, scores: Tensor, levels: Tensor) -> Tensor:
-        """Scores (B, S, H) -> their quantiles at levels (Q,), (B, H, Q), not falling along Q.
+        The network is asked about one after the other.
+        """
+        noise = [self._noise(key) for key in keys]
+        scores = torch.cat([self._run(c, start) for c, start in zip(contexts, noise, strict=True)])
+        error = torch.stack([self._error(start) for start in noise]) if self.draws else self.error
+        return self.ranked(scores, at, error)
+
+    def ranked(self, scores: Tensor, at: Tensor, error: Tensor) -> Tensor:
+        """Scores of paths (B, S, G) -> those of the steps at H places, (B, H, S), each rising along S.
+
+        `error` (S, G), or of each (B, S, G), is taken off the ranks.
+        """
+        ordered = scores.index_select(-1, at).mT.contiguous().sort(-1).values
+        return torch.cummax(ordered - error.index_select(-1, at).mT, -1).values
+
+    def places(self, levels: Tensor) -> Places:
+        """Where to read the quantiles at levels (Q,) float64."""
+        S = len(self.normal)
+        rank = (levels * S - 0.5).clamp(0, S - 1)
+        low = rank.floor().long().clamp(max=S - 2)
+        return Places(low, rank - low, torch.special.ndtri(levels))
+
+    def quantiles(self, scores: Tensor, at: Places) -> Tensor:
+        """Scores (B, H, S) -> their quantiles at places (Q,), (B, H, Q), not falling along Q.
 
         The departure from the normal quantile is interpolated between ranks: it is small and smooth.
         """
-        S = scores.shape[1]
-        rank = (levels * S - 0.5).clamp(0, S - 1)
-        low = rank.floor().long().clamp(max=S - 2)
-        share = (rank - low)[:, None]
-        departure = scores - self.normal
-        q = departure[:, low] * (1 - share) + departure[:, low + 1] * share  # (B, Q, H)
-        rising: Tensor = torch.cummax(q.transpose(1, 2) + torch.special.ndtri(levels), -1).values
+        normal, high = self.normal[:, 0], at.low + 1
+        low = scores.index_select(-1, at.low) - normal[at.low]
+        q = low * (1 - at.share) + (scores.index_select(-1, high) - normal[high]) * at.share
+        rising: Tensor = torch.cummax(q + at.normal, -1).values
         return rising
 
     def below(self, scores: Tensor, at: Tensor) -> Tensor:
-        """Probability that the score of each horizon is below `at` (B, H), for scores (B, S, H)."""
-        S = scores.shape[1]
-        apart = scores.transpose(1, 2) + 1e-9 * torch.arange(S)  # (B, H, S), strictly rising
-        normal = self.normal.T.expand(apart.shape)
-        probability: Tensor = torch.special.ndtr(piecewise(at[..., None], apart, normal)[..., 0])
-        return probability
+        """The normal score (B, H) of the probability to be below `at` (B, H), for scores (B, H, S)."""
+        normal = self.normal.T.expand(scores.shape)
+        return piecewise(at[..., None], scores + self.apart, normal)[..., 0]
 
     def _noise(self, key: Key) -> Tensor:
         """The noise (S, G) that sampling starts from, with fresh draws behind it (1 + draws, S, G)."""
@@ -137,14 +163,18 @@ class SSSDForecaster:
         samples = len(net.noise)
         use_one_thread()
         built = {n: Distribution(net, sampler, n, samples) for n in {steps, coupling} - {0}}
-        self._distribution, self._joint = built.get(steps), built.get(coupling)
+        p = torch.tensor(levels, dtype=torch.float64)
+        distribution, self._joint = built.get(steps), built.get(coupling)
+        self._sampled = None if distribution is None else (distribution, distribution.places(p))
         self._path = path_steps(scaling.horizons)
-        self._places = [self._path.index(h) for h in scaling.horizons]
+        self._places = torch.tensor([self._path.index(h) for h in scaling.horizons])
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
-        self._normal = torch.special.ndtri(ranks).expand(1, len(scaling.horizons), -1).contiguous()
+        scores = torch.special.ndtri(torch.cat([ranks, p]))
+        self._normal = scores.expand(1, len(scaling.horizons), -1)  # (1, H, S + Q)
+        self._knots = knot_scores()  # (K,)
+        self._zero = torch.zeros(1, len(scaling.horizons), 1, dtype=torch.float64)
         self._net = net.eval()
         self._scaling = scaling
-        self._levels = torch.tensor(levels, dtype=torch.float64)
         self._card = Card(
             model=model,
             kind="sssd",
@@ -169,7 +199,8 @@ class SSSDForecaster:
         use_one_thread()
         with torch.inference_mode():
             frames = self._scaling.of_windows(windows)
-            return [self._forecast(*pair) for pair in zip(windows, frames, strict=True)]
+            parts = [slice(k, k + TOGETHER) for k in range(0, len(windows), TOGETHER)]
+            return [forecast for part in parts for forecast in self._forecast(windows[part], frames[part])]
 
     @property
     def path(self) -> tuple[int, ...]:
@@ -189,42 +220,50 @@ class SSSDForecaster:
             scores = (net.noise @ net.whiten.T).double()
         else:
             key = self.card.model, window.symbol, window.close_time
-            scores = self._joint.joint(self._context(frame), key)[0]  # (S, G)
+            features = torch.from_numpy(frame.features).float()
+            scores = self._joint.joint(self._context(features, frame), key)[0]  # (S, G)
         ranks = scores.argsort(stable=True, dim=0).argsort(0)
         return Coupling(self._path, ranks.numpy(), _array(net.bridge.double()))
 
-    def _context(self, frame: Frame) -> Tensor:
-        features = torch.from_numpy(frame.features).float()  # (1, F)
+    def _context(self, features: Tensor, frame: Frame) -> Tensor:
         sequence = torch.from_numpy(frame.channels[-self._net.architecture.context :]).float()
         c: Tensor = self._net.encoder(features, sequence[None])
         return c
 
-    def _forecast(self, window: Window, frame: Frame) -> Forecast:
-        features = torch.from_numpy(frame.features).float()  # (1, F)
-        knots = self._net.map.average(features)  # (1, H, K)
-        u = knot_scores().expand(knots.shape)
-        zero = piecewise(torch.zeros(*knots.shape[:2], 1, dtype=torch.float64), knots, u)[..., 0]  # (1, H)
+    def _forecast(self, windows: Sequence[Window], frames: Sequence[Frame]) -> list[Forecast]:
+        """Forecast some windows, one kind of work after another: its code is then in the caches already.
 
-        if self._distribution is None:
-            q = torch.special.ndtri(self._levels).expand(*knots.shape[:2], -1).contiguous()  # (1, H, Q)
-            z = piecewise(self._normal, u, knots)  # (1, H, S)
-            fall = torch.special.ndtr(zero)
+        What has sums or functions in it is done window by window; at once, what rounds each number by itself.
+        """
+        features = [torch.from_numpy(frame.features).float() for frame in frames]  # (1, F) each
+        knots = torch.cat([self._net.map.average(x) for x in features])  # (B, H, K)
+        u = self._knots.expand(knots.shape)
+        fall = piecewise(self._zero.expand(len(knots), -1, -1), knots, u)[..., 0]  # (B, H), normal scores
+
+        if self._sampled is None:
+            x = self._normal.expand(len(knots), -1, -1)
         else:
-            key = self.card.model, window.symbol, window.close_time
-            scores = self._distribution.sample(self._context(frame), self._places, key)  # (1, S, H)
-            q = self._distribution.quantiles(scores, self._levels)
-            z = piecewise(scores.transpose(1, 2), u, knots)
-            fall = self._distribution.below(scores, zero)
+            distribution, at = self._sampled
+            contexts = [self._context(*pair) for pair in zip(features, frames, strict=True)]
+            keys = [(self.card.model, window.symbol, window.close_time) for window in windows]
+            scores = distribution.sample(contexts, self._places, keys)  # (B, H, S)
+            x = torch.cat([scores, distribution.quantiles(scores, at)], -1)
+            fall = distribution.below(scores, fall)
 
-        scale = frame.scale[0]
-        return forecast_from(
-            self.card,
-            window,
-            quantiles=_array(torch.cummax(piecewise(q, u, knots)[0], -1).values) * scale[:, None],
-            mean=_array(z.mean(-1)[0]) * scale,
-            std=_array(z.std(-1, correction=0)[0]) * scale,
-            rise=_array(1 - fall[0]),
-        )
+        S = len(self._net.noise)
+        z, q = piecewise(x, u, knots).split([S, x.shape[-1] - S], -1)  # (B, H, S) and (B, H, Q)
+        figures = zip(z, _array(torch.cummax(q, -1).values), fall.split(1), strict=True)
+        return [
+            forecast_from(
+                self.card,
+                window,
+                quantiles=quantiles * frame.scale[0][:, None],
+                mean=_array(z.mean(-1)) * frame.scale[0],
+                std=_array(z.std(-1, correction=0)) * frame.scale[0],
+                rise=_array(1 - torch.special.ndtr(fall)[0]),
+            )
+            for window, frame, (z, quantiles, fall) in zip(windows, frames, figures, strict=True)
+        ]
 
 
 def _array(x: Tensor) -> NDArray[np.float64]:

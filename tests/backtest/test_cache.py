@@ -58,7 +58,7 @@ def asked(monkeypatch):
     """The windows that the network was asked about."""
     windows, forecast = [], SSSDForecaster._forecast
     monkeypatch.setattr(
-        SSSDForecaster, "_forecast", lambda self, *given: windows.append(given[0]) or forecast(self, *given)
+        SSSDForecaster, "_forecast", lambda self, *given: windows.extend(given[0]) or forecast(self, *given)
     )
     return windows
 

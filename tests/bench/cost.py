@@ -105,7 +105,8 @@ def _steps(section: Section, histories: Sequence[Window], tell: Callable[[str], 
     net, generator = training.net.train(), Generator().manual_seed(1)
     share = Share(0, 1, generator)
     distribution = Distribution(net, SAMPLER, STEPS, SAMPLES[0])
-    places = [path_steps(HORIZONS).index(horizon) for horizon in HORIZONS]
+    places = torch.tensor([path_steps(HORIZONS).index(horizon) for horizon in HORIZONS])
+    read = distribution.places(training.levels)
 
     def batch() -> tuple[Origins, Tensor]:
         at = training.older[torch.randint(len(training.older), (BATCH,), generator=generator)]
@@ -118,8 +119,8 @@ def _steps(section: Section, histories: Sequence[Window], tell: Callable[[str], 
         part, c = batch()
         with torch.no_grad():
             knots = training._unseen_knots(part)
-        scores = distribution.sample(c, places)
-        q = distribution.quantiles(scores, training.levels).contiguous()
+        scores = distribution.ranked(distribution.joint(c), places, distribution.error)
+        q = distribution.quantiles(scores, read).contiguous()
         z = piecewise(q, knot_scores().expand(knots.shape), knots)
         miss = part.z[..., None] - z
         return torch.maximum(training.levels * miss, (training.levels - 1) * miss).mean()

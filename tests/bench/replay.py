@@ -29,7 +29,7 @@ from barcast.models import (
     HistoricalSimulation,
     Window,
 )
-from barcast.models.checkpoint import open_forecaster
+from barcast.models.checkpoint import load
 from tests.bench.report import Row, Section, Target
 from tests.bench.rig import MINUTE, bars, minutes, walk
 
@@ -188,17 +188,15 @@ def _shipped() -> Iterator[tuple[str, Forecaster, list[Window]]]:
     calendar = Calendars("XNYS", Timeframe.parse("session"))
     history = read_windows(scan([sample_bars()], "close", calendar))["IBM"]
     for sampler in ("dpmpp", "ddim"):
-        model = open_forecaster(sample_checkpoint(), sampler)
+        model = load(sample_checkpoint()).trained.forecaster("sample", sampler)
         length, ends = model.card.window, range(len(history) - MODEL_WINDOWS, len(history))
         windows = [
             Window("IBM", history.close_times[k - length : k], history.values[k - length : k]) for k in ends
         ]
         model.forecast(windows[:3])
-        yield (
-            f"sssd forecasts alone, {sampler} {model.card.steps} steps, {model.card.samples} samples",
-            model,
-            windows,
-        )
+        what = f"{sampler} {model.card.steps} steps, {model.card.samples} samples"
+        yield f"sssd forecasts alone, {what}", model, windows
+        yield f"sssd forecasts alone, before calibration, {what}", model.inner, windows
 
 
 def _through_path(

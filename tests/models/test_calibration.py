@@ -25,7 +25,7 @@ from barcast.models import (
     Windows,
     calibration,
 )
-from barcast.models.calibration import PRIOR, normal_scores, read_at, recalibrated
+from barcast.models.calibration import PRIOR, mirrored_quantiles, normal_scores, read_at, recalibrated
 from tests.checks import forecast_does_not_depend_on_its_batch
 from tests.garch import HOUR, START, simulate
 
@@ -135,6 +135,17 @@ def test_the_levels_give_way_to_the_quantiles_of_the_scores_shrunk() -> None:
     for h in (1, 4):
         expected = (300 / h * both + PRIOR * own) / (300 / h + PRIOR)
         np.testing.assert_allclose(recalibrated(g, h, LEVELS), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_quantiles_of_scores_and_their_images_are_those_of_numpy() -> None:
+    """To the bit: of few scores and many, with ties, and at any levels."""
+    rng = np.random.default_rng(3)
+    for n in (*range(1, 9), 30, 255, 2000):
+        for digits in (0, 1, 17):
+            x = np.clip(np.round(rng.standard_cauchy(n), digits), -4, 4)
+            for levels in (LEVELS, tuple(np.sort(rng.random(6)).tolist())):
+                expected = np.quantile(np.concatenate((x, -x)), levels)
+                np.testing.assert_array_equal(mirrored_quantiles(x, levels), expected)
 
 
 def test_it_does_what_it_says_bar_by_bar(monkeypatch: pytest.MonkeyPatch) -> None:
