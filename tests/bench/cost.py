@@ -16,6 +16,7 @@ from barcast.models.diffusion import Distribution, use_one_thread
 from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
 from barcast.models.paths import path_steps
+from barcast.models.samplers import Velocity
 from barcast.models.sssd.head import MLP
 from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.training import BATCH, DRAWS, _Dropout, _Training, train
@@ -80,18 +81,23 @@ def _forecasts(section: Section, histories: Sequence[Window], tell: Callable[[st
     trained = train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=TRAINING_STEPS)
     note("sssd, the map alone", trained.forecaster("map", None, 0))
     whole = trained.net.noise
-    forward = MLP.forward
+    velocity = MLP.velocity
 
-    def bf16(self: MLP, x: Tensor, film: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return forward(self, x, film).float()
+    def bf16(self: MLP, c: Tensor, lam: Tensor) -> Velocity:
+        ask = velocity(self, c, lam)
+
+        def asked(x: Tensor, i: int) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return ask(x, i).float()
+
+        return asked
 
     for samples in SAMPLES:
         trained.net.noise = whole[:samples]
         forecaster = trained.forecaster("sssd", SAMPLER, STEPS)
         what = f"sssd, diffusion, {samples} samples x {STEPS} evaluations"
         note(f"{what}, fp32", forecaster)
-        with patch.object(MLP, "forward", bf16):
+        with patch.object(MLP, "velocity", bf16):
             note(f"{what}, bf16", forecaster)
 
 
