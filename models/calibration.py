@@ -67,7 +67,8 @@ def mirrored_quantiles(scores: Array, levels: tuple[float, ...]) -> Array:
     size = np.sort(np.abs(scores))
     a, b = sides[0] * size[low], sides[1] * size[high]
     apart = b - a
-    return np.where(near, b - apart * (1 - shares), a + apart * shares)
+    found: Array = np.where(near, b - apart * (1 - shares), a + apart * shares)
+    return found
 
 
 @lru_cache(64)
