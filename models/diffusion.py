@@ -251,18 +251,19 @@ class SSSDForecaster:
             fall = distribution.below(scores, fall)
 
         S = len(self._net.noise)
-        z, q = piecewise(x, u, knots).split([S, x.shape[-1] - S], -1)  # (B, H, S) and (B, H, Q)
-        figures = zip(z, _array(torch.cummax(q, -1).values), fall.split(1), strict=True)
+        found = piecewise(x, u, knots)  # (B, H, S + Q)
+        quantiles = _array(torch.cummax(found[..., S:], -1).values)
+        figures = zip(found[..., :S], quantiles, fall[:, None], strict=True)
         return [
             forecast_from(
                 self.card,
                 window,
-                quantiles=quantiles * frame.scale[0][:, None],
+                quantiles=q * frame.scale[0][:, None],
                 mean=_array(z.mean(-1)) * frame.scale[0],
                 std=_array(z.std(-1, correction=0)) * frame.scale[0],
-                rise=_array(1 - torch.special.ndtr(fall)[0]),
+                rise=_array(1 - torch.special.ndtr(below)[0]),
             )
-            for window, frame, (z, quantiles, fall) in zip(windows, frames, figures, strict=True)
+            for window, frame, (z, q, below) in zip(windows, frames, figures, strict=True)
         ]
 
 

@@ -257,7 +257,7 @@ def deis(timesteps: Sequence[int]) -> Solver:
         integral(rho[to], log[to], b, c) - integral(rho[at], log[at], b, c)
         for b, c in ((log[at], log[before]), (log[before], log[at]))
     )
-    nears, fars = [0.0, *near.unbind()], [0.0, *far.unbind()]
+    nears, fars = (torch.cat([torch.zeros(1), x]).unbind() for x in (near, far))
     keep, gains = (alpha[1:] / alpha[:-1]).unbind(), (sigma[1:] * (torch.exp(h) - 1.0)).unbind()
     alphas, sigmas = alpha.unbind(), sigma.unbind()
     last = len(timesteps) - 1

@@ -73,7 +73,8 @@ class MLP(Denoiser):
 
     def velocity(self, c: Tensor, lam: Tensor) -> Callable[[Tensor, int], Tensor]:
         """See `Denoiser`: the bits of `forward`, but what does not depend on x_t is worked out once."""
-        film = self._levels(c, lam).unflatten(-1, (len(self.first), 2, -1))  # (n, B, 1, blocks, 2, D)
+        film = self._levels(c, lam)
+        film = film.view(*film.shape[:3], len(self.first), 2, -1)  # (n, B, 1, blocks, 2, D)
         scale, shift = film.permute(4, 0, 3, 1, 2, 5).flatten(1, 2)  # (n blocks, B, 1, D)
         return self._layers((1 + scale).unbind(), shift.unbind())
 
@@ -86,7 +87,7 @@ class MLP(Denoiser):
         linear, normal = functional.linear, torch.layer_norm
         enter, leave = ((layer.weight, layer.bias) for layer in (self.enter, self.leave))
         blocks = [
-            (first.weight, first.bias, second.weight, second.bias)
+            (*first.parameters(), *second.parameters())
             for first, second in zip(self.first, self.second, strict=True)
         ]
         D = (len(self.enter.bias),)

@@ -22,6 +22,7 @@ from barcast.models import (
     LEVELS,
     Adjustment,
     Bar,
+    Calibrated,
     Card,
     FilteredHistoricalSimulation,
     Forecast,
@@ -29,7 +30,7 @@ from barcast.models import (
     HistoricalSimulation,
     Window,
 )
-from barcast.models.checkpoint import load
+from barcast.models.checkpoint import open_forecaster
 from tests.bench.report import Row, Section, Target
 from tests.bench.rig import MINUTE, bars, minutes, walk
 
@@ -188,7 +189,8 @@ def _shipped() -> Iterator[tuple[str, Forecaster, list[Window]]]:
     calendar = Calendars("XNYS", Timeframe.parse("session"))
     history = read_windows(scan([sample_bars()], "close", calendar))["IBM"]
     for sampler in ("dpmpp", "ddim"):
-        model = load(sample_checkpoint()).trained.forecaster("sample", sampler)
+        model = open_forecaster(sample_checkpoint(), sampler)
+        assert isinstance(model, Calibrated)
         length, ends = model.card.window, range(len(history) - MODEL_WINDOWS, len(history))
         windows = [
             Window("IBM", history.close_times[k - length : k], history.values[k - length : k]) for k in ends
