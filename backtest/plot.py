@@ -113,9 +113,10 @@ def costs_paid(result: BacktestResult) -> pl.DataFrame:
 
     Carry is negative where more was received than paid.
     """
-    traded = result.fills.group_by("strategy").agg(pl.col(COSTS[:-1]).sum())
-    held = result.equity.sort("close_time").group_by("strategy")
-    each = held.agg(pl.col("equity").first().alias("first"), pl.col("carry").sum())
+    fills, equity = result.rows("fills").lazy(), result.rows("equity").lazy()
+    traded = fills.group_by("strategy").agg(pl.col(COSTS[:-1]).sum()).collect()
+    first = pl.col("equity").sort_by("close_time").first().alias("first")
+    each = equity.group_by("strategy").agg(first, pl.col("carry").sum()).collect()
     order = pl.DataFrame({"strategy": _strategies(result)}, schema={"strategy": pl.String()})
     for table in (each, traded):
         order = order.join(table, on="strategy", how="left", maintain_order="left")

@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 import polars as pl
 
 from barcast.backtest import caveats
@@ -25,6 +24,7 @@ from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
 from barcast.backtest.skill import SCHEMA as SKILL
 from barcast.backtest.skill import skill
+from barcast.backtest.tables import Rows, Store, collected
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.adjustments import adjusted
@@ -247,6 +247,7 @@ def run_backtest(
     trials: int | None = None,
     baselines: bool = True,
     cache: ForecastCache | None = None,
+    scratch: Path | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -263,6 +264,9 @@ def run_backtest(
     With a `cache` what was forecast before is not forecast again, and the result is the same to the bit.
     `touch` are pairs of barriers, how far up and how far down in standard deviations of the forecast over the
     longest horizon: see `BacktestResult.signals`.
+
+    What memory does not hold lies in a folder in `scratch`, by default among the system's temporary files, as
+    long as the result is there.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
@@ -316,7 +320,8 @@ def run_backtest(
             f"{wire.to_text(start)}: give an earlier one."
         )
     past = _Past(settings, model, forecaster, frame, adjustments, start, last)
-    ledger = Ledger(execution)
+    shelves = Store(scratch)
+    ledger = Ledger(execution, shelves)
     decisions = _Decisions(ledger)
     known = (lambda one: one) if cache is None else cache.of
     with ExitStack() as stack:
@@ -335,7 +340,8 @@ def run_backtest(
             trainings, untrained = walk.frame(), walk.untrained(last)
     signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
     holes = caveats.few(decisions.holes.sentences(closes))
-    if not signals.height:
+    made = collected(signals.select(pl.col("model").unique(maintain_order=True)))["model"].to_list()
+    if not made:
         why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*decisions.withheld.items()][:3])
         raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
     windows, periods = read_windows(frame), _periods_per_year(closes, equity)
@@ -343,7 +349,8 @@ def run_backtest(
     declared = [
         a for a in adjustments if (not symbols or a.symbol in symbols) and (not until or a.time < until)
     ]
-    idle = [one.name for one in settings.strategies if one.name not in set(fills["strategy"])]
+    traded = set(collected(fills.select(pl.col("strategy").unique()))["strategy"])
+    idle = [one.name for one in settings.strategies if one.name not in traded]
     warnings = [
         learnt_warning(model, start),
         caveats.few(caveats.of_jumps(jumps)),
@@ -359,6 +366,7 @@ def run_backtest(
         beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
     trials = max(1, len(settings.strategies)) if trials is None else trials
     return BacktestResult(
+        store=shelves,
         signals=signals,
         outcomes=outcomes,
         bars=ledger.bars(),
@@ -372,7 +380,7 @@ def run_backtest(
         meta={
             "warning": " ".join(filter(None, warnings)),
             **past.told(),
-            "models": signals["model"].unique(maintain_order=True).to_list(),
+            "models": made,
             "periods_per_year": periods,
             "execution": asdict(execution),
             "trials": trials,
@@ -479,12 +487,19 @@ def found_timeframe(
     return "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text, how
 
 
-def _periods_per_year(closes: Calendars, equity: pl.DataFrame) -> int:
-    """The calendar's; where symbols keep other hours than one another, the marks of the books in a year."""
-    marks = np.unique(equity["close_time"].to_physical().to_numpy())
-    if not closes.others or len(marks) < 2:
+def _periods_per_year(closes: Calendars, equity: Rows) -> int:
+    """The calendar's; where symbols keep other hours than one another, the marks of the books in a year.
+
+    The book that was marked most often was at every close at which any was.
+    """
+    if not closes.others:
         return closes.periods_per_year
-    return max(1, round((len(marks) - 1) / (int(marks[-1] - marks[0]) / YEAR)))
+    time = pl.col("close_time").to_physical()
+    books = equity.lazy().group_by("strategy").agg(pl.len(), first=time.min(), last=time.max())
+    marks, first, last = collected(books.select("len", "first", "last").sort("len").tail(1)).row(0)
+    if marks < 2:
+        return closes.periods_per_year
+    return max(1, round((marks - 1) / ((last - first) / YEAR)))
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

@@ -1,13 +1,14 @@
 """What a backtest's forecasts were worth. Every number's definition is in `DEFINITIONS`."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest.result import levels_of
-from barcast.models.scores import lag, mean, pinball
+from barcast.backtest.tables import Rows, between, collected, spans
+from barcast.models.scores import lag, newey_west, pinball
 
 POOLED = "all"
 """The symbol of the rows that pool all symbols."""
@@ -39,14 +40,50 @@ DEFINITIONS = {
 }
 
 
-def scores(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+def scores(signals: Rows, outcomes: Rows) -> pl.DataFrame:
     """Score the forecasts whose outcome is known.
 
     A row for each symbol and horizon, and rows of the symbol `all` that pool them; columns symbol, horizon
     and those of `DEFINITIONS`, null without the levels, errors also with fewer than two origin times.
     """
-    known, quantiles, levels = _known(signals, outcomes)
-    y = known["outcome"].to_numpy()
+    known = _Known(signals, outcomes)
+    rows: list[dict[str, object]] = []
+    for symbol, horizon in known.groups():
+        found = _scored(lambda own=(symbol, horizon): known.of(*own), horizon)  # type: ignore[misc]
+        rows.append({"symbol": symbol or POOLED, "horizon": horizon} | found)
+    floats = {name: pl.Float64() for name in DEFINITIONS if name != "n"}
+    schema = pl.Schema({"symbol": pl.String(), "horizon": pl.Int64(), "n": pl.Int64(), **floats})
+    table = pl.DataFrame(rows, schema=schema).sort("symbol", "horizon")
+    return table.with_columns(pl.col(*floats).fill_nan(None))
+
+
+def _scored(read: Callable[[], Iterable[pl.DataFrame]], horizon: int) -> dict[str, float]:
+    """The numbers of the forecasts of one group, which are read span by span, and twice."""
+    n, totals, inside = 0, dict[str, float](), list[str]()
+    for span in read():
+        n += span.height
+        means, shares = _values(span)
+        inside = list(shares)
+        for name, values in (means | shares).items():
+            totals[name] = totals.get(name, 0.0) + float(values.sum())
+    row = {"n": n} | {name: total / n for name, total in totals.items()}
+    if not inside:
+        return row
+    sums: dict[str, list[Array]] = {name: [] for name in inside}
+    for span in read():
+        _, at = np.unique(span["close_time"].to_physical().to_numpy(), return_inverse=True)
+        for name, values in _values(span)[1].items():
+            sums[name].append(np.bincount(at, values - row[name]))
+    for name, parts in sums.items():
+        series = np.concatenate(parts)
+        T = len(series)
+        row[f"{name}_error"] = newey_west(series, lag(horizon, 1, T)) * T / n
+    return row
+
+
+def _values(span: pl.DataFrame) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The losses of forecasts with their outcomes, (n,), and whether these lie in the intervals."""
+    y, quantiles, levels = _arrays(span)
     loss = pinball(y, quantiles, levels) if len(y) else np.empty(0)
     means: dict[str, Array] = {"pinball": loss, "crps": 2 * loss}
     inside: dict[str, Array] = {}
@@ -57,20 +94,7 @@ def scores(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
         if percent in SCORED:
             means[f"interval_{percent}"] = interval_score(y, lower, upper, percent / 100)
         inside[f"coverage_{percent}"] = ((lower <= y) & (y <= upper)).astype(float)
-    times = known["close_time"].to_physical().to_numpy()
-    rows = []
-    for symbol, horizon, own in _groups(known):
-        moments, at = np.unique(times[own], return_inverse=True)
-        lags = lag(horizon, 1, len(moments))
-        row = {"symbol": symbol, "horizon": horizon, "n": len(own)}
-        row |= {name: values[own].mean() for name, values in means.items()}
-        for name, values in inside.items():
-            share = mean(values[own], at, len(moments), lags)
-            row |= {name: share.value, f"{name}_error": share.error}
-        rows.append(row)
-    floats = {name: pl.Float64() for name in DEFINITIONS if name != "n"}
-    schema = pl.Schema({"symbol": pl.String(), "horizon": pl.Int64(), "n": pl.Int64(), **floats})
-    return pl.DataFrame(rows, schema=schema).with_columns(pl.col(*floats).fill_nan(None))
+    return means, inside
 
 
 def interval(levels: Array, percent: int) -> tuple[int, int] | None:
@@ -88,18 +112,23 @@ def interval_score(outcome: Array, lower: Array, upper: Array, coverage: float) 
     return upper - lower + 2 / (1 - coverage) * miss
 
 
-def pit(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+def pit(signals: Rows, outcomes: Rows) -> pl.DataFrame:
     """Where outcomes fell between the levels (probability integral transform).
 
     A row for each horizon and bin: horizon, lower, upper (levels, 0 and 1 at the ends), n (outcomes above
     the lower and up to the upper quantile), share, and density: share / (upper - lower), 1 when calibrated.
     """
-    known, quantiles, levels = _known(signals, outcomes)
-    edges = np.concatenate([[0.0], levels, [1.0]])
-    below = (known["outcome"].to_numpy()[:, None] > quantiles).sum(1)  # (N,) the bin of each outcome
+    counted: dict[int, Ints] = {}
+    edges = np.empty(0)
+    for span in _Known(signals, outcomes).of():
+        y, quantiles, levels = _arrays(span)
+        edges = np.concatenate([[0.0], levels, [1.0]])
+        below = (y[:, None] > quantiles).sum(1)  # (n,) the bin of each outcome
+        for horizon in span["horizon"].unique():
+            own = np.bincount(below[(span["horizon"] == horizon).to_numpy()], minlength=len(edges) - 1)
+            counted[horizon] = counted.get(horizon, 0) + own
     frames = []
-    for horizon in sorted(known["horizon"].unique()):
-        counts = np.bincount(below[(known["horizon"] == horizon).to_numpy()], minlength=len(edges) - 1)
+    for horizon, counts in sorted(counted.items()):
         share = counts / counts.sum()
         frames.append(
             pl.DataFrame(
@@ -118,17 +147,35 @@ def pit(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
     return pl.concat(frames)
 
 
-def _known(signals: pl.DataFrame, outcomes: pl.DataFrame) -> tuple[pl.DataFrame, Array, Array]:
-    """Signals with their outcomes, their quantiles (N, Q) and levels (Q,)."""
-    named = levels_of(signals.columns)
-    known = signals.join(outcomes, on=["symbol", "close_time", "horizon"], how="inner", maintain_order="left")
-    return known, known.select(named.values()).to_numpy(), np.array(list(named))
+class _Known:
+    """Forecasts whose outcome is known, read span by span where they lie in files."""
+
+    def __init__(self, signals: Rows, outcomes: Rows) -> None:
+        self._signals, self._outcomes = signals, outcomes
+        if isinstance(signals, pl.DataFrame) and isinstance(outcomes, pl.DataFrame):
+            self._signals, self._outcomes = _met(signals, outcomes), None
+
+    def groups(self) -> list[tuple[str | None, int]]:
+        """Symbols and horizons; None stands for all symbols."""
+        of = self._signals if self._outcomes is None else self._outcomes
+        found: list[tuple[str | None, int]] = collected(of.select("symbol", "horizon").unique()).rows()
+        return [*found, *((None, horizon) for horizon in {horizon for _, horizon in found})]
+
+    def of(self, symbol: str | None = None, horizon: int | None = None) -> Iterator[pl.DataFrame]:
+        """Those of a symbol and a horizon, of all unless they are given: signals with end_time and outcome."""
+        wanted = {"symbol": symbol, "horizon": horizon}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
+        for span in spans(self._signals.filter(**wanted)):
+            yield (
+                span if self._outcomes is None else _met(span, between(self._outcomes.filter(**wanted), span))
+            )
 
 
-def _groups(known: pl.DataFrame) -> Iterator[tuple[str, int, Ints]]:
-    """Symbol, horizon and the rows of each, in order; `all` among the symbols."""
-    rows = known.select("symbol", "horizon", row=pl.int_range(pl.len()))
-    both = [rows, rows.with_columns(symbol=pl.lit(POOLED))]
-    grouped = pl.concat(both).group_by("symbol", "horizon").agg("row").sort("symbol", "horizon")
-    for symbol, horizon, own in zip(*grouped, strict=True):
-        yield symbol, horizon, own.to_numpy()
+def _met(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+    return signals.join(outcomes, on=["symbol", "close_time", "horizon"], how="inner", maintain_order="left")
+
+
+def _arrays(known: pl.DataFrame) -> tuple[Array, Array, Array]:
+    """Outcomes (N,), quantiles (N, Q) and levels (Q,)."""
+    named = levels_of(known.columns)
+    return known["outcome"].to_numpy(), known.select(named.values()).to_numpy(), np.array(list(named))
