@@ -197,7 +197,10 @@ class Execution:
 
 @dataclass(slots=True)
 class _Series:
-    """The accepted bars of one symbol, in order of time, and the price basis of each; `told` are in a table."""
+    """The accepted bars of one symbol, in order of time, and the price basis of each.
+
+    The first `told` of them are in a table.
+    """
 
     times: "array[int]" = field(default_factory=lambda: array("q"))
     opens: "array[float]" = field(default_factory=lambda: array("d"))

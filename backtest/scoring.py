@@ -162,7 +162,7 @@ class _Known:
         return [*found, *((None, horizon) for horizon in {horizon for _, horizon in found})]
 
     def of(self, symbol: str | None = None, horizon: int | None = None) -> Iterator[pl.DataFrame]:
-        """Those of a symbol and a horizon, of all unless they are given: signals with end_time and outcome."""
+        """Those of a symbol and a horizon, if they are given: signals with end_time and outcome."""
         wanted = {"symbol": symbol, "horizon": horizon}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         for span in spans(self._signals.filter(**wanted)):

@@ -15,7 +15,10 @@ ROOM = 64 * 2**20
 """Bytes that the tables of a store hold in memory, in all."""
 
 SPAN = 2**20
-"""Rows that are read from files at once. Sums over more are sums of sums, so it is part of their last bits."""
+"""Rows that are read from files at once: sums over more are sums of sums, which shows in their last bits."""
+
+PREFIX = ".barcast-"
+"""How the names of folders begin in which a run keeps what memory does not hold."""
 
 
 class Store:
@@ -45,9 +48,7 @@ class Store:
     def path(self) -> Path:
         """Where the next file of a table is to be."""
         if self._folder is None:
-            if self._parent is not None:
-                self._parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(mkdtemp(prefix=".barcast-", dir=self._parent))
+            self._folder = Path(mkdtemp(prefix=PREFIX, dir=self._parent))
             finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._count += 1
         return self._folder / f"{self._count:07}.parquet"
@@ -119,7 +120,7 @@ def spans(rows: Rows) -> Iterator[pl.DataFrame]:
         found = collected(rows.slice(first, SPAN))
         closes = found["close_time"]
         if not closes.is_sorted() or (newest is not None and closes[0] < newest):
-            raise ValueError(f"rows are not in order of close_time: {closes.name} falls after {newest}")
+            raise ValueError(f"the rows from {first} on are not in order of their closes")
         newest = closes[-1]
         whole = found if rest is None else pl.concat([rest, found])
         if first + SPAN >= height:

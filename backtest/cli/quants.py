@@ -67,6 +67,7 @@ from barcast.backtest.cli.terminal import (
     out,
     pairs_of,
     progressing,
+    there,
     wide,
     writing,
 )
@@ -383,7 +384,7 @@ def backtest(
         check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
     known = ForecastCache(cache) if cache is not None else None
-    with progressing("replaying", None) as advance:
+    with in_folder("--out", out_dir), progressing("replaying", None) as advance:
         result = run_backtest(
             files,
             stamp=stamp.value,
@@ -395,6 +396,7 @@ def backtest(
             models=out_dir / "models" if settings["retrain"] else None,
             trials=trials,
             cache=known,
+            scratch=there(out_dir),
             progress=advance,
         )
     _print_result(result)
