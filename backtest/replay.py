@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
 import polars as pl
 
 from barcast.backtest import caveats
@@ -346,7 +347,9 @@ def run_backtest(
         holes = caveats.few(decisions.holes.sentences(closes))
         made = collected(signals.select(pl.col("model").unique(maintain_order=True)))["model"].to_list()
         if not made:
-            why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*decisions.withheld.items()][:3])
+            why = "; ".join(
+                f"{symbol}: {reason}" for symbol, (_, reason) in [*decisions.withheld.items()][:3]
+            )
             raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
         periods = _periods_per_year(closes, equity)
         jumps = caveats.jumps(adjusted(history, adjustments), start, forecaster.card.window, max_jump)
