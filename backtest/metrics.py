@@ -206,8 +206,8 @@ def _trading(book: pl.DataFrame, fills: Rows, profits: Array, P: int) -> dict[st
     lost = -profits[profits < 0].sum()
     traded, costs, count = 0.0, 0.0, 0
     for span in spans(fills.select("close_time", "units", "price", *COSTS)):
-        traded += (span["units"] * span["price"]).abs().sum()
-        costs += (span["commission"] + span["spread"] + span["slippage"]).sum()
+        traded += float((span["units"] * span["price"]).abs().sum())
+        costs += float((span["commission"] + span["spread"] + span["slippage"]).sum())
         count += span.height
     return {
         "exposure": book["gross"].to_numpy().mean(),

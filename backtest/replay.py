@@ -501,7 +501,8 @@ def _periods_per_year(closes: Calendars, equity: Rows) -> int:
         return closes.periods_per_year
     time = pl.col("close_time").to_physical()
     books = equity.lazy().group_by("strategy").agg(pl.len(), first=time.min(), last=time.max())
-    marks, first, last = collected(books.select("len", "first", "last").sort("len").tail(1)).row(0)
+    most = collected(books.select("len", "first", "last").sort("len").tail(1))
+    marks, first, last = map(int, most.row(0)) if most.height else (0, 0, 0)
     if marks < 2:
         return closes.periods_per_year
     return max(1, round((marks - 1) / ((last - first) / YEAR)))

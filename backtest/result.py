@@ -150,7 +150,7 @@ class BacktestResult:
                 raise DataError(f"{path}: is missing; save the result again") from error
             except pl.exceptions.PolarsError as error:
                 raise DataError(f"{path}: is damaged ({error}); save the result again") from error
-        return cls(**frames, meta=told["meta"])
+        return cls(meta=told["meta"], **frames)  # type: ignore[arg-type]
 
 
 FRAMES = tuple(one.name for one in fields(BacktestResult) if one.name not in ("meta", "store"))

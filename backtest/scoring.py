@@ -73,7 +73,7 @@ def _scored(read: Callable[[], Iterable[pl.DataFrame]], horizon: int) -> dict[st
     for span in read():
         _, at = np.unique(span["close_time"].to_physical().to_numpy(), return_inverse=True)
         for name, values in _values(span)[1].items():
-            sums[name].append(np.bincount(at, values - row[name]))
+            sums[name].append(np.bincount(at, values - row[name]).astype(np.float64))
     for name, parts in sums.items():
         series = np.concatenate(parts)
         T = len(series)
@@ -151,7 +151,8 @@ class _Known:
     """Forecasts whose outcome is known, read span by span where they lie in files."""
 
     def __init__(self, signals: Rows, outcomes: Rows) -> None:
-        self._signals, self._outcomes = signals, outcomes
+        self._signals: Rows = signals
+        self._outcomes: Rows | None = outcomes
         if isinstance(signals, pl.DataFrame) and isinstance(outcomes, pl.DataFrame):
             self._signals, self._outcomes = _met(signals, outcomes), None
 

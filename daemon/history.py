@@ -39,6 +39,8 @@ KNOWN = "\0known"
 
 AT_ONCE = 200_000
 """Rows of files, and bars of all symbols, that are in memory at once."""
+FEW = 2_000_000
+"""Times that are compared with one another at once, or those of one symbol."""
 ROWS = 4096
 """Bars that are made into objects at once."""
 
@@ -301,7 +303,7 @@ def find_timeframe(
         else:
             time = _time_column(path, schema, names, stamp)
             moments, _ = _moments(path, own, time, schema[time])
-            stamps.append(_collect(path, own.select(symbol=symbol, time=moments)))
+            stamps.append((path, own.select(symbol=symbol, time=moments)))
     if len(said) > 1:
         raise DataError(
             f"Column 'timeframe' of {' and '.join(sorted({str(path) for path in said.values()}))} holds "
@@ -313,21 +315,45 @@ def find_timeframe(
         except ConfigError as error:
             raise DataError(f"Column 'timeframe' of {path}: {error}") from error
     named = ", ".join(map(str, paths))
-    times = pl.concat(stamps).filter(pl.col("time") >= 0).unique().sort("time") if stamps else pl.DataFrame()
-    steps = times.select(pl.col("time").diff().over("symbol").drop_nulls()) if times.height else times
-    if not steps.height and stamps and pl.concat(stamps).filter(pl.col("time") == -2).height:
+    steps = _steps(stamps)
+    naive = pl.col("time").eq(-2).any()
+    if not steps and any(_collect(path, rows.select(naive)).item() for path, rows in stamps):
         raise DataError(f"{named}: the times name no zone: {_REMEDIES['naive']}.")
-    if not steps.height:
+    if not steps:
         whose = f" of {', '.join(symbols)}" if symbols else ""
         raise DataError(
             f"{named}: there are no two bars{whose} that tell how long one is{_symbols_in(files(paths))}: "
             "correct the files or the symbols, or say the timeframe."
         )
-    duration = steps.group_by("time").len().sort("len", "time", descending=[True, False]).item(0, "time")
+    duration = min(steps, key=lambda step: (-steps[step], step))
     try:
         return Timeframe.of(duration), "the most frequent distance between bars"
     except ConfigError as error:
         raise DataError(f"{named}: the most frequent distance between bars: {error}") from error
+
+
+def _steps(stamps: Sequence[tuple[Path, pl.LazyFrame]]) -> Counter[int]:
+    """How often which distance is between neighbouring bars of a symbol, a few symbols at a time.
+
+    `stamps` are the symbol and time (nanoseconds, faults below 0) of the rows of each file.
+    """
+    sizes: Counter[str | None] = Counter()
+    for path, rows in stamps:
+        sizes.update(dict(_collect(path, rows.group_by("symbol").len()).rows()))
+    steps: Counter[int] = Counter()
+    some: list[str | None] = []
+    held = 0
+    for number, symbol in enumerate(sorted(sizes, key=str), 1):
+        some.append(symbol)
+        held += sizes[symbol]
+        if held < FEW and number < len(sizes):
+            continue
+        wanted = pl.col("symbol").is_in(some, nulls_equal=True) & (pl.col("time") >= 0)
+        times = pl.concat([_collect(path, rows.filter(wanted)) for path, rows in stamps])
+        apart = times.unique().sort("time").select(pl.col("time").diff().over("symbol").drop_nulls())
+        steps.update(dict(apart.group_by("time").len().rows()))
+        some, held = [], 0
+    return steps
 
 
 def read_origins(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame:

@@ -276,7 +276,7 @@ def histories_of(
     from barcast.daemon.history import read_windows, scan
 
     windows = read_windows(scan(files, stamp.value, calendars, symbols, None, moment(until)))
-    return adjusted(windows, read_adjustments(adjustments)) if adjustments else windows
+    return dict(adjusted(windows, read_adjustments(adjustments))) if adjustments else windows
 
 
 def moment(time: datetime | None) -> int | None:
