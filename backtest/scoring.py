@@ -19,8 +19,15 @@ INTERVALS = {50: (0.25, 0.75), 80: (0.1, 0.9), 90: (0.05, 0.95)}
 SCORED = (80, 90)
 """The intervals that have an interval score."""
 
+KEY = ("symbol", "close_time", "horizon")
+
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Inside = tuple[Ints, dict[str, Bools]]
+
+KEPT = 2**22
+"""Forecasts of which it is kept which were inside; of more they are read again."""
 
 _ERROR = "standard error of that share: Newey and West (1987) over origin times, lag max(2 h, T^(1/3))"
 
@@ -48,52 +55,69 @@ def scores(signals: Rows, outcomes: Rows) -> pl.DataFrame:
     """
     known = _Known(signals, outcomes)
     rows: list[dict[str, object]] = []
-    for symbol, horizon in known.groups():
-        found = _scored(lambda own=(symbol, horizon): known.of(*own), horizon)  # type: ignore[misc]
-        rows.append({"symbol": symbol or POOLED, "horizon": horizon} | found)
+    for symbol in (*known.symbols(), None):
+        for horizon, found in _scored(lambda own=symbol: known.of(own)).items():  # type: ignore[misc]
+            rows.append({"symbol": symbol or POOLED, "horizon": horizon} | found)
     floats = {name: pl.Float64() for name in DEFINITIONS if name != "n"}
     schema = pl.Schema({"symbol": pl.String(), "horizon": pl.Int64(), "n": pl.Int64(), **floats})
     table = pl.DataFrame(rows, schema=schema).sort("symbol", "horizon")
     return table.with_columns(pl.col(*floats).fill_nan(None))
 
 
-def _scored(read: Callable[[], Iterable[pl.DataFrame]], horizon: int) -> dict[str, float]:
-    """The numbers of the forecasts of one group, which are read span by span, and twice."""
-    n, totals, inside = 0, dict[str, float](), list[str]()
-    for span in read():
-        n += span.height
-        means, shares = _values(span)
-        inside = list(shares)
-        for name, values in (means | shares).items():
-            totals[name] = totals.get(name, 0.0) + float(values.sum())
-    row = {"n": n} | {name: total / n for name, total in totals.items()}
-    if not inside:
-        return row
-    sums: dict[str, list[Array]] = {name: [] for name in inside}
-    for span in read():
-        _, at = np.unique(span["close_time"].to_physical().to_numpy(), return_inverse=True)
-        for name, values in _values(span)[1].items():
-            sums[name].append(np.bincount(at, values - row[name]).astype(np.float64))
-    for name, parts in sums.items():
-        series = np.concatenate(parts)
-        T = len(series)
-        row[f"{name}_error"] = newey_west(series, lag(horizon, 1, T)) * T / n
-    return row
+def _scored(read: Callable[[], Iterable[pl.DataFrame]]) -> dict[int, dict[str, float]]:
+    """The numbers of some forecasts by their horizons.
+
+    They are read in spans; and again, if there are too many to keep which of them were inside.
+    """
+    sums: dict[int, dict[str, float]] = {}
+    kept: list[tuple[int, Inside]] | None = []
+    for horizon, means, inside in _each(read()):
+        own = sums.setdefault(horizon, {"n": 0})
+        own["n"] += len(means["crps"])
+        for name, values in (means | inside[1]).items():
+            own[name] = own.get(name, 0.0) + float(values.sum())
+        if kept is not None:
+            kept.append((horizon, inside))
+            kept = kept if sum(own["n"] for own in sums.values()) <= KEPT else None
+    found = {
+        horizon: {name: total if name == "n" else total / own["n"] for name, total in own.items()}
+        for horizon, own in sums.items()
+    }
+    again = kept if kept is not None else ((horizon, inside) for horizon, _, inside in _each(read()))
+    series: dict[tuple[int, str], list[Array]] = {}
+    for horizon, (at, inside) in again:
+        for name, values in inside.items():
+            deviations = np.bincount(at, values - found[horizon][name])
+            series.setdefault((horizon, name), []).append(deviations.astype(np.float64, copy=False))
+    for (horizon, name), parts in series.items():
+        whole, own = np.concatenate(parts), found[horizon]
+        T = len(whole)
+        own[f"{name}_error"] = newey_west(whole, lag(horizon, 1, T)) * T / own["n"]
+    return found
 
 
-def _values(span: pl.DataFrame) -> tuple[dict[str, Array], dict[str, Array]]:
+def _each(spans: Iterable[pl.DataFrame]) -> Iterator[tuple[int, dict[str, Array], Inside]]:
+    """Horizon, losses (n,), and the number of the close and what was inside (n,), of whole closes."""
+    for span in spans:
+        for (horizon,), own in span.group_by("horizon", maintain_order=True):
+            _, at = np.unique(own["close_time"].to_physical().to_numpy(), return_inverse=True)
+            means, inside = _values(own)
+            yield int(str(horizon)), means, (at, inside)
+
+
+def _values(span: pl.DataFrame) -> tuple[dict[str, Array], dict[str, Bools]]:
     """The losses of forecasts with their outcomes, (n,), and whether these lie in the intervals."""
     y, quantiles, levels = _arrays(span)
     loss = pinball(y, quantiles, levels) if len(y) else np.empty(0)
     means: dict[str, Array] = {"pinball": loss, "crps": 2 * loss}
-    inside: dict[str, Array] = {}
+    inside: dict[str, Bools] = {}
     for percent in INTERVALS:
         if (pair := interval(levels, percent)) is None:
             continue
         lower, upper = quantiles[:, pair[0]], quantiles[:, pair[1]]
         if percent in SCORED:
             means[f"interval_{percent}"] = interval_score(y, lower, upper, percent / 100)
-        inside[f"coverage_{percent}"] = ((lower <= y) & (y <= upper)).astype(float)
+        inside[f"coverage_{percent}"] = (lower <= y) & (y <= upper)
     return means, inside
 
 
@@ -151,29 +175,28 @@ class _Known:
     """Forecasts whose outcome is known, read span by span where they lie in files."""
 
     def __init__(self, signals: Rows, outcomes: Rows) -> None:
-        self._signals: Rows = signals
-        self._outcomes: Rows | None = outcomes
-        if isinstance(signals, pl.DataFrame) and isinstance(outcomes, pl.DataFrame):
-            self._signals, self._outcomes = _met(signals, outcomes), None
+        levels = levels_of(signals.lazy().collect_schema().names()).values()
+        self._signals: Rows = signals.select(*KEY, *levels)
+        self._outcomes: Rows | None = outcomes.select(*KEY, "outcome")
+        if isinstance(self._signals, pl.DataFrame) and isinstance(self._outcomes, pl.DataFrame):
+            self._signals, self._outcomes = _met(self._signals, self._outcomes), None
 
-    def groups(self) -> list[tuple[str | None, int]]:
-        """Symbols and horizons; None stands for all symbols."""
-        of = self._signals if self._outcomes is None else self._outcomes
-        found: list[tuple[str | None, int]] = collected(of.select("symbol", "horizon").unique()).rows()
-        return [*found, *((None, horizon) for horizon in {horizon for _, horizon in found})]
+    def symbols(self) -> list[str]:
+        """Whose forecasts there are."""
+        return sorted(collected(self._signals.select(pl.col("symbol").unique()))["symbol"])
 
-    def of(self, symbol: str | None = None, horizon: int | None = None) -> Iterator[pl.DataFrame]:
-        """Those of a symbol and a horizon, if they are given: signals with end_time and outcome."""
-        wanted = {"symbol": symbol, "horizon": horizon}
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-        for span in spans(self._signals.filter(**wanted)):
-            yield (
-                span if self._outcomes is None else _met(span, between(self._outcomes.filter(**wanted), span))
-            )
+    def of(self, symbol: str | None = None) -> Iterator[pl.DataFrame]:
+        """Those of one symbol, or of all: `KEY`, levels and outcome."""
+        own = [] if symbol is None else [pl.col("symbol") == symbol]
+        for span in spans(self._signals.filter(*own)):
+            if self._outcomes is None:
+                yield span
+            elif span.height:
+                yield _met(span, between(self._outcomes.filter(*own), span))
 
 
 def _met(signals: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
-    return signals.join(outcomes, on=["symbol", "close_time", "horizon"], how="inner", maintain_order="left")
+    return signals.join(outcomes, on=KEY, how="inner", maintain_order="left")
 
 
 def _arrays(known: pl.DataFrame) -> tuple[Array, Array, Array]:

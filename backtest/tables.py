@@ -14,7 +14,7 @@ Rows = pl.DataFrame | pl.LazyFrame
 ROOM = 64 * 2**20
 """Bytes that the tables of a store hold in memory, in all."""
 
-SPAN = 2**20
+SPAN = 2**18
 """Rows that are read from files at once: sums over more are sums of sums, which shows in their last bits."""
 
 PREFIX = ".barcast-"
@@ -115,21 +115,31 @@ def spans(rows: Rows) -> Iterator[pl.DataFrame]:
     if isinstance(rows, pl.DataFrame):
         yield rows
         return
-    height, rest, newest = int(collected(rows.select(pl.len())).item()), None, None
-    for first in range(0, height, SPAN):
-        found = collected(rows.slice(first, SPAN))
+    rest, newest = pl.DataFrame(), None
+    for found in _cut(rows):
         closes = found["close_time"]
         if not closes.is_sorted() or (newest is not None and closes[0] < newest):
-            raise ValueError(f"the rows from {first} on are not in order of their closes")
+            raise ValueError(f"rows are not in order of their closes: {closes[0]} comes after {newest}")
         newest = closes[-1]
-        whole = found if rest is None else pl.concat([rest, found])
-        if first + SPAN >= height:
-            yield whole
-            return
+        whole = pl.concat([rest, found]) if rest.height else found
         done = whole["close_time"] < newest
         rest = whole.filter(~done)
         if done.any():
             yield whole.filter(done).rechunk()
+    if rest.height:
+        yield rest.rechunk()
+
+
+def _cut(rows: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    """The rows in pieces of `SPAN`, which polars hands out as it reads them."""
+    held = pl.DataFrame()
+    for found in rows.collect_batches(chunk_size=SPAN):
+        held = pl.concat([held, found]) if held.height else found
+        while held.height >= SPAN:
+            yield held.head(SPAN)
+            held = held.slice(SPAN)
+    if held.height:
+        yield held
 
 
 def between(rows: Rows, others: pl.DataFrame) -> pl.DataFrame:
