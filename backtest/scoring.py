@@ -85,8 +85,8 @@ def _scored(read: Callable[[], Iterable[pl.DataFrame]]) -> dict[int, dict[str, f
     }
     again = kept if kept is not None else ((horizon, inside) for horizon, _, inside in _each(read()))
     series: dict[tuple[int, str], list[Array]] = {}
-    for horizon, (at, inside) in again:
-        for name, values in inside.items():
+    for horizon, (at, shares) in again:
+        for name, values in shares.items():
             deviations = np.bincount(at, values - found[horizon][name])
             series.setdefault((horizon, name), []).append(deviations.astype(np.float64, copy=False))
     for (horizon, name), parts in series.items():
