@@ -133,7 +133,7 @@ class _Part:
     card: Card
     inner: bool
     history: Window
-    ends: tuple[int, ...]
+    ends: range
     adjustments: tuple[Adjustment, ...]
 
 
@@ -164,9 +164,9 @@ def prefill(
     with open_workers(backend, jobs, address):
         for inner in stages:
             parts = [
-                part
+                (symbol, *part)
                 for symbol, history in histories.items()
-                for part in _parts(wanted, inner, forecaster, history, tuple(own.get(symbol, ())))
+                for part in _parts(wanted, inner, forecaster, history)
             ]
             if not parts:
                 raise DataError(
@@ -176,26 +176,40 @@ def prefill(
                 )
             over = 0
 
-            def done(count: int, parts: Sequence[_Part] = parts, inner: bool = inner) -> None:
+            def done(
+                count: int, parts: Sequence[tuple[str, int, range]] = parts, inner: bool = inner
+            ) -> None:
                 nonlocal over
                 what = "before calibration" if inner else "as published"
-                for part in parts[over:count]:
-                    progress(len(part.ends), f"{part.history.symbol}, {what}")
+                for symbol, _, ends in parts[over:count]:
+                    progress(len(ends), f"{symbol}, {what}")
                 over = max(over, count)
 
-            run_jobs(_fill, parts, done)
+            jobs_of = (
+                _Part(
+                    wanted,
+                    forecaster.card,
+                    inner,
+                    histories[symbol].part(first, first + ends.stop),
+                    ends,
+                    tuple(own.get(symbol, ())),
+                )
+                for symbol, first, ends in parts
+            )
+            run_jobs(_fill, jobs_of, done)
     shelf = _Shelf(wanted.folder, forecaster.card)
     if not (shelf.folder / CARD).exists():
         raise DataError(
             f"{shelf.folder}: workers have written there, and it is not here: the folder must be one that "
             "all workers share"
         )
-    return sum(len(part.ends) for part in parts)
+    return sum(len(ends) for _, _, ends in parts)
 
 
 def _parts(
-    wanted: Wanted, inner: bool, forecaster: Forecaster, history: Window, adjustments: tuple[Adjustment, ...]
-) -> Iterator[_Part]:
+    wanted: Wanted, inner: bool, forecaster: Forecaster, history: Window
+) -> Iterator[tuple[int, range]]:
+    """The first bar of each part of a history, and the places from there where its windows end."""
     card, reach = forecaster.card, SPAN
     places = np.arange(*np.searchsorted(history.close_times, (wanted.since, wanted.until + 1)))
     if isinstance(forecaster, Calibrated):
@@ -208,8 +222,7 @@ def _parts(
     for k in range(0, len(places), reach):
         ends = places[k : k + reach]
         first = max(0, int(ends[0]) + 1 - card.window)
-        part = history.part(first, int(ends[-1]) + 1)
-        yield _Part(wanted, forecaster.card, inner, part, tuple((ends - first).tolist()), adjustments)
+        yield first, range(int(ends[0]) - first, int(ends[-1]) + 1 - first)
 
 
 @lru_cache(1)

@@ -118,12 +118,14 @@ def of_volumes(windows: Mapping[str, Window], start: int, execution: Execution) 
     """Bars that could fill nothing, as they have no volume."""
     if execution.volume_share is None:
         return []
-    volumes = np.concatenate([w.values[w.close_times >= start, 4] for w in windows.values()])
-    none = int((volumes == 0).sum())
+    none = bars = 0
+    for window in windows.values():
+        volumes = window.values[window.close_times >= start, 4]
+        none, bars = none + int((volumes == 0).sum()), bars + len(volumes)
     if not none:
         return []
     return [
-        f"{none} of {len(volumes)} bars have volume 0, and with volume_share = {execution.volume_share:g} "
+        f"{none} of {bars} bars have volume 0, and with volume_share = {execution.volume_share:g} "
         "fill nothing; do without it where the volume is unknown."
     ]
 

@@ -31,6 +31,7 @@ import numpy as np
 import polars as pl
 
 from barcast.backtest.result import level_column, outlook_columns
+from barcast.backtest.tables import Rows, Store, between, collected, joined
 from barcast.daemon.calendar import iso
 from barcast.daemon.ports import Outcome
 from barcast.models import Adjustment, Bar, ConfigError, Forecast
@@ -44,6 +45,9 @@ DUST = 1e-9
 
 YEAR = 365.25 * 86_400 * 1e9
 """Nanoseconds in a year of borrowing."""
+
+PENDING = 10_000
+"""Bars after which what is known of them goes to tables: objects take several times as much memory."""
 
 TIME = pl.Datetime("ns", "UTC")
 FILLS = pl.Schema(
@@ -193,7 +197,10 @@ class Execution:
 
 @dataclass(slots=True)
 class _Series:
-    """The accepted bars of one symbol, in order of time, and the price basis of each."""
+    """The accepted bars of one symbol, in order of time, and the price basis of each.
+
+    The first `told` of them are in a table.
+    """
 
     times: "array[int]" = field(default_factory=lambda: array("q"))
     opens: "array[float]" = field(default_factory=lambda: array("d"))
@@ -201,6 +208,22 @@ class _Series:
     lows: "array[float]" = field(default_factory=lambda: array("d"))
     closes: "array[float]" = field(default_factory=lambda: array("d"))
     bases: "array[float]" = field(default_factory=lambda: array("d"))
+    told: int = 0
+
+    def newer(self) -> pl.DataFrame:
+        """The bars that were not told yet: those of `BARS` without the symbol."""
+        first, self.told = self.told, len(self.times)
+        columns = ("open", self.opens), ("high", self.highs), ("low", self.lows), ("close", self.closes)
+        values = {name: np.array(values[first:]) for name, values in (*columns, ("basis", self.bases))}
+        return pl.DataFrame({"close_time": np.array(self.times[first:])} | values).with_columns(
+            _utc("close_time")
+        )
+
+    def trim(self) -> None:
+        """Forget all bars but the newest."""
+        for values in (self.times, self.opens, self.highs, self.lows, self.closes, self.bases):
+            del values[:-1]
+        self.told = len(self.times)
 
     def at(self, time: int) -> int:
         """Where the newest bar up to `time` is."""
@@ -231,12 +254,14 @@ class _Book:
     """One strategy's money.
 
     The state is the open orders, the units held now, what was held at the last mark with the cash and equity
-    then, the fills that were not part of a mark yet, and the rows of what was done so far. Units are held on
-    the price basis of each symbol's first bar, so that a split changes none of them.
+    then, the fills that were not part of a mark yet, and the newest rows of what was done, the older of which
+    are in tables. Units are held on the price basis of each symbol's first bar, so that a split changes none
+    of them.
     """
 
-    def __init__(self, execution: Execution) -> None:
-        self.execution = execution
+    def __init__(self, name: str, execution: Execution, store: Store) -> None:
+        self.name, self.execution = name, execution
+        self.filled, self.equities = store.table(FILLS), store.table(EQUITY)
         self.orders: dict[str, _Order] = {}
         self.units: dict[str, float] = {}
         self.held: dict[str, float] = {}
@@ -245,6 +270,14 @@ class _Book:
         self.unmarked: list[tuple[int, str, float, float]] = []
         self.fills: list[tuple[str, int, int, float, float, float, float, float, float, float]] = []
         self.marks: list[tuple[int, float, float, float, float, float]] = []
+
+    def shelve(self) -> None:
+        """Put the rows into the tables."""
+        named = pl.lit(self.name).alias("strategy")
+        for rows, table, schema in ((self.fills, self.filled, FILLS), (self.marks, self.equities, EQUITY)):
+            own = pl.Schema({name: dtype for name, dtype in schema.items() if name != "strategy"})
+            table.add(pl.DataFrame(rows, schema=own, orient="row").select(named, pl.all()))
+        self.fills, self.marks = [], []
 
     def fill(self, bar: Bar, basis: float) -> None:
         """Fill the open order of the bar's symbol as far as the bar lets it."""
@@ -313,7 +346,7 @@ class _Book:
             else:
                 shorts -= units * prices[symbol]
         carry, execution = 0.0, self.execution
-        if self.marks:
+        if self.marked >= 0:
             borrowed = shorts + max(0.0, -self.cash)
             rate = execution.borrow * borrowed + execution.funding * (longs - shorts)
             carry = rate * ((time - self.marked) / YEAR)
@@ -353,11 +386,15 @@ class Ledger:
     The state is the books, the number of symbols among which the benchmark's was parted, the accepted bars of
     each symbol, its newest close on the basis of its first bar, the newest close time of all, the adjustments
     declared (time -> factor) with the price basis that follows from them (times, factors after each), the
-    forecasts made and the targets wanted.
+    forecasts made and the targets wanted. What is older than some thousand bars is in tables of the `store`,
+    and of the bars the newest of each symbol stays beside: no bar may come then for a close before that.
     """
 
-    def __init__(self, execution: Execution) -> None:
+    def __init__(self, execution: Execution, store: Store | None = None) -> None:
         self.execution = execution
+        self._store = store or Store()
+        self._bars, self._signals, self._wanted = map(self._store.table, (BARS, SIGNALS, TARGETS))
+        self._pending = 0
         self._books: dict[str, _Book] = {}
         self._parted = 0
         self._series: dict[str, _Series] = {}
@@ -412,10 +449,11 @@ class Ledger:
             self._check(strategy, targets, outcome)
             self._targets += [(strategy, symbol, close_time, target) for symbol, target in targets.items()]
             if strategy not in self._books:
-                self._books[strategy] = _Book(self.execution)
+                self._books[strategy] = _Book(strategy, self.execution, self._store)
         if outcome.forecasts and BENCHMARK not in self._books:
             market = "next-close" if self.execution.fill == "next-close" else "next-open"
-            self._books[BENCHMARK] = _Book(replace(self.execution, fill=market, leverage=1.0))
+            execution = replace(self.execution, fill=market, leverage=1.0)
+            self._books[BENCHMARK] = _Book(BENCHMARK, execution, self._store)
         prices = self._prices
         if close_time < self._newest:
             known = self._series.items()
@@ -432,6 +470,11 @@ class Ledger:
                     order = book.orders[symbol] = _Order(close_time, value)
                     if book.execution.fill == "limit":
                         self._limit(order, book, outcome.forecasts[symbol])
+        self._pending += len(outcome.group.symbols)
+        if self._pending >= PENDING and close_time >= self._newest:
+            self._shelve()
+            for series in self._series.values():
+                series.trim()
 
     def _check(self, strategy: str, targets: Mapping[str, float], outcome: Outcome) -> None:
         if strategy == BENCHMARK:
@@ -455,43 +498,70 @@ class Ledger:
         order.limit = reference * exp(self.execution.limit_return(forecast, order.buy))
 
     async def settle(self, now: int) -> None:
-        """A ledger is in memory: there is nothing to make durable."""
+        """A ledger outlives no process: there is nothing to make durable."""
 
-    def fills(self) -> pl.DataFrame:
+    def fills(self) -> Rows:
         """The trades of each book, in order: see `BacktestResult.fills`."""
-        rows = [(name, *fill) for name, book in self._books.items() for fill in book.fills]
-        return pl.DataFrame(rows, schema=FILLS, orient="row")
+        self._shelve()
+        return joined([book.filled for book in self._books.values()] or [self._store.table(FILLS)])
 
-    def equity(self) -> pl.DataFrame:
+    def equity(self) -> Rows:
         """What each book was at each close: see `BacktestResult.equity`."""
-        rows = [(name, *mark) for name, book in self._books.items() for mark in book.marks]
-        return pl.DataFrame(rows, schema=EQUITY, orient="row")
+        self._shelve()
+        return joined([book.equities for book in self._books.values()] or [self._store.table(EQUITY)])
 
-    def bars(self) -> pl.DataFrame:
+    def bars(self) -> Rows:
         """The accepted bars and the price basis of each: see `BacktestResult.bars`."""
+        self._shelve()
+        return self._bars.rows()
+
+    def targets(self) -> Rows:
+        """Every target of every strategy: see `BacktestResult.targets`."""
+        self._shelve()
+        return self._wanted.rows()
+
+    def signals(self) -> Rows:
+        """The forecasts, a row for each horizon: see `BacktestResult.signals`."""
+        self._shelve()
+        return self._signals.rows()
+
+    def outcomes(self) -> Rows:
+        """What became of the forecasts whose horizon has passed: see `BacktestResult.outcomes`.
+
+        The bars are read backwards, so that those that a horizon reaches are there: the next of each symbol.
+        """
+        self._shelve()
+        signals, parts = self._signals.rows(), self._bars.parts()
+        reach = max(collected(signals.lazy().select(pl.col("horizon").unique()))["horizon"], default=0)
+        tables, later = [self._store.table(OUTCOMES) for _ in parts], pl.DataFrame(schema=BARS)
+        for part, table in zip(reversed(parts), reversed(tables), strict=True):
+            bars = collected(part)
+            ends, later = _outcomes(between(signals, bars), bars, later, reach)
+            table.add(ends)
+            self._store.settle()
+        return joined(tables or [self._store.table(OUTCOMES)])
+
+    def _shelve(self) -> None:
+        """Put what is pending into the tables."""
+        self._pending = 0
+        self._bars.add(self._newer_bars())
+        self._signals.add(self._newer_signals())
+        self._wanted.add(pl.DataFrame(self._targets, schema=TARGETS, orient="row"))
+        self._forecasts, self._outlooks, self._targets = [], {}, []
+        for book in self._books.values():
+            book.shelve()
+        self._store.settle()
+
+    def _newer_bars(self) -> pl.DataFrame:
+        """The accepted bars that are in no table yet."""
         frames = [
-            pl.DataFrame(
-                {
-                    "close_time": np.array(series.times),
-                    "open": np.array(series.opens),
-                    "high": np.array(series.highs),
-                    "low": np.array(series.lows),
-                    "close": np.array(series.closes),
-                    "basis": np.array(series.bases),
-                }
-            ).select(pl.lit(symbol).alias("symbol"), _utc("close_time"), pl.exclude("close_time"))
+            series.newer().select(pl.lit(symbol).alias("symbol"), pl.all())
             for symbol, series in self._series.items()
         ]
-        if not frames:
-            return pl.DataFrame(schema=BARS)
-        return pl.concat(frames).sort("close_time", "symbol")
+        return pl.concat(frames).sort("close_time", "symbol") if frames else pl.DataFrame(schema=BARS)
 
-    def targets(self) -> pl.DataFrame:
-        """Every target of every strategy: see `BacktestResult.targets`."""
-        return pl.DataFrame(self._targets, schema=TARGETS, orient="row")
-
-    def signals(self) -> pl.DataFrame:
-        """The forecasts, a row for each horizon: see `BacktestResult.signals`."""
+    def _newer_signals(self) -> pl.DataFrame:
+        """The forecasts that are in no table yet."""
         frames = []
         shapes = {(forecast.horizons, forecast.levels) for _, forecast in self._forecasts}
         for horizons, levels in sorted(shapes):
@@ -518,20 +588,28 @@ class Ledger:
             return pl.DataFrame(schema=SIGNALS)
         return pl.concat(frames, how="diagonal").sort("close_time", "symbol", "horizon")
 
-    def outcomes(self) -> pl.DataFrame:
-        """What became of the forecasts whose horizon has passed: see `BacktestResult.outcomes`."""
-        rows = []
-        for _, forecast in self._forecasts:
-            series = self._series[forecast.symbol]
-            at = series.at(forecast.close_time)
-            for horizon in forecast.horizons:
-                if at + horizon < len(series.times):
-                    end, price = series.times[at + horizon], series.closes[at + horizon]
-                    change = float(
-                        np.log(price / series.closes[at] * (series.bases[at] / series.bases[at + horizon]))
-                    )
-                    rows.append((forecast.symbol, forecast.close_time, horizon, end, price, change))
-        return pl.DataFrame(rows, schema=OUTCOMES, orient="row").sort("close_time", "symbol", "horizon")
+
+def _outcomes(
+    signals: pl.DataFrame, bars: pl.DataFrame, later: pl.DataFrame, reach: int
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The outcomes of the forecasts made at some bars, and of these and `later` the next `reach` of a symbol.
+
+    `later` are the next bars of each symbol after `bars`, as far as there are any, at most `reach` of them.
+    """
+    place = pl.int_range(pl.len()).over("symbol")
+    both = pl.concat([bars.select(*BARS), later]).with_columns(place=place)
+    made = both.head(bars.height).select("symbol", "close_time", "place", "close", "basis")
+    ends = both.select("symbol", "place", end_time="close_time", price="close", then="basis")
+    found = (
+        signals.select("symbol", "close_time", "horizon")
+        .join(made, on=["symbol", "close_time"])
+        .with_columns(pl.col("place") + pl.col("horizon"))
+        .join(ends, on=["symbol", "place"])
+        .sort("close_time", "symbol", "horizon")
+    )
+    ratio = found["price"] / found["close"] * (found["basis"] / found["then"])
+    found = found.with_columns(pl.Series("outcome", np.log(ratio.to_numpy())))
+    return found.select(*OUTCOMES), both.filter(pl.col("place") < reach).drop("place")
 
 
 def _utc(name: str) -> pl.Expr:

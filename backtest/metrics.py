@@ -8,6 +8,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest.ledger import BENCHMARK
+from barcast.backtest.tables import Rows, collected, spans
 from barcast.models import ConfigError
 
 Array = NDArray[np.float64]
@@ -57,12 +58,13 @@ SCHEMA = pl.Schema(
 EULER = 0.5772156649015329
 STILL = 1e-14
 """What rounding alone makes of returns and drawdowns: an equity is known to 2e-16 of itself."""
+COSTS = ("commission", "spread", "slippage")
 FLAT = 1e-9
 """What is left of a position, as a share of the fill, that is only rounding."""
 _NORMAL = NormalDist()
 
 
-def portfolio(equity: pl.DataFrame, fills: pl.DataFrame, periods_per_year: int, trials: int) -> pl.DataFrame:
+def portfolio(equity: Rows, fills: Rows, periods_per_year: int, trials: int) -> pl.DataFrame:
     """Performance of each strategy's book; `periods_per_year` (P) is the calendar's.
 
     `equity` and `fills` are those of `BacktestResult`; `trials` is how many strategies and settings were
@@ -72,20 +74,21 @@ def portfolio(equity: pl.DataFrame, fills: pl.DataFrame, periods_per_year: int, 
     """
     if trials < 1:
         raise ConfigError(f"trials = {trials}: count every strategy and setting that was tried, at least 1")
-    books = {
-        str(name): _alive(book.sort("close_time"))
-        for (name,), book in equity.group_by("strategy", maintain_order=True)
-    }
-    benchmark = books.get(BENCHMARK)
-    trips = _round_trips(fills)
+
+    def book(name: str) -> pl.DataFrame:
+        own = equity.filter(strategy=name).select("close_time", "equity", "gross", "carry")
+        return _alive(collected(own).sort("close_time"))
+
+    names = collected(equity.select(pl.col("strategy").unique(maintain_order=True)))["strategy"].to_list()
+    benchmark = book(BENCHMARK) if BENCHMARK in names else None
     rows = []
-    for name, book in books.items():
-        own, profits = fills.filter(strategy=name), trips.filter(strategy=name)["profit"].to_numpy()
+    for name in names:
+        own, filled = book(name), fills.filter(strategy=name)
         other = None if name == BENCHMARK else benchmark
         row = {
-            **_performance(book, periods_per_year, None if name == BENCHMARK else trials),
-            **_beside(book, other, periods_per_year),
-            **_trading(book, own, profits, periods_per_year),
+            **_performance(own, periods_per_year, None if name == BENCHMARK else trials),
+            **_beside(own, other, periods_per_year),
+            **_trading(own, filled, _round_trips(filled), periods_per_year),
         }
         rows.append({"strategy": name, **{k: _defined(v) for k, v in row.items()}})
     return pl.DataFrame(rows, schema=SCHEMA)
@@ -197,53 +200,74 @@ def _beside(book: pl.DataFrame, benchmark: pl.DataFrame | None, P: int) -> dict[
     return found
 
 
-def _trading(book: pl.DataFrame, fills: pl.DataFrame, profits: Array, P: int) -> dict[str, float | None]:
+def _trading(book: pl.DataFrame, fills: Rows, profits: Array, P: int) -> dict[str, float | None]:
     """What follows from the fills, and from the `profits` (n,) of the round trips."""
     value = book["equity"].to_numpy()
     lost = -profits[profits < 0].sum()
-    traded = (fills["units"] * fills["price"]).abs().sum()
+    traded, costs, count = 0.0, 0.0, 0
+    for span in spans(fills.select("close_time", "units", "price", *COSTS)):
+        traded += float((span["units"] * span["price"]).abs().sum())
+        costs += float((span["commission"] + span["spread"] + span["slippage"]).sum())
+        count += span.height
     return {
         "exposure": book["gross"].to_numpy().mean(),
         "turnover": traded / value.mean() * P / (len(value) - 1) if len(value) > 1 else None,
         "trades": len(profits),
         "win_rate": (profits > 0).mean() if len(profits) else None,
         "profit_factor": profits[profits > 0].sum() / lost if lost else None,
-        "fills": fills.height,
-        "costs": (fills["commission"] + fills["spread"] + fills["slippage"]).sum() / value[0],
+        "fills": count,
+        "costs": costs / value[0],
         "carry": book["carry"].sum() / value[0],
     }
 
 
-def _round_trips(fills: pl.DataFrame) -> pl.DataFrame:
-    """Strategy and profit of each round trip that is over: what came in less what was paid.
+def _round_trips(fills: Rows) -> Array:
+    """The profits (n,) of a strategy's round trips that are over: what came in less what was paid.
 
     Units are those of the symbol's first bar, so that no split is a trade. A fill through zero ends one trip
-    and begins the next; its cash is shared by the units.
+    and begins the next; its cash is shared by the units. Fills are looked at symbol by symbol; those trips
+    come first that were turned into another, and then in order of the fill that says so.
     """
-    own = ("strategy", "symbol")
+    numbered = fills.sort("close_time", maintain_order=True) if isinstance(fills, pl.DataFrame) else fills
+    numbered = numbered.with_row_index("fill")
+    symbols = collected(fills.select(pl.col("symbol").unique(maintain_order=True)))["symbol"]
+    found = [_trips_of(collected(numbered.filter(symbol=symbol))) for symbol in symbols]
+    if not found:
+        return np.empty(0)
+    return pl.concat(found).sort("rest", "fill")["profit"].to_numpy()
+
+
+def _trips_of(fills: pl.DataFrame) -> pl.DataFrame:
+    """Profit, first fill and whether nothing was turned of each round trip of one symbol."""
     after = pl.col("position") * pl.col("basis")
     moved = pl.col("units") * pl.col("basis")
     costs = pl.col("commission") + pl.col("spread") + pl.col("slippage")
     steps = (
-        fills.sort("close_time", maintain_order=True)
-        .select(
-            *own,
+        fills.select(
+            "fill",
             after=pl.when(after.abs() > FLAT * moved.abs()).then(after).otherwise(0.0),
             cash=-(pl.col("units") * pl.col("price")) - costs,
         )
-        .with_columns(before=pl.col("after").shift(1, fill_value=0.0).over(own))
+        .with_columns(before=pl.col("after").shift(1, fill_value=0.0))
         .with_columns(through=pl.col("before") * pl.col("after") < 0)
         .with_columns(
-            trip=(pl.col("through") | ((pl.col("before") == 0) & (pl.col("after") != 0))).cum_sum().over(own),
+            trip=(pl.col("through") | ((pl.col("before") == 0) & (pl.col("after") != 0))).cum_sum(),
             old=pl.when("through")
             .then(pl.col("before") / (pl.col("before") - pl.col("after")))
             .otherwise(0.0),
         )
     )
-    ends = steps.filter("through").select(*own, pl.col("trip") - 1, pl.col("cash") * pl.col("old"), over=True)
-    rest = steps.select(*own, "trip", pl.col("cash") * (1 - pl.col("old")), over=pl.col("after") == 0)
-    trips = pl.concat([ends, rest]).group_by(*own, "trip", maintain_order=True)
-    return trips.agg(pl.col("cash").sum().alias("profit"), pl.col("over").any()).filter("over")
+    ends = steps.filter("through").select(
+        "fill", pl.col("trip") - 1, pl.col("cash") * pl.col("old"), over=True, rest=False
+    )
+    rest = steps.select(
+        "fill", "trip", pl.col("cash") * (1 - pl.col("old")), over=pl.col("after") == 0, rest=True
+    )
+    trips = pl.concat([ends, rest]).group_by("trip", maintain_order=True)
+    found = trips.agg(
+        pl.col("cash").sum().alias("profit"), pl.col("over").any(), pl.col("rest", "fill").first()
+    )
+    return found.filter("over").select("profit", "rest", "fill")
 
 
 def _alive(book: pl.DataFrame) -> pl.DataFrame:

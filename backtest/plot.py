@@ -17,11 +17,13 @@ from barcast.backtest.paths import BROWNIAN, OWN, PAIRS
 from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.backtest.scoring import pit as pit_bins
+from barcast.backtest.tables import collected, spans
 from barcast.models import ConfigError
 
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2")
 INK, GRID, BAND, GREY = "#334155", "#e2e8f0", "37, 99, 235", "#94a3b8"
 GOOD, BAD = "#059669", "#dc2626"
+COLUMNS = ("close_time", "equity", "gross", "net")
 COSTS = ("commission", "spread", "slippage", "carry")
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
@@ -113,9 +115,10 @@ def costs_paid(result: BacktestResult) -> pl.DataFrame:
 
     Carry is negative where more was received than paid.
     """
-    traded = result.fills.group_by("strategy").agg(pl.col(COSTS[:-1]).sum())
-    held = result.equity.sort("close_time").group_by("strategy")
-    each = held.agg(pl.col("equity").first().alias("first"), pl.col("carry").sum())
+    fills, equity = result.rows("fills").lazy(), result.rows("equity").lazy()
+    traded = fills.group_by("strategy").agg(pl.col(COSTS[:-1]).sum()).collect()
+    first = pl.col("equity").sort_by("close_time").first().alias("first")
+    each = equity.group_by("strategy").agg(first, pl.col("carry").sum()).collect()
     order = pl.DataFrame({"strategy": _strategies(result)}, schema={"strategy": pl.String()})
     for table in (each, traded):
         order = order.join(table, on="strategy", how="left", maintain_order="left")
@@ -161,9 +164,10 @@ def monthly_returns(result: BacktestResult, strategy: str) -> pl.DataFrame:
     by UTC dates, a close at midnight with the day that it ends; null where there was none, or nothing left.
     Raise ConfigError for a strategy without equity.
     """
-    own = result.equity.filter(pl.col("strategy") == strategy).sort("close_time")
+    own = collected(result.rows("equity").filter(strategy=strategy).select("close_time", "equity"))
+    own = own.sort("close_time")
     if not own.height:
-        known = ", ".join(result.equity["strategy"].unique().sort())
+        known = ", ".join(sorted(_strategies(result)))
         raise ConfigError(f"strategy {strategy!r} has no equity: take one of {known or 'none'}")
     before = pl.col("equity").shift(fill_value=own["equity"][0])
     change = pl.when(before > 0).then(pl.col("equity") / before - 1)
@@ -187,7 +191,8 @@ def fan(result: BacktestResult, symbol: str, horizon: int | None = None) -> go.F
     says. Raise ConfigError for a symbol without bars and a horizon without forecasts.
     """
     track = _Track.of(result, symbol)
-    known = result.signals.filter(pl.col("symbol") == symbol)["horizon"].unique().sort().to_list()
+    made = result.rows("signals").filter(symbol=symbol)
+    known = sorted(collected(made.select(pl.col("horizon").unique()))["horizon"])
     if horizon is not None and horizon not in known:
         raise ConfigError(f"horizon {horizon} is not forecast for {symbol}: take one of {known}")
     horizons = known if horizon is None else [horizon]
@@ -234,12 +239,14 @@ def fans(result: BacktestResult, symbol: str, origins: int = 6, bars: int = 120)
     are on the basis of the newest bar. Raise ConfigError for a symbol without bars.
     """
     track = _Track.of(result, symbol, bars)
-    own = result.signals.filter(pl.col("symbol") == symbol).join(track.scales, on="close_time")
+    mine = result.rows("signals").filter(symbol=symbol)
+    longest = max([1, *collected(mine.select(pl.col("horizon").unique()))["horizon"]])
+    late = pl.col("close_time") >= track.bars["close_time"][0]
+    own = collected(mine.filter(late)).join(track.scales, on="close_time")
     own = own.with_columns(reference=pl.col("reference") * pl.col("scale")).sort("close_time", "horizon")
-    ends = result.outcomes.filter(pl.col("symbol") == symbol).select("close_time", "horizon", "end_time")
-    longest = max([1, *own["horizon"]])
+    ends = collected(result.rows("outcomes").filter(late, symbol=symbol))
+    ends = ends.select("close_time", "horizon", "end_time")
     whole = ends.filter(pl.col("horizon") == longest).sort("close_time")["close_time"]
-    whole = whole.filter(whole >= track.bars["close_time"][0])
     step = max(longest, -(-len(whole) // origins))
     figure = _figure("price", "~g")
     figure.update_xaxes(**track.axis())
@@ -283,7 +290,7 @@ def trades(result: BacktestResult, symbol: str) -> go.Figure:
     500 of a strategy are drawn, and bars as in `fan`. Raise ConfigError for a symbol without bars.
     """
     track = _Track.of(result, symbol)
-    own = result.fills.filter((pl.col("symbol") == symbol) & (pl.col("strategy") != BENCHMARK))
+    own = collected(result.rows("fills").filter(pl.col("strategy") != BENCHMARK, symbol=symbol))
     own = own.sort("close_time").with_columns(
         value=(pl.col("units") * pl.col("price")).abs(),
         shown=pl.col("price") * (track.basis / pl.col("basis")),
@@ -377,20 +384,28 @@ def retraining(result: BacktestResult) -> go.Figure:
 
 def models_in_force(result: BacktestResult) -> pl.DataFrame:
     """Which model made the forecasts over time, a row for each change: model, since, until (closes)."""
-    first = result.signals.sort("close_time").group_by("close_time", maintain_order=True)
+    runs = pl.concat([_runs(some) for some in spans(result.rows("signals").select("close_time", "model"))])
+    merged = runs.group_by(pl.col("model").rle_id().alias("run"), maintain_order=True).agg(
+        pl.col("model").first(), pl.col("since").first(), pl.col("until").last()
+    )
+    following = pl.col("since").shift(-1)
+    return merged.select("model", "since", until=pl.coalesce(following, "until"))
+
+
+def _runs(signals: pl.DataFrame) -> pl.DataFrame:
+    """The first and the last close of each run of closes whose first signal is of one model."""
+    first = signals.sort("close_time").group_by("close_time", maintain_order=True)
     runs = first.agg(pl.col("model").first()).with_columns(run=pl.col("model").rle_id())
-    spans = runs.group_by("run", maintain_order=True).agg(
+    return runs.group_by("run", maintain_order=True).agg(
         pl.col("model").first(),
         pl.col("close_time").first().alias("since"),
         pl.col("close_time").last().alias("until"),
     )
-    following = pl.col("since").shift(-1)
-    return spans.select("model", "since", until=pl.coalesce(following, "until"))
 
 
 def pit(result: BacktestResult) -> go.Figure:
     """Where outcomes fell between the levels, a panel for each horizon; flat at 1 when calibrated."""
-    bins = pit_bins(result.signals, result.outcomes)
+    bins = pit_bins(result.rows("signals"), result.rows("outcomes"))
     horizons = sorted(bins["horizon"].unique())
     figure = _grid(horizons, ["density of outcomes"], 290).update_layout(margin={"t": 36})
     for column, h in enumerate(horizons, 1):
@@ -400,7 +415,7 @@ def pit(result: BacktestResult) -> go.Figure:
 
 def reliability(result: BacktestResult) -> go.Figure:
     """How far the share of outcomes at or below each quantile is from its level, by horizon."""
-    bins = pit_bins(result.signals, result.outcomes)
+    bins = pit_bins(result.rows("signals"), result.rows("outcomes"))
     figure = _figure("share below - level", "+.1~%")
     for k, ((horizon,), own) in enumerate(bins.group_by("horizon", maintain_order=True)):
         inner = own.with_columns(below=pl.col("share").cum_sum())[:-1]
@@ -696,7 +711,8 @@ def _over_time(result: BacktestResult, panels: Sequence[tuple[str, str, str, str
 
 
 def _strategies(result: BacktestResult) -> list[str]:
-    return result.equity["strategy"].unique(maintain_order=True).to_list()
+    names = result.rows("equity").select(pl.col("strategy").unique(maintain_order=True))
+    return collected(names)["strategy"].to_list()
 
 
 def _books(result: BacktestResult) -> list[tuple[str, pl.DataFrame, dict[str, Any]]]:
@@ -707,7 +723,7 @@ def _books(result: BacktestResult) -> list[tuple[str, pl.DataFrame, dict[str, An
     books: list[tuple[str, pl.DataFrame, dict[str, Any]]] = []
     k = 0
     for name in _strategies(result):
-        own = result.equity.filter(pl.col("strategy") == name).sort("close_time")
+        own = collected(result.rows("equity").filter(strategy=name).select(*COLUMNS)).sort("close_time")
         value = pl.col("equity")
         own = own.with_columns(growth=value / value.first(), drawdown=value / value.cum_max() - 1)
         step = -(-own.height // _MOST_POINTS)
@@ -742,9 +758,10 @@ class _Track:
     @classmethod
     def of(cls, result: BacktestResult, symbol: str, last: int | None = None) -> "_Track":
         """All bars of a symbol, thinned, or the last so many."""
-        own = result.bars.filter(pl.col("symbol") == symbol).sort("close_time")
+        rows = result.rows("bars")
+        own = collected(rows.filter(symbol=symbol).select("close_time", "close", "basis")).sort("close_time")
         if not own.height:
-            known = ", ".join(result.bars["symbol"].unique().sort())
+            known = ", ".join(collected(rows.select(pl.col("symbol").unique().sort()))["symbol"])
             raise ConfigError(f"symbol {symbol!r} has no bars: take one of {known or 'none'}")
         basis, n = float(own["basis"][-1]), own.height
         own = own.with_columns(scale=basis / pl.col("basis"))
@@ -821,8 +838,11 @@ class _Track:
         """What had been forecast of each close that is drawn: close_time and a column of prices a level."""
         key = ["close_time", "horizon"]
         mine = (pl.col("symbol") == self.symbol) & (pl.col("horizon") == horizon)
-        ends = result.outcomes.filter(mine).select(*key, "end_time")
-        made = result.signals.filter(mine).join(ends, on=key).join(self.scales, on="close_time")
+        drawn = pl.col("end_time").is_in(self.bars["close_time"].implode())
+        ends = collected(result.rows("outcomes").filter(mine, drawn).select(*key, "end_time"))
+        origins = pl.col("close_time").is_in(ends["close_time"].implode())
+        made = collected(result.rows("signals").filter(mine, origins)).join(ends, on=key)
+        made = made.join(self.scales, on="close_time")
         price = pl.col("reference") * pl.col("scale")
         named = levels_of(made.columns).values()
         prices = made.select(close_time="end_time", **{name: price * pl.col(name).exp() for name in named})

@@ -25,13 +25,14 @@ from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
 from barcast.backtest.skill import SCHEMA as SKILL
 from barcast.backtest.skill import skill
+from barcast.backtest.tables import PREFIX, Rows, Store, collected
 from barcast.backtest.walk import TRAININGS, WalkForward
 from barcast.daemon import wire
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.config import Retrain, cron_schedule, duration
 from barcast.daemon.events import Champion
-from barcast.daemon.history import Stamp, bars, digest, find_timeframe, read_windows, scan
+from barcast.daemon.history import History, Stamp, digest, find_timeframe
 from barcast.daemon.pipeline import (
     MAX_JUMP,
     Pipeline,
@@ -247,6 +248,7 @@ def run_backtest(
     trials: int | None = None,
     baselines: bool = True,
     cache: ForecastCache | None = None,
+    scratch: Path | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -263,6 +265,9 @@ def run_backtest(
     With a `cache` what was forecast before is not forecast again, and the result is the same to the bit.
     `touch` are pairs of barriers, how far up and how far down in standard deviations of the forecast over the
     longest horizon: see `BacktestResult.signals`.
+
+    What memory does not hold lies in a folder in `scratch`, by default among the system's temporary files, as
+    long as the result is there.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
@@ -306,20 +311,20 @@ def run_backtest(
     if execution.fill == "limit":
         for buy in (True, False):
             execution.limit_at(buy, forecaster.card.levels)
-    frame = scan(paths, stamp, closes, symbols, None, until)
-    closed = pl.col("close_time").to_physical()
-    first, last = frame.select(first=closed.min(), last=closed.max()).collect().row(0)
-    start = first if since is None else since
-    if start > last:
-        raise DataError(
-            f"{', '.join(map(str, paths))}: the last bar closes at {wire.to_text(last)}, and since is "
-            f"{wire.to_text(start)}: give an earlier one."
-        )
-    past = _Past(settings, model, forecaster, frame, adjustments, start, last)
-    ledger = Ledger(execution)
+    shelves = Store(scratch)
+    ledger = Ledger(execution, shelves)
     decisions = _Decisions(ledger)
     known = (lambda one: one) if cache is None else cache.of
     with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=scratch)))
+        history = History(paths, stamp, closes, symbols, until, folder)
+        start, last = history.first if since is None else since, history.last
+        if start > last:
+            raise DataError(
+                f"{', '.join(map(str, paths))}: the last bar closes at {wire.to_text(last)}, and since is "
+                f"{wire.to_text(start)}: give an earlier one."
+            )
+        past = _Past(settings, model, forecaster, history, adjustments, start, last)
         if cache is not None:
             stack.enter_context(cache)
         if retrain is None:
@@ -333,59 +338,69 @@ def run_backtest(
             walk = decisions.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
             replay(past.story(walk.champion.model, progress), pipeline, decisions, agenda=walk)
             trainings, untrained = walk.frame(), walk.untrained(last)
-    signals, outcomes, fills, equity = ledger.signals(), ledger.outcomes(), ledger.fills(), ledger.equity()
-    holes = caveats.few(decisions.holes.sentences(closes))
-    if not signals.height:
-        why = "; ".join(f"{symbol}: {reason}" for symbol, (_, reason) in [*decisions.withheld.items()][:3])
-        raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
-    windows, periods = read_windows(frame), _periods_per_year(closes, equity)
-    jumps = caveats.jumps(adjusted(windows, adjustments), start, forecaster.card.window, max_jump)
-    declared = [
-        a for a in adjustments if (not symbols or a.symbol in symbols) and (not until or a.time < until)
-    ]
-    idle = [one.name for one in settings.strategies if one.name not in set(fills["strategy"])]
-    warnings = [
-        learnt_warning(model, start),
-        caveats.few(caveats.of_jumps(jumps)),
-        holes,
-        caveats.few(caveats.of_ends(windows, start, closes)),
-        *caveats.of_volumes(windows, start, execution),
-        *caveats.of_adjustments(windows, declared),
-        untrained,
-        *(f"{name} never traded." for name in idle),
-    ]
-    beside = pl.DataFrame(schema=SKILL)
-    if baselines:
-        beside = skill(signals, outcomes, windows, adjustments, timeframe, progress)
-    trials = max(1, len(settings.strategies)) if trials is None else trials
-    return BacktestResult(
-        signals=signals,
-        outcomes=outcomes,
-        bars=ledger.bars(),
-        targets=ledger.targets(),
-        fills=fills,
-        equity=equity,
-        trainings=trainings,
-        scores=scores(signals, outcomes),
-        skill=beside.filter(pl.col("other") != model) if retrain is None else beside,
-        portfolio=portfolio(equity, fills, periods, trials),
-        meta={
-            "warning": " ".join(filter(None, warnings)),
-            **past.told(),
-            "models": signals["model"].unique(maintain_order=True).to_list(),
-            "periods_per_year": periods,
-            "execution": asdict(execution),
-            "trials": trials,
-            "retraining": _asked(retrain, training_time),
-            "files": [path.name for path in paths],
-            "files_sha256": digest(paths),
-            "jumps": [msgspec.to_builtins(jump) | {"close_time": iso(jump.close_time)} for jump in jumps],
-            "decisions_sha256": decisions.sha256.hexdigest(),
-            "bars": asdict(pipeline.counts),
-            "degraded": dict(decisions.degraded),
-            "withheld": {s: f"{n} times, the last: {why}" for s, (n, why) in decisions.withheld.items()},
-        },
-    )
+        signals, outcomes, fills, equity = (
+            ledger.signals(),
+            ledger.outcomes(),
+            ledger.fills(),
+            ledger.equity(),
+        )
+        holes = caveats.few(decisions.holes.sentences(closes))
+        made = collected(signals.select(pl.col("model").unique(maintain_order=True)))["model"].to_list()
+        if not made:
+            why = "; ".join(
+                f"{symbol}: {reason}" for symbol, (_, reason) in [*decisions.withheld.items()][:3]
+            )
+            raise DataError(f"nothing was forecast ({why}): give more history, or mend it. {holes}".strip())
+        periods = _periods_per_year(closes, equity)
+        jumps = caveats.jumps(adjusted(history, adjustments), start, forecaster.card.window, max_jump)
+        declared = [
+            a for a in adjustments if (not symbols or a.symbol in symbols) and (not until or a.time < until)
+        ]
+        traded = set(collected(fills.select(pl.col("strategy").unique()))["strategy"])
+        idle = [one.name for one in settings.strategies if one.name not in traded]
+        warnings = [
+            learnt_warning(model, start),
+            caveats.few(caveats.of_jumps(jumps)),
+            holes,
+            caveats.few(caveats.of_ends(history, start, closes)),
+            *caveats.of_volumes(history, start, execution),
+            *caveats.of_adjustments(history, declared),
+            untrained,
+            *(f"{name} never traded." for name in idle),
+        ]
+        beside = pl.DataFrame(schema=SKILL)
+        if baselines:
+            beside = skill(signals, outcomes, history, adjustments, timeframe, progress)
+        trials = max(1, len(settings.strategies)) if trials is None else trials
+        return BacktestResult(
+            store=shelves,
+            signals=signals,
+            outcomes=outcomes,
+            bars=ledger.bars(),
+            targets=ledger.targets(),
+            fills=fills,
+            equity=equity,
+            trainings=trainings,
+            scores=scores(signals, outcomes),
+            skill=beside.filter(pl.col("other") != model) if retrain is None else beside,
+            portfolio=portfolio(equity, fills, periods, trials),
+            meta={
+                "warning": " ".join(filter(None, warnings)),
+                **past.told(),
+                "models": made,
+                "periods_per_year": periods,
+                "execution": asdict(execution),
+                "trials": trials,
+                "retraining": _asked(retrain, training_time),
+                "files": [path.name for path in paths],
+                "files_sha256": digest(paths),
+                "jumps": [msgspec.to_builtins(jump) | {"close_time": iso(jump.close_time)} for jump in jumps],
+                "decisions_sha256": decisions.sha256.hexdigest(),
+                "bars": asdict(pipeline.counts),
+                "degraded": dict(decisions.degraded),
+                "withheld": {s: f"{n} times, the last: {why}" for s, (n, why) in decisions.withheld.items()},
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,7 +413,7 @@ class _Past:
     settings: Settings
     model: str
     forecaster: Forecaster
-    frame: pl.LazyFrame
+    history: History
     adjustments: Sequence[Adjustment]
     start: int
     last: int
@@ -406,14 +421,12 @@ class _Past:
     def story(self, first: str, progress: Callable[[int, str], None]) -> Iterator[Event]:
         """The events in order of time, beginning with the activation of the model `first`."""
         card, before = self.forecaster.card, self.start - 1
-        begins = pl.lit(self.start).cast(pl.Datetime("ns", "UTC"))
-        older = self.frame.filter(pl.col("close_time") < begins).group_by("symbol").tail(card.window)
         yield Revision(before, self.settings.encode())
         yield Activation(before, first, card.fingerprint, card.window)
-        yield Warmup(before, "", tuple(bars(older)))
+        yield Warmup(before, "", tuple(self.history.newest(before, card.window)))
         for adjustment in self.adjustments:
             yield Declaration(before, adjustment)
-        for arrival in arrivals(bars(self.frame.filter(pl.col("close_time") >= begins))):
+        for arrival in arrivals(self.history.bars(self.start)):
             progress(len(arrival.bars), wire.to_text(arrival.time))
             yield arrival
 
@@ -440,7 +453,7 @@ class _Past:
             training_time,
             champion,
             self.start,
-            self.frame,
+            self.history,
             self.adjustments,
             store,
             pipeline,
@@ -479,12 +492,20 @@ def found_timeframe(
     return "session" if found.text == "1d" and calendar not in ("24x7", "fx") else found.text, how
 
 
-def _periods_per_year(closes: Calendars, equity: pl.DataFrame) -> int:
-    """The calendar's; where symbols keep other hours than one another, the marks of the books in a year."""
-    marks = np.unique(equity["close_time"].to_physical().to_numpy())
-    if not closes.others or len(marks) < 2:
+def _periods_per_year(closes: Calendars, equity: Rows) -> int:
+    """The calendar's; where symbols keep other hours than one another, the marks of the books in a year.
+
+    The book that was marked most often was at every close at which any was.
+    """
+    if not closes.others:
         return closes.periods_per_year
-    return max(1, round((len(marks) - 1) / (int(marks[-1] - marks[0]) / YEAR)))
+    time = pl.col("close_time").to_physical()
+    books = equity.lazy().group_by("strategy").agg(pl.len(), first=time.min(), last=time.max())
+    most = collected(books.select("len", "first", "last").sort("len").tail(1))
+    marks, first, last = map(int, most.row(0)) if most.height else (0, 0, 0)
+    if marks < 2:
+        return closes.periods_per_year
+    return max(1, round((marks - 1) / ((last - first) / YEAR)))
 
 
 def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:

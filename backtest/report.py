@@ -19,6 +19,7 @@ from barcast.backtest.paths import DEFINITIONS as PATHS
 from barcast.backtest.paths import JOINT, OWN
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import INTERVALS, POOLED
+from barcast.backtest.tables import Rows, collected
 from barcast.models.scores import Estimate
 
 FANS = 6
@@ -211,11 +212,11 @@ def _page(title: str, body: str) -> str:
 
 
 def _head(result: BacktestResult, title: str) -> str:
-    signals = result.signals
-    if not signals.height:
+    signals, time = result.rows("signals"), pl.col("close_time")
+    first, last = collected(signals.select(first=time.min(), last=time.max())).row(0)
+    if first is None:
         return f"<h1>{escape(title)}</h1><p>No forecast was made.</p>"
-    first, last = signals["close_time"].min(), signals["close_time"].max()
-    symbols = sorted(signals["symbol"].unique())
+    symbols = _symbols(signals)
     models = plot.models_in_force(result)["model"].unique(maintain_order=True).to_list()
     shown = f"model {models[0]}" if len(models) == 1 else f"{len(models)} models, the first {models[0]}"
     warning = result.meta.get("warning")
@@ -224,6 +225,10 @@ def _head(result: BacktestResult, title: str) -> str:
         f"<p>{_named(symbols)}, {_day(first)} to {_day(last)}, {escape(shown)}.</p>"
         + (f'<p class="warning">{escape(str(warning))}</p>' if warning else "")
     )
+
+
+def _symbols(rows: Rows) -> list[str]:
+    return sorted(collected(rows.select(pl.col("symbol").unique()))["symbol"])
 
 
 def _cards(result: BacktestResult) -> str:
@@ -252,8 +257,8 @@ def _boxes(cards: Iterable[tuple[str, str]]) -> str:
 
 def _sections(result: BacktestResult) -> Iterator[tuple[str, str]]:
     """The name and the text of each section that the result has something for."""
-    traded = sorted(result.fills.filter(pl.col("strategy") != BENCHMARK)["symbol"].unique())
-    forecast = sorted(result.outcomes["symbol"].unique())
+    traded = _symbols(result.rows("fills").filter(pl.col("strategy") != BENCHMARK))
+    forecast = _symbols(result.rows("outcomes"))
     if result.portfolio.height:
         yield _part(
             "Strategies",
@@ -587,7 +592,11 @@ def _portfolio(result: BacktestResult) -> str:
 
 
 def _trades(result: BacktestResult) -> str:
-    own = result.fills.filter(pl.col("strategy") != BENCHMARK).sort("close_time", maintain_order=True)
+    fills = result.rows("fills")
+    names = [name for name in result.portfolio["strategy"] if name != BENCHMARK]
+    if isinstance(fills, pl.LazyFrame):  # those of a strategy are in order
+        fills = pl.concat([collected(fills.filter(strategy=name).tail(TRADES)) for name in names])
+    own = fills.filter(pl.col("strategy") != BENCHMARK).sort("close_time", maintain_order=True)
     own = own.tail(TRADES).reverse()
     traded, paid = pl.col("units").abs(), pl.col("commission") + pl.col("spread") + pl.col("slippage")
     numbers = own.select(traded, "price", "position", value=traded * pl.col("price"), paid=paid)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from barcast.backtest.tables import Rows, Store, collected
 from barcast.models import DataError
 from barcast.models.joint import Outlook
 
@@ -19,10 +20,31 @@ INDEX = "result.json"
 FORMAT = 1
 """Rises when a saved result can no longer be read as before."""
 
+LARGE = 64 * 2**20
+"""Bytes of a file that is read at once, at most."""
 
-@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+
+class _Frame:
+    """A frame of a result: where its rows lie in files, they are read at each access."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, result: object, owner: type | None = None) -> pl.DataFrame:
+        if result is None:
+            raise AttributeError(self._name)  # a field without a default
+        return collected(vars(result)[self._name])
+
+    def __set__(self, result: object, rows: Rows) -> None:
+        vars(result)[self._name] = rows
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class BacktestResult:
     """Everything a replay over history recorded. Times are datetime[ns, UTC], returns are log returns.
+
+    The frames of a long replay lie in files, as long as the result is there: each access reads a whole one.
+    `rows` has those that memory does not hold as LazyFrames.
 
     - `signals`: symbol, close_time, horizon (bars), a column for each level (`q05` ...), reference, mean,
       std, rise, model. One row a horizon. With `touch` also touch_up_2_1 and touch_down_2_1 for the pair 2, 1
@@ -46,17 +68,26 @@ class BacktestResult:
     - `meta`: what identifies the run, in JSON's values: config, hashes, calendar, timeframe, costs.
     """
 
-    signals: pl.DataFrame
-    outcomes: pl.DataFrame
-    bars: pl.DataFrame
-    targets: pl.DataFrame
-    fills: pl.DataFrame
-    equity: pl.DataFrame
-    trainings: pl.DataFrame
-    scores: pl.DataFrame
-    skill: pl.DataFrame
-    portfolio: pl.DataFrame
+    signals: _Frame = _Frame()
+    outcomes: _Frame = _Frame()
+    bars: _Frame = _Frame()
+    targets: _Frame = _Frame()
+    fills: _Frame = _Frame()
+    equity: _Frame = _Frame()
+    trainings: _Frame = _Frame()
+    scores: _Frame = _Frame()
+    skill: _Frame = _Frame()
+    portfolio: _Frame = _Frame()
     meta: dict[str, Any]
+    store: Store | None = field(default=None, repr=False)
+
+    def rows(self, name: str) -> Rows:
+        """A frame by its name: a DataFrame, or where it lies in files a LazyFrame, in order of its closes.
+
+        That of fills and equity has one strategy after another.
+        """
+        rows: Rows = vars(self)[name]
+        return rows
 
     def save(self, folder: Path | str) -> None:
         """Write each frame to NAME.parquet of the folder, and what is small to `result.json` for other tools.
@@ -78,12 +109,20 @@ class BacktestResult:
         text = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
         (folder / INDEX).unlink(missing_ok=True)  # until all is there, the folder holds no result
         for name in FRAMES:
-            getattr(self, name).write_parquet(folder / f"{name}.parquet")
+            rows, partial = self.rows(name), folder / f"{name}.partial"
+            if isinstance(rows, pl.LazyFrame):
+                rows.sink_parquet(partial)
+            else:
+                rows.write_parquet(partial)
+            partial.replace(folder / f"{name}.parquet")
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:
-        """Read what `save` wrote, the same to the bit. Raise DataError for a folder that holds no result."""
+        """Read what `save` wrote, the same to the bit. Raise DataError for a folder that holds no result.
+
+        Of files of more than `LARGE` bytes the rows stay there, and are read as long as nobody changes them.
+        """
         folder = Path(folder)
         remedy = "name a folder that BacktestResult.save has written"
         try:
@@ -98,19 +137,23 @@ class BacktestResult:
                 f"{folder / INDEX}: barcast_result = {version!r}, and {FORMAT} can be read; {remedy} "
                 "with this version of the program"
             )
-        frames = {}
+        frames: dict[str, Rows] = {}
         for name in FRAMES:
             path = folder / f"{name}.parquet"
             try:
-                frames[name] = pl.read_parquet(path, glob=False)
+                if path.stat().st_size > LARGE:
+                    frames[name] = pl.scan_parquet(path, glob=False)
+                    frames[name].collect_schema()
+                else:
+                    frames[name] = pl.read_parquet(path, glob=False)
             except FileNotFoundError as error:
                 raise DataError(f"{path}: is missing; save the result again") from error
             except pl.exceptions.PolarsError as error:
                 raise DataError(f"{path}: is damaged ({error}); save the result again") from error
-        return cls(**frames, meta=told["meta"])
+        return cls(meta=told["meta"], **frames)  # type: ignore[arg-type]
 
 
-FRAMES = tuple(field.name for field in fields(BacktestResult) if field.name != "meta")
+FRAMES = tuple(one.name for one in fields(BacktestResult) if one.name not in ("meta", "store"))
 """The names of a result's frames."""
 
 

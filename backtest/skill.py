@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from barcast.backtest.result import levels_of
 from barcast.backtest.scoring import POOLED, interval
+from barcast.backtest.tables import Rows, between, collected, spans
 from barcast.daemon.adjustments import by_symbol
 from barcast.daemon.calendar import iso
 from barcast.daemon.gate import MAX_ORIGINS, rivals
@@ -49,12 +50,15 @@ SCHEMA = pl.Schema(
     }
 )
 
+AT = ("symbol", "close_time")
+SINCE = pl.Schema({"symbol": pl.String(), "since": pl.Int64()})
+
 Array = NDArray[np.float64]
 
 
 def skill(
-    signals: pl.DataFrame,
-    outcomes: pl.DataFrame,
+    signals: Rows,
+    outcomes: Rows,
     histories: Mapping[str, Window],
     adjustments: Iterable[Adjustment],
     timeframe: str,
@@ -71,58 +75,70 @@ def skill(
     made, and by which baseline of which symbol.
     Raise ValueError for a signal at whose close the symbol's history has no bar.
     """
-    named, horizons = levels_of(signals.columns), sorted(set(signals["horizon"]))
+    levels = levels_of(signals.lazy().collect_schema().names())
+    horizons = sorted(collected(signals.select(pl.col("horizon").unique()))["horizon"])
     if not horizons:
         return pl.DataFrame(schema=SCHEMA)
-    others = rivals(timeframe, horizons, list(named))
-    y, published, origins = _known(signals, outcomes, list(named.values()), len(horizons))
-    symbols, times = (origins[name].to_numpy() for name in ("symbol", "close_time"))
-    names = np.unique(symbols).tolist()
-    places = np.empty(len(symbols), np.intp)
-    for symbol in names:
-        own = symbols == symbol
-        places[own] = _places(histories[symbol], times[own])
-    able = places + 1 >= max(other.card.min_window for other in others.values())
-    stride = even_stride(int(able.sum()), MAX_ORIGINS)
-    moments = np.unique(times[able])
-    taken = np.flatnonzero(able & np.isin(times, moments[every(len(moments), stride)]))
-    if not len(taken):
+    others = rivals(timeframe, horizons, list(levels))
+    least = max(other.card.min_window for other in others.values())
+    y, published, origins, stride = _taken(signals, outcomes, list(levels.values()), histories, least)
+    if not len(y):
         return pl.DataFrame(schema=SCHEMA)
+    symbols, times = (origins[name].to_numpy() for name in ("symbol", "close_time"))
     declared = by_symbol(adjustments)
     quantiles: list[list[Array]] = [[] for _ in others]
-    for symbol in names:
-        ends = places[taken[symbols[taken] == symbol]].tolist()
+    for symbol in np.unique(symbols).tolist():
+        history = histories[symbol]
+        ends = _places(history, times[symbols == symbol]).tolist()
         for (name, other), made in zip(others.items(), quantiles, strict=True):
             length = other.card.window
-            for windows in windows_at(histories[symbol], ends, length, declared.get(symbol, ())):
+            for windows in windows_at(history, ends, length, declared.get(symbol, ())):
                 forecasts = other.forecast(windows)
                 usable(forecasts, other.card)
                 made += [forecast.quantiles for forecast in forecasts]
                 progress(len(windows), f"{name}, {symbol}")
-    said = [published[taken], *map(np.array, quantiles)]
+    said = [published, *map(np.array, quantiles)]
     good = np.logical_and.reduce([(np.abs(q) < FAR).all((1, 2)) for q in said])  # not of nan
-    kept = taken[good]
-    found = Forecasts(y[kept], [q[good] for q in said], tuple(symbols[kept]), times[kept])
-    table = _rows(found, list(others), horizons, np.array(list(named)), max(1, int(stride)))
-    frame = pl.DataFrame(list(table) if len(kept) else [], schema=SCHEMA)
-    return frame.sort("symbol", "horizon", maintain_order=True).with_columns(
+    found = Forecasts(y[good], [q[good] for q in said], tuple(symbols[good]), times[good])
+    rows = _rows(found, list(others), horizons, np.array(list(levels)), max(1, int(stride)))
+    table = pl.DataFrame(list(rows) if good.any() else [], schema=SCHEMA)
+    return table.sort("symbol", "horizon", maintain_order=True).with_columns(
         pl.col(pl.Float64).fill_nan(None)
     )
 
 
-def _known(
-    signals: pl.DataFrame, outcomes: pl.DataFrame, levels: list[str], H: int
-) -> tuple[Array, Array, pl.DataFrame]:
-    """Outcomes (n, H), quantiles (n, H, Q), and symbol and close_time (ns) of each origin, in that order."""
-    at = ["symbol", "close_time"]
-    whole = (
-        signals.join(outcomes.select(*at, "horizon", "outcome"), on=[*at, "horizon"])
-        .filter(pl.len().over(at) == H)
-        .sort(*at, "horizon")
-    )
-    origins = whole.gather_every(H).select("symbol", pl.col("close_time").to_physical())
-    quantiles = whole.select(levels).to_numpy().reshape(-1, H, len(levels))
-    return whole["outcome"].to_numpy().reshape(-1, H), quantiles, origins
+def _taken(
+    signals: Rows, outcomes: Rows, levels: list[str], histories: Mapping[str, Window], least: int
+) -> tuple[Array, Array, pl.DataFrame, float]:
+    """The origins to compare at: those with `least` bars and all outcomes, thinned to even times.
+
+    Outcomes (n, H), quantiles (n, H, Q), symbol and close_time (ns) of each, in that order, and from one time
+    to the next that is taken, how many there are. In files the origins are counted before some are read.
+    """
+    H = collected(signals.select(pl.col("horizon").n_unique())).item()
+    first = {}
+    for symbol in collected(signals.select(pl.col("symbol").unique()))["symbol"]:
+        closes = histories[symbol].close_times
+        first[symbol] = int(closes[least - 1]) if len(closes) >= least else None
+    since = pl.DataFrame({"symbol": list(first), "since": list(first.values())}, schema=SINCE)
+    ended = outcomes.select(*AT, "horizon", "outcome")
+
+    def whole(some: pl.DataFrame, ended: pl.DataFrame) -> pl.DataFrame:
+        known = some.join(ended, on=[*AT, "horizon"]).filter(pl.len().over(AT) == H)
+        return known.join(since, on="symbol").filter(pl.col("close_time").to_physical() >= pl.col("since"))
+
+    count, moments = 0, [np.empty(0, np.int64)]
+    for span in spans(signals.select(*AT, "horizon")):
+        known = whole(span, between(ended, span))
+        count += known.height // H
+        moments.append(known["close_time"].unique().to_physical().to_numpy())
+    stride, times = even_stride(count, MAX_ORIGINS), np.unique(np.concatenate(moments))
+    taken = pl.Series(times[every(len(times), stride)], dtype=pl.Int64)
+    among = pl.col("close_time").to_physical().is_in(taken.implode())
+    found = whole(collected(signals.filter(among)), collected(ended.filter(among))).sort(*AT, "horizon")
+    origins = found.gather_every(H).select("symbol", pl.col("close_time").to_physical())
+    quantiles = found.select(levels).to_numpy().reshape(-1, H, len(levels))
+    return found["outcome"].to_numpy().reshape(-1, H), quantiles, origins, stride
 
 
 def _places(history: Window, times: NDArray[np.int64]) -> NDArray[np.intp]:

@@ -21,7 +21,7 @@ from barcast.daemon.config import Retrain
 from barcast.daemon.drift import TIMES, chosen, measure
 from barcast.daemon.events import Champion, Reign
 from barcast.daemon.gate import Verdict, judge
-from barcast.daemon.history import bars, read_windows
+from barcast.daemon.history import History
 from barcast.daemon.lookout import BARS, LOOK_SECONDS, Age, Drifted, reign
 from barcast.daemon.pipeline import Pipeline
 from barcast.daemon.ports import Event, Warmup
@@ -66,7 +66,7 @@ class _Run:
 class WalkForward:
     """Trains, judges and activates when the live daemon would; an `Agenda` of a replay.
 
-    `frame` holds all bars as `history.scan` gives them, of which it reads those that have closed. The state
+    `history` holds all bars, of which it reads those that have closed. The state
     is the champion and since when it serves, the triggers, the run under way and the reasons that wait, the
     newest signals as far as drift is looked for, and a row for each training that was over.
     """
@@ -77,7 +77,7 @@ class WalkForward:
         training_time: int,
         champion: Champion,
         start: int,
-        frame: pl.LazyFrame,
+        history: History,
         adjustments: Sequence[Adjustment],
         store: ModelStore,
         pipeline: Pipeline,
@@ -89,7 +89,7 @@ class WalkForward:
         self.champion, self._activated = champion, start
         self._trainings: list[dict[str, object]] = []
         self._retrain, self._training_time = retrain, training_time
-        self._frame, self._adjustments = frame, adjustments
+        self._history, self._adjustments = history, adjustments
         self._store, self._pipeline, self._progress = store, pipeline, progress
         self._age = Age(retrain.max_age) if retrain.max_age else None
         self._drifted = Drifted(retrain.drift.coverage, retrain.drift.crps) if retrain.drift else None
@@ -235,16 +235,12 @@ class WalkForward:
         self._activated = now
         events: list[Event] = [self.champion.event(now)]
         if card.window > pipeline.windows.length:
-            older = self._closed(now).group_by("symbol", maintain_order=True).tail(card.window)
-            events.append(Warmup(now, "", tuple(bars(older))))
+            events.append(Warmup(now, "", tuple(self._history.newest(now, card.window))))
         return events
 
     def _known(self, until: int) -> Mapping[str, Window]:
         """Every bar that closed by then, of each symbol on the basis of its newest."""
-        return adjusted(read_windows(self._closed(until)), self._adjustments)
-
-    def _closed(self, until: int) -> pl.LazyFrame:
-        return self._frame.filter(pl.col("close_time").to_physical() <= until)
+        return adjusted(self._history.closed(until), self._adjustments)
 
 
 def _told(verdict: Verdict) -> dict[str, object]:

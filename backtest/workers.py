@@ -1,7 +1,7 @@
 """Jobs on the cores of this machine or on a cluster: joblib, with a backend by name, and files of theirs."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from logging import CRITICAL
 from pathlib import Path
@@ -60,7 +60,7 @@ def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]
         yield
 
 
-def run_jobs(function: Callable[[Any], None], jobs: Sequence[Any], done: Callable[[int], None]) -> None:
+def run_jobs(function: Callable[[Any], None], jobs: Iterable[Any], done: Callable[[int], None]) -> None:
     """Call the function with each job on the workers that are open; `done` is told how many are over.
 
     The first error ends it and is raised.

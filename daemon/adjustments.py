@@ -1,6 +1,6 @@
 """Splits and rolls from a file: what a feed declares live, for backtests, training and forecasts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 
@@ -38,15 +38,26 @@ def read_adjustments(path: Path) -> list[Adjustment]:
     return found
 
 
-def adjusted(windows: Mapping[str, Window], adjustments: Iterable[Adjustment]) -> dict[str, Window]:
-    """Each window on the price basis of its newest bar."""
-    own = by_symbol(adjustments)
-    return {
-        symbol: Window(symbol, w.close_times, on_one_basis(w.close_times, w.values, own[symbol]))
-        if symbol in own
-        else w
-        for symbol, w in windows.items()
-    }
+def adjusted(windows: Mapping[str, Window], adjustments: Iterable[Adjustment]) -> Mapping[str, Window]:
+    """Each window on the price basis of its newest bar; it is put there when it is asked for."""
+    return _Adjusted(windows, by_symbol(adjustments))
+
+
+class _Adjusted(Mapping[str, Window]):
+    def __init__(self, windows: Mapping[str, Window], own: Mapping[str, list[Adjustment]]) -> None:
+        self._windows, self._own = windows, own
+
+    def __getitem__(self, symbol: str) -> Window:
+        w = self._windows[symbol]
+        if symbol not in self._own:
+            return w
+        return Window(symbol, w.close_times, on_one_basis(w.close_times, w.values, self._own[symbol]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._windows)
+
+    def __len__(self) -> int:
+        return len(self._windows)
 
 
 def by_symbol(adjustments: Iterable[Adjustment]) -> dict[str, list[Adjustment]]:

@@ -51,7 +51,7 @@ def known_bars(
     were read.
     """
     bars, adjustments = every_bar(state_dir, calendars, now, progress, journal)
-    return adjusted(read_windows(bars.lazy()), adjustments)
+    return dict(adjusted(read_windows(bars.lazy()), adjustments))
 
 
 def every_bar(

@@ -11,7 +11,7 @@ import hashlib
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,13 @@ TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 
 KNOWN = "\0known"
 """The column of `stamped` that no file has."""
+
+AT_ONCE = 200_000
+"""Rows of files, and bars of all symbols, that are in memory at once."""
+FEW = 2_000_000
+"""Times that are compared with one another at once, or those of one symbol."""
+ROWS = 4096
+"""Bars that are made into objects at once."""
 
 SHOWN = 5
 """Symbols that a sentence names."""
@@ -75,22 +82,182 @@ def scan(
     anything that cannot be used, naming the file, column, row, value and remedy; also where there is no bar
     of a symbol, unless it `may_lack`.
     """
-    checked, found = [], files(paths)
-    for path in found:
-        rows = _canonical(path, stamp, calendars)
-        if symbols is not None:
-            rows = rows.filter(pl.col("symbol").is_in(list(symbols)) | pl.col("symbol").is_null())
-        if since is not None:
-            rows = rows.filter((pl.col("ns") >= since) | (pl.col("ns") < 0) | pl.col("ns").is_null())
-        if until is not None:
-            rows = rows.filter((pl.col("ns") < until) | pl.col("ns").is_null())
-        _check(path, rows, stamp, calendars)
-        checked.append(rows.with_columns(file=pl.lit(str(path))))
+    found = files(paths)
+    known = _together([_checked(path, stamp, calendars, symbols, since, until) for path in found])
+    _check_together(known)
+    if not may_lack:
+        there = set(known.select(pl.col("symbol").unique()).collect().to_series())
+        _check_there(there, symbols, found, _time(since, until))
+    return known.select(COLUMNS)
+
+
+def _checked(
+    path: Path,
+    stamp: Stamp,
+    calendars: Calendars,
+    symbols: Sequence[str] | None,
+    since: int | None,
+    until: int | None,
+) -> pl.LazyFrame:
+    """The rows of a file that are wanted, as `_canonical` has them, and `file`; they can be used."""
+    rows = _canonical(path, stamp, calendars)
+    if symbols is not None:
+        rows = rows.filter(pl.col("symbol").is_in(list(symbols)) | pl.col("symbol").is_null())
+    if since is not None:
+        rows = rows.filter((pl.col("ns") >= since) | (pl.col("ns") < 0) | pl.col("ns").is_null())
+    if until is not None:
+        rows = rows.filter((pl.col("ns") < until) | pl.col("ns").is_null())
+    _check(path, rows, stamp, calendars)
+    return rows.with_columns(file=pl.lit(str(path)))
+
+
+def _together(checked: Sequence[pl.LazyFrame]) -> pl.LazyFrame:
+    """The bars of several files in order, equal ones once."""
     close_time = pl.from_epoch("ns", "ns").dt.replace_time_zone("UTC").alias("close_time")
     known = pl.concat([rows.select("symbol", close_time, *VALUES, "file") for rows in checked])
-    known = known.unique(COLUMNS, keep="any").sort("close_time", "symbol")
-    _check_together(known, symbols, found, _time(since, until), may_lack)
-    return known.select(COLUMNS)
+    return known.unique(COLUMNS, keep="any").sort("close_time", "symbol")
+
+
+class History(Mapping[str, Window]):
+    """The bars of files, checked once and then kept in a folder, so that they may be more than memory holds.
+
+    Each symbol has two files of plain numbers in order of its closes: int64 nanoseconds, and float64 rows of
+    open, high, low, close and volume. As a mapping it has the whole history of each symbol as one window, the
+    symbols in order; a window is read anew each time it is asked for, and mapped from the files. The folder
+    is the caller's, and must outlive it.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        stamp: Stamp,
+        calendars: Calendars,
+        symbols: Sequence[str] | None,
+        until: int | None,
+        folder: Path,
+    ) -> None:
+        """Arguments and errors are those of `scan`; OSError where the folder cannot be written."""
+        self._folder = folder
+        found, checked = files(paths), []
+        counts: Counter[str] = Counter()
+        for path in found:
+            checked.append(_checked(path, stamp, calendars, symbols, None, until))
+            rows = checked[-1].select("symbol", "ns", *VALUES)
+            try:
+                for some in rows.collect_batches(chunk_size=AT_ONCE):
+                    self._add(some, counts)
+            except UNREADABLE as error:
+                raise _unreadable(path, error) from error
+        _check_there(counts, symbols, found, _time(None, until))
+        self._counts = {symbol: self._sorted(symbol) for symbol in sorted(counts)}
+        if twice := [symbol for symbol, count in self._counts.items() if not count]:
+            among = pl.col("symbol").is_in(twice)
+            _check_together(_together([rows.filter(among) for rows in checked]))
+        ends = [self._closes(symbol, k) for symbol, n in self._counts.items() for k in (0, n - 1)]
+        self.first, self.last = min(ends), max(ends)
+
+    def __getitem__(self, symbol: str) -> Window:
+        n = self._counts[symbol]
+        times = np.memmap(self._times(symbol), np.int64, "r", shape=(n,))
+        values = np.memmap(self._values(symbol), np.float64, "r", shape=(n, len(VALUES)))
+        return Window(symbol, np.asarray(times), np.asarray(values))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._counts)
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def closed(self, until: int) -> dict[str, Window]:
+        """The history of each symbol up to a close in nanoseconds, of those that have one."""
+        ends = {symbol: self._place(symbol, until) for symbol in self}
+        return {symbol: self[symbol].part(0, end) for symbol, end in ends.items() if end}
+
+    def newest(self, until: int, count: int) -> list[Bar]:
+        """The last bars of each symbol up to a close in nanoseconds, in order of close and symbol."""
+        found = []
+        for symbol, window in self.closed(until).items():
+            own = window.part(max(0, len(window) - count), len(window))
+            found.append((symbol, own.close_times, own.values))
+        return list(_merged(found))
+
+    def bars(self, since: int) -> Iterator[Bar]:
+        """The bars from a close in nanoseconds on, in order of close and symbol.
+
+        Some of each symbol are read at once, and handed out up to the close to which all are there.
+        """
+        at = {symbol: self._place(symbol, since - 1) for symbol in self}
+        some = max(1, AT_ONCE // len(at))
+        while at := {symbol: place for symbol, place in at.items() if place < self._counts[symbol]}:
+            ahead = {
+                symbol: np.fromfile(self._times(symbol), np.int64, some, offset=8 * place)
+                for symbol, place in at.items()
+            }
+            until = min(int(times[-1]) for times in ahead.values())
+            found = []
+            for symbol, times in ahead.items():
+                n, row = int(np.searchsorted(times, until, "right")), 8 * len(VALUES)
+                if n:
+                    values = np.fromfile(
+                        self._values(symbol), np.float64, n * len(VALUES), offset=row * at[symbol]
+                    )
+                    found.append((symbol, times[:n], values.reshape(n, -1)))
+                    at[symbol] += n
+            yield from _merged(found)
+
+    def _times(self, symbol: str) -> Path:
+        return self._folder / f"{symbol}.closes"
+
+    def _values(self, symbol: str) -> Path:
+        return self._folder / f"{symbol}.values"
+
+    def _closes(self, symbol: str, place: int) -> int:
+        return int(np.fromfile(self._times(symbol), np.int64, 1, offset=8 * place)[0])
+
+    def _place(self, symbol: str, until: int) -> int:
+        """How many bars of a symbol close up to a time."""
+        return int(np.searchsorted(self[symbol].close_times, until, "right"))
+
+    def _add(self, rows: pl.DataFrame, counts: Counter[str]) -> None:
+        """Append rows to the files of their symbols, as they come."""
+        for (symbol,), own in rows.group_by("symbol", maintain_order=True):
+            counts[str(symbol)] += own.height
+            with self._times(str(symbol)).open("ab") as stream:
+                stream.write(own["ns"].to_numpy().tobytes())
+            with self._values(str(symbol)).open("ab") as stream:
+                stream.write(np.ascontiguousarray(own.select(VALUES).to_numpy(), np.float64).tobytes())
+
+    def _sorted(self, symbol: str) -> int:
+        """Put a symbol's bars in order, equal ones once; how many, or 0 where two of a close differ."""
+        times = np.fromfile(self._times(symbol), np.int64)
+        if (times[1:] > times[:-1]).all():
+            return len(times)
+        values = np.fromfile(self._values(symbol), np.float64).reshape(-1, len(VALUES))
+        order = np.argsort(times, kind="stable")
+        times, values = times[order], values[order]
+        again = np.concatenate([[False], times[1:] == times[:-1]])
+        at = np.flatnonzero(again)
+        if (values[at] != values[at - 1]).any():
+            return 0
+        times[~again].tofile(self._times(symbol))
+        values[~again].tofile(self._values(symbol))
+        return int((~again).sum())
+
+
+def _merged(found: Sequence[tuple[str, NDArray[np.int64], NDArray[np.float64]]]) -> Iterator[Bar]:
+    """Bars of several symbols, which are in order, in order of close and symbol."""
+    if not found:
+        return
+    names = [symbol for symbol, _, _ in found]
+    owner = np.repeat(np.arange(len(found)), [len(times) for _, times, _ in found])
+    times = np.concatenate([times for _, times, _ in found])
+    values = np.concatenate([values for _, _, values in found])
+    order = np.lexsort((owner, times))
+    for k in range(0, len(order), ROWS):
+        some = order[k : k + ROWS]
+        whose, when, rows = owner[some].tolist(), times[some].tolist(), values[some].tolist()
+        for symbol, time, row in zip(whose, when, rows, strict=True):
+            yield Bar(names[symbol], time, *row)
 
 
 def read_windows(frame: pl.LazyFrame) -> dict[str, Window]:
@@ -136,7 +303,7 @@ def find_timeframe(
         else:
             time = _time_column(path, schema, names, stamp)
             moments, _ = _moments(path, own, time, schema[time])
-            stamps.append(_collect(path, own.select(symbol=symbol, time=moments)))
+            stamps.append((path, own.select(symbol=symbol, time=moments)))
     if len(said) > 1:
         raise DataError(
             f"Column 'timeframe' of {' and '.join(sorted({str(path) for path in said.values()}))} holds "
@@ -148,21 +315,45 @@ def find_timeframe(
         except ConfigError as error:
             raise DataError(f"Column 'timeframe' of {path}: {error}") from error
     named = ", ".join(map(str, paths))
-    times = pl.concat(stamps).filter(pl.col("time") >= 0).unique().sort("time") if stamps else pl.DataFrame()
-    steps = times.select(pl.col("time").diff().over("symbol").drop_nulls()) if times.height else times
-    if not steps.height and stamps and pl.concat(stamps).filter(pl.col("time") == -2).height:
+    steps = _steps(stamps)
+    naive = pl.col("time").eq(-2).any()
+    if not steps and any(_collect(path, rows.select(naive)).item() for path, rows in stamps):
         raise DataError(f"{named}: the times name no zone: {_REMEDIES['naive']}.")
-    if not steps.height:
+    if not steps:
         whose = f" of {', '.join(symbols)}" if symbols else ""
         raise DataError(
             f"{named}: there are no two bars{whose} that tell how long one is{_symbols_in(files(paths))}: "
             "correct the files or the symbols, or say the timeframe."
         )
-    duration = steps.group_by("time").len().sort("len", "time", descending=[True, False]).item(0, "time")
+    duration = min(steps, key=lambda step: (-steps[step], step))
     try:
         return Timeframe.of(duration), "the most frequent distance between bars"
     except ConfigError as error:
         raise DataError(f"{named}: the most frequent distance between bars: {error}") from error
+
+
+def _steps(stamps: Sequence[tuple[Path, pl.LazyFrame]]) -> Counter[int]:
+    """How often which distance is between neighbouring bars of a symbol, a few symbols at a time.
+
+    `stamps` are the symbol and time (nanoseconds, faults below 0) of the rows of each file.
+    """
+    sizes: Counter[str | None] = Counter()
+    for path, rows in stamps:
+        sizes.update(dict(_collect(path, rows.group_by("symbol").len()).rows()))
+    steps: Counter[int] = Counter()
+    some: list[str | None] = []
+    held = 0
+    for number, symbol in enumerate(sorted(sizes, key=str), 1):
+        some.append(symbol)
+        held += sizes[symbol]
+        if held < FEW and number < len(sizes):
+            continue
+        wanted = pl.col("symbol").is_in(some, nulls_equal=True) & (pl.col("time") >= 0)
+        times = pl.concat([_collect(path, rows.filter(wanted)) for path, rows in stamps])
+        apart = times.unique().sort("time").select(pl.col("time").diff().over("symbol").drop_nulls())
+        steps.update(dict(apart.group_by("time").len().rows()))
+        some, held = [], 0
+    return steps
 
 
 def read_origins(path: Path, stamp: Stamp, calendars: Calendars) -> pl.DataFrame:
@@ -380,7 +571,9 @@ def _nanoseconds(
         joined = stamps.join(pl.concat(tables), on=["hours", "given"], how="left", maintain_order="left")
         return joined.select(pl.coalesce("fault", "close")).to_series()
 
-    return pl.struct(given=moments, symbol=symbols).map_batches(closes, return_dtype=pl.Int64)
+    return pl.struct(given=moments, symbol=symbols).map_batches(
+        closes, return_dtype=pl.Int64, is_elementwise=True
+    )
 
 
 def _moments(path: Path, raw: pl.LazyFrame, name: str, dtype: pl.DataType) -> tuple[pl.Expr, bool]:
@@ -483,9 +676,8 @@ def _check(path: Path, rows: pl.LazyFrame, stamp: Stamp, calendars: Calendars) -
     )
 
 
-def _check_together(
-    bars: pl.LazyFrame, symbols: Sequence[str] | None, paths: Sequence[Path], time: str, may_lack: bool
-) -> None:
+def _check_together(bars: pl.LazyFrame) -> None:
+    """Raise `DataError` where two rows of a symbol and close differ."""
     twice = bars.filter(pl.struct("symbol", "close_time").is_duplicated()).collect()
     if twice.height:
         one, other = twice.head(2).rows(named=True)
@@ -497,11 +689,14 @@ def _check_together(
             f"column {column!r} is {one[column]} and {other[column]}; keep the right one."
             + (f" In all {count} bars are there twice." if count > 1 else "")
         )
-    if may_lack:
-        return
-    known = set(bars.select(pl.col("symbol").unique()).collect().to_series())
+
+
+def _check_there(
+    known: Collection[str], symbols: Sequence[str] | None, paths: Sequence[Path], time: str
+) -> None:
+    """Raise `DataError` where there is no bar, or none of one of the symbols."""
     named = ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    if missing := sorted(set(symbols or ()) - known):
+    if missing := sorted(set(symbols or ()) - set(known)):
         raise DataError(
             f"No bar of {', '.join(missing)} was found{time} in {named}{_symbols_in(paths)}: "
             "correct the symbols or the files."

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,6 +68,7 @@ from barcast.backtest.cli.terminal import (
     out,
     pairs_of,
     progressing,
+    there,
     wide,
     writing,
 )
@@ -265,28 +267,30 @@ def prefill(
     """Forecast a whole history into a cache, on all cores: no backtest of these bars asks the model then."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # else it reports to its makers
     from barcast.backtest.cache import Wanted, prefill
+    from barcast.backtest.tables import PREFIX
+    from barcast.backtest.workers import writing_in
     from barcast.daemon.adjustments import read_adjustments
-    from barcast.daemon.history import read_windows, scan
+    from barcast.daemon.history import History
     from barcast.models import check_sampled, open_model
 
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
     check_sampled(model, open_model(model, timeframe, sampler, steps).card, sampler, steps)
-    histories = read_windows(scan(files, stamp.value, closes, symbol, None, moment(until)))
-    first, last = moment(since) or 0, max(history.close_time for history in histories.values())
-    wanted = Wanted(cache, model, timeframe, sampler, steps, first, last)
     declared = read_adjustments(adjustments) if adjustments else []
     began = time.monotonic()
-    with progressing("forecasting", None) as advance:
-        made = prefill(
-            wanted,
-            histories,
-            declared,
-            backend=backend.value,
-            jobs=jobs,
-            address=address,
-            progress=advance,
-        )
+    with writing_in(cache), TemporaryDirectory(prefix=PREFIX, dir=there(cache)) as folder:
+        histories = History(files, stamp.value, closes, symbol, moment(until), Path(folder))
+        wanted = Wanted(cache, model, timeframe, sampler, steps, moment(since) or 0, histories.last)
+        with progressing("forecasting", None) as advance:
+            made = prefill(
+                wanted,
+                histories,
+                declared,
+                backend=backend.value,
+                jobs=jobs,
+                address=address,
+                progress=advance,
+            )
     seconds = time.monotonic() - began
     said = f"{made:,} forecasts of {len(histories)} symbols are there after {seconds:,.0f} s"
     out.print(f"{said}: {cache.absolute()}", soft_wrap=True)
@@ -383,7 +387,7 @@ def backtest(
         check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
     known = ForecastCache(cache) if cache is not None else None
-    with progressing("replaying", None) as advance:
+    with in_folder("--out", out_dir), progressing("replaying", None) as advance:
         result = run_backtest(
             files,
             stamp=stamp.value,
@@ -395,6 +399,7 @@ def backtest(
             models=out_dir / "models" if settings["retrain"] else None,
             trials=trials,
             cache=known,
+            scratch=there(out_dir),
             progress=advance,
         )
     _print_result(result)

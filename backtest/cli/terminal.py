@@ -276,7 +276,7 @@ def histories_of(
     from barcast.daemon.history import read_windows, scan
 
     windows = read_windows(scan(files, stamp.value, calendars, symbols, None, moment(until)))
-    return adjusted(windows, read_adjustments(adjustments)) if adjustments else windows
+    return dict(adjusted(windows, read_adjustments(adjustments))) if adjustments else windows
 
 
 def moment(time: datetime | None) -> int | None:
@@ -343,7 +343,7 @@ def check_result_folder(path: Path, others: Iterable[Path]) -> None:
 
     One that is there must be empty or hold a backtest, and none of the `others`, which are read.
     """
-    found = _names(path)
+    found = {name for name in _names(path) if not name.startswith(".barcast-")}  # of a run that was killed
     if found - {"models"} and "result.json" not in found:
         raise typer.BadParameter(
             f"{path} is not empty, and holds no backtest: name a new folder", param_hint="--out"
@@ -363,6 +363,11 @@ def check_sweep_folder(path: Path, others: Iterable[Path]) -> None:
     _check_folder(path, others)
 
 
+def there(path: Path) -> Path:
+    """The folder, or where there is none yet the nearest above it."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
 def _names(folder: Path) -> set[str]:
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"{folder} is a file: name a folder", param_hint="--out")
@@ -375,8 +380,7 @@ def _check_folder(path: Path, others: Iterable[Path]) -> None:
             raise typer.BadParameter(
                 f"{path} holds {other.name}, which is read: name another folder", param_hint="--out"
             )
-    there = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    with in_folder("--out", path), TemporaryFile(dir=there):
+    with in_folder("--out", path), TemporaryFile(dir=there(path)):
         pass
 
 

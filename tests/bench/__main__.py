@@ -27,6 +27,7 @@ from tests.bench import (
     scrape,
     seeds,
     sizing,
+    streaming,
     verify,
 )
 from tests.bench.report import Section, machine, sentence
@@ -45,6 +46,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "samplers": samplers.measure,
     "oracle": oracle.measure,
     "verify": verify.measure,
+    "streaming": streaming.measure,
 }
 RESULT = Path("bench.json")
 WIDTH = 150

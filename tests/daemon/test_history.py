@@ -4,12 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from barcast.backtest.sample import sample_bars
+from barcast.daemon import history as module
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import (
+    History,
     Stamp,
     bars,
     digest,
@@ -420,3 +423,74 @@ def test_timeframe_of_the_symbols_that_are_taken(tmp_path: Path) -> None:
     assert find_timeframe([path], "close", ["BTC"])[0].text == "1h"
     with pytest.raises(DataError, match="no two bars of SOL"):
         find_timeframe([path], "close", ["SOL"])
+
+
+def random_files(folder: Path) -> list[Path]:
+    """Bars of three symbols in two files, shuffled, some of them in both."""
+    rng = np.random.default_rng(5)
+    hours = pl.datetime_range(NINE, NINE + 200 * HOUR, "1h", eager=True)
+    frames = []
+    for symbol, count in (("BTC", 120), ("ETH", 40), ("SOL", 90)):
+        when = hours.gather(np.sort(rng.choice(len(hours), count, replace=False)))
+        close = rng.uniform(9, 11, count)
+        frames.append(
+            pl.DataFrame(
+                {"symbol": symbol, "close_time": when, "open": close, "high": close + 1}
+            ).with_columns(low=close - 1, close=close, volume=rng.integers(0, 9, count).astype(float))
+        )
+    whole = pl.concat(frames)
+    one, other = (
+        whole.sample(fraction=0.7, seed=1, shuffle=True),
+        whole.sample(fraction=0.7, seed=2, shuffle=True),
+    )
+    rest = whole.join(pl.concat([one, other]), on=["symbol", "close_time"], how="anti")
+    return [written(folder, one, "parquet"), written(folder, pl.concat([other, rest]), "csv")]
+
+
+@pytest.mark.parametrize("at_once", [7, 200_000])
+def test_history_in_files_is_that_of_a_scan(tmp_path: Path, monkeypatch, at_once: int) -> None:
+    """Bars that lie in plain files are those of the frame: in order, in windows, and the newest of each."""
+    monkeypatch.setattr(module, "AT_ONCE", at_once)
+    paths = random_files(tmp_path)
+    (tmp_path / "kept").mkdir()
+    history = History(paths, "close", HOURS, None, None, tmp_path / "kept")
+    frame = scan(paths, "close", HOURS)
+    every = list(bars(frame))
+    assert len(every) == 250
+    assert list(history.bars(0)) == every
+    assert (history.first, history.last) == (every[0].close_time, every[-1].close_time)
+    cut = every[100].close_time
+    assert list(history.bars(cut)) == [bar for bar in every if bar.close_time >= cut]
+    before = {s: [b for b in every if b.symbol == s and b.close_time < cut][-5:] for s in history}
+    assert history.newest(cut - 1, 5) == [b for b in every if b in before[b.symbol]]
+    windows, upto = read_windows(frame), history.closed(cut)
+    assert list(history) == list(windows)
+    for symbol, window in windows.items():
+        for one, other in (
+            (history[symbol].close_times, window.close_times),
+            (history[symbol].values, window.values),
+        ):
+            np.testing.assert_array_equal(one, other)
+        assert (upto[symbol].close_times == window.close_times[window.close_times <= cut]).all()
+
+
+def test_history_in_files_says_what_a_scan_says(tmp_path: Path) -> None:
+    """What cannot be used is said in the same words."""
+    again = table().with_columns(close=pl.col("close") + 0.5)
+    both = [written(tmp_path, table(), "parquet"), written(tmp_path, again, "csv")]
+    for number, (paths, symbols) in enumerate(((both, None), (both[:1], ["BTC", "DOGE"]), ([], None))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(DataError) as scanned:
+            scan(paths, "close", HOURS, symbols)
+        with pytest.raises(DataError) as kept:
+            History(paths, "close", HOURS, symbols, None, folder)
+        assert str(kept.value) == str(scanned.value)
+
+
+def test_steps_are_counted_a_few_symbols_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    """The timeframe is the same when the times of all symbols are not compared at once."""
+    paths = random_files(tmp_path)
+    expected = find_timeframe(paths, "close")
+    monkeypatch.setattr(module, "FEW", 1)
+    assert find_timeframe(paths, "close") == expected

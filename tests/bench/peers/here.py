@@ -18,6 +18,7 @@ from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import arrivals, replay, run_backtest
 from barcast.backtest.report import write_report
 from barcast.backtest.result import BacktestResult
+from barcast.backtest.tables import collected
 from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings
 from barcast.daemon.ports import Activation, Event, Revision
 from barcast.models import BASELINES, LEVELS, Bar, Card, Forecast, Window
@@ -60,7 +61,7 @@ def path(closes: Times, values: Values) -> Engine:
             list(pipeline.take(event))
         replay(came, pipeline, ledger)
         fills, equity = ledger.fills(), ledger.equity()
-        return fills, portfolio(equity, fills, PERIODS_PER_YEAR, 1)
+        return collected(fills), portfolio(equity, fills, PERIODS_PER_YEAR, 1)
 
     return run, lambda result: entries(result[0])
 
