@@ -175,7 +175,7 @@ CASES |= {
     ),
     "config: a model folder that is empty": (
         with_folder('[model]\nfirst = "mine"\n'),
-        "mine/model.json | No such file | check the path of the model",
+        "model | /mine' | no such folder | name a checkpoint",
     ),
     "config: a state directory that is a file": (
         config(LEAST, "run", state="x"),
@@ -289,7 +289,7 @@ def emptied(directory: Path) -> None:
 
 DAMAGED = f"{WEIGHTS} | id | '{ID}' | copy the directory again"
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "no folder": (shutil.rmtree, f"{JSON} | No such file | check the path of the model"),
+    "no folder": (shutil.rmtree, "model | no such folder | name a checkpoint"),
     "an empty folder": (emptied, f"{JSON} | No such file | check the path of the model"),
     "a file for a folder": (a_file, f"{JSON} | Not a directory | check the path of the model"),
     "no weights": (
