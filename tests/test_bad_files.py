@@ -175,7 +175,7 @@ CASES |= {
     ),
     "config: a model folder that is empty": (
         with_folder('[model]\nfirst = "mine"\n'),
-        "model | /mine' | no such folder | name a checkpoint",
+        "mine/model.json | No such file | check the path of the model",
     ),
     "config: a state directory that is a file": (
         config(LEAST, "run", state="x"),

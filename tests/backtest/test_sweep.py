@@ -555,7 +555,8 @@ def test_fault_in_a_fold_names_fold_and_model(bars, tmp_path, count):
 
 def test_fault_of_a_cell_names_its_parameters(bars, tmp_path):
     """Not the digest that its name is made of, neither on trial nor in a fold."""
-    for at, target in (("asked on trial", "self.side"), ("close ", "self.side * (close_time > 1_706_000_000 * 10**9)")):
+    late = "self.side * (close_time > 1_706_000_000 * 10**9)"
+    for at, target in (("asked on trial", "self.side"), ("close ", late)):
         (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", f"{target})"))
         with pytest.raises(ConfigError, match=rf"strategy Side side=1\.5, {at}"):
             swept(bars, tmp_path / "out", strategies=[f"{tmp_path / 'bad.py'}:side=0.5|1.5"], models=["hs"])
