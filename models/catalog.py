@@ -130,7 +130,7 @@ def open_model(
                 "such as touch"
             )
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
-    if not Path(name).exists():
+    if Path(name).name == name and not Path(name).exists():  # it may be meant for a baseline
         near = get_close_matches(name, BASELINES, n=1)
         raise CheckpointError(
             f"model {name!r}: there is no such folder, and no baseline is called so: "
