@@ -170,9 +170,10 @@ def prefill(
             ]
             if not parts:
                 raise DataError(
-                    f"Nothing is to be forecast from {iso(wanted.since)} to {iso(wanted.until)}: no symbol "
-                    f"has a close then with the {forecaster.card.min_window} bars that "
-                    f"{forecaster.card.model} needs; give an earlier since, or more history."
+                    f"Nothing is to be forecast from {iso(wanted.since)} to {iso(wanted.until)}, where the "
+                    f"bars end: no symbol has a close between them with {forecaster.card.min_window} bars, "
+                    f"which {forecaster.card.model} needs, up to it; give more history before it, or another "
+                    "span."
                 )
             over = 0
 

@@ -143,14 +143,27 @@ class Cell:
         values = {name: x for name, x in msgspec.to_builtins(built, enc_hook=str).items() if name != "name"}
         strategy_id = digest_of({"kind": own, "file": digest, "params": values})
         settings = StrategySettings.of(kind, f"{own[:19]}-{strategy_id[:12]}", params)
-        try_strategies([settings.build()], variant.card)
-        said = " ".join([own, *(f"{name}={value}" for name, value in params.items())])
-        return cls(variant, settings, said, strategy_id)
+        try:
+            try_strategies([settings.build()], variant.card)
+        except ConfigError as error:
+            raise ConfigError(spelt(str(error), settings)) from error
+        return cls(variant, settings, in_words(settings), strategy_id)
 
     @property
     def id(self) -> tuple[str, str | None, int | None, str]:
         """Model, sampler, steps and strategy: no two cells of a sweep share all of them."""
         return self.variant.model, self.variant.sampler, self.variant.steps, self.strategy.name
+
+
+def in_words(settings: StrategySettings) -> str:
+    """A strategy by its kind and the parameters that it was given."""
+    own, _ = identify(settings.kind)
+    return " ".join([own, *(f"{name}={value}" for name, value in settings.params.items())])
+
+
+def spelt(text: str, settings: StrategySettings) -> str:
+    """What is said of a cell, with its strategy in words instead of the name with a digest."""
+    return text.replace(f"strategy {settings.name}", f"strategy {in_words(settings)}")
 
 
 def digest_of(value: object) -> str:

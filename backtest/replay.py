@@ -19,7 +19,7 @@ import polars as pl
 
 from barcast.backtest import caveats
 from barcast.backtest.cache import ForecastCache
-from barcast.backtest.ledger import YEAR, Execution, Ledger
+from barcast.backtest.ledger import BENCHMARK, YEAR, Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
@@ -194,12 +194,14 @@ class _Decisions:
     """A sink in front of the ledger: hashes every outcome to the last bit, so that two runs can be compared.
 
     It hands signals on to the walk-forward, and keeps what was wrong with the bars: for each symbol how many
-    forecasts were withheld and why the last time, how many were degraded, and what holes did. What live is
+    forecasts were withheld and why the last time, how many were degraded, and what holes did, and which
+    symbols were forecast. What live is
     published is a function of the outcomes, and takes longer to be written than they take to be made.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.sha256 = hashlib.sha256()
+        self.forecast: set[str] = set()
         self.withheld: dict[str, tuple[int, str]] = {}
         self.degraded: Counter[str] = Counter()
         self.holes = caveats.Holes()
@@ -218,6 +220,7 @@ class _Decisions:
         self.degraded.update(outcome.degraded.keys())
         self.holes.seen(outcome)
         self.sha256.update(_bits(outcome))
+        self.forecast.update(outcome.forecasts)
         if self.walk is not None:
             sent = wire.messages(outcome)
             self.walk.said([(m.topic, m.payload) for m in sent if "/signals/" in m.topic])
@@ -247,7 +250,7 @@ def run_backtest(
     models: Path | None = None,
     trials: int | None = None,
     baselines: bool = True,
-    cache: ForecastCache | None = None,
+    cache: ForecastCache | Path | str | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
@@ -262,7 +265,8 @@ def run_backtest(
     keep other hours than `calendar`; an adjustment takes effect with the first bar after its time. `trials`
     is how many strategies and settings were tried in all until these were found, for the deflated Sharpe
     ratio; by default those of this run. Without `baselines` nothing is compared with them: `skill` is empty.
-    With a `cache` what was forecast before is not forecast again, and the result is the same to the bit.
+    With a `cache`, or the folder of one, what was forecast before is not forecast again, and the result is
+    the same to the bit.
     `touch` are pairs of barriers, how far up and how far down in standard deviations of the forecast over the
     longest horizon: see `BacktestResult.signals`.
 
@@ -282,6 +286,9 @@ def run_backtest(
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
     paths = [Path(file) for file in ([files] if isinstance(files, Path | str) else files)]
+    symbols = [symbols] if isinstance(symbols, str) else symbols
+    strategies = [strategies] if isinstance(strategies, str) else strategies
+    cache = ForecastCache(cache) if isinstance(cache, Path | str) else cache
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     if isinstance(retrain, str):
         retrain = cron_schedule(retrain, None)
@@ -356,6 +363,11 @@ def run_backtest(
         declared = [
             a for a in adjustments if (not symbols or a.symbol in symbols) and (not until or a.time < until)
         ]
+        silent = [
+            f"{symbol} was never forecast ({why}), and is part of {BENCHMARK} all the same."
+            for symbol, (_, why) in decisions.withheld.items()
+            if symbol not in decisions.forecast
+        ]
         traded = set(collected(fills.select(pl.col("strategy").unique()))["strategy"])
         idle = [one.name for one in settings.strategies if one.name not in traded]
         warnings = [
@@ -366,6 +378,7 @@ def run_backtest(
             *caveats.of_volumes(history, start, execution),
             *caveats.of_adjustments(history, declared),
             untrained,
+            caveats.few(silent),
             *(f"{name} never traded." for name in idle),
         ]
         beside = pl.DataFrame(schema=SKILL)

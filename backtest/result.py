@@ -110,10 +110,14 @@ class BacktestResult:
         (folder / INDEX).unlink(missing_ok=True)  # until all is there, the folder holds no result
         for name in FRAMES:
             rows, partial = self.rows(name), folder / f"{name}.partial"
-            if isinstance(rows, pl.LazyFrame):
-                rows.sink_parquet(partial)
-            else:
-                rows.write_parquet(partial)
+            try:
+                if isinstance(rows, pl.LazyFrame):
+                    rows.sink_parquet(partial)
+                else:
+                    rows.write_parquet(partial)
+            except (OSError, pl.exceptions.ComputeError) as error:  # by the one or the other, a full disk
+                partial.unlink(missing_ok=True)
+                raise OSError(str(error)) from error
             partial.replace(folder / f"{name}.parquet")
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 

@@ -31,7 +31,17 @@ from numpy.typing import NDArray
 from barcast.backtest import metrics
 from barcast.backtest.cache import ForecastCache
 from barcast.backtest.caveats import few
-from barcast.backtest.grid import BATCH, Cell, Search, Template, Variant, digest_of, grid, variants
+from barcast.backtest.grid import (
+    BATCH,
+    Cell,
+    Search,
+    Template,
+    Variant,
+    digest_of,
+    grid,
+    spelt,
+    variants,
+)
 from barcast.backtest.ledger import BENCHMARK, EQUITY, FILLS, TIME, Execution
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import Moment, found_timeframe, learnt_until, nanoseconds, run_backtest
@@ -208,7 +218,10 @@ def work(job: Job) -> None:
             cache=None if ground.cache is None else ForecastCache(ground.cache),
         )
     except BarcastError as error:
-        raise type(error)(f"{job.said}: {error}") from error
+        text = str(error)
+        for _, _, settings in job.cells:
+            text = spelt(text, settings)
+        raise type(error)(f"{job.said}: {text}") from error
     if result.meta["files_sha256"] != job.files_sha256:
         raise DataError(f"{job.said}: the files have changed since the sweep began: begin it again")
     if (found := result.meta["fingerprint"]) != variant.card.fingerprint:
@@ -350,6 +363,8 @@ def sweep(
     Raise as `run_backtest` does, naming fold and model; ConfigError for a grid that cannot be; DataError for
     a folder with files that no sweep has written, or that are damaged and cannot be computed again.
     """
+    strategies, models, samplers = ([x] if isinstance(x, str) else x for x in (strategies, models, samplers))
+    symbols = [symbols] if isinstance(symbols, str) else symbols
     if by not in CRITERIA:
         raise ConfigError(f"by = {by!r}: take one of {', '.join(CRITERIA)}")
     if folds < 2:

@@ -47,7 +47,7 @@ def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]
             raise ConfigError(
                 f"backend = {backend!r}: pip install 'barcast[cluster]', or take loky"
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # nobody answers, or it is no address at all
             if address is None:
                 raise
             token = ", and if it asks for a token set RAY_AUTH_MODE=token" if backend == "ray" else ""

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,12 @@ def open_model(
                 "such as touch"
             )
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
+    if Path(name).name == name and not Path(name).exists():  # it may be meant for a baseline
+        near = get_close_matches(name, BASELINES, n=1)
+        raise CheckpointError(
+            f"model {name!r}: there is no such folder, and no baseline is called so: "
+            + (f"did you mean {near[0]}?" if near else f"name a checkpoint, or one of {', '.join(BASELINES)}")
+        )
     from barcast.models.checkpoint import open_forecaster
 
     forecaster = open_forecaster(Path(name), sampler, steps, paths)

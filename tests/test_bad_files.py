@@ -289,7 +289,7 @@ def emptied(directory: Path) -> None:
 
 DAMAGED = f"{WEIGHTS} | id | '{ID}' | copy the directory again"
 DAMAGES: dict[str, tuple[Damage, str]] = {
-    "no folder": (shutil.rmtree, f"{JSON} | No such file | check the path of the model"),
+    "no folder": (shutil.rmtree, "model 'model' | no such folder | name a checkpoint"),
     "an empty folder": (emptied, f"{JSON} | No such file | check the path of the model"),
     "a file for a folder": (a_file, f"{JSON} | Not a directory | check the path of the model"),
     "no weights": (

@@ -68,6 +68,7 @@ from barcast.backtest.cli.terminal import (
     out,
     pairs_of,
     progressing,
+    resumable,
     there,
     wide,
     writing,
@@ -281,7 +282,7 @@ def prefill(
     with writing_in(cache), TemporaryDirectory(prefix=PREFIX, dir=there(cache)) as folder:
         histories = History(files, stamp.value, closes, symbol, moment(until), Path(folder))
         wanted = Wanted(cache, model, timeframe, sampler, steps, moment(since) or 0, histories.last)
-        with progressing("forecasting", None) as advance:
+        with resumable(cache, address), progressing("forecasting", None) as advance:
             made = prefill(
                 wanted,
                 histories,
@@ -404,7 +405,9 @@ def backtest(
         )
     _print_result(result)
     if known is not None:
-        out.print(f"{known.kept:,} forecasts were known in {cache}; the model was asked {known.made:,} times")
+        behind = " behind the calibration; paths are not kept" if settings["touch"] else ""
+        asked = f"the model was asked {known.made:,} times"
+        out.print(f"{known.kept:,} forecasts were known in {cache}, {asked}{behind}")
     if result.meta["warning"]:
         err.print(str(result.meta["warning"]), style="yellow", markup=False)
     with in_folder("--out", out_dir):

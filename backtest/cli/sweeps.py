@@ -46,6 +46,7 @@ from barcast.backtest.cli.terminal import (
     others_of,
     out,
     progressing,
+    resumable,
     tell,
     wide,
 )
@@ -151,7 +152,7 @@ def sweep(
         capital=capital,
     )
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
-    with progressing("sweeping", None) as advance:
+    with resumable(out_dir, address), progressing("sweeping", None) as advance:
         result = run(
             files,
             stamp=stamp.value,

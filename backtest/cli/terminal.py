@@ -304,6 +304,18 @@ def now_and_then() -> Callable[[str], None]:
     return say
 
 
+@contextmanager
+def resumable(folder: Path, address: str | None) -> Iterator[None]:
+    """Say whom it may take a while to reach, and where what is done lies when a person ends it."""
+    if address is not None:
+        tell(f"connecting to {address}")
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"interrupted: what is done is in {folder}, and the same command goes on from there")
+        raise
+
+
 def wide() -> Console:
     """The terminal, or where there is none room enough for any table."""
     return out if out.is_terminal else Console(width=max(out.width, WIDE))

@@ -32,6 +32,22 @@ def test_what_is_saved_is_loaded(result: BacktestResult, tmp_path: Path) -> None
     assert not same(made_up(strategies=("other",)), result)
 
 
+def test_disk_that_is_full_is_told_as_one(result: BacktestResult, tmp_path: Path, monkeypatch) -> None:
+    """Whatever polars makes of it; the folder then holds no result, and no part of a file."""
+    result.save(tmp_path)
+
+    def full(_: pl.DataFrame, path: Path) -> None:
+        path.write_bytes(b"PAR1")
+        raise pl.exceptions.ComputeError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
+    with pytest.raises(OSError, match="No space left"):
+        result.save(tmp_path)
+    assert not [*tmp_path.glob("*.partial")]
+    with pytest.raises(DataError):
+        BacktestResult.load(tmp_path)
+
+
 def test_without_a_row(result: BacktestResult, tmp_path: Path) -> None:
     """A run of which nothing was recorded can be kept too."""
     empty = replace(result, **{name: getattr(result, name).clear() for name in FRAMES}, meta={})

@@ -548,9 +548,34 @@ def test_fault_in_a_fold_names_fold_and_model(bars, tmp_path, count):
     with pytest.raises(ConfigError) as caught:
         swept(bars, tmp_path / "out", strategies=[f"{tmp_path / 'bad.py'}"], models=["hs"], jobs=count)
     said = str(caught.value)
-    assert re.match(r"fold [1-4] of 4, 2024-01-\d\d to 2024-\d\d-\d\d, model hs: strategy Side-", said)
+    assert re.match(r"fold [1-4] of 4, 2024-01-\d\d to 2024-\d\d-\d\d, model hs: strategy Side, ", said)
     assert "ZeroDivisionError" in said
     assert "\n" not in said
+
+
+def test_fault_of_a_cell_names_its_parameters(bars, tmp_path):
+    """Not the digest that its name is made of, neither on trial nor in a fold."""
+    late = "self.side * (close_time > 1_706_000_000 * 10**9)"
+    for at, target in (("asked on trial", "self.side"), ("close ", late)):
+        (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", f"{target})"))
+        with pytest.raises(ConfigError, match=rf"strategy Side side=1\.5, {at}"):
+            swept(bars, tmp_path / "out", strategies=[f"{tmp_path / 'bad.py'}:side=0.5|1.5"], models=["hs"])
+
+
+def test_one_of_something_needs_no_list(bars, whole, tmp_path):
+    """A text is one strategy, model or symbol, not as many as it has letters."""
+    options = {"stamp": "close", "folds": 2, "jobs": 1}
+    result = sweep(bars, out=tmp_path, strategies="rank", models="hs", symbols="SYM0", **options)
+    assert result.cells["strategy"].len() == 1
+    one, several = (
+        run_backtest(bars, stamp="close", model="hs", since="2024-01-20", baselines=False, **given)
+        for given in (
+            {"strategies": "rank", "symbols": "SYM0", "cache": tmp_path / "kept"},
+            {"strategies": ["rank"], "symbols": ["SYM0"]},
+        )
+    )
+    assert one.meta == several.meta
+    assert [*(tmp_path / "kept").rglob("*.parquet")]
 
 
 def test_command_says_what_would_have_been_chosen(run, bars, tmp_path, monkeypatch):

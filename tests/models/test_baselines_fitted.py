@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from barcast.models import (
     Bar,
+    CheckpointError,
     ConfigError,
     Forecast,
     Forecaster,
@@ -22,6 +23,7 @@ from barcast.models import (
     Windows,
     compare,
     fitted,
+    open_model,
 )
 from barcast.models.fitted import Season, Series
 from barcast.models.season import slots
@@ -522,3 +524,9 @@ def test_ids_depend_on_name_and_parameters(monkeypatch: pytest.MonkeyPatch) -> N
     assert before != Scaled("har", "1h", (1, 5), LEVELS).card.model
     monkeypatch.setattr(fitted, "INTRADAY", replace(fitted.INTRADAY, refit=100))
     assert before != make("har").card.model
+
+
+def test_misspelt_baseline_is_recognised() -> None:
+    """What is the name of no folder was meant for the baseline that is spelt nearly so."""
+    with pytest.raises(CheckpointError, match=r"'fsh'.* did you mean fhs"):
+        open_model("fsh", "1h", None, None)
