@@ -19,13 +19,13 @@ The book `BENCHMARK` holds equal parts of all symbols seen, without leverage and
 at the first group that is forecast, and parted anew only when another symbol is seen.
 """
 
-from array import array
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from math import copysign, exp, isfinite
 from operator import mul
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -33,6 +33,7 @@ import polars as pl
 from barcast.backtest.result import level_column, outlook_columns
 from barcast.backtest.tables import Rows, Store, between, collected, joined
 from barcast.daemon.calendar import iso
+from barcast.daemon.history import PRICES
 from barcast.daemon.ports import Outcome
 from barcast.models import Adjustment, Bar, ConfigError, Forecast
 from barcast.models.joint import Outlook
@@ -196,46 +197,6 @@ class Execution:
 
 
 @dataclass(slots=True)
-class _Series:
-    """The accepted bars of one symbol, in order of time, and the price basis of each.
-
-    The first `told` of them are in a table.
-    """
-
-    times: "array[int]" = field(default_factory=lambda: array("q"))
-    opens: "array[float]" = field(default_factory=lambda: array("d"))
-    highs: "array[float]" = field(default_factory=lambda: array("d"))
-    lows: "array[float]" = field(default_factory=lambda: array("d"))
-    closes: "array[float]" = field(default_factory=lambda: array("d"))
-    bases: "array[float]" = field(default_factory=lambda: array("d"))
-    told: int = 0
-
-    def newer(self) -> pl.DataFrame:
-        """The bars that were not told yet: those of `BARS` without the symbol."""
-        first, self.told = self.told, len(self.times)
-        columns = ("open", self.opens), ("high", self.highs), ("low", self.lows), ("close", self.closes)
-        values = {name: np.array(values[first:]) for name, values in (*columns, ("basis", self.bases))}
-        return pl.DataFrame({"close_time": np.array(self.times[first:])} | values).with_columns(
-            _utc("close_time")
-        )
-
-    def trim(self) -> None:
-        """Forget all bars but the newest."""
-        for values in (self.times, self.opens, self.highs, self.lows, self.closes, self.bases):
-            del values[:-1]
-        self.told = len(self.times)
-
-    def at(self, time: int) -> int:
-        """Where the newest bar up to `time` is."""
-        return bisect_right(self.times, time) - 1
-
-    def price_at(self, time: int) -> float:
-        """The close up to `time`, on the basis of the first bar."""
-        at = self.at(time)
-        return self.closes[at] / self.bases[at]
-
-
-@dataclass(slots=True)
 class _Order:
     """What is wanted of one symbol since the close `decided`: a position of `value`.
 
@@ -383,11 +344,12 @@ class _Book:
 class Ledger:
     """A sink with one book for each strategy, and the benchmark's.
 
-    The state is the books, the number of symbols among which the benchmark's was parted, the accepted bars of
-    each symbol, its newest close on the basis of its first bar, the newest close time of all, the adjustments
-    declared (time -> factor) with the price basis that follows from them (times, factors after each), the
-    forecasts made and the targets wanted. What is older than some thousand bars is in tables of the `store`,
-    and of the bars the newest of each symbol stays beside: no bar may come then for a close before that.
+    The state is the books, the number of symbols among which the benchmark's was parted, the accepted bars
+    with the price basis of each, of each symbol the newest one and its close on the basis of the first bar,
+    the newest close time of all, the adjustments declared (time -> factor) with the price basis that follows
+    from them (times, factors after each), the forecasts made and the targets wanted. What is older than some
+    thousand bars is in tables of the `store`, and of these bars the newest of each symbol stays beside: no
+    group may come then for a close before that.
     """
 
     def __init__(self, execution: Execution, store: Store | None = None) -> None:
@@ -397,7 +359,9 @@ class Ledger:
         self._pending = 0
         self._books: dict[str, _Book] = {}
         self._parted = 0
-        self._series: dict[str, _Series] = {}
+        self._accepted: list[tuple[Bar, float]] = []
+        self._last: dict[str, tuple[Bar, float]] = {}
+        self._shelved: dict[str, tuple[Bar, float]] = {}
         self._prices: dict[str, float] = {}
         self._newest = -1
         self._adjustments: dict[str, dict[int, float]] = {}
@@ -415,17 +379,11 @@ class Ledger:
         for book in self._books.values():
             if symbol in book.orders:
                 book.fill(bar, basis)
-        series = self._series.get(symbol)
-        if series is None:
-            series = self._series[symbol] = _Series()
-        series.times.append(bar.close_time)
-        series.opens.append(bar.open)
-        series.highs.append(bar.high)
-        series.lows.append(bar.low)
-        series.closes.append(bar.close)
-        series.bases.append(basis)
+        known = self._last[symbol] = (bar, basis)
+        self._accepted.append(known)
         self._prices[symbol] = bar.close / basis
-        self._newest = max(self._newest, bar.close_time)
+        if bar.close_time > self._newest:
+            self._newest = bar.close_time
 
     def adjusted(self, adjustment: Adjustment) -> None:
         """Count what bars cost after the adjustment's time on the basis of the bars before it."""
@@ -456,8 +414,8 @@ class Ledger:
             self._books[BENCHMARK] = _Book(BENCHMARK, execution, self._store)
         prices = self._prices
         if close_time < self._newest:
-            known = self._series.items()
-            prices = {s: series.price_at(close_time) for s, series in known if series.times[0] <= close_time}
+            known = {symbol: self._up_to(symbol, close_time) for symbol in self._last}
+            prices = {symbol: at[0].close / at[1] for symbol, at in known.items() if at is not None}
         for strategy, book in self._books.items():
             book.mark(close_time, prices)
             if strategy != BENCHMARK:
@@ -473,8 +431,16 @@ class Ledger:
         self._pending += len(outcome.group.symbols)
         if self._pending >= PENDING and close_time >= self._newest:
             self._shelve()
-            for series in self._series.values():
-                series.trim()
+
+    def _up_to(self, symbol: str, time: int) -> tuple[Bar, float] | None:
+        """The newest accepted bar of a symbol up to a close, and its price basis."""
+        if self._last[symbol][0].close_time <= time:
+            return self._last[symbol]
+        for known in reversed(self._accepted):
+            if known[0].symbol == symbol and known[0].close_time <= time:
+                return known
+        older = self._shelved.get(symbol)
+        return older if older is not None and older[0].close_time <= time else None
 
     def _check(self, strategy: str, targets: Mapping[str, float], outcome: Outcome) -> None:
         if strategy == BENCHMARK:
@@ -491,8 +457,10 @@ class Ledger:
 
     def _limit(self, order: _Order, book: _Book, forecast: Forecast) -> None:
         """Make it a limit order, for the units that its value is at the reference price."""
-        series = self._series[forecast.symbol]
-        reference = forecast.reference / series.bases[series.at(forecast.close_time)]
+        known = self._up_to(forecast.symbol, forecast.close_time)
+        if known is None:
+            raise RuntimeError(f"{forecast.symbol} is forecast, and has no bar up to then")
+        reference = forecast.reference / known[1]
         order.units = order.value / reference
         order.buy = order.units > book.units.get(forecast.symbol, 0.0)
         order.limit = reference * exp(self.execution.limit_return(forecast, order.buy))
@@ -548,17 +516,23 @@ class Ledger:
         self._signals.add(self._newer_signals())
         self._wanted.add(pl.DataFrame(self._targets, schema=TARGETS, orient="row"))
         self._forecasts, self._outlooks, self._targets = [], {}, []
+        self._accepted, self._shelved = [], dict(self._last)
         for book in self._books.values():
             book.shelve()
         self._store.settle()
 
     def _newer_bars(self) -> pl.DataFrame:
         """The accepted bars that are in no table yet."""
-        frames = [
-            series.newer().select(pl.lit(symbol).alias("symbol"), pl.all())
-            for symbol, series in self._series.items()
-        ]
-        return pl.concat(frames).sort("close_time", "symbol") if frames else pl.DataFrame(schema=BARS)
+        if not self._accepted:
+            return pl.DataFrame(schema=BARS)
+        bars = [bar for bar, _ in self._accepted]
+        values = {n: np.array([getattr(bar, n) for bar in bars], float) for n in PRICES}
+        whose: dict[str, Any] = {
+            "symbol": [bar.symbol for bar in bars],
+            "close_time": [bar.close_time for bar in bars],
+        }
+        frame = pl.DataFrame(whose | values | {"basis": np.array([basis for _, basis in self._accepted])})
+        return frame.with_columns(_utc("close_time")).sort("close_time", "symbol")
 
     def _newer_signals(self) -> pl.DataFrame:
         """The forecasts that are in no table yet."""
@@ -569,21 +543,30 @@ class Ledger:
             made = [(m, f) for m, f in self._forecasts if (f.horizons, f.levels) == (horizons, levels)]
             own = [forecast for _, forecast in made]
             quantiles = np.concatenate([forecast.quantiles for forecast in own])  # (N H, Q)
-            columns = {
-                "symbol": np.repeat([forecast.symbol for forecast in own], H),
-                "close_time": np.repeat([forecast.close_time for forecast in own], H),
-                "horizon": np.tile(horizons, len(own)),
-                **{level_column(level): quantiles[:, k] for k, level in enumerate(levels)},
-                "reference": np.repeat([forecast.reference for forecast in own], H),
-                "mean": np.concatenate([forecast.mean for forecast in own]),
-                "std": np.concatenate([forecast.std for forecast in own]),
-                "rise": np.concatenate([forecast.rise for forecast in own]),
-                "model": np.repeat([model for model, _ in made], H),
+            origins: dict[str, Any] = {
+                "symbol": [forecast.symbol for forecast in own],
+                "close_time": [forecast.close_time for forecast in own],
+                "reference": np.array([forecast.reference for forecast in own], float),
+                "model": [model for model, _ in made],
             }
+            told = {level_column(level): quantiles[:, k] for k, level in enumerate(levels)}
+            names = ["symbol", "close_time", "horizon", *told, "reference", "mean", "std", "rise", "model"]
             if self._outlooks:
-                said = [self._outlooks[forecast.symbol, forecast.close_time] for forecast in own]
-                columns |= {name: np.repeat(x, H) for name, x in outlook_columns(said).items()}
-            frames.append(pl.DataFrame(columns).with_columns(_utc("close_time")))
+                beside = outlook_columns([self._outlooks[f.symbol, f.close_time] for f in own])
+                origins |= beside
+                names += beside
+            rows = pl.DataFrame(origins)[np.repeat(np.arange(len(own)), H)].with_columns(
+                pl.DataFrame(
+                    {
+                        "horizon": np.tile(horizons, len(own)),
+                        **told,
+                        "mean": np.concatenate([forecast.mean for forecast in own]),
+                        "std": np.concatenate([forecast.std for forecast in own]),
+                        "rise": np.concatenate([forecast.rise for forecast in own]),
+                    }
+                )
+            )
+            frames.append(rows.select(names).with_columns(_utc("close_time")))
         if not frames:
             return pl.DataFrame(schema=SIGNALS)
         return pl.concat(frames, how="diagonal").sort("close_time", "symbol", "horizon")

@@ -737,7 +737,8 @@ def test_leverage_caps_every_decision(story: list[Step], execution: Execution) -
         if not isinstance(step, Outcome):
             continue
         time = step.group.close_time
-        prices = {s: known.price_at(time) for s, known in ledger._series.items() if known.times[0] <= time}
+        known = {symbol: ledger._up_to(symbol, time) for symbol in ledger._last}
+        prices = {symbol: at[0].close / at[1] for symbol, at in known.items() if at}
         for name, wanted in step.targets.items():
             book = ledger._books[name]
             worth = {symbol: units * prices[symbol] for symbol, units in book.held.items()}

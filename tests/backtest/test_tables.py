@@ -123,7 +123,7 @@ def test_ledger_holds_a_few_bars_however_many_came(monkeypatch: pytest.MonkeyPat
             drive(ledger.emit(outcome(time, {"s": targets} if targets else {}, dict.fromkeys(names, 10.0))))
             book = list(ledger._books.values())
             rows = [*(x for own in book for x in (own.fills, own.marks)), ledger._forecasts, ledger._targets]
-            rows += [series.times for series in ledger._series.values()]
+            rows += [ledger._accepted]
             most = max(most, *map(len, rows))
         return most
 
