@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from math import copysign, exp, isfinite
-from operator import mul
+from operator import itemgetter, mul
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from barcast.backtest.tables import Rows, Store, between, collected, joined
 from barcast.daemon.calendar import iso
 from barcast.daemon.history import PRICES
 from barcast.daemon.ports import Outcome
-from barcast.models import Adjustment, Bar, ConfigError, Forecast
+from barcast.models import Adjustment, Bar, Card, ConfigError, Forecast
 from barcast.models.joint import Outlook
 
 BENCHMARK = "buy-and-hold"
@@ -237,7 +237,7 @@ class _Book:
         named = pl.lit(self.name).alias("strategy")
         for rows, table, schema in ((self.fills, self.filled, FILLS), (self.marks, self.equities, EQUITY)):
             own = pl.Schema({name: dtype for name, dtype in schema.items() if name != "strategy"})
-            table.add(pl.DataFrame(rows, schema=own, orient="row").select(named, pl.all()))
+            table.add(_frame(rows, own).select(named, pl.all()))
         self.fills, self.marks = [], []
 
     def fill(self, bar: Bar, basis: float) -> None:
@@ -366,7 +366,7 @@ class Ledger:
         self._newest = -1
         self._adjustments: dict[str, dict[int, float]] = {}
         self._bases: dict[str, tuple[list[int], list[float]]] = {}
-        self._forecasts: list[tuple[str, Forecast]] = []
+        self._forecasts: list[tuple[Card, list[Forecast]]] = []
         self._outlooks: dict[tuple[str, int], Outlook] = {}
         self._targets: list[tuple[str, str, int, float]] = []
 
@@ -398,7 +398,8 @@ class Ledger:
         Raise ConfigError for a strategy with the benchmark's name and for a limit level that the model does
         not forecast, ValueError for a target that is not in [-1, 1] or of a symbol without a forecast.
         """
-        self._forecasts += [(outcome.card.model, forecast) for forecast in outcome.forecasts.values()]
+        if outcome.forecasts:
+            self._forecasts.append((outcome.card, [*outcome.forecasts.values()]))
         self._outlooks |= {(name, outcome.group.close_time): said for name, said in outcome.outlooks.items()}
         if outcome.group.straggler:
             return
@@ -514,7 +515,7 @@ class Ledger:
         self._pending = 0
         self._bars.add(self._newer_bars())
         self._signals.add(self._newer_signals())
-        self._wanted.add(pl.DataFrame(self._targets, schema=TARGETS, orient="row"))
+        self._wanted.add(_frame(self._targets, TARGETS))
         self._forecasts, self._outlooks, self._targets = [], {}, []
         self._accepted, self._shelved = [], dict(self._last)
         for book in self._books.values():
@@ -536,18 +537,17 @@ class Ledger:
 
     def _newer_signals(self) -> pl.DataFrame:
         """The forecasts that are in no table yet."""
+        made: dict[tuple[tuple[int, ...], tuple[float, ...], str], list[Forecast]] = {}
+        for card, forecasts in self._forecasts:
+            made.setdefault((card.horizons, card.levels, card.model), []).extend(forecasts)
         frames = []
-        shapes = {(forecast.horizons, forecast.levels) for _, forecast in self._forecasts}
-        for horizons, levels in sorted(shapes):
+        for (horizons, levels, model), own in sorted(made.items(), key=itemgetter(0)):
             H = len(horizons)
-            made = [(m, f) for m, f in self._forecasts if (f.horizons, f.levels) == (horizons, levels)]
-            own = [forecast for _, forecast in made]
             quantiles = np.concatenate([forecast.quantiles for forecast in own])  # (N H, Q)
             origins: dict[str, Any] = {
                 "symbol": [forecast.symbol for forecast in own],
                 "close_time": [forecast.close_time for forecast in own],
                 "reference": np.array([forecast.reference for forecast in own], float),
-                "model": [model for model, _ in made],
             }
             told = {level_column(level): quantiles[:, k] for k, level in enumerate(levels)}
             names = ["symbol", "close_time", "horizon", *told, "reference", "mean", "std", "rise", "model"]
@@ -566,7 +566,7 @@ class Ledger:
                     }
                 )
             )
-            frames.append(rows.select(names).with_columns(_utc("close_time")))
+            frames.append(rows.with_columns(_utc("close_time"), model=pl.lit(model)).select(names))
         if not frames:
             return pl.DataFrame(schema=SIGNALS)
         return pl.concat(frames, how="diagonal").sort("close_time", "symbol", "horizon")
@@ -593,6 +593,13 @@ def _outcomes(
     ratio = found["price"] / found["close"] * (found["basis"] / found["then"])
     found = found.with_columns(pl.Series("outcome", np.log(ratio.to_numpy())))
     return found.select(*OUTCOMES), both.filter(pl.col("place") < reach).drop("place")
+
+
+def _frame(rows: Sequence[tuple[Any, ...]], schema: pl.Schema) -> pl.DataFrame:
+    """Rows whose times are nanoseconds; by columns, which takes a third of the time."""
+    plain = {name: pl.Int64() if dtype == TIME else dtype for name, dtype in schema.items()}
+    columns = dict(zip(schema, zip(*rows, strict=True), strict=True)) if rows else {}
+    return pl.DataFrame(columns, schema=plain, strict=False).cast(schema)
 
 
 def _utc(name: str) -> pl.Expr:
