@@ -412,7 +412,7 @@ class _Shelf:
         if not (self.folder / CARD).exists():
             write_whole(self.folder / CARD, self._told.encode())
         content = BytesIO()
-        frame.write_parquet(content)
+        frame.write_parquet(content, compression="lz4")  # read in half the time of zstd
         told = content.getvalue()
         write_whole(self.folder / f"{number}-{_digest(told)}.parquet", told)
 

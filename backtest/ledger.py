@@ -27,6 +27,7 @@ from math import copysign, exp, isfinite
 from operator import itemgetter, mul
 from typing import Any
 
+import msgspec
 import numpy as np
 import polars as pl
 
@@ -196,8 +197,7 @@ class Execution:
         return float(np.interp(level, forecast.levels, forecast.quantiles[shortest]))
 
 
-@dataclass(slots=True)
-class _Order:
+class _Order(msgspec.Struct, gc=False):
     """What is wanted of one symbol since the close `decided`: a position of `value`.
 
     `units` are those wanted, once a price has fixed them, and `limit` is the price of a limit order to `buy`
