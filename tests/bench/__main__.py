@@ -20,6 +20,7 @@ from tests.bench import (
     latency,
     memory,
     oracle,
+    prefill,
     replay,
     retraining,
     samplers,
@@ -46,6 +47,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "samplers": samplers.measure,
     "oracle": oracle.measure,
     "verify": verify.measure,
+    "prefill": prefill.measure,
     "streaming": streaming.measure,
 }
 RESULT = Path("bench.json")

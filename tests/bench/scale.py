@@ -73,7 +73,7 @@ def measure(tell: Callable[[str], None], folder: Path) -> Section:
     )
     values = walk(ACTIVE, HISTORY + WARM + CLOSES)
     closes = minutes(NOW, len(values))
-    model = _learnt(folder / "learnt", tell)
+    model = learnt(folder / "learnt", tell)
 
     def trial(what: str, model: str, bar_seconds: float, target: Target) -> dict[str, Any]:
         tell(what)
@@ -91,7 +91,7 @@ def measure(tell: Callable[[str], None], folder: Path) -> Section:
     return section
 
 
-def _learnt(folder: Path, tell: Callable[[str], None]) -> Path:
+def learnt(folder: Path, tell: Callable[[str], None]) -> Path:
     """A model of the default kind for one-minute bars; it has its size and speed, not its skill."""
     tell("a model for one-minute bars")
     write_history(walk(LEARNT_SYMBOLS, 4 * HISTORY, 7), minutes(NOW, 4 * HISTORY), folder)
