@@ -14,7 +14,7 @@ from barcast.backtest import replay
 from barcast.backtest.audit import REMOVED, audit, audit_backtest, poisoned
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_strategy
-from barcast.daemon.history import scan
+from barcast.daemon.history import History
 from barcast.daemon.wire import to_ns
 from barcast.models import Adjustment, ConfigError, DataError, open_model
 from barcast.strategies import KINDS
@@ -282,8 +282,8 @@ class Peeking:
         return [self._wider(forecast) for forecast in self._inner.forecast(windows)]
 
     def _wider(self, forecast):
-        own = self._seen["bars"].filter(symbol=forecast.symbol)
-        later = own.filter(pl.col("close_time").to_physical() > forecast.close_time)["close"]
+        own = self._seen[forecast.symbol]
+        later = own.values[own.close_times > forecast.close_time, 3]
         move = abs(np.log(later[0] / forecast.reference)) if len(later) else 0.0
         wider = 1 + min(1.0, move / forecast.std[0])
         return msgspec.structs.replace(forecast, quantiles=forecast.quantiles * wider)
@@ -294,12 +294,12 @@ def test_forecaster_that_peeks_is_found(folder, monkeypatch, seed):
     """Quantiles that know the outcome are found in the signals, whatever the strategy makes of them."""
     seen = {}
 
-    def scanned(*arguments):
-        frame = scan(*arguments)
-        seen["bars"] = frame.collect()
-        return frame
+    def read(*arguments):
+        history = History(*arguments)
+        seen.update(history)
+        return history
 
-    monkeypatch.setattr(replay, "scan", scanned)
+    monkeypatch.setattr(replay, "History", read)
     monkeypatch.setattr(replay, "open_model", lambda *a: Peeking(open_model(*a), seen))
     found = audited(folder, "honest", seed=seed)
     signals = [one for one in found.violations if one.frame == "signals"]

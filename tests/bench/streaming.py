@@ -24,7 +24,7 @@ from tests.bench.rig import name
 
 SYMBOLS = 20
 SESSION = 390
-SHORT, LONG = 40, 160
+SHORT, LONG = 160, 480
 """Sessions of the two lengths."""
 DECADE = 2516 * SESSION * SYMBOLS
 """Bars of ten years."""
