@@ -399,7 +399,7 @@ def filled(folder, *, until=20, since=0, **changes):
 @pytest.mark.parametrize("bars", [{"until": 20}, {"until": 200, "since": 200}])
 def test_nothing_to_forecast_is_a_fault(tmp_path, bars):
     """A beginning after the last bar, or too few bars, is said, where nothing would come of it."""
-    with pytest.raises(DataError, match=r"Nothing is to be forecast .*; give an earlier since"):
+    with pytest.raises(DataError, match=r"Nothing is to be forecast .*; give more history before it"):
         filled(tmp_path, **bars)
 
 
