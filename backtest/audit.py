@@ -33,7 +33,6 @@ from barcast.daemon.pipeline import MAX_JUMP, StrategySettings
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, BarcastError, ConfigError, DataError, Window, open_model
 from barcast.models.bar import LEAST, MOST
-from barcast.strategies import forget
 
 Told = BacktestResult | Mapping[str, pl.DataFrame]
 """What a run tells: a result, or frames of its own by name."""
@@ -274,7 +273,6 @@ def audit_backtest(
     copies = _Copies(named, strategies, stamp, closes, adjustments)
 
     def run(*frames: pl.DataFrame, **changes: Any) -> BacktestResult:
-        forget()
         with copies.written(frames, symbols) as own:
             given = {"stamp": stamp, "timeframe": timeframe, "baselines": False}
             return run_backtest(**settings | given | own | changes)

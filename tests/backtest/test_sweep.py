@@ -23,6 +23,7 @@ from barcast.backtest.replay import run_backtest
 from barcast.backtest.sweep import Record, sweep
 from barcast.backtest.workers import ONE_THREAD
 from barcast.models import BarcastError, ConfigError, DataError
+from tests.backtest.test_strategies import COUNTS
 from tests.garch import windows
 
 ROOT = Path(__file__).parents[2]
@@ -601,3 +602,18 @@ def test_command_says_what_would_have_been_chosen(run, bars, tmp_path, monkeypat
     (tmp_path / "mine" / "book.txt").write_text("mine")
     status, _, err = run("sweep", *given, "--out", str(tmp_path / "mine"))
     assert (status, "holds book.txt" in " ".join(err.replace("│", " ").split())) == (2, True)
+
+
+def test_cells_of_a_file_share_nothing(bars, tmp_path):
+    """A cell has the same bytes alone and beside others, also where the file keeps something in its module."""
+    (tmp_path / "counts.py").write_text(COUNTS)
+    mine = f"{tmp_path / 'counts.py'}:Counts"
+    grounds = {"models": ["hs"], "folds": 2, "since": "2024-01-20"}
+    swept(bars, tmp_path / "both", strategies=[f"{mine}:every=3|7"], **grounds)
+    together = jobs(tmp_path / "both")
+    assert len(together) == 4
+    for every in (3, 7):
+        swept(bars, tmp_path / f"{every}", strategies=[f"{mine}:every={every}"], **grounds)
+        alone = jobs(tmp_path / f"{every}")
+        assert len(alone) == 2
+        assert alone.items() <= together.items()
