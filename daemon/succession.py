@@ -274,7 +274,7 @@ def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
             champion = Champion.decode(record.payload)
             store = ModelStore(config.state_dir / "models", config.timeframe)
             reign = way_back(config, champion, store, ordered.to)
-            card = fitting(config.settings(), store, reign.model).card
+            card = fitting(config.settings(), store, reign.model, now).card
             after = champion.rolled_back(reign, card, f"rolled back from {champion.model}")
             time = max(now, journal.last_time(), journal.progress().clock)
             verdict = msgspec.to_builtins(rolled_back(champion.model, after.model))

@@ -605,7 +605,7 @@ def test_command_says_what_would_have_been_chosen(run, bars, tmp_path, monkeypat
 
 
 def test_cells_of_a_file_share_nothing(bars, tmp_path):
-    """A cell has the same bytes alone and beside others, also where the file keeps something in its module."""
+    """A cell has the same bytes alone and beside others, whatever the module of its file keeps."""
     (tmp_path / "counts.py").write_text(COUNTS)
     mine = f"{tmp_path / 'counts.py'}:Counts"
     grounds = {"models": ["hs"], "folds": 2, "since": "2024-01-20"}
