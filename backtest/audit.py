@@ -529,7 +529,7 @@ def _starts(whole: _Said, seed: int) -> list[int]:
         return []
     low = max(1, len(closes) // 2)
     first = int(np.random.default_rng([seed, STARTS]).integers(low, max(low + 1, 3 * len(closes) // 4)))
-    return closes[first : first + STARTS].tolist()
+    return [int(close) for close in closes[first : first + STARTS]]
 
 
 def _spoilt(

@@ -258,12 +258,16 @@ def test_run_that_fails_when_it_begins_later_is_found(folder, tmp_path):
 
 
 def test_symbol_that_is_away_is_no_state(folder, tmp_path):
-    """One that is away at a later start, and comes back, has the same targets as in the whole run."""
-    away = (pl.col("symbol") == "UP") & (pl.int_range(pl.len()).over("symbol") % 4 > 1)
-    hourly().filter(~away).write_parquet(tmp_path / "bars.parquet")
-    found = audited(folder, files=tmp_path / "bars.parquet", strategies=["vol-target"], cuts=1)
-    there = hourly().filter(away)["close_time"].to_physical().to_list()
-    assert set(found.starts) & set(there)
+    """One whose market is shut at a later start has the same targets as in the whole run when it opens."""
+    friday, sunday = (datetime(2024, 1, day, 22, tzinfo=UTC) for day in (5, 7))
+    bars = hourly().filter(
+        (pl.col("symbol") == "DOWN") | ~pl.col("close_time").is_between(friday, sunday, closed="right")
+    )
+    bars.write_parquet(tmp_path / "bars.parquet")
+    settings = {"strategies": ["vol-target"], "calendars": {"UP": "fx"}, "cuts": 1, "since": 60}
+    settings["until"] = to_ns(hourly()["close_time"][180])
+    found = audited(folder, files=tmp_path / "bars.parquet", **settings)
+    assert to_ns(friday) < found.starts[0] < to_ns(sunday)
     assert found.passed
 
 
@@ -479,7 +483,9 @@ def test_faults_of_the_caller_are_one_sentence(folder):
     with pytest.raises(ConfigError, match="a frame has no column 'when'"):
         audit(calibrated, [hourly()], known="when")
     for given in (lambda bars: bars, lambda bars: {"signals": bars.lazy()}, lambda bars: None):
-        with pytest.raises(ConfigError, match=r'gave .*, not polars frames by name: return \{"signals": frame\}'):
+        with pytest.raises(
+            ConfigError, match=r'gave .*, not polars frames by name: return \{"signals": frame\}'
+        ):
             audit(given, [hourly()])
     with pytest.raises(DataError, match="nothing is told of a time before the last bar"):
         audit(lambda bars: {}, [hourly()])

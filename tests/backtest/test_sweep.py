@@ -22,6 +22,7 @@ from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sweep import Record, sweep
 from barcast.backtest.workers import ONE_THREAD
+from barcast.daemon.wire import to_ns
 from barcast.models import BarcastError, ConfigError, DataError
 from tests.backtest.test_strategies import COUNTS
 from tests.garch import windows
@@ -545,7 +546,8 @@ def test_worker_that_finds_other_files_or_another_fingerprint_writes_nothing(bar
 @pytest.mark.parametrize("count", [1, 2])
 def test_fault_in_a_fold_names_fold_and_model(bars, tmp_path, count):
     """A strategy that raises ends the sweep in one sentence, from whatever process it was raised in."""
-    (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", "self.side / (close_time == 0))"))
+    last = to_ns(pl.read_parquet(bars)["ts"].max()) - 24 * 3_600_000_000_000
+    (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", f"self.side / (close_time < {last}))"))
     with pytest.raises(ConfigError) as caught:
         swept(bars, tmp_path / "out", strategies=[f"{tmp_path / 'bad.py'}"], models=["hs"], jobs=count)
     said = str(caught.value)
