@@ -259,13 +259,12 @@ def test_run_that_fails_when_it_begins_later_is_found(folder, tmp_path):
 
 def test_symbol_that_is_away_is_no_state(folder, tmp_path):
     """One whose market is shut at a later start has the same targets as in the whole run when it opens."""
-    friday, sunday = (datetime(2024, 1, day, 22, tzinfo=UTC) for day in (5, 7))
-    bars = hourly().filter(
-        (pl.col("symbol") == "DOWN") | ~pl.col("close_time").is_between(friday, sunday, closed="right")
-    )
-    bars.write_parquet(tmp_path / "bars.parquet")
-    settings = {"strategies": ["vol-target"], "calendars": {"UP": "fx"}, "cuts": 1, "since": 60}
-    settings["until"] = to_ns(hourly()["close_time"][180])
+    friday, sunday = (datetime(2024, 1, day, 22, tzinfo=UTC) for day in (12, 14))
+    weeks = pl.col("close_time"), pl.col("close_time").dt.offset_by("7d")
+    shut = pl.any_horizontal(time.is_between(friday, sunday, closed="right") for time in weeks)
+    hourly(400).filter((pl.col("symbol") == "DOWN") | ~shut).write_parquet(tmp_path / "bars.parquet")
+    settings = {"strategies": ["vol-target"], "calendars": {"UP": "fx"}, "cuts": 1, "since": 230}
+    settings["until"] = to_ns(hourly(400)["close_time"][350])
     found = audited(folder, files=tmp_path / "bars.parquet", **settings)
     assert to_ns(friday) < found.starts[0] < to_ns(sunday)
     assert found.passed
