@@ -1,6 +1,7 @@
 """The audit finds what looks ahead, whatever its seed, and nothing where nothing does."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from barcast.backtest import replay
-from barcast.backtest.audit import REMOVED, audit, audit_backtest, poisoned
+from barcast.backtest.audit import REMOVED, Audit, Trial, Violation, audit, audit_backtest, poisoned
+from barcast.backtest.cli.auditing import _first, _kept, _verdict
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_strategy
 from barcast.daemon.history import scan
@@ -523,6 +525,7 @@ def test_command(run, folder, tmp_path):
     )
     assert status == 1
     assert "Peek" in out
+    assert "the model says" in out  # how far back signals look is told all the same
     assert "fails:" in out
     told = json.loads((tmp_path / "audit.json").read_text())
     assert told["violations"][0]["strategy"] == "Peek"
@@ -533,3 +536,23 @@ def test_command(run, folder, tmp_path):
     status, _, err = run("audit", bars, *options, "--config", "x.toml")
     assert status == 2
     assert "--model is taken from --config" in " ".join(err.split())
+
+
+def test_last_line(capsys):
+    """A verdict that could not see everything is qualified; what keeps a state has a table and a number."""
+    trials = tuple(Trial(check, 5, 10, 0) for check in ("repeat", "cut", "start"))
+    audit = Audit(seed=1, cuts=(5,), starts=(6,), trials=trials, violations=(), warmup=None)
+    _verdict(audit)
+    _verdict(replace(audit, unseen=("one",)))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "passes",
+        "passes, as far as what the strategies are given could be cut",
+    ]
+    kept = Violation("start", 6, "targets", "mine", "UP", 7, None, "target", 0.5, 0.25, 0)
+    failed = replace(audit, trials=(*trials[:2], Trial("start", 6, 10, 3)), violations=(kept,))
+    _verdict(failed)
+    assert "fails: 3 of 10 values from 1 later start on depend on what was asked before" in (
+        capsys.readouterr().out
+    )
+    assert [*_kept(_first(failed, ("start",)), 1).columns[2].cells] == ["1/1"]
+    assert _first(failed, ("cut",)) == {}
