@@ -1,9 +1,10 @@
-"""Does anything look ahead? The same run again without what came later, and with something else there.
+"""Does anything look ahead, or keep a state? The same run again with other bars later, and from later on.
 
 At cuts drawn from the tested closes a run is repeated on the bars up to the cut alone, and on bars of which
 those after the cut are poisoned: prices jump and turn, volumes change, bars are missing or there twice.
-Whatever it tells of the time up to the cut must be the same to the bit. `audit` does that to any function of
-frames, `audit_backtest` to a backtest over files.
+Whatever it tells of the time up to the cut must be the same to the bit. And it is begun at later closes:
+signals and targets from there on must be the same, or they could not be told again after a restart. `audit`
+does that to any function of frames, `audit_backtest` to a backtest over files.
 """
 
 import json
@@ -33,7 +34,6 @@ from barcast.daemon.pipeline import MAX_JUMP, StrategySettings
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, BarcastError, ConfigError, DataError, Window, open_model
 from barcast.models.bar import LEAST, MOST
-from barcast.strategies import forget
 
 Told = BacktestResult | Mapping[str, pl.DataFrame]
 """What a run tells: a result, or frames of its own by name."""
@@ -51,6 +51,12 @@ AFTER = ("trainings",)
 
 KEYS = ("strategy", "symbol", "close_time", "end_time", "judged", "asked", "decided", "horizon")
 """What tells the rows of a frame apart, as far as it has these columns."""
+
+STATELESS = ("signals", "targets")
+"""Frames of which nothing depends on where a run begins, as books and their outcomes do."""
+
+STARTS = 2
+"""Closes in a row at which a run is begun later: what counts its calls is off at one of them at least."""
 
 SHOWN = 20
 """Violations that are kept of one frame and strategy in one run, the oldest first."""
@@ -72,13 +78,14 @@ _TIME, _COUNT, _THERE, _OTHER = "\0time", "\0count", "\0there", "\0other"
 
 @dataclass(frozen=True, slots=True)
 class Violation:
-    """One value up to a cut that depends on what comes after it.
+    """One value up to a cut that depends on what comes after it, or after a start on what came before.
 
-    `check` is `cut` for a run without what comes after, `poison` for one with other bars there, and `repeat`
-    for the very same run again. `strategy`, `symbol`, `close_time` and `horizon` (bars) say which row of the
-    frame, as far as it has them; `close_time`, when it is known, and `cut` are nanoseconds. The `field`
-    called `row` is a row that is there in one run only, `error` a run that ended early. `ahead` is how many
-    bars must at least have been known too early; 0 where nothing says so.
+    `check` is `cut` for a run without what comes after, `poison` for one with other bars there, `repeat`
+    for the very same run again, and `start` for one that begins at the close `cut`. `strategy`, `symbol`,
+    `close_time` and `horizon` (bars) say which row of the frame, as far as it has them; `close_time`, when it
+    is known, and `cut` are nanoseconds. The `field` called `row` is a row that is there in one run only,
+    `error` a run that ended early. `ahead` is how many bars must at least have been known too early; 0 where
+    nothing says so.
     """
 
     check: str
@@ -96,7 +103,7 @@ class Violation:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One run: at which cut (nanoseconds), how many values were compared, how many differ.
+    """One run: at which cut or start (nanoseconds), how many values were compared, how many differ.
 
     `ended` says why it ended early, where it did.
     """
@@ -144,12 +151,14 @@ class Warmup:
 class Audit:
     """What an audit found.
 
-    `cuts` are in nanoseconds. `unseen` are sentences on files that could not be cut. `data` is the report on
-    the bars, `meta` what identifies the run; both are in JSON's values, and empty for a run of one's own.
+    `cuts` are in nanoseconds, and so are `starts`, which are empty where that was not tried. `unseen` are
+    sentences on files that could not be cut. `data` is the report on the bars, `meta` what identifies the
+    run; both are in JSON's values, and empty for a run of one's own.
     """
 
     seed: int
     cuts: tuple[int, ...]
+    starts: tuple[int, ...]
     trials: tuple[Trial, ...]
     violations: tuple[Violation, ...]
     warmup: Warmup | None
@@ -159,13 +168,13 @@ class Audit:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing up to a cut depends on what comes after it."""
+        """Whether nothing up to a cut depends on what comes after it, and nothing on where a run begins."""
         return not self.violations
 
     def json(self) -> str:
         """All of it, times as texts; a number that is none is null."""
         told = {"barcast_audit": 1, "passed": self.passed, **asdict(self)}
-        told["cuts"] = [iso(cut) for cut in self.cuts]
+        told |= {name: [iso(at) for at in getattr(self, name)] for name in ("cuts", "starts")}
         return json.dumps(_plain(told), indent=1, allow_nan=False, ensure_ascii=False)
 
 
@@ -189,11 +198,13 @@ def audit(
 
     There is a run on everything, the same once more, and two at each of the `cuts`, drawn by `seed` one from
     each equal part of the closes from the first signal on. A run that raises a `BarcastError` on the bars up
-    to a cut is a violation; with poisoned bars it is told only, as the fault may be after the cut. With a
-    `window` (bars) it is then tried how far back the last signals look: by `late(close, *frames)`, which may
-    leave out what comes before that close (nanoseconds), or by `run`. `progress` is called with 1 and a text
-    after each run. Raise ConfigError for cuts or frames that cannot be, DataError where nothing is told of,
-    and what `run` raises.
+    to a cut is a violation; with poisoned bars it is told only, as the fault may be after the cut.
+    `late(close, *frames)` is a run that begins at a close (nanoseconds), what came before being known: frames
+    of the names `signals` and `targets` must say the same from there on, which is tried at `STARTS` closes of
+    the third quarter of the signals. With a `window` (bars) it is tried how far back the last signals look,
+    by `late` if there is one, else by `run`; not where a run failed or a signal changed. `progress` is called
+    with 1 and a text after each run. Raise ConfigError for cuts or frames that cannot be and for a run that
+    tells of no frames by name, DataError where nothing is told of, and what `run` raises.
     """
     if cuts < 1:
         raise ConfigError(f"cuts = {cuts!r}: give a number from 1")
@@ -234,11 +245,30 @@ def audit(
             trial, found = whole.against(said, check, cut, closes)
             trials.append(trial)
             violations += found
+    starts = _starts(whole, seed) if late is not None and drawn else []
+    for number, start in enumerate(starts):
+        at = f"start {number + 1} of {len(starts)}, {iso(start)}"
+        try:
+            said = told(at, frames, start)
+        except BarcastError as error:
+            progress(1, at)
+            trials.append(Trial("start", start, 0, 0, str(error)))
+            nowhere = ("start", start, "run", None, None, start, None)
+            violations.append(Violation(*nowhere, "error", "none", str(error), 0))
+            continue
+        trial, found = whole.since(start).against(said.since(start), "start", start, closes)
+        trials.append(trial)
+        violations += found
     warmup = None
-    if window is not None and not violations:
+    if window is not None and drawn and not any(one.frame in ("run", "signals") for one in violations):
         warmup = _warmup(told, frames, times, whole, window)
     return Audit(
-        seed=seed, cuts=tuple(drawn), trials=tuple(trials), violations=tuple(violations), warmup=warmup
+        seed=seed,
+        cuts=tuple(drawn),
+        starts=tuple(starts),
+        trials=tuple(trials),
+        violations=tuple(violations),
+        warmup=warmup,
     )
 
 
@@ -256,8 +286,9 @@ def audit_backtest(
     Every run reads copies. A strategy's parameter that is the path of one of these files, of a folder of
     them, or of another Parquet or CSV file with a time, is given the copy: a strategy that looks at a whole
     frame has the cut one. Files of strategies are loaded anew for each run. `Audit.unseen` names parameters
-    whose path could not be cut; what a strategy reads without a parameter is not seen at all. How far back
-    signals look is tried unless models are retrained. Raise as `run_backtest` and `audit` do.
+    whose path could not be cut; what a strategy reads without a parameter is not seen at all. Later starts,
+    and how far back signals look, are tried unless models are retrained, which depends on the start. Raise as
+    `run_backtest` and `audit` do.
     """
     named = [Path(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
     calendar, symbols = settings.get("calendar", "24x7"), settings.get("symbols")
@@ -273,19 +304,22 @@ def audit_backtest(
     card = open_model(model, timeframe, *sampled).card
     copies = _Copies(named, strategies, stamp, closes, adjustments)
 
+    # Unless they are named, groups expect the symbols that came before, which depends on where a run begins.
+    expected = symbols or list(history)
+
     def run(*frames: pl.DataFrame, **changes: Any) -> BacktestResult:
-        forget()
-        with copies.written(frames, symbols) as own:
+        with copies.written(frames, expected) as own:
             given = {"stamp": stamp, "timeframe": timeframe, "baselines": False}
             return run_backtest(**settings | given | own | changes)
 
+    fixed = settings.get("retrain") is None
     found = audit(
         run,
         copies.frames,
         cuts=cuts,
         seed=seed,
-        window=None if settings.get("retrain") is not None else card.window,
-        late=lambda close, *frames: run(*frames, since=close),
+        window=card.window if fixed else None,
+        late=(lambda close, *frames: run(*frames, since=close)) if fixed else None,
         known=KNOWN,
         progress=progress,
     )
@@ -363,6 +397,10 @@ class _Said:
     def __init__(self, told: Told) -> None:
         if isinstance(told, BacktestResult):
             told = {name: getattr(told, name) for name in FRAMES}
+        if not isinstance(told, Mapping) or not all(isinstance(one, pl.DataFrame) for one in told.values()):
+            raise ConfigError(
+                f'the run gave {type(told).__name__}, not polars frames by name: return {{"signals": frame}}'
+            )
         order = sorted(told, key=lambda name: FRAMES.index(name) if name in FRAMES else -1)
         self.frames = {
             name: told[name].with_columns(pl.Series(_TIME, _times(told[name], WHEN.get(name, "close_time"))))
@@ -376,18 +414,26 @@ class _Said:
         frames = [known["signals"]] if "signals" in known else known.values()
         return min((int(frame[_TIME].to_numpy().min()) for frame in frames), default=2**63 - 1)
 
+    def since(self, start: int) -> "_Said":
+        """What is told of the time from a start on by the frames that do not depend on it."""
+        later = _Said({})
+        there = {name: frame for name, frame in self.frames.items() if name in STATELESS}
+        later.frames = {name: frame.filter(pl.col(_TIME) >= start) for name, frame in there.items()}
+        return later
+
     def against(self, other: "_Said", check: str, cut: int, closes: Times) -> tuple[Trial, list[Violation]]:
         """What another run tells differently of the time up to the cut."""
         values = differ = 0
         found: list[Violation] = []
         place = int(np.searchsorted(closes, cut, "right"))
+        last = 2**63 - 1 if check == "start" else cut
         for name in dict.fromkeys([*self.frames, *other.frames]):
             own, others = self.frames.get(name), other.frames.get(name)
             own = others.clear() if own is None and others is not None else own
             others = own.clear() if others is None and own is not None else others
             if own is None or others is None:
                 continue
-            until = pl.col(_TIME) < cut if name in AFTER else pl.col(_TIME) <= cut
+            until = pl.col(_TIME) < last if name in AFTER else pl.col(_TIME) <= last
             own, others = own.filter(until), others.filter(until)
             values += own.height * (own.width - 1)
             if _same(own, others):
@@ -395,7 +441,9 @@ class _Said:
             count, shown = _differences(own, others, SHOWN)
             differ += count
             for row, column, whole, changed in shown:
-                ahead = 0 if check == "repeat" else place - int(np.searchsorted(closes, row[_TIME]))
+                ahead = (
+                    0 if check in ("repeat", "start") else place - int(np.searchsorted(closes, row[_TIME]))
+                )
                 at = (row.get("strategy"), row.get("symbol"), row[_TIME], row.get("horizon"))
                 found.append(Violation(check, cut, name, *at, column, whole, changed, ahead))
         return Trial(check, cut, values, differ), found
@@ -471,6 +519,17 @@ def _drawn(closes: Times, cuts: int, seed: int) -> list[int]:
     rng, count = np.random.default_rng(seed), min(cuts, len(closes))
     edges = np.linspace(0, len(closes), count + 1).astype(int)
     return [int(closes[rng.integers(low, high)]) for low, high in pairwise(edges)]
+
+
+def _starts(whole: _Said, seed: int) -> list[int]:
+    """Closes in a row, the first drawn from the third quarter of the signals' own: none for a single one."""
+    signals = whole.frames.get("signals")
+    closes = np.unique(signals[_TIME].to_numpy()) if signals is not None else np.empty(0, np.int64)
+    if len(closes) < 2:
+        return []
+    low = max(1, len(closes) // 2)
+    first = int(np.random.default_rng([seed, STARTS]).integers(low, max(low + 1, 3 * len(closes) // 4)))
+    return [int(close) for close in closes[first : first + STARTS]]
 
 
 def _spoilt(
@@ -647,9 +706,7 @@ class _Copies:
         self.frames.append(pl.DataFrame(told, schema=schema, orient="row"))
 
     @contextmanager
-    def written(
-        self, frames: Sequence[pl.DataFrame], symbols: Sequence[str] | None
-    ) -> Iterator[dict[str, Any]]:
+    def written(self, frames: Sequence[pl.DataFrame], symbols: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Write frames in the place of the sources; give the settings of a backtest that name them."""
         with TemporaryDirectory(prefix="barcast-audit-") as folder:
             parents = [*(path.parent.resolve() for path in self.sources.values()), *self.folders]
@@ -671,9 +728,9 @@ class _Copies:
                 "files": bars,
                 "strategies": [_given(strategy, copies) for strategy in self.strategies],
                 "adjustments": [Adjustment(*row) for row in frames[-1].iter_rows()],
+                # One that begins after the cut has no bars yet.
+                "symbols": [symbol for symbol in symbols if symbol in found],
             }
-            if symbols is not None:  # one that begins after the cut has no bars yet
-                settings["symbols"] = [symbol for symbol in symbols if symbol in found]
             try:
                 yield settings
             except BarcastError as error:

@@ -29,6 +29,12 @@ DIGITS = 4
 
 Value = float | int | str | bool
 
+First = tuple[tuple[str, ...], int]
+"""The symbols and the close (nanoseconds) that strategies are tried on: what they are asked about first."""
+
+NOTHING: First = ((), 0)
+"""Where no bars are known."""
+
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
@@ -136,15 +142,15 @@ class Cell:
     known: int = 0
 
     @classmethod
-    def of(cls, variant: Variant, kind: str, params: Mapping[str, Value]) -> "Cell":
-        """Raise ConfigError for parameters, horizons or levels that there are not."""
+    def of(cls, variant: Variant, kind: str, params: Mapping[str, Value], first: First = NOTHING) -> "Cell":
+        """Raise ConfigError for parameters, horizons or levels that there are not, or where a trial fails."""
         own, digest = identify(kind)
         built = StrategySettings.of(kind, None, params).build()
         values = {name: x for name, x in msgspec.to_builtins(built, enc_hook=str).items() if name != "name"}
         strategy_id = digest_of({"kind": own, "file": digest, "params": values})
         settings = StrategySettings.of(kind, f"{own[:19]}-{strategy_id[:12]}", params)
         try:
-            try_strategies([settings.build()], variant.card)
+            try_strategies([settings.build()], variant.card, *first)
         except ConfigError as error:
             raise ConfigError(spelt(str(error), settings)) from error
         return cls(variant, settings, in_words(settings), strategy_id)
@@ -194,7 +200,7 @@ def variants(
     return found
 
 
-def grid(over: Sequence[Variant], templates: Sequence[Template]) -> list[Cell]:
+def grid(over: Sequence[Variant], templates: Sequence[Template], first: First = NOTHING) -> list[Cell]:
     """Every strategy on every variant, each once. Raise ConfigError for a range, and as `Cell.of` does."""
     for template in templates:
         for param in template.ranges:
@@ -206,7 +212,7 @@ def grid(over: Sequence[Variant], templates: Sequence[Template]) -> list[Cell]:
     for variant in over:
         for template in templates:
             for params in template.every():
-                cell = Cell.of(variant, template.kind, params)
+                cell = Cell.of(variant, template.kind, params, first)
                 found.setdefault(cell.id, cell)
     return list(found.values())
 
@@ -218,7 +224,9 @@ class Search:
     asked next follows from that and from what the cells are said to be worth then, from nothing else.
     """
 
-    def __init__(self, over: Sequence[Variant], templates: Sequence[Template]) -> None:
+    def __init__(
+        self, over: Sequence[Variant], templates: Sequence[Template], first: First = NOTHING
+    ) -> None:
         """Raise ConfigError without a range, without Optuna, and as `Cell.of` does for what may be asked."""
         if not any(template.ranges for template in templates):
             raise ConfigError(
@@ -231,9 +239,9 @@ class Search:
         for variant in over:
             for template in templates:
                 for params in template.probes():
-                    Cell.of(variant, template.kind, params)
+                    Cell.of(variant, template.kind, params, first)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._optuna, self._over, self._templates = optuna, over, templates
+        self._optuna, self._over, self._templates, self._first = optuna, over, templates, first
         self._asked: list[tuple[dict[str, Any], dict[str, Any], Cell]] = []
 
     def ask(self, count: int, known: int, worth: Mapping[object, float | None]) -> list[Cell]:
@@ -273,4 +281,4 @@ class Search:
             else:
                 found = float(f"{trial.suggest_float(name, values.low, values.high):.{DIGITS}g}")
                 params[param] = min(max(found, values.low), values.high)
-        return Cell.of(self._over[k], template.kind, params)
+        return Cell.of(self._over[k], template.kind, params, self._first)

@@ -38,6 +38,7 @@ from barcast.daemon.pipeline import (
     Pipeline,
     Settings,
     StrategySettings,
+    first_asked,
     in_strategy,
     run,
     try_strategies,
@@ -313,7 +314,6 @@ def run_backtest(
     closes = settings.bar_calendars()
     forecaster = open_model(model, timeframe, sampler, steps, bool(settings.touch))
     check_sampled(model, forecaster.card, sampler, steps)
-    try_strategies(settings.build(), forecaster.card)
     execution = execution or Execution()
     if execution.fill == "limit":
         for buy in (True, False):
@@ -331,6 +331,8 @@ def run_backtest(
                 f"{', '.join(map(str, paths))}: the last bar closes at {wire.to_text(last)}, and since is "
                 f"{wire.to_text(start)}: give an earlier one."
             )
+        asked = first_asked(history, forecaster.card.min_window, start)
+        try_strategies(settings.build(), forecaster.card, *asked)
         past = _Past(settings, model, forecaster, history, adjustments, start, last)
         if cache is not None:
             stack.enter_context(cache)

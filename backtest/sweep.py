@@ -34,6 +34,7 @@ from barcast.backtest.caveats import few
 from barcast.backtest.grid import (
     BATCH,
     Cell,
+    First,
     Search,
     Template,
     Variant,
@@ -50,7 +51,7 @@ from barcast.backtest.scoring import POOLED
 from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
 from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.history import Stamp, digest, read_windows, scan
-from barcast.daemon.pipeline import StrategySettings
+from barcast.daemon.pipeline import StrategySettings, first_asked
 from barcast.daemon.timeframe import Timeframe
 from barcast.models import Adjustment, BarcastError, ConfigError, DataError
 
@@ -388,11 +389,11 @@ def sweep(
     )
     over = variants(models, samplers, steps, timeframe)
     templates = [Template.parse(text) for text in strategies]
+    edges, first = _edges(ground, over, nanoseconds(since), nanoseconds(until), folds)
     if trials is None:
-        search, cells = None, grid(over, templates)
+        search, cells = None, grid(over, templates, first)
     else:
-        search, cells = Search(over, templates), []
-    edges = _edges(ground, over, nanoseconds(since), nanoseconds(until), folds)
+        search, cells = Search(over, templates, first), []
     folder = Path(out).absolute() / JOBS
     with _alone(folder), open_workers(backend, jobs, address):
         bench = _Bench(ground, digest(paths), edges, folder, progress)
@@ -414,13 +415,13 @@ def sweep(
 
 def _edges(
     ground: Ground, over: Sequence[Variant], since: int | None, until: int | None, folds: int
-) -> list[int]:
-    """Where the folds begin, and where the last one ends (nanoseconds)."""
+) -> tuple[list[int], First]:
+    """Where the folds begin, and where the last one ends (nanoseconds); and what is asked about first."""
     closes = Calendars(ground.calendar, Timeframe.parse(ground.timeframe), ground.calendars)
     histories = read_windows(scan(ground.files, ground.stamp, closes, ground.symbols, None, until))
     last = max(window.close_time for window in histories.values())
+    need = max(variant.card.min_window for variant in over)
     if since is None:
-        need = max(variant.card.min_window for variant in over)
         able = [int(w.close_times[need - 1]) for w in histories.values() if len(w) >= need]
         if not able:
             raise DataError(
@@ -433,7 +434,8 @@ def _edges(
             f"since is {iso(since)}, and the last bar closes at {iso(last)}: give an earlier one, or bars "
             "that no model has learnt from"
         )
-    return [since + (end - since) * k // folds for k in range(folds + 1)]
+    edges = [since + (end - since) * k // folds for k in range(folds + 1)]
+    return edges, first_asked(histories, need, since)
 
 
 @dataclass(slots=True)

@@ -529,7 +529,7 @@ def _reasons(faults: Faults, length: int) -> tuple[str, ...]:
 
 
 def _asked(
-    strategy: Strategy, close_time: int, forecasts: Mapping[str, Forecast]
+    strategy: Strategy, close_time: int, forecasts: Mapping[str, Forecast], trial: bool = False
 ) -> tuple[dict[str, float], str]:
     """The targets of a strategy in the order of the forecasts, and what is wrong with them, if anything.
 
@@ -539,9 +539,9 @@ def _asked(
     try:
         given: Any = strategy.on_forecasts(close_time, MappingProxyType(forecasts))
     except (Exception, SystemExit) as error:
+        when = f"asked on trial{_as_of(close_time)}" if trial else f"close {iso(close_time)}"
         raise StrategyError(
-            f"strategy {strategy.name}, {f'close {iso(close_time)}' if close_time else 'asked on trial'}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
+            f"strategy {strategy.name}, {when}: {type(error).__name__}: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(given, Mapping):
         return {}, f"it gave {_kind(given)}, not a target for each symbol"
@@ -576,11 +576,36 @@ def _kind(thing: object) -> str:
     return f"a value of type {type(thing).__name__}"
 
 
-def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
-    """Ask each strategy once about a forecast of the card's shape.
+def _as_of(close_time: int) -> str:
+    return f" as of {iso(close_time)}" if close_time else ""
 
-    Raise ConfigError for one that needs a level or a horizon that the model does not forecast, for one that
-    raises, and for targets that are none: better before the settings are journalled than at the first group.
+
+def first_asked(histories: Mapping[str, Window], least: int, since: int) -> tuple[tuple[str, ...], int]:
+    """The symbols of the first group from `since` on in which one has `least` bars, and its close.
+
+    They are those that have as many by then. Where none ever has, it is the first group, and all in it.
+    """
+    for need in (least, 1):
+        firsts = {}
+        for symbol, window in histories.items():
+            place = max(need - 1, int(np.searchsorted(window.close_times, since)))
+            if place < len(window):
+                firsts[symbol] = int(window.close_times[place])
+        if firsts:
+            first = min(firsts.values())
+            return tuple(symbol for symbol, close in firsts.items() if close == first), first
+    return (), since
+
+
+def try_strategies(
+    strategies: Iterable[Strategy], card: Card, symbols: Sequence[str] = (), close_time: int = 0
+) -> None:
+    """Ask each strategy once about forecasts of the card's shape.
+
+    They are of `symbols` at the `close_time` (nanoseconds), better of ones that it will be asked about, as it
+    may look them up: TRIAL, and 0, where none are known. Raise ConfigError for a strategy that needs a level
+    or a horizon that the model does not forecast, for one that raises, and for targets that are none: better
+    before the settings are journalled than at the first group.
     """
     rising = np.linspace(-0.01, 0.01, len(card.levels))
     quantiles, returns = np.tile(rising, (len(card.horizons), 1)), np.zeros((1, len(card.path)))
@@ -588,7 +613,7 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
     freeze(quantiles, returns, some, still)
     trial = Forecast(
         symbol="TRIAL",
-        close_time=0,
+        close_time=close_time,
         reference=1.0,
         horizons=card.horizons,
         levels=card.levels,
@@ -599,13 +624,16 @@ def try_strategies(strategies: Iterable[Strategy], card: Card) -> None:
         warming=False,
         paths=Paths(card.path, returns, still) if card.path else None,
     )
+    forecasts = {name: msgspec.structs.replace(trial, symbol=name) for name in symbols or (trial.symbol,)}
     for strategy in strategies:
         try:
-            _, fault = _asked(strategy, 0, {trial.symbol: trial})
+            _, fault = _asked(strategy, close_time, forecasts, trial=True)
         except StrategyError as error:
             raise ConfigError(in_strategy(error)) from error
         if fault:
-            raise ConfigError(f"strategy {strategy.name}, asked on trial: {fault}; correct the strategy")
+            raise ConfigError(
+                f"strategy {strategy.name}, asked on trial{_as_of(close_time)}: {fault}; correct the strategy"
+            )
 
 
 def pass_over(pipeline: Pipeline, event: Event) -> None:

@@ -66,7 +66,7 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     served = [(record.time, Champion.decode(record.payload)) for record in journal.of_kind(Kind.ACTIVATION)]
     since, known = served[-1] if served else (None, None)
     model = store.resolve(config.model.name, config.model.first, known.model if known else None)
-    card = fitting(settings, store, model).card
+    card = fitting(settings, store, model, now).card
     keep_strategies(settings, config.state_dir / "strategies")
     reason = "the configuration names it"
     activated: int | None = None
@@ -87,14 +87,24 @@ def opening(config: Config, journal: Journal, store: ModelStore, now: int) -> Op
     )
 
 
-def fitting(settings: Settings, store: ModelStore, model: str) -> Forecaster:
+def fitting(settings: Settings, store: ModelStore, model: str, now: int) -> Forecaster:
     """A model as settings have it sampled.
 
     Raise CheckpointError for one that cannot be opened, ConfigError for strategies that it cannot serve.
     """
     forecaster = store.open(model, settings.sampler, settings.steps, bool(settings.touch))
-    try_strategies(settings.build(), forecaster.card)
+    try_all(settings, forecaster, now)
     return forecaster
+
+
+def try_all(settings: Settings, forecaster: Forecaster, now: int) -> None:
+    """Try the strategies of settings on the symbols that they name, at the newest close before `now` (ns).
+
+    Raise ConfigError as `try_strategies` does.
+    """
+    calendar = settings.bar_calendars().default
+    close = calendar.closes_before(now, 1) if calendar.covers(now) else 0
+    try_strategies(settings.build(), forecaster.card, settings.symbols, close)
 
 
 def keep_strategies(settings: Settings, folder: Path) -> None:

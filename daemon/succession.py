@@ -112,7 +112,8 @@ class Succession:
     async def _taken_over(
         self, model: str, follows: Callable[[Card], Champion | None], verdict: Verdict
     ) -> Champion | None:
-        forecaster = await asyncio.to_thread(fitting, self._config.settings(), self._store, model)
+        settings, now = self._config.settings(), self._clock.now()
+        forecaster = await asyncio.to_thread(fitting, settings, self._store, model, now)
         warmups = await self._warmed(forecaster)
         champion = follows(forecaster.card)
         if champion is None:
@@ -132,7 +133,8 @@ class Succession:
         async with self._changing:
             settings, champion = config.settings(), self._latest
             if settings != self._config.settings():
-                forecaster = await asyncio.to_thread(fitting, settings, self._store, champion.model)
+                served, now = champion.model, self._clock.now()
+                forecaster = await asyncio.to_thread(fitting, settings, self._store, served, now)
                 card = forecaster.card
                 await asyncio.to_thread(keep_strategies, settings, config.state_dir / "strategies")
                 warmups = await self._warmed(forecaster)
@@ -274,7 +276,7 @@ def rollback_journal(config: Config, now: int, ordered: Ordered) -> str:
             champion = Champion.decode(record.payload)
             store = ModelStore(config.state_dir / "models", config.timeframe)
             reign = way_back(config, champion, store, ordered.to)
-            card = fitting(config.settings(), store, reign.model).card
+            card = fitting(config.settings(), store, reign.model, now).card
             after = champion.rolled_back(reign, card, f"rolled back from {champion.model}")
             time = max(now, journal.last_time(), journal.progress().clock)
             verdict = msgspec.to_builtins(rolled_back(champion.model, after.model))

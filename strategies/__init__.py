@@ -11,7 +11,7 @@ from barcast.strategies.params import checked, one_of
 from barcast.strategies.quantile_band import QuantileBand
 from barcast.strategies.rank import Rank
 from barcast.strategies.skew_tilt import SkewTilt
-from barcast.strategies.user import PATH, forget, from_file, from_package, packaged
+from barcast.strategies.user import PATH, from_file, from_package, packaged
 from barcast.strategies.vol_target import VolatilityTarget
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "Strategy",
     "VolatilityTarget",
     "build",
-    "forget",
     "identify",
     "kinds",
 ]
@@ -77,8 +76,9 @@ def build(
 ) -> Strategy:
     """The strategy of this kind, called `name`.
 
-    A kind is built in, the name of an entry point in the group `barcast.strategies`, or `FILE.py:CLASS`. With
-    a `digest` the file must be the one that had it, or the folder `kept` hold that one as DIGEST.py. Raise
+    A kind is built in, the name of an entry point in the group `barcast.strategies`, or `FILE.py:CLASS`. A
+    file is executed anew for each, so that no strategy shares a variable of the module with another. With a
+    `digest` the file must be the one that had it, or the folder `kept` hold that one as DIGEST.py. Raise
     `ConfigError` for an unknown kind or parameter, saying which exist, for a value that does not fit, for a
     file that is no strategy or has changed, and for a name that cannot be a segment of a topic.
     """

@@ -4,14 +4,16 @@ import hashlib
 import inspect
 import re
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from itertools import count
 from pathlib import Path
 from traceback import extract_tb
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, get_type_hints
 
 from barcast.models import ConfigError
@@ -23,7 +25,10 @@ GROUP = "barcast.strategies"
 PATH = re.compile(r"(?P<file>.+\.py)(?::(?P<name>[^\W\d]\w*))?", re.DOTALL)
 """A kind that is a file, with the class in it, which may be left out when it is the only strategy there."""
 
-_MODULE = "barcast_strategy_"
+_COMPILED: dict[tuple[Path, str], CodeType] = {}
+"""The versions of files that this process has read, by path and digest: it can go on with each."""
+
+_NUMBERS = count()
 
 
 def packaged() -> list[str]:
@@ -34,13 +39,14 @@ def packaged() -> list[str]:
 def from_file(path: Path, name: str | None, digest: str, kept: Path | None = None) -> tuple[type, str]:
     """The strategy's class of a file, and the digest of the file.
 
-    With a `digest` it is the file as it was then, which may be `kept` as DIGEST.py in a folder: whatever the
-    file says now, and wherever it is. The file stands alone: what it imports must be installed. Raise
+    Each call executes the file as a module of its own, so that what it keeps in one is nowhere else. With a
+    `digest` it is the file as it was then, which may be `kept` as DIGEST.py in a folder: whatever the file
+    says now, and wherever it is. The file stands alone: what it imports must be installed. Raise
     `ConfigError` for one that is missing, that fails, that has another digest, or that has no such strategy
     in it.
     """
-    module = sys.modules.get(_module(path, digest))
-    if module is None:
+    code = _COMPILED.get((path, digest))
+    if code is None:
         version = None if kept is None else kept / f"{digest}.py"
         try:
             source = (version if version is not None and version.is_file() else path).read_bytes()
@@ -54,8 +60,14 @@ def from_file(path: Path, name: str | None, digest: str, kept: Path | None = Non
                 "that version back to go on from there, and give a changed one a file of its own"
             )
         digest = found
-        # Compiled from the bytes that were hashed: what is cached of a file may be of an older version.
-        module = sys.modules.get(_module(path, digest)) or _loaded(path, source, _module(path, digest))
+        code = _COMPILED.get((path, digest))
+        if code is None:
+            with _said(
+                str(path), path
+            ):  # from what was hashed: what Python caches may be of an older version
+                code = compile(source, path, "exec")
+            _COMPILED[path, digest] = code
+    module = _executed(path, code, f"barcast_strategy_{digest}_{next(_NUMBERS)}")
     return _usable(str(path), _class(path, name, module)), digest
 
 
@@ -78,24 +90,21 @@ def from_package(name: str) -> tuple[type, str] | None:
     return _usable(where, found), digest
 
 
-def forget() -> None:
-    """Load the files anew when they are named again, so that nothing is left of what they kept in memory."""
-    for name in [name for name in sys.modules if name.startswith(_MODULE)]:
-        del sys.modules[name]
+def _executed(path: Path, code: CodeType, name: str) -> ModuleType:
+    """A new module made by the code, which can be imported by its name for as long as anything of it is used.
 
-
-def _module(path: Path, digest: str) -> str:
-    """The name under which a version of a file is loaded."""
-    return f"{_MODULE}{digest}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-
-
-def _loaded(path: Path, source: bytes, name: str) -> ModuleType:
+    Dataclasses, type hints and pickle look a module up by name, also later. The module is not held by its
+    place there but by its own functions, through the variables that they share: it goes with the last of
+    them, however many were made.
+    """
     module = ModuleType(name)
     module.__file__ = str(path)
-    sys.modules[name] = module  # dataclasses look their module up
+    vars(module)["__barcast__"] = module
+    sys.modules[name] = weakref.proxy(module)
+    weakref.finalize(module, sys.modules.pop, name, None).atexit = False
     try:
         with _said(str(path), path):
-            exec(compile(source, path, "exec"), module.__dict__)
+            exec(code, vars(module))
     except ConfigError:
         del sys.modules[name]
         raise

@@ -1,6 +1,6 @@
-"""The command that looks for look-ahead."""
+"""The command that looks for look-ahead, and for what strategies keep."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -81,7 +81,8 @@ def audit(
     """Look for look-ahead: backtest again without the bars after a cut, and with poisoned ones there.
 
     Nothing up to a cut may change; the exit status is 1 if anything does. A strategy's parameter that is the
-    path of one of the files is given the cut copy. Also tells how far back signals look, and what is wrong
+    path of one of the files is given the cut copy. Nor may signals and targets change when the test begins
+    later, as they do where a strategy keeps a state. Also tells how far back signals look, and what is wrong
     with the bars.
     """
     given = {
@@ -158,32 +159,62 @@ def _print(found: "Audit") -> None:
             said += ", and looks farther back than that"
         remedy = ": give more bars before --since" if far.first < min(far.settled, far.window) else ""
         _say(f"{said}. The first signals have {far.first} behind them{remedy}.")
-    for check, which in (("cut", "on the bars up to a cut failed"), ("poison", "with poisoned bars failed")):
+    elif found.passed:
+        _say("Later starts, and how far back signals look, are not tried: trainings depend on both.")
+    else:
+        _say("How far back signals look is not tried, as a run failed, or signals changed: mend that first.")
+    failures = {
+        "cut": "on the bars up to a cut failed",
+        "poison": "with poisoned bars failed",
+        "start": "that begin later failed",
+    }
+    for check, which in failures.items():
         ended = [trial for trial in found.trials if trial.ended and trial.check == check]
         if ended:
             proves = ", which proves nothing" if check == "poison" else ""
             first = f"the first at {iso(ended[0].cut)}: {ended[0].ended}"
             _say(f"{len(ended)} runs {which}{proves}; {first}")
-    if any(one.frame != "run" for one in found.violations):
-        console.print(_changes(found))
-    values, differ = (sum(getattr(trial, name) for trial in found.trials) for name in ("values", "differ"))
+    if ahead := _first(found, ("cut", "poison", "repeat")):
+        console.print(_ahead(ahead, len(found.cuts)))
+    if kept := _first(found, ("start",)):
+        console.print(_kept(kept, len(found.starts)))
+    _verdict(found)
+
+
+def _verdict(found: "Audit") -> None:
+    """The last line."""
+    begun = [trial for trial in found.trials if trial.check == "start"]
+    others = [trial for trial in found.trials if trial.check != "start"]
+    values, differ = (sum(getattr(trial, name) for trial in others) for name in ("values", "differ"))
+    later, moved = (sum(getattr(trial, name) for trial in begun) for name in ("values", "differ"))
     runs = f"({len(found.trials)} runs, seed {found.seed})"
     cuts = f"{len(found.cuts)} cut{'s' * (len(found.cuts) > 1)}"
+    starts = f"{len(found.starts)} later start{'s' * (len(found.starts) > 1)}"
     if found.passed:
+        far = ", as far as what the strategies are given could be cut" if found.unseen else ""
+        same = f", and {later:,} from {starts} on" if begun else ""
         _say(
-            f"passes: {values:,} values up to {cuts} are the same to the bit, whatever comes "
-            f"after them {runs}",
+            f"passes{far}: {values:,} values up to {cuts} are the same to the bit, whatever comes "
+            f"after them{same} {runs}",
             "green",
         )
-    elif not found.cuts:
+        return
+    if not found.cuts:
         _say(f"fails: {differ:,} of {values:,} values are others when the very same run is repeated", "red")
-    else:
-        failed = sum(trial.check == "cut" and bool(trial.ended) for trial in found.trials)
-        _say(
-            f"fails: {differ:,} of {values:,} values up to {cuts} depend on what comes after them"
-            f"{f', and {failed} runs fail without it' if failed else ''} {runs}",
-            "red",
-        )
+        return
+    said = []
+    failed, broken = (
+        sum(bool(t.ended) and t.check == check for t in found.trials) for check in ("cut", "start")
+    )
+    if differ or failed:
+        said.append(f"{differ:,} of {values:,} values up to {cuts} depend on what comes after them")
+    if failed:
+        said.append(f"{failed} runs fail without it")
+    if moved or broken:
+        said.append(f"{moved:,} of {later:,} values from {starts} on depend on what was asked before")
+    if broken:
+        said.append(f"{broken} of the later runs fail")
+    _say(f"fails: {', and '.join(said)} {runs}", "red")
 
 
 def _say(sentence: str, style: str | None = None) -> None:
@@ -231,36 +262,59 @@ def _back(warmup: "Warmup") -> Table:
     return table
 
 
-def _changes(found: "Audit") -> Table:
-    """Of each strategy what changed first of all, as the rest follows from it: the change farthest back."""
+def _first(found: "Audit", checks: Sequence[str]) -> "dict[str | None, list[Violation]]":
+    """Of each strategy what these checks found to change first of all, as the rest follows from it."""
     from barcast.backtest.audit import FRAMES
-    from barcast.daemon.calendar import iso
 
     order = {frame: n for n, frame in enumerate(FRAMES)}
     groups: dict[str | None, list[Violation]] = {}
-    changed = [one for one in found.violations if one.frame != "run"]
+    changed = [one for one in found.violations if one.frame != "run" and one.check in checks]
     for one in sorted(changed, key=lambda one: order.get(one.frame, -1)):
         own = groups.setdefault(one.strategy, [])
         if not own or own[0].frame == one.frame:
             own.append(one)
+    return dict([*groups.items()][:SHOWN])
+
+
+def _ahead(groups: "Mapping[str | None, list[Violation]]", count: int) -> Table:
+    """What depends on what comes after one of so many cuts, and the change farthest back."""
     table = _table(
         "what depends on bars after a cut: at how many cuts, how many bars ahead, and the farthest",
         *("strategy", "what", "cut", "poisoned", "ahead", "symbol", "close", "field", "whole", "other"),
     )
-    for strategy, own in list(groups.items())[:SHOWN]:
+    for strategy, own in groups.items():
         cuts = [len({one.cut for one in own if one.check == check}) for check in ("cut", "poison")]
         first = max(own, key=lambda one: one.ahead)
-        place = first.symbol or "-", iso(first.close_time)[:16]
-        field = first.field if first.horizon is None else f"{first.field} +{first.horizon}"
         table.add_row(
             strategy or "-",
             first.frame,
-            *(f"{count}/{len(found.cuts)}" for count in cuts),
+            *(f"{at}/{count}" for at in cuts),
             f"{first.ahead}+" if first.ahead else "-",
-            *place,
-            *(field, _value(first.whole), _value(first.other)),
+            *_place(first),
         )
     return table
+
+
+def _kept(groups: "Mapping[str | None, list[Violation]]", count: int) -> Table:
+    """What depends on which of so many closes a run begins at, and the first change."""
+    table = _table(
+        "what depends on where a run begins, as a state does: at how many later starts, and the first",
+        *("strategy", "what", "start", "symbol", "close", "field", "whole", "later"),
+    )
+    for strategy, own in groups.items():
+        first = min(own, key=lambda one: one.close_time)
+        table.add_row(
+            strategy or "-", first.frame, f"{len({one.cut for one in own})}/{count}", *_place(first)
+        )
+    return table
+
+
+def _place(one: "Violation") -> tuple[str, ...]:
+    """Symbol, close, field and both values."""
+    from barcast.daemon.calendar import iso
+
+    field = one.field if one.horizon is None else f"{one.field} +{one.horizon}"
+    return one.symbol or "-", iso(one.close_time)[:16], field, _value(one.whole), _value(one.other)
 
 
 def _value(value: object) -> str:

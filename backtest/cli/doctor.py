@@ -254,14 +254,17 @@ def history(case: Case) -> Found:
 
 def strategies(case: Case) -> Found:
     """Each strategy can be made, and answers a forecast of the model's shape."""
-    from barcast.daemon.pipeline import try_strategies
+    from barcast.daemon.start import try_all
 
     settings = case.settings.settings()
-    built = settings.build()
     if case.forecaster is None:
-        yield "warn", f"{len(built)} are built, and there is no model to try them with", "see the model above"
+        yield (
+            "warn",
+            f"{len(settings.build())} are built, and there is no model to try them with",
+            "see the model above",
+        )
         return
-    try_strategies(built, case.forecaster.card)
+    try_all(settings, case.forecaster, time.time_ns())
     yield "ok", ", ".join(each.name for each in settings.strategies) or "none", ""
 
 

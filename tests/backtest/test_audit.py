@@ -1,6 +1,7 @@
 """The audit finds what looks ahead, whatever its seed, and nothing where nothing does."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from barcast.backtest import replay
-from barcast.backtest.audit import REMOVED, audit, audit_backtest, poisoned
+from barcast.backtest.audit import REMOVED, Audit, Trial, Violation, audit, audit_backtest, poisoned
+from barcast.backtest.cli.auditing import _first, _kept, _verdict
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_strategy
 from barcast.daemon.history import History
@@ -196,6 +198,80 @@ def test_what_begins_or_is_declared_after_a_cut_is_no_fault(folder, tmp_path, mo
     assert sorted(map(len, declared.values())) == [0, 0, 1]
 
 
+STATES = """
+from dataclasses import dataclass, field
+
+COUNT = 0
+
+@dataclass
+class Keeps:
+    name: str
+    most: int = 1
+    seen: dict = field(default_factory=dict, init=False)
+
+class Module(Keeps):
+    def on_forecasts(self, close_time, forecasts):
+        global COUNT
+        COUNT += 1
+        return dict.fromkeys(forecasts, COUNT % self.most / self.most)
+
+class Own(Keeps):
+    def on_forecasts(self, close_time, forecasts):
+        before, self.seen = self.seen or forecasts, dict(forecasts)
+        return {s: float(f.reference > before[s].reference) for s, f in forecasts.items()}
+
+class Begins(Keeps):
+    def on_forecasts(self, close_time, forecasts):
+        held = self.seen.setdefault("held", forecasts["UP"].close_time)
+        if self.most and close_time > held and close_time < held + 40 * 3_600_000_000_000:
+            raise LookupError("not yet")
+        return dict.fromkeys(forecasts, 0.5)
+"""
+
+
+def test_strategies_that_keep_a_state_are_found(folder, tmp_path):
+    """A counter in the module, whatever its period, and what an instance remembers: found by a later start.
+
+    Nothing of them looks ahead; each is named with symbol, close and both values, and signals are the same.
+    """
+    (tmp_path / "states.py").write_text(STATES)
+    file, peek = tmp_path / "states.py", f"{folder / 'peek.py'}:file={folder / 'bars.parquet'}"
+    kept = [f"{file}:Module:most={n},name=c{n}" for n in (2, 3, 5)] + [f"{file}:Own"]
+    found = audited(folder, strategies=[peek, *kept])
+    assert {one.strategy for one in found.violations} == {"c2", "c3", "c5", "Own"}
+    assert {(one.check, one.frame, one.field) for one in found.violations} == {("start", "targets", "target")}
+    later = [trial for trial in found.trials if trial.check == "start"]
+    assert [trial.cut for trial in later] == [*found.starts] == [found.starts[0], found.starts[0] + HOUR]
+    assert all(one.close_time >= one.cut and one.whole != one.other for one in found.violations)
+    assert found.warmup is not None
+    told = json.loads(found.json())
+    assert told["violations"][0]["symbol"] in ("UP", "DOWN")
+    assert all(start.endswith("Z") for start in told["starts"])
+
+
+def test_run_that_fails_when_it_begins_later_is_found(folder, tmp_path):
+    """A strategy that only works with what it once saw is a violation, not the end of the audit."""
+    first = to_ns(hourly(1)["close_time"][0]) + 200 * HOUR
+    (tmp_path / "states.py").write_text(STATES.replace("if self.most", f"if held > {first}"))
+    found = audited(folder, strategies=[f"{tmp_path / 'states.py'}:Begins"], since=200)
+    assert {(one.check, one.field) for one in found.violations} == {("start", "error")}
+    assert "LookupError: not yet" in found.violations[0].other
+    assert found.warmup is None
+
+
+def test_symbol_that_is_away_is_no_state(folder, tmp_path):
+    """One whose market is shut at a later start has the same targets as in the whole run when it opens."""
+    friday, sunday = (datetime(2024, 1, day, 22, tzinfo=UTC) for day in (12, 14))
+    weeks = pl.col("close_time"), pl.col("close_time").dt.offset_by("7d")
+    shut = pl.any_horizontal(time.is_between(friday, sunday, closed="right") for time in weeks)
+    hourly(400).filter((pl.col("symbol") == "DOWN") | ~shut).write_parquet(tmp_path / "bars.parquet")
+    settings = {"strategies": ["vol-target"], "calendars": {"UP": "fx"}, "cuts": 1, "since": 230}
+    settings["until"] = to_ns(hourly(400)["close_time"][350])
+    found = audited(folder, files=tmp_path / "bars.parquet", **settings)
+    assert to_ns(friday) < found.starts[0] < to_ns(sunday)
+    assert found.passed
+
+
 def test_what_does_not_repeat_itself_is_said(folder, tmp_path, monkeypatch):
     """Dice in a strategy end an audit before the cuts: nothing could be told from them.
 
@@ -227,7 +303,7 @@ def test_shipped_strategies_look_at_nothing_later(tmp_path):
         adjustments=[Adjustment("AAPL", to_ns(datetime(2013, 2, 15, 21, tzinfo=UTC)), 0.5, "split")],
     )
     assert found.passed
-    assert [trial.check for trial in found.trials] == ["repeat", *["cut", "poison"] * 2]
+    assert [trial.check for trial in found.trials] == ["repeat", *["cut", "poison"] * 2, *["start"] * 2]
     assert all(trial.values > 100 and not trial.ended for trial in found.trials)
     assert found.warmup.settled in (found.warmup.window, found.warmup.window - 1)
     assert [row["missing"] for row in found.data["symbols"]] == [0, 0]
@@ -407,6 +483,11 @@ def test_faults_of_the_caller_are_one_sentence(folder):
         audit(calibrated, [hourly()], cuts=0)
     with pytest.raises(ConfigError, match="a frame has no column 'when'"):
         audit(calibrated, [hourly()], known="when")
+    for given in (lambda bars: bars, lambda bars: {"signals": bars.lazy()}, lambda bars: None):
+        with pytest.raises(
+            ConfigError, match=r'gave .*, not polars frames by name: return \{"signals": frame\}'
+        ):
+            audit(given, [hourly()])
     with pytest.raises(DataError, match="nothing is told of a time before the last bar"):
         audit(lambda bars: {}, [hourly()])
     with pytest.raises(DataError, match=r"absent\.parquet does not exist"):
@@ -444,13 +525,34 @@ def test_command(run, folder, tmp_path):
     )
     assert status == 1
     assert "Peek" in out
+    assert "the model says" in out  # how far back signals look is told all the same
     assert "fails:" in out
     told = json.loads((tmp_path / "audit.json").read_text())
     assert told["violations"][0]["strategy"] == "Peek"
-    assert [len(told["cuts"]), len(told["trials"])] == [2, 5]
+    assert [len(told["cuts"]), len(told["trials"])] == [2, 7]
     status, out, _ = run("audit", bars, *options, "--strategy", peek, "--json")
     assert status == 0
     assert json.loads(out)["passed"] is True
     status, _, err = run("audit", bars, *options, "--config", "x.toml")
     assert status == 2
     assert "--model is taken from --config" in " ".join(err.split())
+
+
+def test_last_line(capsys):
+    """A verdict that could not see everything is qualified; what keeps a state has a table and a number."""
+    trials = tuple(Trial(check, 5, 10, 0) for check in ("repeat", "cut", "start"))
+    audit = Audit(seed=1, cuts=(5,), starts=(6,), trials=trials, violations=(), warmup=None)
+    _verdict(audit)
+    _verdict(replace(audit, unseen=("one",)))
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "passes",
+        "passes, as far as what the strategies are given could be cut",
+    ]
+    kept = Violation("start", 6, "targets", "mine", "UP", 7, None, "target", 0.5, 0.25, 0)
+    failed = replace(audit, trials=(*trials[:2], Trial("start", 6, 10, 3)), violations=(kept,))
+    _verdict(failed)
+    assert "fails: 3 of 10 values from 1 later start on depend on what was asked before" in (
+        capsys.readouterr().out
+    )
+    assert [*_kept(_first(failed, ("start",)), 1).columns[2].cells] == ["1/1"]
+    assert _first(failed, ("cut",)) == {}

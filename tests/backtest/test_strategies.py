@@ -4,6 +4,7 @@ import shutil
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_strategy
@@ -50,3 +51,49 @@ def test_shipped_strategy_is_short():
     """The file to begin with is one that can be read at a glance, and works as it is."""
     assert len(sample_strategy().read_text().splitlines()) < 20
     assert build(str(sample_strategy()), "mine", {"least": 0.2}).name == "mine"
+
+
+COUNTS = """
+from dataclasses import dataclass
+
+COUNT = 0
+
+
+@dataclass(frozen=True)
+class Counts:
+    name: str
+    every: int = 7
+
+    def on_forecasts(self, close_time, forecasts):
+        global COUNT
+        COUNT += 1
+        return dict.fromkeys(forecasts, COUNT % self.every / self.every)
+"""
+"""A strategy that keeps what it must not, in its module."""
+
+
+def test_instances_of_a_file_share_nothing(tmp_path):
+    """A strategy has the same targets alone and beside another of its class, whatever its module keeps."""
+    (tmp_path / "counts.py").write_text(COUNTS)
+    mine = f"{tmp_path / 'counts.py'}:Counts"
+
+    def tested(*strategies):
+        return run_backtest(
+            sample_bars(),
+            stamp="close",
+            model="ewma",
+            timeframe="session",
+            calendar="XNYS",
+            strategies=strategies,
+            since="2013-01-01",
+            until="2013-03-01",
+            baselines=False,
+        )
+
+    both = tested(mine, f"{mine}:name=other,every=3")
+    for name, text in (("Counts", mine), ("other", f"{mine}:name=other,every=3")):
+        alone = tested(text)
+        assert alone.targets["target"].n_unique() > 2
+        for frame in ("targets", "fills", "equity"):
+            beside = getattr(both, frame).filter(strategy=name)
+            assert_frame_equal(beside, getattr(alone, frame).filter(strategy=name), check_exact=True)

@@ -22,7 +22,9 @@ from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sweep import Record, sweep
 from barcast.backtest.workers import ONE_THREAD
+from barcast.daemon.wire import to_ns
 from barcast.models import BarcastError, ConfigError, DataError
+from tests.backtest.test_strategies import COUNTS
 from tests.garch import windows
 
 ROOT = Path(__file__).parents[2]
@@ -544,7 +546,8 @@ def test_worker_that_finds_other_files_or_another_fingerprint_writes_nothing(bar
 @pytest.mark.parametrize("count", [1, 2])
 def test_fault_in_a_fold_names_fold_and_model(bars, tmp_path, count):
     """A strategy that raises ends the sweep in one sentence, from whatever process it was raised in."""
-    (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", "self.side / (close_time == 0))"))
+    last = to_ns(pl.read_parquet(bars)["ts"].max()) - 24 * 3_600_000_000_000
+    (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", f"self.side / (close_time < {last}))"))
     with pytest.raises(ConfigError) as caught:
         swept(bars, tmp_path / "out", strategies=[f"{tmp_path / 'bad.py'}"], models=["hs"], jobs=count)
     said = str(caught.value)
@@ -601,3 +604,18 @@ def test_command_says_what_would_have_been_chosen(run, bars, tmp_path, monkeypat
     (tmp_path / "mine" / "book.txt").write_text("mine")
     status, _, err = run("sweep", *given, "--out", str(tmp_path / "mine"))
     assert (status, "holds book.txt" in " ".join(err.replace("│", " ").split())) == (2, True)
+
+
+def test_cells_of_a_file_share_nothing(bars, tmp_path):
+    """A cell has the same bytes alone and beside others, whatever the module of its file keeps."""
+    (tmp_path / "counts.py").write_text(COUNTS)
+    mine = f"{tmp_path / 'counts.py'}:Counts"
+    grounds = {"models": ["hs"], "folds": 2, "since": "2024-01-20"}
+    swept(bars, tmp_path / "both", strategies=[f"{mine}:every=3|7"], **grounds)
+    together = jobs(tmp_path / "both")
+    assert len(together) == 4
+    for every in (3, 7):
+        swept(bars, tmp_path / f"{every}", strategies=[f"{mine}:every={every}"], **grounds)
+        alone = jobs(tmp_path / f"{every}")
+        assert len(alone) == 2
+        assert alone.items() <= together.items()

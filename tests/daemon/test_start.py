@@ -19,12 +19,13 @@ from barcast.daemon.gate import Verdict
 from barcast.daemon.journal import Journal, Kind
 from barcast.daemon.live import Scribe
 from barcast.daemon.pipeline import Pipeline, Settings
-from barcast.daemon.start import opening, warmth
+from barcast.daemon.start import opening, try_all, warmth
 from barcast.daemon.store import ModelStore
 from barcast.daemon.succession import Succession
 from barcast.daemon.wire import encode_bars
 from barcast.models import Adjustment, Bar, ConfigError, Windows
 from tests.fakes import MINUTE, START, Spread, bar
+from tests.fakes import settings as path_settings
 from tests.replayed import Replayed, replay_journal
 
 LEAST = 'instance = "x"\nstate_dir = "state"\ntimeframe = "1m"\n'
@@ -379,3 +380,12 @@ def test_foreseen_window_is_a_copy_on_the_basis_of_its_newest_bar():
     assert len(windows.cut("A", START + 7 * MINUTE, 9)) == 3
     assert windows.foreseen("B", 4, []) is None
     assert windows.foreseen("B", 4, [bar("B", 1)]).symbol == "B"
+
+
+def test_trial_is_of_the_configured_symbols_at_the_newest_close(monkeypatch):
+    """What a strategy looks up by symbol or time it finds on trial, whenever the daemon starts."""
+    tried = []
+    monkeypatch.setattr("barcast.daemon.start.try_strategies", lambda *given: tried.append(given[2:]))
+    for late in (1, 10**9):
+        try_all(path_settings(("A", "B")), Spread(), START + 5 * MINUTE + late)
+    assert tried == [(("A", "B"), START + 5 * MINUTE)] * 2

@@ -14,9 +14,9 @@ from structlog.testing import capture_logs
 from barcast.backtest.replay import Recording, replay
 from barcast.daemon.calendar import iso
 from barcast.daemon.live import LiveSink
-from barcast.daemon.pipeline import Pipeline, in_strategy, try_strategies
+from barcast.daemon.pipeline import Pipeline, first_asked, in_strategy, try_strategies
 from barcast.daemon.ports import Arrival
-from barcast.models import ConfigError
+from barcast.models import ConfigError, Window
 from tests.fakes import MINUTE, START, Spread, bar, opening
 from tests.rim import Silent, play
 
@@ -194,6 +194,34 @@ def test_wrong_targets_are_found_on_trial(targets):
     try_strategies([Given({"TRIAL": 1.0})], Spread().card)
     with pytest.raises(ConfigError, match=r"strategy given, asked on trial: it.*; correct the strategy"):
         try_strategies([Given(targets)], Spread().card)
+
+
+def test_trial_is_about_what_will_be_asked():
+    """A strategy that looks its symbols, or the close, up in a table of its own finds them on trial."""
+    table = {(name, CLOSE): 0.5 for name in "AB"}
+
+    class Looks(Given):
+        def on_forecasts(self, close_time, forecasts):
+            assert {forecast.close_time for forecast in forecasts.values()} == {close_time}
+            return {name: table[name, close_time] for name in forecasts}
+
+    try_strategies([Looks(None)], Spread().card, "AB", CLOSE)
+    with pytest.raises(ConfigError, match=rf"given, asked on trial as of {AT}: KeyError: \('C', {CLOSE}\)"):
+        try_strategies([Looks(None)], Spread().card, "AC", CLOSE)
+
+
+def test_first_that_is_asked_about():
+    """Those that have enough bars at the first close where any has; without any, the first that come."""
+
+    def window(name, first, count):
+        return Window(name, np.arange(first, first + count), np.ones((count, 5)))
+
+    some = {w.symbol: w for w in (window("A", 10, 20), window("B", 12, 20), window("C", 10, 3))}
+    assert first_asked(some, 5, 0) == (("A",), 14)
+    assert first_asked(some, 5, 15) == (("A",), 15)
+    assert first_asked(some, 5, 16) == (("A", "B"), 16)
+    assert first_asked(some, 5, 30) == (("B",), 30)
+    assert first_asked(some, 50, 11) == (("A", "C"), 11)
 
 
 def test_live_sink_warns_and_counts():
