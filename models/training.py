@@ -342,10 +342,13 @@ class _Training:
 
     def _unseen_knots(self, part: Origins) -> Tensor:
         """Knots (n, H, K) float64 of origins by the members that have not learnt from their block."""
-        knots = self.net.map.of_members(part.features).double()  # (n, M, H, K)
-        apart = (self.unseen == part.block[:, :1]).double()  # (n, M)
-        mean: Tensor = (knots * apart[..., None, None]).sum(1) / apart.sum(1)[:, None, None]
-        return mean
+        found = []
+        for at in _pieces(len(part), PIECE):  # the knots of all members take a hundred times as much memory
+            with torch.no_grad():
+                knots = self.net.map.of_members(part.features[at]).double()  # (PIECE, M, H, K)
+            apart = (self.unseen == part.block[at, :1]).double()  # (PIECE, M)
+            found.append((knots * apart[..., None, None]).sum(1) / apart.sum(1)[:, None, None])
+        return torch.cat(found)
 
     def _path_quantiles(self, part: Origins) -> Tensor:
         """Quantiles (n, G, K) float64 of the returns to all steps, by those that have not seen them."""

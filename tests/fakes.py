@@ -11,7 +11,7 @@ from barcast.daemon.pipeline import Pipeline, Settings, StrategySettings, run
 from barcast.daemon.ports import Activation, Event, Revision
 from barcast.daemon.wire import Outgoing
 from barcast.models import Bar, Card, Forecast, Window
-from barcast.models.forecast import Paths
+from barcast.models.forecast import Paths, freeze
 
 MINUTE = 60 * 10**9
 START = 1_700_000_040 * 10**9 // MINUTE * MINUTE
@@ -32,6 +32,8 @@ class Spread:
         spread = 1e-4 + np.abs(r).mean() + 1e-9 * w.values[:, 4].sum()
         q = r.mean() + spread * np.array([[-1.6, 0.0, 1.6], [-2.3, 0.0, 2.3]])
         two = np.array([1.0, 2.0])
+        mean, std, rise = two * r.mean(), two * spread, np.array([0.5, 0.5])
+        freeze(q, mean, std, rise)
         return Forecast(
             w.symbol,
             w.close_time,
@@ -39,9 +41,9 @@ class Spread:
             (1, 2),
             LEVELS,
             q,
-            two * r.mean(),
-            two * spread,
-            np.array([0.5, 0.5]),
+            mean,
+            std,
+            rise,
             len(w) < self.card.window,
         )
 
@@ -56,7 +58,9 @@ class Winding(Spread):
     def _one(self, w: Window) -> Forecast:
         forecast = super()._one(w)
         returns = forecast.std[:1] * np.array([[0.5, 0.2], [-0.4, -1.1], [0.1, 0.9]])
-        return msgspec.structs.replace(forecast, paths=Paths((1, 2), returns, forecast.std / 3))
+        bridge = forecast.std / 3
+        freeze(returns, bridge)
+        return msgspec.structs.replace(forecast, paths=Paths((1, 2), returns, bridge))
 
 
 def settings(symbols: Sequence[str] = ("A", "B"), max_wait: int = 10 * 10**9) -> Settings:

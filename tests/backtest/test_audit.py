@@ -427,7 +427,7 @@ def test_wide_frames_are_compared_column_by_column():
     bars = hourly(200).filter(late)
 
     def told(frame, column="close"):
-        wide = frame.unique().sort("close_time").with_columns(gone=CLOSE - CLOSE.mean())
+        wide = frame.unique().sort("close_time", "symbol").with_columns(gone=CLOSE - CLOSE.mean())
         return {"features": wide.pivot("symbol", index="close_time", values=column)}
 
     assert audit(told, [bars], cuts=4).passed

@@ -200,7 +200,9 @@ def test_price_that_cannot_be_is_withheld():
             def _one(self, window, beyond=beyond):
                 made = super()._one(window)
                 if window.symbol == "A":
-                    made.quantiles[1, 2] = beyond
+                    quantiles = made.quantiles.copy()
+                    quantiles[1, 2] = beyond
+                    made = msgspec.structs.replace(made, quantiles=quantiles)
                 return made
 
         messages = outgoing([*opening(), *arrivals(*(both(m) for m in range(1, 5)))], spread=Wild())

@@ -27,7 +27,7 @@ from barcast.models.optimiser import Progress, Share
 from barcast.models.origins import BLOCKS, Origins, Split, split, to_text
 from barcast.models.scaling import signed_features
 from barcast.models.sssd.layers import Architecture
-from barcast.models.sssd.marginal import PROBABILITIES
+from barcast.models.sssd.marginal import PROBABILITIES, QuantileMap
 from barcast.models.trained import Trained
 from barcast.models.training import _Training, train
 from tests.garch import HOUR, START, simulate
@@ -294,6 +294,25 @@ def test_shares_of_a_batch_add_up_to_it(data: Split, of: int) -> None:
             parts = [float(loss(_share(i, of))) for i in range(of)]
             assert np.mean(parts) == pytest.approx(whole, rel=1e-6)
             assert len(set(parts)) == of
+
+
+def test_knots_of_all_members_are_held_for_some_origins_at_a_time(
+    data: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are a hundred times as many numbers as what comes of them, which is the same."""
+    training = _prepared(data)
+    whole = training._unseen_knots(training.learn)
+    asked, of_members = [], QuantileMap.of_members
+
+    def noted(self: QuantileMap, features: Tensor) -> Tensor:
+        asked.append(len(features))
+        return of_members(self, features)
+
+    monkeypatch.setattr(QuantileMap, "of_members", noted)
+    monkeypatch.setattr("barcast.models.training.PIECE", 64)
+    assert torch.allclose(training._unseen_knots(training.learn), whole, rtol=1e-5)
+    assert max(asked) == 64
+    assert sum(asked) == len(training.learn)
 
 
 def test_outcomes_that_reach_over_a_block_are_refused(small: list[Window]) -> None:
