@@ -250,10 +250,10 @@ class SSSDForecaster:
             x = torch.cat([scores, distribution.quantiles(scores, at)], -1)
             fall = distribution.below(scores, fall)
 
-        S = len(self._net.noise)
+        Q = len(self.card.levels)
         found = piecewise(x, u, knots)  # (B, H, S + Q)
-        quantiles = _array(torch.cummax(found[..., S:], -1).values)
-        figures = zip(found[..., :S], quantiles, fall[:, None], strict=True)
+        quantiles = _array(torch.cummax(found[..., -Q:], -1).values)
+        figures = zip(found[..., :-Q], quantiles, fall[:, None], strict=True)
         return [
             forecast_from(
                 self.card,

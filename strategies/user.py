@@ -90,6 +90,18 @@ def from_package(name: str) -> tuple[type, str] | None:
     return _usable(where, found), digest
 
 
+class _Place(ModuleType):
+    """What stands for a module among those that were imported, and does not hold it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        super().__init__(module.__name__)
+        self._module = weakref.ref(module)
+
+    def __getattribute__(self, name: str) -> Any:
+        module = object.__getattribute__(self, "_module")()
+        return object.__getattribute__(self, name) if module is None else getattr(module, name)
+
+
 def _executed(path: Path, code: CodeType, name: str) -> ModuleType:
     """A new module made by the code, which can be imported by its name for as long as anything of it is used.
 
@@ -100,7 +112,7 @@ def _executed(path: Path, code: CodeType, name: str) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(path)
     vars(module)["__barcast__"] = module
-    sys.modules[name] = weakref.proxy(module)
+    sys.modules[name] = _Place(module)
     weakref.finalize(module, sys.modules.pop, name, None).atexit = False
     try:
         with _said(str(path), path):

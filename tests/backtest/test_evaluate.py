@@ -324,7 +324,7 @@ def test_levels_without_the_usual_intervals_have_a_page(tmp_path, levels, figure
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model", "nowhere"], "nowhere/model.json: cannot be read"),
+        (["--model", "nowhere"], "model 'nowhere': there is no such folder"),
         (["--model", MODEL, "--timeframe", "30m"], "trained on 'session' bars, not on '30m'"),
         (["--since", "2030-01-01"], "no forecast origin"),
         (["--symbol", "NONE"], "No bar of NONE was found"),

@@ -196,4 +196,4 @@ def test_bad_bars_and_models_end_in_a_sentence(run, bars, tmp_path):
     _, text, status = predicted(run, tmp_path, str(tmp_path / "bad.parquet"), origins)
     assert (status, "row 6, AAA at" in text, "column 'close' is 'NaN'" in text) == (78, True, True)
     _, text, status = predicted(run, tmp_path, data, origins, "nowhere")
-    assert (status, "nowhere/model.json: cannot be read" in text) == (78, True)
+    assert (status, "model 'nowhere': there is no such folder" in text) == (78, True)

@@ -181,6 +181,7 @@ def test_module_is_there_as_long_as_its_strategy(tmp_path: Path) -> None:
     for one in made:
         assert pickle.loads(pickle.dumps(one)) == one
         assert get_type_hints(type(one))["size"] is float
+    assert len({*sys.modules.values()}) > 20  # others look through them, too
     del made, one
     gc.collect()
     assert set(sys.modules) == before
