@@ -24,7 +24,7 @@ def test_first_signal(tmp_path):
     commands = "".join(re.findall(r"^```sh\n(.*?)^```$", part, re.MULTILINE | re.DOTALL))
     for here, there in (
         ("apt-get install", ": apt-get install"),  # a network
-        ("+60 seconds", "+8 seconds"),
+        ("+60 seconds", "+15 seconds"),
         ("rm -r /etc/barcast/try.toml", ": rm -r /etc/barcast/try.toml"),  # is looked at below
     ):
         assert commands.count(here) == 1
