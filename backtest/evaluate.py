@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -182,7 +182,7 @@ def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Fie
 
 def evaluate(
     field: Field,
-    histories: Sequence[Window],
+    histories: Collection[Window],
     timeframe: Timeframe,
     *,
     since: int | None = None,

@@ -1,7 +1,7 @@
 """The samplers of a diffusion model beside each other: how good, how dear, and which to configure."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd, nan
 from pathlib import Path
@@ -131,7 +131,7 @@ def diffuses(directory: Path) -> bool:
 
 def compare(
     directory: Path,
-    histories: Sequence[Window],
+    histories: Collection[Window],
     timeframe: Timeframe,
     *,
     steps: Sequence[int] = STEPS,
@@ -242,7 +242,7 @@ def choose(trials: Sequence[Trial]) -> Trial:
     return min(good, key=lambda trial: (trial.evaluations, far(trial)))
 
 
-def _stride(histories: Sequence[Window], since: int, origins: int) -> int:
+def _stride(histories: Collection[Window], since: int, origins: int) -> int:
     """Bar slots from one origin to the next: no divisor of a day or a week, so that all hours come."""
     count = sum(int((history.close_times >= since).sum()) for history in histories)
     stride = max(1, count // origins)

@@ -4,7 +4,7 @@ Quantiles are averaged level by level (Lichtendahl, Grushka-Cockayne and Winkler
 that averaging probabilities would blur.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,7 +141,7 @@ class EnsembleForecaster:
 
 
 def train(
-    histories: Sequence[Window],
+    histories: Collection[Window],
     members: Sequence[Member],
     *,
     timeframe: str,

@@ -1,6 +1,6 @@
 """Rolling-origin scores: what a forecaster said at every bar of a period, against what then happened."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil, sqrt
 
@@ -72,7 +72,7 @@ def every(n: int, stride: float) -> NDArray[np.int64]:
 
 def score(
     forecaster: Forecaster,
-    histories: Sequence[Window],
+    histories: Collection[Window],
     *,
     since: int,
     until: int,
@@ -84,7 +84,7 @@ def score(
 
 def compare(
     forecasters: Sequence[Forecaster],
-    histories: Sequence[Window],
+    histories: Collection[Window],
     *,
     since: int,
     until: int,
@@ -97,7 +97,7 @@ def compare(
 
 def collect(
     forecasters: Sequence[Forecaster],
-    histories: Sequence[Window],
+    histories: Collection[Window],
     *,
     since: int,
     until: int,

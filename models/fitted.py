@@ -95,7 +95,7 @@ class Season:
 
         The gain is the root mean square of the factors of the bars that followed.
         """
-        zone = choose_zone(s.close_times, np.abs(s.returns))
+        zone = choose_zone([(s.close_times, np.abs(s.returns))])
         slot, size = slots(s.close_times, zone), clipped(np.abs(s.returns))
         hours = len(np.unique((s.close_times - 1) // HOUR))
         prior = PRIOR * len(slot) / hours  # the bars within an hour are much alike: hours are counted

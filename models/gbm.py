@@ -5,7 +5,7 @@ Koenker and Bassett 1978). What they know is kept as arrays, so that a forecast 
 function of the window alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -166,7 +166,7 @@ class BoostedForecaster:
 
 
 def train(
-    histories: Sequence[Window],
+    histories: Collection[Window],
     *,
     timeframe: str,
     horizons: Sequence[int],

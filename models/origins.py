@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from io import BytesIO
 from itertools import pairwise
@@ -22,6 +22,7 @@ from barcast.models.window import Window
 
 BLOCKS = 4  # equal parts of the origins, by calendar, for cross-validation
 LEAST = 100  # origins to learn from, and to validate on
+MOST = 500_000  # origins of a part that are kept: a phase draws no more than 460,800 for each member
 OUTLIER = 50.0  # outcomes count as at most this many scales
 
 
@@ -79,6 +80,27 @@ class Origins:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Histories(Collection[Window]):
+    """Some of the histories of a collection, up to a close; each is cut anew whenever it is asked for.
+
+    Where that maps them from files, memory holds no more than what is being read.
+    """
+
+    whole: Collection[Window]
+    symbols: tuple[str, ...]  # in the order of `whole`
+    until: int
+
+    def __iter__(self) -> Iterator[Window]:
+        return (_cut(w, self.until) for w in self.whole if w.symbol in self.symbols)
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def __contains__(self, symbol: object) -> bool:
+        return symbol in self.symbols
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Parts:
     """Histories up to `until`, and where they are cut into calendar parts, the same for every symbol.
 
@@ -86,7 +108,7 @@ class Parts:
     Without a validation part the two ends are one. `left_out` are the symbols that cannot be used.
     """
 
-    histories: tuple[Window, ...]
+    histories: "Histories"
     left_out: tuple[str, ...]
     until: int
     train_end: int
@@ -94,15 +116,15 @@ class Parts:
 
     def only(self, symbols: Collection[str]) -> "Parts":
         """The same with some of the symbols; the others are left out."""
-        kept = tuple(w for w in self.histories if w.symbol in symbols)
-        others = (w.symbol for w in self.histories if w.symbol not in symbols)
+        kept = replace(self.histories, symbols=tuple(s for s in self.histories.symbols if s in symbols))
+        others = (s for s in self.histories.symbols if s not in symbols)
         return Parts(kept, (*self.left_out, *others), self.until, self.train_end, self.validation_end)
 
     def past(self, origins: int, fingerprint: str) -> dict[str, Any]:
         """The fields of a `Past` that has learnt from these bars and so many origins."""
         return {
             "data": self.digest,
-            "symbols": tuple(w.symbol for w in self.histories),
+            "symbols": self.histories.symbols,
             "left_out": self.left_out,
             "bars": sum(len(w) for w in self.histories),
             "origins": origins,
@@ -118,8 +140,8 @@ class Parts:
         h = sha256()
         for w in self.histories:
             h.update(f"{w.symbol} {len(w)}\n".encode())
-            h.update(np.ascontiguousarray(w.close_times).tobytes())
-            h.update(np.ascontiguousarray(w.values).tobytes())
+            h.update(np.ascontiguousarray(w.close_times).data)
+            h.update(np.ascontiguousarray(w.values).data)
         return h.hexdigest()
 
 
@@ -184,7 +206,7 @@ class Table:
 _TORCH = {np.float32: torch.float32, np.float64: torch.float64, np.int64: torch.int64}
 
 
-def parts(histories: Sequence[Window], until: int | None, *, validation: float, hold_out: float) -> Parts:
+def parts(histories: Collection[Window], until: int | None, *, validation: float, hold_out: float) -> Parts:
     """Cut whole histories; no bar after `until`, by default the newest, is looked at.
 
     `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest. Raises
@@ -193,20 +215,22 @@ def parts(histories: Sequence[Window], until: int | None, *, validation: float, 
     said = "" if until is None else f" closed by {to_text(until)}"
     if until is None:
         until = max((w.close_time for w in histories if len(w)), default=0)
-    cut = [w for w in (_cut(w, until) for w in histories) if len(w)]
+    begun = {w.symbol: len(_cut(w, until)) > 0 for w in histories}
+    cut = Histories(histories, tuple(s for s, some in begun.items() if some), until)
     if not cut:
         raise DataError(f"there are no bars{said} to learn from: check the symbols and the date")
     for w in cut:
         check(w)
-    times = np.sort(np.concatenate([w.close_times for w in cut]))
+    times = [w.close_times for w in cut]
+    last = sum(map(len, times)) - 1
     shares = (1 - hold_out) * (1 - validation), 1 - hold_out
-    train_end, validation_end = (int(times[int(x * (len(times) - 1))]) for x in shares)
-    empty = tuple(w.symbol for w in histories if all(w.symbol != c.symbol for c in cut))
-    return Parts(tuple(cut), empty, until, train_end, validation_end)
+    train_end, validation_end = (_nth(times, int(x * last)) for x in shares)
+    empty = tuple(s for s, some in begun.items() if not some)
+    return Parts(cut, empty, until, train_end, validation_end)
 
 
 def split(
-    histories: Sequence[Window],
+    histories: Collection[Window],
     timeframe: str,
     horizons: tuple[int, ...],
     until: int | None,
@@ -217,8 +241,8 @@ def split(
 ) -> Split:
     """Cut whole histories as `parts` does, learn the scaling and collect the origins.
 
-    What the network sees lies on the disk of `folder`, or in memory without one. Raises `DataError` for
-    histories that cannot be learnt from.
+    Of more than `MOST` origins of a part so many are kept, evenly thinned. What the network sees lies on the
+    disk of `folder`, or in memory without one. Raises `DataError` for histories that cannot be learnt from.
     """
     whole = parts(histories, until, validation=validation, hold_out=hold_out)
     train_end, validation_end = whole.train_end, whole.validation_end
@@ -229,13 +253,13 @@ def split(
         except DataError as error:  # one symbol that was halted or listed lately must not stop the others
             faults.append(str(error))
         else:
-            used.append(w)
+            used.append(w.symbol)
     if not used:
         more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise DataError(f"no symbol is left to learn from; {'; '.join(faults[:3])}{more}")
-    scaling = fit([_cut(w, train_end) for w in used], timeframe, horizons)
-    learn, validated = _collect(used, scaling, train_end, validation_end, folder)
-    kept = whole.only([w.symbol for w in used])
+    kept = whole.only(used)
+    scaling = fit(replace(kept.histories, until=train_end), timeframe, horizons)
+    learn, validated = _collect(kept, scaling, folder)
     return Split(
         kept.histories, kept.left_out, kept.until, train_end, validation_end, scaling, learn, validated
     )
@@ -257,55 +281,90 @@ class _Part:
         return Origins(features, channels, prices, row[:, 0], z, scale, block)
 
 
-def _collect(
-    histories: Sequence[Window],
-    scaling: Scaling,
-    train_end: int,
-    validation_end: int,
-    folder: Path | None,
-) -> tuple[Origins, Origins | None]:
-    """Symbol by symbol, so that memory holds one symbol's numbers at a time."""
-    reach = max(scaling.horizons)
+def _collect(data: Parts, scaling: Scaling, folder: Path | None) -> tuple[Origins, Origins | None]:
+    """Some bars of a symbol after the other, so that memory holds the numbers of these alone."""
+    reach, horizons = max(scaling.horizons), scaling.horizons
     first = scaling.layout.har[-1] + 1
-    edges = _edges(histories, first, reach, train_end)
+    learnt, validated = _spans(data, first, reach)
+    edges = _edges(data.histories, learnt)
     channels, prices = Table(CHANNELS, np.float32, folder), Table(3, np.float64, folder)
-    F, H = len(scaling.mean), len(scaling.horizons)
-    learnt, validated = (_Part(F, H, folder) for _ in range(2))
-    for w in histories:
-        frame = scaling.frame(w.symbol, w.close_times, w.values, first)
+    F, H = len(scaling.mean), len(horizons)
+    parts = [(_Part(F, H, folder), spans, _kept(spans)) for spans in (learnt, validated)]
+    for number, w in enumerate(data.histories):
+        row = len(channels)
         price = np.log(w.values[:, 3])
-        k = np.arange(first, len(w) - reach)
-        y = np.stack([price[k + h] - price[k] for h in scaling.horizons], 1)
-        opened, closed = w.close_times[k], w.close_times[k + reach]
-        learn = closed <= train_end
-        validate = (opened > train_end) & (closed <= validation_end)
-        for part, chosen in ((learnt, learn), (validated, validate)):
-            i = k[chosen] - first
-            scale = frame.scale[i]
-            part.features.add(frame.features[i])
-            part.row.add(len(channels) + k[chosen] - 1)
-            part.z.add(np.clip(y[chosen] / scale, -OUTLIER, OUTLIER))
-            part.scale.add(scale)
-            part.block.add(np.searchsorted(edges, np.stack([opened, closed], 1)[chosen]))
-        channels.add(frame.channels)
+        for frame in scaling.frames(w.symbol, w.close_times, w.values, first):
+            end = frame.first + len(frame.features)
+            for part, spans, kept in parts:
+                before = sum(map(len, spans[:number]))
+                own = spans[number]
+                low, high = max(own.start, frame.first), min(own.stop, end)
+                k = own.start + _between(kept, before + low - own.start, before + high - own.start) - before
+                i, ahead = k - frame.first, k[:, None] + np.array(horizons)
+                scale = frame.scale[i]
+                part.features.add(frame.features[i])
+                part.row.add(row + k - 1)
+                part.z.add(np.clip((price[ahead] - price[k][:, None]) / scale, -OUTLIER, OUTLIER))
+                part.scale.add(scale)
+                part.block.add(np.searchsorted(edges, w.close_times[np.stack([k, k + reach], 1)]))
+            channels.add(frame.channels)
         prices.add(np.log(w.values[1:, [3, 1, 2]]))
-    apart = validation_end > train_end
-    for part, what in ((learnt, "learn from"), (validated, "validate on"))[: 1 + apart]:
+    apart = data.validation_end > data.train_end
+    for (part, _, _), what in list(zip(parts, ("learn from", "validate on"), strict=True))[: 1 + apart]:
         if len(part.row) < LEAST:
             raise DataError(f"only {len(part.row)} forecast origins to {what}, not {LEAST}: give more bars")
     bars = channels.tensor(), prices.tensor()
-    return learnt.origins(*bars), validated.origins(*bars) if apart else None
+    learn, look = (part for part, _, _ in parts)
+    return learn.origins(*bars), look.origins(*bars) if apart else None
 
 
-def _edges(histories: Sequence[Window], first: int, reach: int, train_end: int) -> NDArray[np.int64]:
+def _spans(data: Parts, first: int, reach: int) -> tuple[list[range], list[range]]:
+    """The bars of each symbol that are origins to learn from, and to validate on.
+
+    They lie in the part, and so does the bar `reach` after them.
+    """
+    learnt, validated = [], []
+    for w in data.histories:
+        ends = (data.train_end, data.validation_end)
+        trained, known = (int(np.searchsorted(w.close_times, end, "right")) for end in ends)
+        learnt.append(range(first, max(first, trained - reach)))
+        since = max(first, trained)
+        validated.append(range(since, max(since, known - reach)))
+    return learnt, validated
+
+
+def _kept(spans: Sequence[range]) -> NDArray[np.int64]:
+    """Which origins of a part are kept, counted through its symbols."""
+    count = sum(map(len, spans))
+    return every(count, even_stride(count, MOST))
+
+
+def _between(places: NDArray[np.int64], low: int, high: int) -> NDArray[np.int64]:
+    """Those of ascending places with low <= place < high."""
+    a, b = np.searchsorted(places, [low, high])
+    return places[a : max(a, b)]
+
+
+def _edges(histories: Collection[Window], learnt: Sequence[range]) -> NDArray[np.int64]:
     """The last origin (nanoseconds) of each block but the newest, (BLOCKS - 1,); blocks have equal counts."""
-    opened = []
-    for w in histories:
-        last = int(np.searchsorted(w.close_times, train_end, "right")) - reach
-        opened.append(w.close_times[first : max(first, last)])
-    times = np.sort(np.concatenate(opened))
-    at = [len(times) * (b + 1) // BLOCKS - 1 for b in range(BLOCKS - 1)]
-    return times[at] if len(times) >= BLOCKS else np.zeros(BLOCKS - 1, np.int64)
+    opened = [w.close_times[own.start : own.stop] for w, own in zip(histories, learnt, strict=True)]
+    count = sum(map(len, opened))
+    if count < BLOCKS:
+        return np.zeros(BLOCKS - 1, np.int64)
+    return np.array([_nth(opened, count * (b + 1) // BLOCKS - 1) for b in range(BLOCKS - 1)], np.int64)
+
+
+def _nth(times: Sequence[NDArray[np.int64]], n: int) -> int:
+    """The n-th, from 0, of all of several ascending times, found by bisection: it reads a few of them."""
+    some = [t for t in times if len(t)]
+    low, high = min(int(t[0]) for t in some), max(int(t[-1]) for t in some)
+    while low < high:
+        middle = (low + high) // 2
+        if sum(int(np.searchsorted(t, middle, "right")) for t in some) > n:
+            high = middle
+        else:
+            low = middle + 1
+    return low
 
 
 def to_text(time: int) -> str:

@@ -7,9 +7,9 @@ there. All is float64 and free of BLAS, whose sums may change with the shape.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from math import log, pi
 
 import numpy as np
@@ -33,6 +33,7 @@ LEVEL_PRIOR = 25.0  # realised residuals of evidence for "the scale is right", f
 SHORT_LEVEL, BIAS = 100, 250  # realised residuals behind the fast level and the drift feature
 APART = 8  # bars between windows that share the work of their history, at most
 CHUNK = 32  # entries that are summed at once
+PIECE = 32_768  # bars whose features are in memory at once
 DEEPEST = 8.0  # a fall counts as at most this in the regression
 TAIL = 6.0  # a residual counts as at most this in the features of the tails
 CLIP = 5.0  # standardised features end here
@@ -179,6 +180,19 @@ class Scaling:
         features = np.clip((x - self.mean) / self.std, -CLIP, CLIP)
         return Frame(first, raw[first - 1 :] * level, features, _channels(s, flat, season))
 
+    def frames(self, symbol: str, close_times: Ints, values: Array, first: int) -> Iterator[Frame]:
+        """What `frame` gives, to the bit, some bars at a time: memory holds the features of these alone.
+
+        `first` of each says which bars of the history they are. Its channels begin with the row that follows
+        those of the frame before.
+        """
+        for start in range(first, len(close_times), PIECE):
+            since = max(0, start - self.window + 1) if start > first else 0
+            end = min(start + PIECE, len(close_times))
+            some = self.frame(symbol, close_times[since:end], values[since:end], start - since)
+            new = end - start if start > first else end - 1
+            yield replace(some, first=start, channels=some.channels[len(some.channels) - new :])
+
     def of_windows(self, windows: Sequence[Window]) -> list[Frame]:
         """The frame of each window's newest bar: as `of_window` gives it, to the bit.
 
@@ -281,76 +295,83 @@ def check_to_learn(w: Window, timeframe: str, horizons: Sequence[int]) -> None:
     _checked(w, _blank(timeframe, tuple(horizons)))
 
 
-def fit(histories: Sequence[Window], timeframe: str, horizons: Sequence[int]) -> Scaling:
+def fit(histories: Collection[Window], timeframe: str, horizons: Sequence[int]) -> Scaling:
     """Learn the statistics from whole histories that end where the training part ends.
 
     Everything is pooled over symbols, each normalised by its own level, so that the result also serves
-    symbols that were not there. Raises `DataError` for a symbol that is too short or stands still.
+    symbols that were not there. The histories are gone through several times, and memory holds the numbers of
+    one at a time. Raises `DataError` for a symbol that is too short or stands still.
     """
-    layout, blank = layout_of(timeframe), _blank(timeframe, tuple(horizons))
-    first = [_checked(w, blank) for w in histories]
-    if layout is INTRADAY:
-        moves = [np.abs(s.r) / np.abs(s.r).mean() for s in first]
-        times = np.concatenate([w.close_times[1:] for w in histories])
-        blank = replace(
-            blank,
-            zone=choose_zone(times, np.concatenate(moves)),
-            symbols=tuple(w.symbol for w in histories),
-        )
-    series = [_Series.of(w.close_times, w.values, layout, blank.zone) for w in histories]
-    own = len(blank.symbols) > 0
-    slot = [s.slot for s in series]
+    layout, part = layout_of(timeframe), _blank(timeframe, tuple(horizons))
+    for w in histories:
+        _checked(w, part)
+    own = layout is INTRADAY
+    if own:
+        zone = choose_zone(_moves(w) for w in histories)
+        part = replace(part, zone=zone, symbols=tuple(w.symbol for w in histories))
 
-    factor = _seasons(slot, [_typical(np.abs(s.r)) for s in series], layout.slots, 1.0, own, 1)
+    sizes, busy = [], []
+    for w in histories:
+        s = _Series.of(w.close_times, w.values, layout, part.zone)
+        sizes.append(_tally(s.slot, _typical(np.abs(s.r)), layout))
+        busy.append(_tally(s.slot, s.volume, layout))
+    factor = _seasons(np.stack(sizes), 1.0, own, 1)
     factor /= factor.mean(-1, keepdims=True)
-    level = float(np.concatenate([s.volume for s in series]).mean())
-    busy = [s.volume - (s.volume.mean() if own else level) for s in series]
-    volume = _seasons(slot, busy, layout.slots, 0.0, own, 1)
-    gain_of_one = np.ones((len(factor), len(blank.horizons), layout.slots))
-    part = replace(blank, factor=factor, volume=volume, gain=gain_of_one)
+    volume = np.stack(busy)
+    volume[:, 0] -= _means(volume, own) * volume[:, 1]
+    gain_of_one = np.ones((len(factor), len(part.horizons), layout.slots))
+    part = replace(part, factor=factor, volume=_seasons(volume, 0.0, own, 1), gain=gain_of_one)
 
-    warm = layout.har[-1]
-    flats = [_Flat.of(s, part.season(w.symbol), layout) for w, s in zip(histories, series, strict=True)]
-    coefficients, gain = [], []
-    for h in part.horizons:
-        X, y = [], []
-        for flat in flats:
+    def each() -> Iterator[tuple[_Series, _Flat]]:
+        for w in histories:
+            s = _Series.of(w.close_times, w.values, layout, part.zone)
+            yield s, _Flat.of(s, part.season(w.symbol), layout)
+
+    warm, J = layout.har[-1], layout.terms
+    gram, moment = (np.zeros((len(part.horizons), J, *more)) for more in ((J,), ()))
+    for _, flat in each():
+        for j, h in enumerate(part.horizons):
             ahead = sliding_window_view(flat.p[1:], h).mean(-1)  # row k: bars k+1 .. k+h
             n = len(ahead)
-            X.append(np.column_stack([np.ones(n), flat.ratios[:n]])[warm:])
-            y.append(np.log(ahead / flat.reference[:n] + FLOOR)[warm:])
-        try:
-            coefficients.append(_least_squares(np.concatenate(X), np.concatenate(y)))
-        except np.linalg.LinAlgError as error:
-            names = ", ".join(w.symbol for w in histories[:3])
-            raise DataError(
-                f"the bars of {names} are too uniform to learn from, such as prices that never fall: give "
-                "more symbols or other ones"
-            ) from error
+            X = np.column_stack([np.ones(n), flat.ratios[:n]])[warm:]
+            squares, products = _normal(X, np.log(ahead / flat.reference[:n] + FLOOR)[warm:])
+            gram[j] += squares
+            moment[j] += products
+    try:
+        coefficients = [solve(squares, products) for squares, products in zip(gram, moment, strict=True)]
+    except np.linalg.LinAlgError as error:
+        names = ", ".join(islice((w.symbol for w in histories), 3))
+        raise DataError(
+            f"the bars of {names} are too uniform to learn from, such as prices that never fall: give "
+            "more symbols or other ones"
+        ) from error
     part = replace(part, har=np.array(coefficients))
-    for j, h in enumerate(part.horizons):
-        z = []
-        for w, s, flat in zip(histories, series, flats, strict=True):
-            raw = _raw_scales(s, flat, part, part.season(w.symbol))[:-h, j]
-            z.append(np.minimum(np.abs(s.price[h:] - s.price[:-h]) / raw, OUTLIER)[warm:])
-        typical = float(np.concatenate(z).mean())
-        relative = [x / (x.mean() if own else typical) for x in z]
-        at = [k[:-h][warm:] for k in slot]
-        gain.append(_seasons(at, relative, layout.slots, 1.0, own, h) * typical)
+
+    outcomes: list[list[Array]] = [[] for _ in part.horizons]
+    for w, (s, flat) in zip(histories, each(), strict=True):
+        raw = _raw_scales(s, flat, part, part.season(w.symbol))
+        for j, h in enumerate(part.horizons):
+            z = np.minimum(np.abs(s.price[h:] - s.price[:-h]) / raw[:-h, j], OUTLIER)
+            outcomes[j].append(_tally(s.slot[:-h][warm:], z[warm:], layout))
+    gain = []
+    for h, found in zip(part.horizons, outcomes, strict=True):
+        tallies = np.stack(found)
+        typical = float(_means(tallies, own=False)[0, 0])
+        tallies[:, 0] /= _means(tallies, own)
+        gain.append(_seasons(tallies, 1.0, own, h) * typical)
     part = replace(part, gain=np.stack(gain, 1))
 
-    unsigned = ~signed_features(timeframe, horizons)
-    count, total = 0, np.zeros(len(unsigned))
+    count, mean, square = 0, np.zeros(()), np.zeros(())
     for w in histories:
-        x = part.frame(w.symbol, w.close_times, w.values, warm + 1).features
-        count, total = count + len(x), total + x.sum(0)
-    mean = np.where(unsigned, total / count, 0.0)
-    square = np.zeros(len(unsigned))
-    for w in histories:
-        x = part.frame(w.symbol, w.close_times, w.values, warm + 1).features
-        square += ((x - mean) ** 2).sum(0)
-    std = np.sqrt(square / count)
-    return replace(part, mean=mean, std=np.where(std > 1e-9, std, 1.0))
+        for frame in part.frames(w.symbol, w.close_times, w.values, warm + 1):  # Chan et al. (1979)
+            n, x = len(frame.features), frame.features
+            middle = x.mean(0)
+            square = square + ((x - middle) ** 2).sum(0) + (middle - mean) ** 2 * count * n / (count + n)
+            mean = mean + (middle - mean) * n / (count + n)
+            count += n
+    signed = signed_features(timeframe, horizons)
+    std = np.sqrt(square / count + np.where(signed, mean**2, 0.0))
+    return replace(part, mean=np.where(signed, 0.0, mean), std=np.where(std > 1e-9, std, 1.0))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -463,12 +484,20 @@ def _last_sum(x: Array) -> float:
     return total + float(np.add.reduce(x[:rest])) if rest else total
 
 
-def _least_squares(X: Array, y: Array) -> Array:
-    """Coefficients of y (n,) on X (n, J), by normal equations whose sums no number of threads can change."""
+def _moves(w: Window) -> tuple[Ints, Array]:
+    """Closes and absolute returns over their mean, (N - 1,) each."""
+    size = np.abs(np.diff(np.log(w.values[:, 3])))
+    return w.close_times[1:], size / size.mean()
+
+
+def _normal(X: Array, y: Array) -> tuple[Array, Array]:
+    """The sums (J, J) and (J,) of the normal equations of y (n,) on X (n, J).
+
+    No number of threads can change them.
+    """
     J = range(X.shape[1])
     gram = np.array([[(X[:, i] * X[:, j]).sum() for j in J] for i in J])
-    moment = np.array([(X[:, i] * y).sum() for i in J])
-    return solve(gram, moment)
+    return gram, np.array([(X[:, i] * y).sum() for i in J])
 
 
 def _typical(a: Array) -> Array:
@@ -477,22 +506,30 @@ def _typical(a: Array) -> Array:
     return a / float(a.mean())
 
 
-def _seasons(
-    slot: Sequence[Ints], x: Sequence[Array], count: int, prior: float, own: bool, overlap: int
-) -> Array:
-    """Means by slot of all symbols together, then of each if they are to have their `own`, (1 + S, slots).
+def _tally(slot: Ints, x: Array, layout: Layout) -> Array:
+    """The sum of x (n,) in each slot, and how many they are, (2, slots)."""
+    return np.stack([np.bincount(slot, x, minlength=layout.slots), np.bincount(slot, minlength=layout.slots)])
 
-    The former are shrunk to `prior`, the latter to the former. `overlap` values tell as much as one.
+
+def _means(tallies: Array, own: bool) -> Array:
+    """The mean of each symbol of tallies (S, 2, slots) if they are to have their `own`, or of all; (S, 1)."""
+    whole = tallies.sum(-1) if own else tallies.sum((0, -1))[None]
+    means: Array = np.broadcast_to((whole[:, 0] / whole[:, 1])[:, None], (len(tallies), 1))
+    return means
+
+
+def _seasons(tallies: Array, prior: float, own: bool, overlap: int) -> Array:
+    """Means by slot of all S symbols together, then of each if they are to have their `own`, (1 + S, slots).
+
+    `tallies` are (S, 2, slots). The former are shrunk to `prior`, the latter to the former. `overlap` values
+    tell as much as one.
     """
-
-    def means(slot: Ints, x: Array, prior: Array | float, evidence: float) -> Array:
-        total, n = np.bincount(slot, x, minlength=count), np.bincount(slot, minlength=count)
-        shrunk: Array = (total + evidence * prior) / (n + evidence)
-        return shrunk
-
-    together = means(np.concatenate(slot), np.concatenate(x), prior, SLOT_PRIOR * overlap)
-    each = [means(k, v, together, OWN_PRIOR * overlap) for k, v in zip(slot, x, strict=True)] if own else []
-    return np.stack([together, *each])
+    total, n = tallies.sum(0)
+    together = (total + SLOT_PRIOR * overlap * prior) / (n + SLOT_PRIOR * overlap)
+    if not own:
+        return np.stack([together])
+    evidence = OWN_PRIOR * overlap
+    return np.stack([together, *((total + evidence * together) / (n + evidence) for total, n in tallies)])
 
 
 def _raw_scales(s: _Series, flat: _Flat, scaling: Scaling, season: Season) -> Array:

@@ -1,6 +1,6 @@
 """The hour of the week, in the time zone that a market keeps, and what is typical of each."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from zoneinfo import ZoneInfo
@@ -50,27 +50,29 @@ def slot_means(slot: Ints, x: Array, count: int = SLOTS, prior: float = PRIOR) -
     return means
 
 
-def choose_zone(close_times: Ints, x: Array, zones: Sequence[str] = ZONES) -> str:
+def choose_zone(moves: Iterable[tuple[Ints, Array]], zones: Sequence[str] = ZONES) -> str:
     """The zone by whose hours of the week x (n,) is told best: least squares of x around its slot means.
 
-    x is at least 0, such as absolute returns, and belongs to the bars that close at `close_times`; those of
-    several symbols may follow each other. The first zone is taken where none is better, as in bars without a
+    `moves` are the closes (n,) of the bars of each symbol and their x (n,), which is at least 0, such as
+    absolute returns over their mean. The first zone is taken where none is better, as in bars without a
     change of the clock, unless whole hours of the week lack bars: such markets keep an exchange's hours, and
     the last zone is taken.
     """
-    x = clipped(x)
-    if not x.any():
+    total, count = np.zeros((2, len(zones), SLOTS))
+    for close_times, x in moves:
+        size = clipped(x)
+        for z, zone in enumerate(zones):
+            slot = slots(close_times, zone)
+            total[z] += np.bincount(slot, size, minlength=SLOTS)
+            count[z] += np.bincount(slot, minlength=SLOTS)
+    if not total.any():
         return zones[0]
-    x = x / float(x.mean())
-    told = []
-    for zone in zones:
-        slot = slots(close_times, zone)
-        means = slot_means(slot, x)[slot]
-        told.append(float(((means - 1) * (2 * x - means - 1)).sum()))
-    best = max(told)
-    if best - min(told) > 1e-9 * abs(best):
-        return zones[told.index(best)]
-    return zones[0] if len(np.unique(slot)) == SLOTS else zones[-1]
+    total /= total[0].sum() / count[0].sum()
+    means = (total + PRIOR) / (count + PRIOR)
+    told = ((means - 1) * (2 * total - (means + 1) * count)).sum(1)
+    if told.max() - told.min() > 1e-9 * abs(told.max()):
+        return zones[int(told.argmax())]
+    return zones[0] if count[-1].all() else zones[-1]
 
 
 def clipped(x: Array) -> Array:

@@ -13,7 +13,7 @@ first.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from math import gcd, inf, pi, sqrt
@@ -59,7 +59,7 @@ SOURCES = Path(__file__).parent  # of what a training runs through: a state is o
 
 
 def train(
-    histories: Sequence[Window],
+    histories: Collection[Window],
     *,
     timeframe: str,
     horizons: Sequence[int],

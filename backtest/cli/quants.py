@@ -115,13 +115,14 @@ def forecast(
     forecaster = open_model(model, timeframe, sampler, steps, bool(pairs))
     card = forecaster.card
     check_sampled(model, card, sampler, steps)
-    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
     windows = []
-    for name, h in histories.items():
-        if len(h) < card.min_window:
-            err.print(f"{name}: {len(h)} bars, {card.min_window} are needed: left out")
-        else:
-            windows.append(Window(name, h.close_times[-card.window :], h.values[-card.window :]))
+    with histories_of(files, stamp, closes, symbol, until, adjustments) as histories:
+        for name, h in histories.items():
+            if len(h) < card.min_window:
+                err.print(f"{name}: {len(h)} bars, {card.min_window} are needed: left out")
+            else:
+                newest = h.part(max(0, len(h) - card.window), len(h))
+                windows.append(Window(name, newest.close_times.copy(), newest.values.copy()))
     if not windows:
         raise DataError(
             f"No symbol has the {card.min_window} bars that {card.model} needs: give more history."
@@ -539,11 +540,13 @@ def evaluate(
     field = open_field(model or [], timeframe, paths)
     for name, reason in field.left_out.items():
         err.print(f"{name} left out: {reason}", highlight=False, markup=False, soft_wrap=True)
-    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
-    with progressing("forecasting", None) as advance:
+    with (
+        histories_of(files, stamp, closes, symbol, until, adjustments) as histories,
+        progressing("forecasting", None) as advance,
+    ):
         result = compare(
             field,
-            list(histories.values()),
+            histories.values(),
             closes.timeframe,
             since=moment(since),
             until=moment(until),
@@ -605,11 +608,13 @@ def schedulers(
         return
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
-    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
-    with progressing("forecasting", None) as advance:
+    with (
+        histories_of(files, stamp, closes, symbol, until, adjustments) as histories,
+        progressing("forecasting", None) as advance,
+    ):
         result = compare(
             model,
-            list(histories.values()),
+            histories.values(),
             closes.timeframe,
             steps=steps or STEPS,
             origins=origins,

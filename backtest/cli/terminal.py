@@ -1,12 +1,12 @@
 """What the commands share: the options they take, how they say where they stand, how they read bars."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile, gettempdir
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -263,6 +263,7 @@ def calendars_of(calendar: str, others: list[str] | None, timeframe: str) -> "Ca
     return Calendars(calendar, Parsed.parse(timeframe), others_of(others))
 
 
+@contextmanager
 def histories_of(
     files: list[Path],
     stamp: Stamp,
@@ -270,13 +271,23 @@ def histories_of(
     symbols: list[str] | None,
     until: datetime | None,
     adjustments: Path | None,
-) -> "dict[str, Window]":
-    """The whole history of each symbol, on the price basis of its newest bar."""
-    from barcast.daemon.adjustments import adjusted, read_adjustments
-    from barcast.daemon.history import read_windows, scan
+    scratch: Path | None = None,
+) -> "Iterator[Mapping[str, Window]]":
+    """The whole history of each symbol, on the price basis of its newest bar.
 
-    windows = read_windows(scan(files, stamp.value, calendars, symbols, None, moment(until)))
-    return dict(adjusted(windows, read_adjustments(adjustments))) if adjustments else windows
+    It is mapped from files in `scratch`, or in the folder for temporary files, and ends with the context.
+    """
+    from barcast.backtest.tables import PREFIX
+    from barcast.backtest.workers import writing_in
+    from barcast.daemon.adjustments import adjusted, read_adjustments
+    from barcast.daemon.history import History
+
+    place = scratch or Path(gettempdir())
+    with ExitStack() as stack:
+        with writing_in(place):
+            folder = stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=place))
+            history = History(files, stamp.value, calendars, symbols, moment(until), Path(folder))
+        yield adjusted(history, read_adjustments(adjustments)) if adjustments else history
 
 
 def moment(time: datetime | None) -> int | None:

@@ -1,7 +1,7 @@
 """Training on the command line: with progress, and with what was chosen."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -142,25 +142,32 @@ def train(
             raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
-    histories = histories_of(files, stamp, closes, symbol, until, adjustments)
-    _train(
-        histories,
-        out_dir,
-        timeframe,
-        kind=kind,
-        members=member or (),
-        horizons=tuple(horizon) if horizon else None,
-        steps=steps,
-        minutes=minutes,
-        init_from=init_from,
-        hold_out=hold_out,
-        seed=seed,
-        preset=preset,
-        precision=precision,
-        accumulate=accumulate,
-    )
-    if hold_out:
-        _print_held_out(histories, out_dir, timeframe)
+    from barcast.models.checkpoint import check_target
+
+    try:
+        out_dir = check_target(out_dir)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {error}; name a directory that you may write") from error
+    with histories_of(files, stamp, closes, symbol, until, adjustments, out_dir.parent) as histories:
+        written = _train(
+            histories,
+            out_dir,
+            timeframe,
+            kind=kind,
+            members=member or (),
+            horizons=tuple(horizon) if horizon else None,
+            steps=steps,
+            minutes=minutes,
+            init_from=init_from,
+            hold_out=hold_out,
+            seed=seed,
+            preset=preset,
+            precision=precision,
+            accumulate=accumulate,
+        )
+        if written and hold_out:
+            _print_held_out(histories, out_dir, timeframe)
     if kind == Kind.sssd:
         from barcast.models import optimiser
 
@@ -168,7 +175,7 @@ def train(
 
 
 def _train(
-    histories: "dict[str, Window]",
+    histories: "Mapping[str, Window]",
     out_dir: Path,
     timeframe: str,
     *,
@@ -183,24 +190,19 @@ def _train(
     preset: str | None,
     precision: str,
     accumulate: int,
-) -> None:
-    """Train, or go on with what was interrupted, and write the model; helping processes end here."""
+) -> bool:
+    """Train, or go on with what was interrupted, and write the model; False in processes that only help."""
     from barcast.models import ensemble, gbm, optimiser, training
-    from barcast.models.checkpoint import check_target, load, open_member, save
+    from barcast.models.checkpoint import load, open_member, save
     from barcast.models.trained import Trained
 
-    try:
-        out_dir = check_target(out_dir)
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: {error}; name a directory that you may write") from error
     start = None
     if init_from:
         first = load(init_from)
         if not isinstance(first.trained, Trained):
             raise ConfigError(f"--init-from: {init_from} is no sssd; name one, or train from scratch")
         start = first.model, first.trained
-    bars = list(histories.values())
+    bars = histories.values()
     outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
     outputs |= {"levels": LEVELS, "hold_out": hold_out}
     trained: Model
@@ -222,7 +224,7 @@ def _train(
                 progress=stand,
             )
         if not optimiser.is_main():
-            optimiser.leave()
+            return False
     else:
         with progressing("training", None) as advance:
 
@@ -240,6 +242,7 @@ def _train(
     model = save(trained, out_dir)
     state.unlink(missing_ok=True)
     tell_model(model, trained, out_dir)
+    return True
 
 
 def tell_model(model: str, trained: "Model", out_dir: Path) -> None:
@@ -294,7 +297,7 @@ def epochs() -> "Iterator[Callable[[Stand], None]]":
     yield line
 
 
-def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str) -> None:
+def _print_held_out(histories: "Mapping[str, Window]", model: Path, timeframe: str) -> None:
     """Show how a new model does beside the baselines on the bars that its training left for the gate."""
     from barcast.daemon.wire import to_text
     from barcast.models import BASELINES, compare, even_stride
@@ -307,7 +310,7 @@ def _print_held_out(histories: dict[str, "Window"], model: Path, timeframe: str)
     try:
         scores = compare(
             [mine, *others],
-            list(histories.values()),
+            histories.values(),
             since=record.validation_end,
             until=record.until,
             stride=even_stride(held_out, HELD_OUT),

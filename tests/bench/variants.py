@@ -42,8 +42,9 @@ def no_season() -> Patch:
     """All hours or weekdays are one slot: to the scale, but not to the features that say the hour."""
     seasons = scaling._seasons
 
-    def flat(slot: Any, x: Any, count: int, prior: float, own: bool, overlap: int) -> Any:
-        return np.repeat(seasons([0 * k for k in slot], x, 1, prior, own, overlap), count, -1)
+    def flat(tallies: Any, prior: float, own: bool, overlap: int) -> Any:
+        whole = seasons(tallies.sum(-1, keepdims=True), prior, own, overlap)
+        return np.repeat(whole, tallies.shape[-1], -1)
 
     return patch.object(scaling, "_seasons", flat)
 

@@ -1,5 +1,7 @@
 """The cut into learning, validation and the part that is held out."""
 
+import weakref
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from barcast.models import ConfigError, DataError, Window
+from barcast.models import ConfigError, DataError, Window, origins, scaling
 from barcast.models.evaluation import even_stride, every
 from barcast.models.origins import BLOCKS, OUTLIER, Split, Table, thinned
 from barcast.models.origins import split as cut_and_collect
@@ -22,7 +24,7 @@ def histories() -> list[Window]:
 
 
 def split(
-    histories: list[Window],
+    histories: Collection[Window],
     until: int | None = None,
     folder: Path | None = None,
     validation: float = 0.2,
@@ -147,6 +149,71 @@ def test_tables_on_disk_hold_the_same_numbers(histories: list[Window], tmp_path:
             assert [line for line in mapped.splitlines() if line.startswith(start)] or name == "row"
     at = torch.tensor([3, 700, 41])
     assert torch.equal(here.learn.sequence(at, 64), there.learn.sequence(at, 64))
+
+
+def test_a_few_bars_at_a_time_give_the_same_numbers(
+    histories: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few bars are in memory at once, each origin has what it has when the whole history is."""
+    whole = split(histories)
+    monkeypatch.setattr(scaling, "PIECE", 97)
+    pieces = split(histories)
+    np.testing.assert_allclose(pieces.scaling.mean, whole.scaling.mean, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(pieces.scaling.std, whole.scaling.std, rtol=1e-9)
+    for mine, theirs in ((pieces.learn, whole.learn), (pieces.validation, whole.validation)):
+        assert mine is not None
+        assert theirs is not None
+        for name in ("prices", "row", "z", "scale", "block", "channels"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name))
+        torch.testing.assert_close(mine.features, theirs.features, rtol=1e-5, atol=1e-6)
+
+
+def test_of_very_many_origins_some_are_kept(histories: list[Window], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are evenly spread over all symbols, and each is one of those that there are without the limit."""
+    whole = split(histories)
+    monkeypatch.setattr(origins, "MOST", 250)
+    some = split(histories)
+    for kept, every_one in ((some.learn, whole.learn), (some.validation, whole.validation)):
+        assert kept is not None
+        assert every_one is not None
+        same = thinned(torch.arange(len(every_one)), 250)
+        assert 150 < len(kept) < 400
+        for name in ("features", "row", "z", "scale", "block"):
+            assert torch.equal(getattr(kept, name), getattr(every_one, name)[same])
+
+
+def test_histories_are_read_anew_whenever_they_are_asked_for(histories: list[Window]) -> None:
+    """A collection that maps its windows from files gives the same split, and none of them is held."""
+    opened = []
+
+    class Files(Collection[Window]):
+        def __iter__(self) -> Iterator[Window]:
+            for w in histories:
+                fresh = Window(w.symbol, w.close_times.copy(), w.values.copy())
+                opened.append(weakref.ref(fresh.values))
+                yield fresh
+
+        def __len__(self) -> int:
+            return len(histories)
+
+        def __contains__(self, window: object) -> bool:
+            return window in histories
+
+    mine, theirs = split(Files()), split(histories)
+    assert len(opened) > 10
+    assert [ref() for ref in opened if ref() is not None] == []
+    assert mine.digest == theirs.digest
+    assert torch.equal(mine.learn.features, theirs.learn.features)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3, 7, 12])
+def test_the_nth_of_several_ascending_times(n: int) -> None:
+    """It is that of all of them in order, equal ones counted each; empty ones are passed over."""
+    times = [
+        np.array(t, np.int64)
+        for t in ([5, 6, 9, 9], [], [1, 5, 7, 8, 20], [2**62, 2**62 + 1, 2**62 + 3, 2**62 + 5])
+    ]
+    assert origins._nth(times, n) == sorted(np.concatenate(times).tolist())[n]
 
 
 def test_a_disk_that_cannot_be_written_is_a_fault(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import barcast.models.scaling
 from barcast.models import ConfigError, DataError, Window
 from barcast.models.scaling import (
     DAILY,
@@ -83,6 +84,21 @@ def test_whole_history_and_single_windows_agree_in_daily_bars(daily: Scaling) ->
     """The same with the layout of daily bars, whose means reach farther."""
     assert daily.window == 1000 + 250 + 20
     _agree(daily, simulate("NEW", 1400, seed=12, step=DAY).window)
+
+
+@pytest.mark.parametrize("piece", [1, 64, 700, 3000])
+def test_frames_of_some_bars_at_a_time_are_the_whole_one(
+    scaling: Scaling, window: Window, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They follow each other without a gap, and together have the bits of the frame of all bars."""
+    window, first = window.part(0, 2600 if piece > 1 else 2100), 481 if piece > 1 else 2000
+    monkeypatch.setattr(barcast.models.scaling, "PIECE", piece)
+    arguments = window.symbol, window.close_times, window.values, first
+    whole, found = scaling.frame(*arguments), list(scaling.frames(*arguments))
+    assert [f.first for f in found] == list(range(first, len(window), piece))
+    for name in ("scale", "features", "channels"):
+        joined = np.concatenate([getattr(f, name) for f in found])
+        assert joined.tobytes() == getattr(whole, name).tobytes()
 
 
 @pytest.mark.parametrize("n", [90, 500, 1700, 2590])

@@ -79,19 +79,19 @@ def busy_hours(zone: str, start: str, days: int, hours: range) -> tuple[np.ndarr
 def test_the_zone_is_the_one_that_the_bars_keep(zone: str) -> None:
     """Bars from winter into summer show by which clock they are busy, whatever one wild bar says."""
     closes, x = busy_hours(zone, "2024-01-01", 180, range(24))
-    assert choose_zone(closes, x) == zone
+    assert choose_zone([(closes, x)]) == zone
     x[1000] = 1e6
-    assert choose_zone(closes, x) == zone
+    assert choose_zone([(closes, x)]) == zone
 
 
 def test_without_a_change_of_the_clock_the_hours_without_bars_decide() -> None:
     """In one winter both clocks tell the same: New York where the market shuts, UTC around the clock."""
-    assert choose_zone(*busy_hours(NEW_YORK, "2024-01-01", 60, range(9, 16))) == NEW_YORK
-    assert choose_zone(*busy_hours(NEW_YORK, "2024-01-01", 60, range(24))) == "UTC"
+    assert choose_zone([busy_hours(NEW_YORK, "2024-01-01", 60, range(9, 16))]) == NEW_YORK
+    assert choose_zone([busy_hours(NEW_YORK, "2024-01-01", 60, range(24))]) == "UTC"
 
 
 def test_bars_that_stand_still_keep_no_hours() -> None:
     """Without any movement, or any bar, the zone is UTC."""
     closes = HOUR * np.arange(1, 500)
-    assert choose_zone(closes, np.zeros(len(closes))) == "UTC"
-    assert choose_zone(closes[:0], np.zeros(0)) == "UTC"
+    assert choose_zone([(closes, np.zeros(len(closes)))]) == "UTC"
+    assert choose_zone([(closes[:0], np.zeros(0))]) == "UTC"
