@@ -6,36 +6,20 @@ so many with each sampler: a million are those of 20 symbols in five weeks.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.bench.report import Row, Section, host, sentence
-from tests.bench.rig import NOW, minutes, walk, write_history
+from tests.bench.rig import NOW, minutes, run, walk, write_history
 from tests.bench.scale import learnt
 
 SYMBOLS = 20
 FORECASTS = 20_000
 SAMPLED = (("none", None), ("angle", 2), ("dpmpp", None))
 """Samplers and steps, None: their own; `none` is the map alone."""
-CHILD = """
-import json, resource, sys, time
-from joblib.externals.loky import get_reusable_executor
-from barcast.backtest.cli import main
-try:
-    main()
-except SystemExit as end:
-    if end.code:
-        raise
-get_reusable_executor().shutdown(wait=True)
-workers = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps(time.process_time() + workers.ru_utime + workers.ru_stime))
-"""
-"""The command line, and then the seconds of CPU that it and its workers took."""
 
 
 def measure(tell: Callable[[str], None], folder: Path) -> Section:
@@ -63,20 +47,16 @@ def _section(tell: Callable[[str], None], folder: Path, forecasts: int) -> Secti
         words = ["prefill", str(folder / "bars"), "--stamp", "close", "--model", str(model)]
         if sampler != "none":
             words += ["--sampler", sampler, *(["--steps", str(steps)] if steps else [])]
-        section.rows.append(Row(what, _run([*words, "--cache", str(folder / f"cache-{sampler}")])))
+        section.rows.append(Row(what, _made([*words, "--cache", str(folder / f"cache-{sampler}")])))
     return section
 
 
-def _run(words: list[str]) -> dict[str, Any]:
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"prefill failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-    seconds = time.monotonic() - began
-    *_, said, cpu = done.stdout.splitlines()
-    made = int(said.split()[0].replace(",", ""))
+def _made(words: list[str]) -> dict[str, Any]:
+    ran = run(*words)
+    made = int(ran.said[-1].split()[0].replace(",", ""))
     size = sum(path.stat().st_size for path in Path(words[-1]).rglob("*.parquet"))
-    return {"forecasts": made, "seconds": seconds, "cpu_ms": 1e3 * float(cpu) / made, "cache_mb": size / 1e6}
+    cost = 1e3 * ran.cpu_seconds / made
+    return {"forecasts": made, "seconds": ran.seconds, "cpu_ms": cost, "cache_mb": size / 1e6}
 
 
 def main() -> None:

@@ -273,6 +273,47 @@ def memory(pid: int) -> dict[str, float]:
     }
 
 
+_COMMAND = """
+import json, os, resource, sys, time
+from barcast.backtest.cli import main
+from tests.bench.rig import memory
+try:
+    main()
+except SystemExit as end:
+    if end.code:
+        raise
+if "joblib.externals.loky" in sys.modules:
+    sys.modules["joblib.externals.loky"].get_reusable_executor().shutdown(wait=True)
+workers = resource.getrusage(resource.RUSAGE_CHILDREN)
+cpu = time.process_time() + workers.ru_utime + workers.ru_stime
+print(json.dumps([cpu, memory(os.getpid())["peak_mb"]]))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """A command that ended: what it printed, how long it took, the CPU time of it and its workers, and the
+    most memory that it took itself, mapped files with it.
+    """
+
+    said: list[str]
+    seconds: float
+    cpu_seconds: float
+    peak_mb: float
+
+
+def run(*words: str) -> Ran:
+    """Run `barcast` in a process of its own; raise `RuntimeError` with what it said if it fails."""
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", _COMMAND, *words], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{words[0]} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    *said, figures = done.stdout.splitlines()
+    return Ran(said, time.monotonic() - began, *json.loads(figures))
+
+
 class Daemon:
     """`barcast run` as a process, with a state directory of its own under `folder`."""
 

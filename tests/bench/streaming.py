@@ -1,4 +1,4 @@
-"""What a backtest takes in memory, by the length of its history: two lengths, and the slope between them.
+"""What backtest and training take in memory, by the length of the history: two lengths, and the slope.
 
 The bars are a seeded walk of one-minute bars in the sessions of XNYS. Each run is the command line in a
 process of its own, as a quant calls it, and its memory the most that the kernel counted as resident, mapped
@@ -6,10 +6,8 @@ files with it. `python -m tests.bench.streaming SESSIONS` measures one length: 2
 """
 
 import json
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import polars as pl
 from barcast.daemon.calendar import Calendar
 from barcast.daemon.timeframe import Timeframe
 from tests.bench.report import Row, Section, Target, host, sentence
-from tests.bench.rig import name
+from tests.bench.rig import name, run
 
 SYMBOLS = 20
 SESSION = 390
@@ -33,64 +31,52 @@ MOST = 2048
 """MB that ten years may take."""
 AT_ONCE = 50
 """Sessions in one file."""
-CHILD = """
-import json, os, sys, time
-from barcast.backtest.cli import main
-from tests.bench.rig import memory
-try:
-    main()
-except SystemExit as end:
-    if end.code:
-        raise
-print(json.dumps([memory(os.getpid())["peak_mb"], time.process_time()]))
-"""
-"""The command line, and then the most memory that it took (MB) and its seconds of CPU."""
+BARS = ("--stamp", "close", "--timeframe", "1m", "--calendar", "XNYS")
+WORK = {
+    "backtest": ("--model", "hs", "--strategy", "median-drift"),
+    "train": (),
+}
+"""What is measured: a backtest with report, and a training of the default kind."""
 
 
 def measure(tell: Callable[[str], None], folder: Path) -> Section:
     """The most memory at both lengths, what a bar more takes, and what ten years would by that."""
     section = Section(
         "streaming",
-        f"Backtest of {SYMBOLS} symbols, one-minute bars of XNYS, hs, one strategy, with report",
+        f"{SYMBOLS} symbols, one-minute bars of XNYS: backtest by hs with report, and training",
         {
-            "sessions": ("sessions", ","),
             "bars": ("bars", ","),
             "peak_mb": ("MB at most", ",.0f"),
             "bytes_per_bar": ("bytes a bar", ",.1f"),
             "us_per_bar": ("µs a bar", ",.0f"),
         },
     )
-    for sessions in (SHORT, LONG):
-        tell(f"{sessions} sessions")
-        section.rows.append(Row(f"{sessions} sessions", run(sessions, folder / str(sessions))))
-    short, long = (row.raw for row in section.rows)
-    slope = 1e6 * (long["peak_mb"] - short["peak_mb"]) / (long["bars"] - short["bars"])
-    decade = long["peak_mb"] + slope * (DECADE - long["bars"]) / 1e6
-    raw = {"bars": DECADE, "peak_mb": decade, "bytes_per_bar": slope}
-    section.rows.append(Row("ten years, by the slope", raw, target=Target("peak_mb", MOST, most=True)))
+    counts = {sessions: write_bars(sessions, folder / str(sessions)) for sessions in (SHORT, LONG)}
+    for command in WORK:
+        found = []
+        for sessions, count in counts.items():
+            tell(f"{command}, {sessions} sessions")
+            found.append(_ran(command, count, folder / str(sessions), folder / f"{command}-{sessions}"))
+            section.rows.append(Row(f"{command}, {sessions} sessions", found[-1]))
+        short, long = found
+        slope = 1e6 * (long["peak_mb"] - short["peak_mb"]) / (long["bars"] - short["bars"])
+        decade = long["peak_mb"] + slope * (DECADE - long["bars"]) / 1e6
+        raw = {"bars": DECADE, "peak_mb": decade, "bytes_per_bar": slope}
+        target = Target("peak_mb", MOST, most=True)
+        section.rows.append(Row(f"{command}, ten years, by the slope", raw, target=target))
     return section
 
 
-def run(sessions: int, folder: Path) -> dict[str, Any]:
-    """Backtest so many sessions in a process of its own."""
-    count = write_bars(sessions, folder / "bars")
-    words = ["backtest", str(folder / "bars"), "--stamp", "close", "--timeframe", "1m", "--calendar", "XNYS"]
-    words += ["--model", "hs", "--strategy", "median-drift", "--out", str(folder / "out")]
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", CHILD, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"the backtest failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
-    peak, cpu = json.loads(done.stdout.splitlines()[-1])
-    size = sum(path.stat().st_size for path in (folder / "out").iterdir())
-    seconds = time.monotonic() - began
+def _ran(command: str, count: int, bars: Path, target: Path) -> dict[str, Any]:
+    """Run a command on so many bars in a process of its own."""
+    ran = run(command, str(bars), *BARS, *WORK[command], "--out", str(target))
     return {
-        "sessions": sessions,
         "bars": count,
-        "peak_mb": peak,
-        "seconds": seconds,
-        "cpu_seconds": cpu,
-        "us_per_bar": 1e6 * cpu / count,
-        "result_mb": size / 1e6,
+        "peak_mb": ran.peak_mb,
+        "seconds": ran.seconds,
+        "cpu_seconds": ran.cpu_seconds,
+        "us_per_bar": 1e6 * ran.cpu_seconds / count,
+        "result_mb": sum(path.stat().st_size for path in target.iterdir()) / 1e6,
     }
 
 
@@ -125,8 +111,11 @@ def main() -> None:
     """Measure one length and say what was found."""
     sessions = int(sys.argv[1])
     print(sentence(host()))
-    with tempfile.TemporaryDirectory(prefix="barcast-bench-") as folder:
-        print(json.dumps(run(sessions, Path(folder)), indent=1))
+    with tempfile.TemporaryDirectory(prefix="barcast-bench-") as place:
+        folder = Path(place)
+        count = write_bars(sessions, folder / "bars")
+        for command in WORK:
+            print(command, json.dumps(_ran(command, count, folder / "bars", folder / command), indent=1))
 
 
 if __name__ == "__main__":
