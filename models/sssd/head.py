@@ -86,10 +86,8 @@ class MLP(Denoiser):
         """
         linear, normal = functional.linear, torch.layer_norm
         enter, leave = ((layer.weight, layer.bias) for layer in (self.enter, self.leave))
-        blocks = [
-            (*first.parameters(), *second.parameters())
-            for first, second in zip(self.first, self.second, strict=True)
-        ]
+        pairs = zip(self.first, self.second, strict=True)
+        blocks = [(first.weight, first.bias, second.weight, second.bias) for first, second in pairs]
         D = (len(self.enter.bias),)
         ones, zeros, floor = enter[0].new_ones(D), enter[0].new_zeros(D), enter[0].new_tensor(FLOOR)
 
