@@ -6,7 +6,7 @@ instead corrects the newest forecast (the recalibration of Kuleshov, Fenner and 
 corrected alike, and shrunk).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import inf, log, nan
 from statistics import NormalDist
@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from barcast.models.errors import ConfigError
-from barcast.models.forecast import Card, Coverage, Forecast, Forecaster, usable
+from barcast.models.forecast import Card, Coverage, Forecast, Forecaster, forecast_from, usable
 from barcast.models.paths import Coupler, with_paths
-from barcast.models.quantiles import central, forecast_of
-from barcast.models.window import Window, check_long_enough
+from barcast.models.quantiles import central, forecast_of, moments
+from barcast.models.window import Window, check_long_enough, joined, runs
 
 Array = NDArray[np.float64]
 
@@ -42,33 +42,55 @@ def normal(levels: tuple[float, ...]) -> Array:
     return z
 
 
-def recalibrated(scores: Array, h: int, levels: tuple[float, ...]) -> Array:
+def recalibrated(size: Array, h: int, levels: tuple[float, ...]) -> Array:
     """The normal scores (Q,), rising, at which to read a forecast over h bars, to get its levels right.
 
-    `scores` (n,) are those of past outcomes, oldest first. The levels' own give way to the quantiles of the
-    scores and of their mirror images. Outcomes over h bars overlap, n of them are worth n / h; `PRIOR`
-    independent ones say that the levels' own are right.
+    `size` (n,) are the absolute scores of past outcomes, in order of size. The levels' own give way to the
+    quantiles of the scores and of their mirror images. Outcomes over h bars overlap, n of them are worth
+    n / h; `PRIOR` independent ones say that the levels' own are right.
     """
     z = normal(levels)
-    if not len(scores):
+    if not len(size):
         return z
-    share = len(scores) / (len(scores) + PRIOR * h)
-    found = mirrored_quantiles(scores, levels)
+    share = len(size) / (len(size) + PRIOR * h)
+    found = mirrored_quantiles(size, levels)
     rising: Array = np.maximum.accumulate(z + share * (found - z))
     return rising
 
 
-def mirrored_quantiles(scores: Array, levels: tuple[float, ...]) -> Array:
-    """The quantiles (Q,) of scores (n,) and their mirror images together, to the bits of `np.quantile`.
+def mirrored_quantiles(size: Array, levels: tuple[float, ...]) -> Array:
+    """The quantiles (Q,) of scores and their mirror images together, of the scores' sizes (n,) in order.
 
-    That finds its order statistics in five times as long as it takes to sort.
+    They have the bits of `np.quantile`, which finds its order statistics in five times as long as it takes to
+    sort.
     """
-    low, high, sides, shares, near = _mirrored(len(scores), levels)
-    size = np.sort(np.abs(scores))
+    low, high, sides, shares, near = _mirrored(len(size), levels)
     a, b = sides[0] * size[low], sides[1] * size[high]
     apart = b - a
     found: Array = np.where(near, b - apart * (1 - shares), a + apart * shares)
     return found
+
+
+def sliding(scores: Array, spans: Iterable[tuple[int, int]]) -> Iterator[Array]:
+    """The sizes in order of scores[a:b] for each span (a, b), without those that are not a number.
+
+    Where a span is the one before moved on by a place, the one score gives way to the other.
+    """
+    size, before = np.empty(0), (0, 0)
+    for a, b in spans:
+        if (a, b) == (before[0] + 1, before[1] + 1) and a < b:
+            out, new = np.abs(scores[[a - 1, b - 1]])
+            if out == out:
+                k = int(size.searchsorted(out))
+                size = np.concatenate((size[:k], size[k + 1 :]))
+            if new == new:
+                k = int(size.searchsorted(new))
+                size = np.concatenate((size[:k], [new], size[k:]))
+        else:
+            own = np.abs(scores[a:b])
+            size = np.sort(own[~np.isnan(own)])
+        before = a, b
+        yield size
 
 
 @lru_cache(64)
@@ -202,38 +224,63 @@ class Calibrated:
         return made
 
     def _forecast(self, windows: Sequence[Window]) -> list[Forecast]:
-        """Forecast the first windows: all, or up to the one with which `ASKED` bars are asked about."""
+        """Forecast the first windows: all, or up to those with which `ASKED` bars are asked about.
+
+        Windows that are cut one behind the other from one history are worked out as a longer one.
+        """
         card = self.card
-        plans, asked = [], list[Window]()
+        plans, asked = list[tuple[list[Window], _Past | None]](), list[Window]()
         latest: dict[str, _Past] = {}
-        for window in windows:
-            cut = _cut(window, len(window), card.window)
-            past = None
-            if len(cut) > self._first:
-                before = latest.get(cut.symbol, self._pasts.get(cut.symbol))
-                past = latest[cut.symbol] = _Past(cut, before, self._first, self._reach)
-                asked += [_cut(cut, k + 1, self.inner.card.window) for k in range(past.start, len(cut))]
+        cuts = [_cut(window, len(window), card.window) for window in windows[:ASKED]]
+        for run in self._runs(cuts):
+            whole, past = joined(run), None
+            if len(whole) > self._first:
+                before = latest.get(whole.symbol, self._pasts.get(whole.symbol))
+                past = latest[whole.symbol] = _Past(whole, before, self._first, self._reach)
+                asked += [_cut(whole, k + 1, self.inner.card.window) for k in range(past.start, len(whole))]
             else:
-                asked.append(cut)
-            plans.append((cut, past))
+                asked.append(whole)
+            plans.append((run, past))
             if len(asked) >= ASKED:
                 break
 
         said = self._ask(asked)
-        made, at = [], 0
-        for cut, past in plans:
-            count = 1 if past is None else len(cut) - past.start
-            news, at = said[at : at + count], at + count
-            warming = len(cut) <= self._first
+        made, at = list[Forecast](), 0
+        for run, past in plans:
             if past is None:
-                made.append(forecast_of(card, cut, news[0], None, warming))
-            else:
-                self._work_out(past, news)
-                made.append(forecast_of(card, cut, past.published[-1], self._coverage(past), warming))
+                made.append(forecast_of(card, run[0], said[at], None, True))
+                at += 1
+                continue
+            count = len(past.times) - past.start
+            made += self._published(run, past, self._work_out(past, said[at : at + count]))
+            at += count
         for symbol, past in latest.items():
             past.keep()
             self._pasts[symbol] = past
-        return made if self._couple is None else with_paths(self._couple, [cut for cut, _ in plans], made)
+        if self._couple is None:
+            return made
+        return with_paths(self._couple, [window for run, _ in plans for window in run], made)
+
+    def _runs(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
+        """Windows in order, those together that follow one another, and all that is known of their symbol."""
+        ends = {symbol: int(past.times[-1]) for symbol, past in self._pasts.items()}
+        for run in runs(windows, self.card.window, 1):
+            new = run[0].close_time > ends.get(run[0].symbol, 0)
+            yield from [run] if new else ([window] for window in run)
+            ends[run[0].symbol] = run[-1].close_time
+
+    def _published(self, run: Sequence[Window], past: "_Past", quantiles: Array) -> list[Forecast]:
+        """The forecasts of windows that end with the last bars of a past, by quantiles (n, H, Q) up to it."""
+        card, H, n = self.card, len(self.card.horizons), len(run)
+        quantiles = quantiles[-n:]
+        figures = moments(quantiles.reshape(n * H, -1), card.levels)
+        mean, std, rise = (x.reshape(n, H) for x in figures)
+        found = []
+        for k, window in enumerate(run):
+            told = quantiles[k], mean[k], std[k], rise[k]
+            coverage = self._coverage(past, len(past.times) - n + k)
+            found.append(forecast_from(card, window, *told, coverage, len(window) <= self._first))
+        return found
 
     def _ask(self, windows: Sequence[Window]) -> Array:
         """What the inner forecaster says, (n, H, Q); NaN where that can be no price."""
@@ -246,8 +293,11 @@ class Calibrated:
                 row[:] = forecast.quantiles if fine else np.nan
         return said
 
-    def _work_out(self, past: "_Past", news: Array) -> None:
-        """Fill in what the new bars of a window say, from the inner forecasts (n, H, Q) of its last bars."""
+    def _work_out(self, past: "_Past", news: Array) -> Array:
+        """Fill in what the new bars of a window say, from the inner forecasts (n, H, Q) of its last bars.
+
+        Return what is published of the last bars, (n, H, Q).
+        """
         H, levels = self.card.horizons, self.card.levels
         L, first, since = len(past.times), self._first, max(past.same, self._first)
         before = past.take()
@@ -279,20 +329,27 @@ class Calibrated:
             y = np.concatenate([price[-n:] - price[-n - h : len(price) - h] for _, h, n in ends])
             dice = np.concatenate([dice[-n:] for _, _, n in ends])
             _put(past.scores, ends, normal_scores(y, at_begin(past.said), levels, dice))
-        for k in [*range(max(past.start, self._full), L - 1), L - 1]:
-            past.published[k - head] = self._recalibrated(past, k, past.said[k - head])
+        since = min(max(past.start, self._full), L - 1)
+        past.published[since - head :] = self._recalibrated(past, since, past.said[since - head :])
         if ends:
             _put(past.depths, ends, self._depth(y, at_begin(past.published)))
-        past.said, past.published = past.said[-self._reach :], past.published[-self._reach :]
+        published = past.published
+        past.said, past.published = past.said[-self._reach :], published[-self._reach :]
+        return published
 
-    def _recalibrated(self, past: "_Past", k: int, quantiles: Array) -> Array:
-        """The quantiles (H, Q) said at the k-th bar of a window, corrected by the outcomes up to then."""
-        levels, first = self.card.levels, self._first
-        z = []
-        for scores, h in zip(past.scores, self.card.horizons, strict=True):
-            last = scores[max(k + 1 - self._outcomes - first, h) : k + 1 - first]
-            z.append(recalibrated(last[~np.isnan(last)], h, levels))
-        return read_at(np.array(z), quantiles, levels)
+    def _recalibrated(self, past: "_Past", since: int, quantiles: Array) -> Array:
+        """The quantiles (n, H, Q) said at the bars of a window from `since` on, each corrected by the
+        outcomes up to then.
+        """
+        levels, first, (n, H, Q) = self.card.levels, self._first, quantiles.shape
+        z = np.empty((n, H, Q))
+        for row, h in enumerate(self.card.horizons):
+            ends = range(since + 1 - first, since + 1 - first + n)
+            spans = ((max(end - self._outcomes, h), end) for end in ends)
+            for k, size in enumerate(sliding(past.scores[row], spans)):
+                z[k, row] = recalibrated(size, h, levels)
+        read: Array = read_at(z.reshape(n * H, Q), quantiles.reshape(n * H, Q), levels)
+        return read.reshape(n, H, Q)
 
     def _depth(self, outcomes: Array, quantiles: Array) -> NDArray[np.int8]:
         """How many central intervals of forecasts (n, Q) hold the outcome (n,); -1 where it is not known."""
@@ -302,11 +359,12 @@ class Calibrated:
         depth[np.isnan(outcomes) | np.isnan(quantiles[:, 0])] = -1
         return depth
 
-    def _coverage(self, past: "_Past") -> Coverage | None:
-        """The coverage of the last intervals, if there is one for each horizon."""
+    def _coverage(self, past: "_Past", k: int) -> Coverage | None:
+        """The coverage of the last intervals before the k-th bar, if there is one for each horizon."""
         known = []
+        end = k + 1 - self._first
         for depths, h in zip(past.depths, self.card.horizons, strict=True):
-            last = depths[max(len(depths) - self._judged, self._full + h - self._first) :]
+            last = depths[max(end - self._judged, self._full + h - self._first) : max(end, 0)]
             known.append(last[last >= 0])
         if not self._central or not all(map(len, known)):
             return None

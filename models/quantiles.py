@@ -1,6 +1,7 @@
 """Mean, spread and direction of a distribution that is known by a few quantiles."""
 
 from collections.abc import Sequence
+from math import exp
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ def central(levels: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def moments(quantiles: Array, levels: Sequence[float]) -> tuple[Array, Array, Array]:
-    """Mean, standard deviation and probability above zero, each (H,), of rising quantiles (H, Q), Q >= 2.
+    """Mean, standard deviation and probability above zero, each (n,), of rising quantiles (n, Q), Q >= 2.
 
     The quantile function is linear between the levels. Beyond the outermost ones it has exponential tails,
     Q(x) = q_1 + b ln(x / p_1) below p_1, mirrored above p_Q; b is such that the tail, drawn on, meets the
@@ -51,6 +52,8 @@ def moments(quantiles: Array, levels: Sequence[float]) -> tuple[Array, Array, Ar
 
     below = np.array([np.interp(0.0, row, p) for row in quantiles])
     tiny = 1e-300  # of a tail that has no width
-    below = np.where(first > 0, p[0] * np.exp(-np.maximum(first, 0) / np.maximum(low, tiny)), below)
-    below = np.where(last < 0, 1 - (1 - p[-1]) * np.exp(np.minimum(last, 0) / np.maximum(high, tiny)), below)
+    for k in np.flatnonzero(first > 0):  # one by one: the last bit of an array's exp may depend on its length
+        below[k] = p[0] * exp(-first[k] / max(low[k], tiny))
+    for k in np.flatnonzero(last < 0):
+        below[k] = 1 - (1 - p[-1]) * exp(last[k] / max(high[k], tiny))
     return mean, np.sqrt(variance), 1 - below

@@ -9,7 +9,7 @@ there. All is float64 and free of BLAS, whose sums may change with the shape.
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from itertools import islice
 from math import log, pi
 
 import numpy as np
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.fitted import solve
 from barcast.models.season import HOUR, OUTLIER, ZONES, choose_zone, clipped, slots
-from barcast.models.window import Window, check_long_enough
+from barcast.models.window import Window, check_long_enough, joined, runs
 
 Array = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -199,18 +199,19 @@ class Scaling:
         Windows that are cut one behind the other from one full history share the work of its bars.
         """
         frames: list[Frame] = []
-        for run in _runs(windows, self.window):
+        for run in runs(windows, self.window, APART):
             if len(run) == 1:
                 frames.append(self.of_window(run[0]))
                 continue
-            times, values = _joined(run)
+            whole = joined(run)
+            times, values = whole.close_times, whole.values
             last = len(times) - 1
             ends = np.searchsorted(times, [window.close_time for window in run])
-            whole = self.frame(run[0].symbol, times, values, int(ends[0]))
+            frame = self.frame(whole.symbol, times, values, int(ends[0]))
             for k in ends.tolist():
                 at = slice(k - int(ends[0]), k - int(ends[0]) + 1)
-                channels = whole.channels[: len(whole.channels) - (last - k)]
-                frames.append(Frame(k, whole.scale[at], whole.features[at], channels))
+                channels = frame.channels[: len(frame.channels) - (last - k)]
+                frames.append(Frame(k, frame.scale[at], frame.features[at], channels))
         return frames
 
     def of_window(self, window: Window) -> Frame:
@@ -218,42 +219,6 @@ class Scaling:
         check_long_enough(window, self.min_window)
         times, values = window.close_times[-self.window :], window.values[-self.window :]
         return self.frame(window.symbol, times, values, len(times) - 1)
-
-
-def _runs(windows: Sequence[Window], length: int) -> list[list[Window]]:
-    """Windows in order, those together that were cut from one array, each at most `APART` bars on.
-
-    The first of a run has at least `length` bars, so that none is warming.
-    """
-    runs: list[list[Window]] = []
-    for window in windows:
-        before = runs[-1][-1] if runs else None
-        if before is not None and len(runs[-1][0]) >= length and 0 < _steps(before, window) <= APART:
-            runs[-1].append(window)
-        else:
-            runs.append([window])
-    return runs
-
-
-def _steps(before: Window, window: Window) -> int:
-    """How many rows a window ends behind another one in the same memory; 0 if it is not so."""
-    a, b = before.values, window.values
-    same = a.base is b.base and a.base is not None and a.strides == b.strides == (40, 8)
-    if not same or before.symbol != window.symbol or len(window) < len(before):
-        return 0
-    start = (b.__array_interface__["data"][0] - a.__array_interface__["data"][0]) // 40
-    behind: int = start + len(b) - len(a)
-    return behind
-
-
-def _joined(run: Sequence[Window]) -> tuple[Ints, Array]:
-    """Closes (N,) and values (N, 5) from the first bar of the first window to the last of the last."""
-    times, values = [run[0].close_times], [run[0].values]
-    for before, window in pairwise(run):
-        new = _steps(before, window)
-        times.append(window.close_times[-new:])
-        values.append(window.values[-new:])
-    return np.concatenate(times), np.concatenate(values)
 
 
 def signed_features(timeframe: str, horizons: Sequence[int]) -> NDArray[np.bool_]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from enum import Enum
 from hashlib import blake2b
+from itertools import pairwise
 from operator import attrgetter
 from struct import Struct
 from typing import Any, TypeAlias
@@ -83,6 +84,44 @@ def check_long_enough(window: Window, least: int) -> None:
     """Raise ValueError for a window of fewer bars than a forecast needs."""
     if len(window) < least:
         raise ValueError(f"{window.symbol} has {len(window)} bars; a forecast needs {least}")
+
+
+def runs(windows: Sequence[Window], length: int, apart: int) -> list[list[Window]]:
+    """Windows in order, those together that were cut from one array, each at most `apart` bars on.
+
+    The first of a run has at least `length` bars, so that none is warming.
+    """
+    found: list[list[Window]] = []
+    for window in windows:
+        before = found[-1][-1] if found else None
+        if before is not None and len(found[-1][0]) >= length and 0 < _ahead(before, window) <= apart:
+            found[-1].append(window)
+        else:
+            found.append([window])
+    return found
+
+
+def joined(run: Sequence[Window]) -> Window:
+    """The bars from the first one of the first window of a run to the last of the last."""
+    if len(run) == 1:
+        return run[0]
+    times, values = [run[0].close_times], [run[0].values]
+    for before, window in pairwise(run):
+        new = _ahead(before, window)
+        times.append(window.close_times[-new:])
+        values.append(window.values[-new:])
+    return Window(run[0].symbol, np.concatenate(times), np.concatenate(values))
+
+
+def _ahead(before: Window, window: Window) -> int:
+    """How many rows a window ends behind another one in the same memory; 0 if it is not so."""
+    a, b = before.values, window.values
+    same = a.base is b.base and a.base is not None and a.strides == b.strides == (40, 8)
+    if not same or before.symbol != window.symbol or len(window) < len(before):
+        return 0
+    start = (b.__array_interface__["data"][0] - a.__array_interface__["data"][0]) // 40
+    behind: int = start + len(b) - len(a)
+    return behind
 
 
 class Verdict(Enum):

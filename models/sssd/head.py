@@ -1,8 +1,9 @@
 """The denoiser's head: what velocity the scores have, given context and noise level."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import pi
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -86,7 +87,7 @@ class MLP(Denoiser):
         """
         linear, normal = functional.linear, torch.layer_norm
         enter, leave = ((layer.weight, layer.bias) for layer in (self.enter, self.leave))
-        pairs = zip(self.first, self.second, strict=True)
+        pairs: Iterable[tuple[Any, Any]] = zip(self.first, self.second, strict=True)  # of linear layers
         blocks = [(first.weight, first.bias, second.weight, second.bias) for first, second in pairs]
         D = (len(self.enter.bias),)
         ones, zeros, floor = enter[0].new_ones(D), enter[0].new_zeros(D), enter[0].new_tensor(FLOOR)

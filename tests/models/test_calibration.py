@@ -25,7 +25,14 @@ from barcast.models import (
     Windows,
     calibration,
 )
-from barcast.models.calibration import PRIOR, mirrored_quantiles, normal_scores, read_at, recalibrated
+from barcast.models.calibration import (
+    PRIOR,
+    mirrored_quantiles,
+    normal_scores,
+    read_at,
+    recalibrated,
+    sliding,
+)
 from tests.checks import forecast_does_not_depend_on_its_batch
 from tests.garch import HOUR, START, simulate
 
@@ -134,7 +141,9 @@ def test_the_levels_give_way_to_the_quantiles_of_the_scores_shrunk() -> None:
     both = np.quantile(np.concatenate([g, -g]), LEVELS)
     for h in (1, 4):
         expected = (300 / h * both + PRIOR * own) / (300 / h + PRIOR)
-        np.testing.assert_allclose(recalibrated(g, h, LEVELS), expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(
+            recalibrated(np.sort(np.abs(g)), h, LEVELS), expected, rtol=1e-9, atol=1e-12
+        )
 
 
 def test_quantiles_of_scores_and_their_images_are_those_of_numpy() -> None:
@@ -145,7 +154,19 @@ def test_quantiles_of_scores_and_their_images_are_those_of_numpy() -> None:
             x = np.clip(np.round(rng.standard_cauchy(n), digits), -4, 4)
             for levels in (LEVELS, tuple(np.sort(rng.random(6)).tolist())):
                 expected = np.quantile(np.concatenate((x, -x)), levels)
-                np.testing.assert_array_equal(mirrored_quantiles(x, levels), expected)
+                np.testing.assert_array_equal(mirrored_quantiles(np.sort(np.abs(x)), levels), expected)
+
+
+def test_spans_that_slide_hold_their_sizes_in_order() -> None:
+    """Whatever leaves and comes, ties and what is no number with it, they are those sorted anew."""
+    rng = np.random.default_rng(4)
+    scores = np.round(rng.normal(0, 2, 200), 1)
+    scores[rng.random(200) < 0.2] = np.nan
+    spans = [*((a, a + 17) for a in range(150)), (0, 3), (1, 4), (1, 5), (5, 5), (6, 6), (2, 40)]
+    found = list(sliding(scores, spans))
+    for (a, b), size in zip(spans, found, strict=True):
+        own = np.abs(scores[a:b])
+        assert size.tobytes() == np.sort(own[~np.isnan(own)]).tobytes()
 
 
 def test_it_does_what_it_says_bar_by_bar(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,11 +344,11 @@ OUTCOMES, JUDGED = 7, 5
 
 @pytest.fixture
 def _nervous(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A form that each score moves a lot, and its place too; and calls are worked off in small parts."""
+    """A form that each score moves a lot, by its rank; and calls are worked off in small parts."""
 
-    def form(scores: np.ndarray, h: int, levels: tuple[float, ...]) -> np.ndarray:
-        weight = np.arange(1, len(scores) + 1) ** 2
-        return norm.ppf(levels) * (0.1 + np.abs(scores) @ weight) / (0.1 + weight.sum())
+    def form(size: np.ndarray, h: int, levels: tuple[float, ...]) -> np.ndarray:
+        weight = np.arange(1, len(size) + 1) ** 2
+        return norm.ppf(levels) * (0.1 + size @ weight) / (0.1 + weight.sum())
 
     monkeypatch.setattr(calibration, "recalibrated", form)
     monkeypatch.setattr(calibration, "ASKED", 10)
@@ -412,6 +433,33 @@ def test_forecasts_do_not_depend_on_what_was_forecast_before(
         windows = [w for w in cuts if w is not None and len(w) >= 3]
         expected = [bits(calibrated().forecast([w])[0]) for w in windows]
         assert [bits(f) for f in lived.forecast(windows)] == expected
+
+
+@pytest.mark.parametrize("asked", [10, 4096])
+def test_windows_that_follow_one_another_are_forecast_as_each_alone(
+    asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many of one history at once, some a second time, others skipped: the bits are those of each alone."""
+    monkeypatch.setattr(calibration, "ASKED", asked)
+    whole, lived = walk(400, seed=12), calibrated()
+    calls = [range(WINDOW, 150), range(150, 200), range(190, 230), range(229, 232), range(240, 300, 2)]
+    calls += [range(3, WINDOW + 5), range(300, 301), range(301, 390), range(301, 390)]
+    joined = []
+    of_run = Calibrated._published
+
+    def noted(self: Calibrated, run: list[Window], past: object, q: np.ndarray) -> list[Forecast]:
+        joined.append(len(run))
+        return of_run(self, run, past, q)  # type: ignore[arg-type]
+
+    for ends in calls:
+        windows = [whole.part(max(0, k - WINDOW), k) for k in ends]
+        expected = [bits(calibrated().forecast([w])[0]) for w in windows]
+        with monkeypatch.context() as patch:
+            patch.setattr(Calibrated, "_published", noted)
+            made = lived.forecast(windows)
+        assert [bits(f) for f in made] == expected
+    assert min(joined) == 1
+    assert max(joined) >= min(asked, 80)
 
 
 @pytest.mark.usefixtures("_nervous")

@@ -24,9 +24,10 @@ from barcast.models.diffusion import SSSDForecaster
 from barcast.models.origins import Origins
 from barcast.models.paths import Coupling, between, coupled, path_steps, read, with_paths
 from barcast.models.quantiles import moments
-from barcast.models.scaling import _runs
+from barcast.models.scaling import APART
 from barcast.models.trained import Trained
 from barcast.models.training import _Training
+from barcast.models.window import runs
 from tests.garch import simulate
 
 LEVELS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95)
@@ -176,7 +177,7 @@ def test_couplings_depend_on_neither_batch_nor_future(
     """Windows of one array and others: bits are those of each alone, whatever comes after t."""
     whole = simulate("NEW0", ENDS[-1], seed=21).window
     near = consecutive(whole, ENDS)
-    assert [len(run) for run in _runs(near, trained.scaling.window)] == [len(ENDS)]
+    assert [len(run) for run in runs(near, trained.scaling.window, APART)] == [len(ENDS)]
     forecaster = Coupled(trained.raw("x", sampler, None if sampler is None else 4, paths=True))
     paths_are_those_of_each_window_alone(forecaster, [*near, windows[4], windows[1]])
     paths_know_no_later_bar(forecaster, whole, ENDS)
