@@ -65,12 +65,12 @@ class Distribution:
         self.net = net
         self.run = solver.run
         self.draws = solver.draws
-        self.lam = solver.lambdas.float()  # (evaluations,)
         self.noise = net.noise[:samples]  # (S, G)
         ranks = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
         self.normal = torch.special.ndtri(ranks)[:, None]  # (S, 1)
         self.apart = 1e-9 * torch.arange(samples)  # (S,), makes scores rise strictly
         with torch.inference_mode():
+            self._velocity = net.denoiser.at(solver.lambdas.float())
             self.error = torch.empty(0) if self.draws else self._error(self.noise)  # (S, G)
 
     def joint(self, c: Tensor, key: Key = NO_KEY) -> Tensor:
@@ -130,7 +130,7 @@ class Distribution:
 
     def _run(self, c: Tensor, noise: Tensor) -> Tensor:
         start = noise[..., None, :, :].expand(*noise.shape[:-2], len(c), -1, -1)
-        return self._scores(self.run(self.net.denoiser.velocity(c, self.lam), start))
+        return self._scores(self.run(self._velocity(c), start))
 
     def _error(self, noise: Tensor) -> Tensor:
         zero = self.run(lambda x, _: torch.zeros_like(x), noise)

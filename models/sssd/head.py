@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from math import pi
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,6 +12,8 @@ from torch.nn import functional
 from barcast.models.errors import ConfigError
 from barcast.models.sssd.layers import Architecture, Dropout, convolution, linear
 
+Asked: TypeAlias = Callable[[Tensor], Callable[[Tensor, int], Tensor]]
+"""Of contexts, of x_t and the place of its noise level: a velocity."""
 FLOOR = 0.05  # of the mean square whose logarithm is taken
 
 
@@ -32,24 +34,34 @@ class Denoiser(nn.Module):
 
     def modulation(self, c: Tensor, lam: Tensor, drop: Dropout | None = None) -> Tensor:
         """c (..., code) and lambda = log(alpha / sigma) (...) -> scales and shifts (..., 2 scales)."""
-        phase = lam[..., None] * (pi / 8) * torch.arange(1, 9, device=lam.device)
-        time = torch.cat([lam[..., None] / 4, torch.sin(phase), torch.cos(phase)], -1)
         c = c if drop is None else drop.hidden(c)
-        film: Tensor = self.film(functional.silu(c + self.time(time)))
+        film: Tensor = self.film(functional.silu(c + self._embedded(lam)))
         return film
 
-    def velocity(self, c: Tensor, lam: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """What a sampler asks: x_t (..., B, S, G) at the i-th of n noise levels -> v, of x_t's shape.
+    def at(self, lam: Tensor) -> Asked:
+        """What a sampler asks at noise levels lambda (n,); what depends on these alone is worked out once.
 
-        c (B, code) and lambda (n,) are those of `modulation`, which is worked out for all levels at once.
+        It is asked with contexts c (B, code), and then with x_t (..., B, S, G) and i for the i-th level: v of
+        that shape.
         """
-        film = self._levels(c, lam)
-        return lambda x, i: self(x, film[i])
+        film = self._levels(lam)
 
-    def _levels(self, c: Tensor, lam: Tensor) -> Tensor:
+        def of(c: Tensor) -> Callable[[Tensor, int], Tensor]:
+            parts = film(c)
+            return lambda x, i: self(x, parts[i])
+
+        return of
+
+    def _levels(self, lam: Tensor) -> Callable[[Tensor], Tensor]:
         """The modulation of contexts (B, code) at noise levels (n,), (n, B, 1, 2 scales)."""
-        n, B = len(lam), len(c)
-        return self.modulation(c.expand(n, -1, -1), lam[:, None].expand(-1, B))[:, :, None]
+        time = self._embedded(lam[:, None])  # (n, 1, code)
+        return lambda c: self.film(functional.silu(c + time))[:, :, None]
+
+    def _embedded(self, lam: Tensor) -> Tensor:
+        """Lambda (...) as the layers see it, (..., code)."""
+        phase = lam[..., None] * (pi / 8) * torch.arange(1, 9, device=lam.device)
+        time: Tensor = self.time(torch.cat([lam[..., None] / 4, torch.sin(phase), torch.cos(phase)], -1))
+        return time
 
 
 class MLP(Denoiser):
@@ -69,18 +81,23 @@ class MLP(Denoiser):
     def forward(self, x: Tensor, film: Tensor) -> Tensor:
         """See `Denoiser`."""
         parts = film.chunk(2 * len(self.first), -1)
-        layers = self._layers([1 + scale for scale in parts[::2]], parts[1::2])
-        return layers(x, 0)
+        return self._layers()(x, [1 + scale for scale in parts[::2]], parts[1::2])
 
-    def velocity(self, c: Tensor, lam: Tensor) -> Callable[[Tensor, int], Tensor]:
-        """See `Denoiser`: the bits of `forward`, but what does not depend on x_t is worked out once."""
-        film = self._levels(c, lam)
-        film = film.view(*film.shape[:3], len(self.first), 2, -1)  # (n, B, 1, blocks, 2, D)
-        scale, shift = film.permute(4, 0, 3, 1, 2, 5).flatten(1, 2)  # (n blocks, B, 1, D)
-        return self._layers((1 + scale).unbind(), shift.unbind())
+    def at(self, lam: Tensor) -> Asked:
+        """See `Denoiser`: the bits of `forward`."""
+        film, layers, blocks = self._levels(lam), self._layers(), len(self.first)
 
-    def _layers(self, scales: Sequence[Tensor], shifts: Sequence[Tensor]) -> Callable[[Tensor, int], Tensor]:
-        """The layers as functions, with what modulates each block at each noise level, (..., D).
+        def of(c: Tensor) -> Callable[[Tensor, int], Tensor]:
+            parts = film(c)
+            parts = parts.view(*parts.shape[:3], blocks, 2, -1)  # (n, B, 1, blocks, 2, D)
+            scale, shift = parts.permute(4, 0, 3, 1, 2, 5)  # (n, blocks, B, 1, D) each
+            scales, shifts = (1 + scale).unbind(), shift.unbind()
+            return lambda x, i: layers(x, scales[i], shifts[i])
+
+        return of
+
+    def _layers(self) -> Callable[[Tensor, Sequence[Tensor] | Tensor, Sequence[Tensor] | Tensor], Tensor]:
+        """The layers as a function of x_t, and of what scales and shifts each block, (..., D).
 
         Calling modules, and the constants of each layer, took a third of the time of a path. To normalise by
         ones and zeros gives the bits of a normalisation without them, in half of its time.
@@ -92,11 +109,13 @@ class MLP(Denoiser):
         D = (len(self.enter.bias),)
         ones, zeros, floor = enter[0].new_ones(D), enter[0].new_zeros(D), enter[0].new_tensor(FLOOR)
 
-        def velocity(x: Tensor, i: int) -> Tensor:
+        def velocity(
+            x: Tensor, scales: Sequence[Tensor] | Tensor, shifts: Sequence[Tensor] | Tensor
+        ) -> Tensor:
             size = torch.log((x * x).mean(-1, keepdim=True) + floor)
             y = linear(torch.cat([x, size], -1), *enter)
-            for k, (w1, b1, w2, b2) in enumerate(blocks, i * len(blocks)):
-                z = normal(y, D, ones, zeros) * scales[k] + shifts[k]
+            for scale, shift, (w1, b1, w2, b2) in zip(scales, shifts, blocks, strict=True):
+                z = normal(y, D, ones, zeros) * scale + shift
                 y = y + linear(functional.silu(linear(z, w1, b1)), w2, b2)
             return linear(functional.silu(y), *leave)
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from barcast.models import SAMPLERS
 from barcast.models.catalog import SAMPLER, STEPS
 from barcast.models.diffusion import Distribution, use_one_thread
+from barcast.models.samplers import build
 from barcast.models.sssd.layers import PRESET, PRESETS, Architecture
 from barcast.models.sssd.network import SSSD
 from barcast.models.training import architecture
@@ -97,5 +98,5 @@ def _network(name: str, a: Architecture, samplers: list[str]) -> list[Work]:
     for sampler in samplers:
         d = Distribution(net, sampler, STEPS, a.samples)
         what = f"{name}: {a.samples} paths by {sampler}, {STEPS} steps"
-        works.append(Work(what, partial(d.joint, c), len(d.lam)))
+        works.append(Work(what, partial(d.joint, c), len(build(sampler, STEPS).lambdas)))
     return works

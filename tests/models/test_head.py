@@ -85,7 +85,7 @@ def test_a_velocity_has_the_bits_of_its_head(name: str, windows: int) -> None:
     g = _generator(2)
     x, c, lam = (torch.randn(shape, generator=g) for shape in ((windows, 32, 16), (windows, 48), (5,)))
     with torch.inference_mode():
-        velocity = head.velocity(c, lam)
+        velocity = head.at(lam)(c)
         film = head.modulation(c.expand(5, -1, -1), lam[:, None].expand(-1, windows))[:, :, None]
         expected = [head(x, each) for each in film]
         assert all(torch.equal(velocity(x, i), v) for i, v in enumerate(expected))
