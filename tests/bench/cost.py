@@ -17,7 +17,7 @@ from barcast.models.optimiser import Share
 from barcast.models.origins import Origins, split
 from barcast.models.paths import path_steps
 from barcast.models.samplers import Velocity
-from barcast.models.sssd.head import MLP
+from barcast.models.sssd.head import MLP, Asked
 from barcast.models.sssd.marginal import knot_scores, piecewise
 from barcast.models.training import BATCH, DRAWS, _Dropout, _Training, train
 from tests.bench.report import Row, Section, Target
@@ -81,24 +81,29 @@ def _forecasts(section: Section, histories: Sequence[Window], tell: Callable[[st
     trained = train(histories, timeframe="1h", horizons=HORIZONS, levels=LEVELS, steps=TRAINING_STEPS)
     note("sssd, the map alone", trained.forecaster("map", None, 0))
     whole = trained.net.noise
-    velocity = MLP.velocity
+    at = MLP.at
 
-    def bf16(self: MLP, c: Tensor, lam: Tensor) -> Velocity:
-        ask = velocity(self, c, lam)
+    def bf16(self: MLP, lam: Tensor) -> Asked:
+        exact = at(self, lam)
 
-        def asked(x: Tensor, i: int) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return ask(x, i).float()
+        def of(c: Tensor) -> Velocity:
+            ask = exact(c)
 
-        return asked
+            def asked(x: Tensor, i: int) -> Tensor:
+                with torch.autocast("cpu", torch.bfloat16):
+                    return ask(x, i).float()
+
+            return asked
+
+        return of
 
     for samples in SAMPLES:
         trained.net.noise = whole[:samples]
-        forecaster = trained.forecaster("sssd", SAMPLER, STEPS)
         what = f"sssd, diffusion, {samples} samples x {STEPS} evaluations"
-        note(f"{what}, fp32", forecaster)
-        with patch.object(MLP, "velocity", bf16):
-            note(f"{what}, bf16", forecaster)
+        note(f"{what}, fp32", trained.forecaster("sssd", SAMPLER, STEPS))
+        with patch.object(MLP, "at", bf16):
+            forecaster = trained.forecaster("sssd", SAMPLER, STEPS)
+        note(f"{what}, bf16", forecaster)
 
 
 def _steps(section: Section, histories: Sequence[Window], tell: Callable[[str], None]) -> None:
