@@ -15,6 +15,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from io import BytesIO
 from itertools import product
+from operator import attrgetter
 from pathlib import Path
 from threading import get_native_id
 from typing import Self
@@ -43,7 +44,7 @@ from barcast.models import (
 )
 from barcast.models.evaluation import windows_at
 from barcast.models.quantiles import central
-from barcast.models.window import hashed
+from barcast.models.window import hashed, window_at
 
 BARS = 1024
 """Closes of a symbol in one file, at most."""
@@ -198,8 +199,12 @@ def prefill(
                 for symbol, first, ends in parts
             )
             run_jobs(_fill, jobs_of, done)
-    shelf = _Shelf(wanted.folder, forecaster.card)
-    if not (shelf.folder / CARD).exists():
+    shelf, length = _Shelf(wanted.folder, forecaster.card), forecaster.card.window
+    newest: list[Window] = []
+    for symbol, first, ends in parts:  # of each part, what was forecast last
+        part = hashed(histories[symbol].part(max(0, first + ends.stop - length), first + ends.stop))
+        newest.append(window_at(part, len(part) - 1, length, own.get(symbol, ())))
+    if None in shelf.find(sorted(newest, key=attrgetter("close_time"))):
         raise DataError(
             f"{shelf.folder}: workers have written there, and it is not here: the folder must be one that "
             "all workers share"

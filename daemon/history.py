@@ -136,18 +136,15 @@ class History(Mapping[str, Window]):
         until: int | None,
         folder: Path,
     ) -> None:
-        """Arguments and errors are those of `scan`; OSError where the folder cannot be written."""
+        """Arguments and errors are those of `scan`; OSError where the folder cannot be filled."""
         self._folder = folder
         found, checked = files(paths), []
         counts: Counter[str] = Counter()
         for path in found:
             checked.append(_checked(path, stamp, calendars, symbols, None, until))
             rows = checked[-1].select("symbol", "ns", *VALUES)
-            try:
-                for some in rows.collect_batches(chunk_size=AT_ONCE):
-                    self._add(some, counts)
-            except UNREADABLE as error:
-                raise _unreadable(path, error) from error
+            for some in _batches(path, rows):
+                self._add(some, counts)
         _check_there(counts, symbols, found, _time(None, until))
         self._counts = {symbol: self._sorted(symbol) for symbol in sorted(counts)}
         if twice := [symbol for symbol, count in self._counts.items() if not count]:
@@ -221,10 +218,11 @@ class History(Mapping[str, Window]):
     def _add(self, rows: pl.DataFrame, counts: Counter[str]) -> None:
         """Append rows to the files of their symbols, as they come."""
         for (symbol,), own in rows.group_by("symbol", maintain_order=True):
+            mode = "ab" if counts[str(symbol)] else "xb"  # what another has left there is none of its bars
             counts[str(symbol)] += own.height
-            with self._times(str(symbol)).open("ab") as stream:
+            with self._times(str(symbol)).open(mode) as stream:
                 stream.write(own["ns"].to_numpy().tobytes())
-            with self._values(str(symbol)).open("ab") as stream:
+            with self._values(str(symbol)).open(mode) as stream:
                 stream.write(np.ascontiguousarray(own.select(VALUES).to_numpy(), np.float64).tobytes())
 
     def _sorted(self, symbol: str) -> int:
@@ -725,6 +723,14 @@ def _time(since: int | None, until: int | None) -> str:
 def _collect(path: Path, frame: pl.LazyFrame) -> pl.DataFrame:
     try:
         return frame.collect()
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
+def _batches(path: Path, frame: pl.LazyFrame) -> Iterator[pl.DataFrame]:
+    """The rows of a file, some at once. What goes wrong where they are handed to is not the file's fault."""
+    try:
+        yield from frame.collect_batches(chunk_size=AT_ONCE)
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
 

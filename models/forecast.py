@@ -115,7 +115,7 @@ def forecast_from(
 
     It is warming below the card's window, unless that is said. From now on nobody can write to the figures.
     """
-    freeze(quantiles, mean, std, rise)
+    freeze(quantiles, mean, std, rise, *([coverage.share] if coverage else []))
     return Forecast(
         symbol=window.symbol,
         close_time=window.close_time,

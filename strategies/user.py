@@ -95,11 +95,19 @@ class _Place(ModuleType):
 
     def __init__(self, module: ModuleType) -> None:
         super().__init__(module.__name__)
-        self._module = weakref.ref(module)
+        object.__setattr__(self, "_module", weakref.ref(module))
 
     def __getattribute__(self, name: str) -> Any:
         module = object.__getattribute__(self, "_module")()
         return object.__getattribute__(self, name) if module is None else getattr(module, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        module = object.__getattribute__(self, "_module")()
+        object.__setattr__(self if module is None else module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        module = object.__getattribute__(self, "_module")()
+        object.__delattr__(self if module is None else module, name)
 
 
 def _executed(path: Path, code: CodeType, name: str) -> ModuleType:

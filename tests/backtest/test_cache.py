@@ -80,6 +80,8 @@ def test_another_strategy_asks_no_network(tmp_path, asked):
 def test_figures_cannot_be_changed(tmp_path, model):
     """Neither those that a model makes, nor those that were kept: strategies are given them as they are."""
     forecaster = open_model(model, "session", None, None)
+    if isinstance(forecaster, Calibrated):
+        forecaster = Calibrated(forecaster.inner, 50, 20)  # few outcomes, so that there is a coverage
     frame = pl.read_parquet(sample_bars()).filter(symbol="IBM").head(1400)
     values = frame.select("open", "high", "low", "close", "volume").to_numpy()
     history = hashed(Window("IBM", frame["close_time"].to_physical().to_numpy(), values))
@@ -87,7 +89,9 @@ def test_figures_cannot_be_changed(tmp_path, model):
     with ForecastCache(tmp_path) as cache:
         made = cache.of(forecaster).forecast([window])
     for forecast in made + ForecastCache(tmp_path).of(forecaster).forecast([window]):
-        for figures in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise):
+        shares = [forecast.coverage.share] if forecast.coverage else []
+        assert len(shares) == isinstance(forecaster, Calibrated)
+        for figures in (forecast.quantiles, forecast.mean, forecast.std, forecast.rise, *shares):
             assert not figures.flags.writeable
 
 
@@ -434,3 +438,13 @@ def test_folder_that_workers_do_not_share_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(cache_module, "run_jobs", lambda *_: None)
     with pytest.raises(DataError, match="the folder must be one that all workers share"):
         filled(tmp_path, until=200)
+
+
+def test_folder_that_was_shared_before_is_a_fault(tmp_path, monkeypatch):
+    """What is there from an earlier time does not stand for what workers have put elsewhere since."""
+    monkeypatch.setattr(cache_module, "SPAN", 50)
+    assert filled(tmp_path, until=200) == filled(tmp_path, until=200)
+    monkeypatch.setattr(cache_module, "run_jobs", lambda *_: None)
+    assert filled(tmp_path, until=200) == 84
+    with pytest.raises(DataError, match="the folder must be one that all workers share"):
+        filled(tmp_path, until=230)

@@ -488,6 +488,29 @@ def test_history_in_files_says_what_a_scan_says(tmp_path: Path) -> None:
         assert str(kept.value) == str(scanned.value)
 
 
+def test_folder_that_cannot_be_written_is_no_fault_of_the_bars(tmp_path: Path, monkeypatch) -> None:
+    """Whoever names the folder hears of it, as it is: the files are not called unreadable."""
+    paths = [written(tmp_path, table(), "parquet")]
+    with pytest.raises(FileNotFoundError, match=r"nowhere/BTC\.closes"):
+        History(paths, "close", HOURS, None, None, tmp_path / "nowhere")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(History, "_add", full)
+    with pytest.raises(OSError, match="No space left"):
+        History(paths, "close", HOURS, None, None, tmp_path)
+
+
+def test_history_is_told_where_nothing_is(tmp_path: Path) -> None:
+    """What another history left in a folder is not taken for bars of this one."""
+    paths = [written(tmp_path, table(), "parquet")]
+    (tmp_path / "kept").mkdir()
+    History(paths, "close", HOURS, None, None, tmp_path / "kept")
+    with pytest.raises(FileExistsError):
+        History(paths, "close", HOURS, None, None, tmp_path / "kept")
+
+
 def test_steps_are_counted_a_few_symbols_at_a_time(tmp_path: Path, monkeypatch) -> None:
     """The timeframe is the same when the times of all symbols are not compared at once."""
     paths = random_files(tmp_path)

@@ -170,6 +170,36 @@ def test_every_build_has_a_module_of_its_own(tmp_path: Path) -> None:
     assert one.on_forecasts(0, IBM) == {"IBM": 0.04}
 
 
+SETS = """
+import sys
+SIZE, ONCE = 0.5, 1
+
+@dataclass(frozen=True)
+class Sets:
+    name: str
+
+    def on_forecasts(self, close_time, forecasts):
+        setattr(sys.modules[__name__], "SIZE", SIZE / 2)
+        if "ONCE" in globals():
+            del sys.modules[__name__].ONCE
+        return dict.fromkeys(forecasts, SIZE)
+"""
+
+
+def test_module_can_be_changed_by_its_name(tmp_path: Path) -> None:
+    """What is set or deleted in what stands under the module's name is changed in the module."""
+    one = build(put(tmp_path, MINE + SETS) + ":Sets", "one", {})
+    assert [one.on_forecasts(0, IBM)["IBM"] for _ in range(2)] == [0.25, 0.125]
+    place = sys.modules[type(one).__module__]
+    assert not hasattr(place, "ONCE")
+    del one
+    gc.collect()
+    place.SIZE = 1
+    assert place.SIZE == 1
+    del place.SIZE
+    assert not hasattr(place, "SIZE")
+
+
 def test_module_is_there_as_long_as_its_strategy(tmp_path: Path) -> None:
     """A strategy can be pickled and its hints be looked up while it is in use; then nothing is left of it."""
     gc.collect()
