@@ -16,7 +16,6 @@ from datetime import datetime
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import msgspec
@@ -27,6 +26,8 @@ from numpy.typing import NDArray
 from barcast.backtest import caveats
 from barcast.backtest.replay import found_timeframe, learnt_warning, nanoseconds, run_backtest
 from barcast.backtest.result import BacktestResult, levels_of
+from barcast.backtest.tables import scratch_in, write_rows
+from barcast.backtest.workers import writing_in
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendar, Calendars, iso
 from barcast.daemon.history import KNOWN, PRICES, TIMES, Stamp, digest, files, read_windows, scan, stamped
@@ -708,18 +709,19 @@ class _Copies:
     @contextmanager
     def written(self, frames: Sequence[pl.DataFrame], symbols: Sequence[str]) -> Iterator[dict[str, Any]]:
         """Write frames in the place of the sources; give the settings of a backtest that name them."""
-        with TemporaryDirectory(prefix="barcast-audit-") as folder:
+        with scratch_in(None) as folder:
             parents = [*(path.parent.resolve() for path in self.sources.values()), *self.folders]
-            homes = {parent: Path(folder) / str(n) for n, parent in enumerate(dict.fromkeys(parents))}
+            homes = {parent: folder / str(n) for n, parent in enumerate(dict.fromkeys(parents))}
             copies = {place: homes[p.parent.resolve()] / p.name for place, p in self.sources.items()}
             bars, found = list[Path](), set[str]()
             for n, (copy, frame) in enumerate(zip(copies.values(), frames, strict=False)):
-                copy.parent.mkdir(exist_ok=True)
                 rows = frame.drop(KNOWN)
-                if copy.suffix == ".parquet":
-                    rows.write_parquet(copy)
-                else:
-                    rows.write_csv(copy)
+                with writing_in(None):
+                    copy.parent.mkdir(exist_ok=True)
+                    if copy.suffix == ".parquet":
+                        write_rows(rows, copy)
+                    else:
+                        rows.write_csv(copy)
                 if n < self.bars and rows.height:
                     bars.append(copy)
                     found |= set(_symbol(rows))

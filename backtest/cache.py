@@ -198,7 +198,10 @@ def prefill(
                 )
                 for symbol, first, ends in parts
             )
-            run_jobs(_fill, jobs_of, done)
+            try:
+                run_jobs(_fill, jobs_of, done)
+            finally:
+                _opened.cache_clear()  # of one that worked here itself
     shelf, length = _Shelf(wanted.folder, forecaster.card), forecaster.card.window
     newest: list[Window] = []
     for symbol, first, ends in parts:  # of each part, what was forecast last
@@ -231,7 +234,7 @@ def _parts(
         yield first, range(int(ends[0]) - first, int(ends[-1]) + 1 - first)
 
 
-@lru_cache(1)
+@lru_cache(4)  # as many threads as a worker of a cluster may have
 def _opened(wanted: Wanted, card: Card, _thread: int) -> Forecaster:
     """The forecaster, which a worker has many parts of, if it is that of the card; no threads share one."""
     forecaster = open_model(wanted.model, wanted.timeframe, wanted.sampler, wanted.steps)
@@ -434,8 +437,12 @@ class _Shelf:
     def _load(self, number: int) -> _Span:
         frames = [pl.DataFrame(schema=self._layout.schema)]
         for path in sorted(self.folder.glob(f"{number}-*.parquet")):
-            with writing_in(self.folder):
+            try:
                 told = path.read_bytes()
+            except FileNotFoundError:  # they may be removed at any time: what is lacking is forecast again
+                continue
+            except OSError as error:
+                raise ConfigError(f"{path}: {error}; let the user of this program read it") from error
             if path.stem.rpartition("-")[2] != _digest(told):
                 raise DataError(f"{path}: is damaged; remove it: what is lacking is forecast again")
             frames.append(pl.read_parquet(told))

@@ -9,7 +9,6 @@ from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -25,8 +24,9 @@ from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import scores
 from barcast.backtest.skill import SCHEMA as SKILL
 from barcast.backtest.skill import skill
-from barcast.backtest.tables import PREFIX, Rows, Store, collected
+from barcast.backtest.tables import Rows, Store, collected, scratch_in
 from barcast.backtest.walk import TRAININGS, WalkForward
+from barcast.backtest.workers import writing_in
 from barcast.daemon import wire
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars, iso
@@ -272,7 +272,7 @@ def run_backtest(
     longest horizon: see `BacktestResult.signals`.
 
     What memory does not hold lies in a folder in `scratch`, by default among the system's temporary files, as
-    long as the result is there.
+    long as the result is there. A copy by pickle holds all rows.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
@@ -280,9 +280,9 @@ def run_backtest(
     later. The schedule counts from the first close on, which is no occasion itself. Models that took over are
     kept in the folder `models`, if one is named.
 
-    Raise DataError for bars that cannot be used, ConfigError for settings, for a strategy that raises and for
-    one whose targets are none, CheckpointError for the model. What can be used and may mislead, such as
-    holes or jumps that no adjustment explains, is said in `meta["warning"]`.
+    Raise DataError for bars that cannot be used, ConfigError for settings, for a strategy that raises or
+    whose targets are none and for a folder that cannot be written, CheckpointError for the model. What can be
+    used and may mislead, such as holes or jumps that no adjustment explains, is said in `meta["warning"]`.
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
@@ -323,8 +323,9 @@ def run_backtest(
     decisions = _Decisions(ledger)
     known = (lambda one: one) if cache is None else cache.of
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=scratch)))
-        history = History(paths, stamp, closes, symbols, until, folder)
+        folder = stack.enter_context(scratch_in(scratch))
+        with writing_in(scratch):
+            history = History(paths, stamp, closes, symbols, until, folder)
         start, last = history.first if since is None else since, history.last
         if start > last:
             raise DataError(
@@ -341,8 +342,7 @@ def run_backtest(
             replay(past.story(model, progress), pipeline, decisions)
             trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
         else:
-            unnamed = stack.enter_context(TemporaryDirectory())
-            store = ModelStore(models or Path(unnamed), timeframe)
+            store = ModelStore(models or folder / "models", timeframe)
             pipeline = Pipeline(lambda *asked: known(store.open(*asked)), hashed=cache is not None)
             walk = decisions.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
             replay(past.story(walk.champion.model, progress), pipeline, decisions, agenda=walk)
@@ -488,7 +488,7 @@ class _Past:
             "sampler": card.sampler,
             "steps": card.steps,
             "samples": card.samples,
-            "touch": settings.touch,
+            "touch": [list(pair) for pair in settings.touch],
             "fingerprint": card.fingerprint,
             "timeframe": settings.timeframe,
             "calendar": settings.calendar,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -10,12 +11,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from barcast.backtest.tables import Rows, Store, collected
+from barcast.backtest.tables import Rows, Store, collected, write_rows
 from barcast.models import DataError
 from barcast.models.joint import Outlook
 
 INDEX = "result.json"
 """The file of a folder that says it is a saved result: it is written last."""
+
+PARTIAL = "result.partial"
+"""What says of a folder that a save was killed in it: it is written first, and is the last to go."""
 
 FORMAT = 1
 """Rises when a saved result can no longer be read as before."""
@@ -81,6 +85,10 @@ class BacktestResult:
     meta: dict[str, Any]
     store: Store | None = field(default=None, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy by pickle gets: all rows, as the files go with this one."""
+        return {**vars(self), **{name: getattr(self, name) for name in FRAMES}, "store": None}
+
     def rows(self, name: str) -> Rows:
         """A frame by its name: a DataFrame, or where it lies in files a LazyFrame, in order of its closes.
 
@@ -93,8 +101,9 @@ class BacktestResult:
         """Write each frame to NAME.parquet of the folder, and what is small to `result.json` for other tools.
 
         That holds meta, the tables and the definitions of their columns; a number that is none is null there.
-        A result that was in the folder is replaced. Raise OSError when it cannot be written, ValueError for
-        a `meta` that JSON has no value for.
+        A result that was in the folder is replaced once all of this one is written, for which there must be
+        room beside it. Raise OSError when it cannot be written, ValueError for a `meta` that JSON has no
+        value for: what was there is there still.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,19 +116,18 @@ class BacktestResult:
             "definitions": definitions(),
         }
         text = json.dumps(told, indent=1, allow_nan=False, ensure_ascii=False)
+        index, frames = folder / PARTIAL, {name: folder / f"{name}.partial" for name in FRAMES}
+        with ExitStack() as partials:
+            for path in (index, *frames.values()):
+                partials.callback(path.unlink, missing_ok=True)
+            index.write_text(text + "\n", encoding="utf-8")
+            for name, path in frames.items():
+                write_rows(self.rows(name), path)
+            partials.pop_all()
         (folder / INDEX).unlink(missing_ok=True)  # until all is there, the folder holds no result
-        for name in FRAMES:
-            rows, partial = self.rows(name), folder / f"{name}.partial"
-            try:
-                if isinstance(rows, pl.LazyFrame):
-                    rows.sink_parquet(partial)
-                else:
-                    rows.write_parquet(partial)
-            except (OSError, pl.exceptions.ComputeError) as error:  # by the one or the other, a full disk
-                partial.unlink(missing_ok=True)
-                raise OSError(str(error)) from error
-            partial.replace(folder / f"{name}.parquet")
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+        for name, path in frames.items():
+            path.replace(folder / f"{name}.parquet")
+        index.replace(folder / INDEX)
 
     @classmethod
     def load(cls, folder: Path | str) -> Self:

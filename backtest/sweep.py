@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import re
+import shutil
 from bisect import bisect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,7 @@ from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import Moment, found_timeframe, learnt_until, nanoseconds, run_backtest
 from barcast.backtest.result import json_rows
 from barcast.backtest.scoring import POOLED
+from barcast.backtest.tables import PREFIX, write_rows
 from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
 from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.history import Stamp, digest, read_windows, scan
@@ -217,6 +219,7 @@ def work(job: Job) -> None:
             execution=ground.execution,
             baselines=False,
             cache=None if ground.cache is None else ForecastCache(ground.cache),
+            scratch=job.folder,
         )
     except BarcastError as error:
         text = str(error)
@@ -310,7 +313,7 @@ class SweepResult:
         text = json.dumps(told | {"definitions": DEFINITIONS}, indent=1, allow_nan=False, ensure_ascii=False)
         (folder / INDEX).unlink(missing_ok=True)
         for name, frame in frames.items():
-            frame.write_parquet(folder / f"{name}.parquet")
+            write_rows(frame, folder / f"{name}.parquet")
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
 
 
@@ -462,6 +465,8 @@ class _Bench:
             if path.name.startswith(".") and path.suffix == ".partial":  # of one that was killed
                 with writing_in(self.folder):
                     path.unlink(missing_ok=True)
+            elif path.name.startswith(PREFIX):  # of another
+                shutil.rmtree(path, ignore_errors=True)
             elif path.name != LOCK and not _NAME.fullmatch(path.name):
                 raise DataError(f"{path}: no sweep has written it; remove it, or name another folder")
             elif path.name != LOCK:

@@ -2,11 +2,15 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import Literal
 from weakref import finalize
 
 import polars as pl
+
+from barcast.backtest.workers import writing_in
 
 Rows = pl.DataFrame | pl.LazyFrame
 """A frame, or what is read from files: its rows are then in order of their close."""
@@ -21,44 +25,64 @@ PREFIX = ".barcast-"
 """How the names of folders begin in which a run keeps what memory does not hold."""
 
 
+@contextmanager
+def scratch_in(parent: Path | None) -> Iterator[Path]:
+    """A folder for what memory does not hold, that goes with the context.
+
+    It is made in `parent`, by default among the system's temporary files. Raise ConfigError where it cannot
+    be.
+    """
+    with ExitStack() as stack:
+        with writing_in(parent):
+            folder = stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=parent))
+        yield Path(folder)
+
+
 class Store:
-    """Tables that share a room in memory; what it does not hold lies in a folder that goes with the store.
+    """Tables that share a room in memory; what it does not hold lies in a folder that goes with them.
 
     `parent` is where that folder is made once it is needed, by default among the system's temporary files.
     """
 
     def __init__(self, parent: Path | None = None) -> None:
-        self._parent = parent
-        self._folder: Path | None = None
+        self._folder = _Folder(parent)
         self._tables: list[Table] = []
-        self._count = 0
 
     def table(self, schema: pl.Schema) -> "Table":
         """A table without rows; `schema` is what it has as long as there are none."""
-        table = Table(self, schema)
+        table = Table(self._folder, schema)
         self._tables.append(table)
         return table
 
     def settle(self) -> None:
-        """Write what all tables hold, if that is more than the room. Raise OSError where it cannot be."""
+        """Write what all tables hold, if that is more than the room. Raise ConfigError where it cannot be."""
         if sum(table.size for table in self._tables) > ROOM:
             for table in self._tables:
                 table.write()
 
-    def path(self) -> Path:
-        """Where the next file of a table is to be."""
-        if self._folder is None:
-            self._folder = Path(mkdtemp(prefix=PREFIX, dir=self._parent))
-            finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+class _Folder:
+    """Where the files of tables are; it refers to none of them, so that it goes as soon as they do."""
+
+    def __init__(self, parent: Path | None) -> None:
+        self.parent = parent
+        self._path: Path | None = None
+        self._count = 0
+
+    def file(self) -> Path:
+        """Where the next file of a table is to be. Raise OSError where the folder cannot be made."""
+        if self._path is None:
+            self._path = Path(mkdtemp(prefix=PREFIX, dir=self.parent))
+            finalize(self, shutil.rmtree, self._path, ignore_errors=True)
         self._count += 1
-        return self._folder / f"{self._count:07}.parquet"
+        return self._path / f"{self._count:07}.parquet"
 
 
 class Table:
     """Rows in the order in which they were added. The state is the frames in memory, and the files."""
 
-    def __init__(self, store: Store, schema: pl.Schema) -> None:
-        self._store, self.schema = store, schema
+    def __init__(self, folder: _Folder, schema: pl.Schema) -> None:
+        self._folder, self.schema = folder, schema
         self._held: list[pl.DataFrame] = []
         self._files: list[Path] = []
         self.size = 0
@@ -70,10 +94,11 @@ class Table:
             self.size += int(frame.estimated_size())
 
     def write(self) -> None:
-        """Put what is in memory into a file. Raise OSError where that cannot be done."""
+        """Put what is in memory into a file. Raise ConfigError where that cannot be done."""
         if self._held:
-            path = self._store.path()
-            pl.concat(self._held, how="diagonal").write_parquet(path, compression="lz4")
+            with writing_in(self._folder.parent):
+                path = self._folder.file()
+                write_rows(pl.concat(self._held, how="diagonal"), path, "lz4")
             self._files.append(path)
             self._held, self.size = [], 0
 
@@ -81,7 +106,7 @@ class Table:
         """The rows as a frame, or as files one after another; nothing where there is no row."""
         if self._files:
             self.write()
-            return [pl.scan_parquet(path) for path in self._files]
+            return [pl.scan_parquet(path, glob=False) for path in self._files]
         if len(self._held) > 1:
             self._held = [pl.concat(self._held, how="diagonal", rechunk=True)]
         return [*self._held]
@@ -100,6 +125,15 @@ def joined(tables: Sequence[Table]) -> Rows:
     if len(frames) < len(parts):
         return pl.concat([part.lazy() for part in parts], how="diagonal")
     return pl.concat(frames, rechunk=True) if frames else pl.DataFrame(schema=tables[0].schema)
+
+
+def write_rows(rows: Rows, path: Path, compression: Literal["lz4", "zstd"] = "zstd") -> None:
+    """Write rows into a Parquet file. Raise OSError where that cannot be done."""
+    write = rows.sink_parquet if isinstance(rows, pl.LazyFrame) else rows.write_parquet
+    try:
+        write(path, compression=compression)
+    except pl.exceptions.ComputeError as error:  # such as a full disk
+        raise OSError(str(error)) from error
 
 
 def collected(rows: Rows) -> pl.DataFrame:

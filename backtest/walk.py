@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from barcast.backtest.workers import writing_in
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import iso
 from barcast.daemon.challenger import train_challenger
@@ -207,7 +208,8 @@ class WalkForward:
 
         try:
             steps, path = self._retrain.steps, self._store.path(champion.model)
-            train_challenger(self._known(run.asked), challenger, timeframe, card, path, steps, stand)
+            with writing_in(self._store.directory):
+                train_challenger(self._known(run.asked), challenger, timeframe, card, path, steps, stand)
             verdict = judge(
                 challenger,
                 path,

@@ -1,6 +1,7 @@
 """Jobs on the cores of this machine or on a cluster: joblib, with a backend by name, and files of theirs."""
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from logging import CRITICAL
@@ -73,12 +74,16 @@ def run_jobs(function: Callable[[Any], None], jobs: Iterable[Any], done: Callabl
 
 
 @contextmanager
-def writing_in(folder: Path) -> Iterator[None]:
-    """Say in a sentence what forbids writing into a folder, here or where a worker is: raise ConfigError."""
+def writing_in(folder: Path | None) -> Iterator[None]:
+    """Say in a sentence what forbids writing into a folder, here or where a worker is: raise ConfigError.
+
+    None is the folder for temporary files.
+    """
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{folder}: {error}; name a folder that you may write, with room in it") from error
+        place, name = folder or tempfile.tempdir or "temporary files", "name" if folder else "let TMPDIR name"
+        raise ConfigError(f"{place}: {error}; {name} a folder that you may write, with room in it") from error
 
 
 def write_whole(path: Path, content: bytes) -> None:

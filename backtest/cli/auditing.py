@@ -124,7 +124,7 @@ def audit(
     if as_json:
         typer.echo(found.json())
     else:
-        _print(found)
+        _print(found, settings["retrain"] is not None)
     if out_dir is not None and file is not None:
         with in_folder("--out", out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,8 @@ def audit(
         raise typer.Exit(1)
 
 
-def _print(found: "Audit") -> None:
-    """The bars, how far back signals look, what changed, and the verdict."""
+def _print(found: "Audit", retrained: bool) -> None:
+    """The bars, how far back signals look unless models were retrained, what changed, and the verdict."""
     from barcast.daemon.calendar import iso
 
     console = wide()
@@ -159,9 +159,9 @@ def _print(found: "Audit") -> None:
             said += ", and looks farther back than that"
         remedy = ": give more bars before --since" if far.first < min(far.settled, far.window) else ""
         _say(f"{said}. The first signals have {far.first} behind them{remedy}.")
-    elif found.passed:
+    elif retrained:
         _say("Later starts, and how far back signals look, are not tried: trainings depend on both.")
-    else:
+    elif not found.passed:
         _say("How far back signals look is not tried, as a run failed, or signals changed: mend that first.")
     failures = {
         "cut": "on the bars up to a cut failed",

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -225,6 +224,7 @@ def predict(
     if out_file.suffix == ".csv":
         raise typer.BadParameter(f"{out_file} is to hold Parquet: name it so", param_hint="--out")
     from barcast.backtest.predict import predict as quantiles
+    from barcast.backtest.tables import write_rows
     from barcast.daemon.adjustments import read_adjustments
     from barcast.daemon.history import read_origins, read_windows, scan
     from barcast.models import check_sampled, open_model
@@ -239,7 +239,7 @@ def predict(
     with progressing("forecasting", wanted.height) as advance:
         made = quantiles(forecaster, histories, wanted, str(origins), declared, pairs, advance)
     with writing("--out", out_file):
-        made.write_parquet(out_file)
+        write_rows(made, out_file)
     out.print(f"{wanted.height} origins, {made.height} rows: {out_file.absolute()}", soft_wrap=True)
 
 
@@ -269,7 +269,7 @@ def prefill(
     """Forecast a whole history into a cache, on all cores: no backtest of these bars asks the model then."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # else it reports to its makers
     from barcast.backtest.cache import Wanted, prefill
-    from barcast.backtest.tables import PREFIX
+    from barcast.backtest.tables import scratch_in
     from barcast.backtest.workers import writing_in
     from barcast.daemon.adjustments import read_adjustments
     from barcast.daemon.history import History
@@ -280,8 +280,11 @@ def prefill(
     check_sampled(model, open_model(model, timeframe, sampler, steps).card, sampler, steps)
     declared = read_adjustments(adjustments) if adjustments else []
     began = time.monotonic()
-    with writing_in(cache), TemporaryDirectory(prefix=PREFIX, dir=there(cache)) as folder:
-        histories = History(files, stamp.value, closes, symbol, moment(until), Path(folder))
+    with in_folder("--cache", cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    with scratch_in(cache) as folder:
+        with writing_in(cache):
+            histories = History(files, stamp.value, closes, symbol, moment(until), folder)
         wanted = Wanted(cache, model, timeframe, sampler, steps, moment(since) or 0, histories.last)
         with resumable(cache, address), progressing("forecasting", None) as advance:
             made = prefill(
@@ -388,8 +391,12 @@ def backtest(
     if settings["model"] not in BASELINES:
         check_result_folder(out_dir, [Path(settings["model"])])
     shutil.rmtree(out_dir / "models", ignore_errors=True)
-    known = ForecastCache(cache) if cache is not None else None
-    with in_folder("--out", out_dir), progressing("replaying", None) as advance:
+    known = None
+    if cache is not None:
+        with in_folder("--cache", cache):
+            cache.mkdir(parents=True, exist_ok=True)
+        known = ForecastCache(cache)
+    with progressing("replaying", None) as advance:
         result = run_backtest(
             files,
             stamp=stamp.value,

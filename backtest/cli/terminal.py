@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile, gettempdir
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -277,16 +277,14 @@ def histories_of(
 
     It is mapped from files in `scratch`, or in the folder for temporary files, and ends with the context.
     """
-    from barcast.backtest.tables import PREFIX
+    from barcast.backtest.tables import scratch_in
     from barcast.backtest.workers import writing_in
     from barcast.daemon.adjustments import adjusted, read_adjustments
     from barcast.daemon.history import History
 
-    place = scratch or Path(gettempdir())
-    with ExitStack() as stack:
-        with writing_in(place):
-            folder = stack.enter_context(TemporaryDirectory(prefix=PREFIX, dir=place))
-            history = History(files, stamp.value, calendars, symbols, moment(until), Path(folder))
+    with scratch_in(scratch) as folder:
+        with writing_in(scratch):
+            history = History(files, stamp.value, calendars, symbols, moment(until), folder)
         yield adjusted(history, read_adjustments(adjustments)) if adjustments else history
 
 
@@ -358,7 +356,8 @@ def in_folder(option: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"{option}: {error}; name a folder that you may write, with room in it") from error
+        reason = f"{option}: {path}: {error}"
+        raise ConfigError(f"{reason}; name a folder that you may write, with room in it") from error
 
 
 def check_result_folder(path: Path, others: Iterable[Path]) -> None:
@@ -366,8 +365,11 @@ def check_result_folder(path: Path, others: Iterable[Path]) -> None:
 
     One that is there must be empty or hold a backtest, and none of the `others`, which are read.
     """
-    found = {name for name in _names(path) if not name.startswith(".barcast-")}  # of a run that was killed
-    if found - {"models"} and "result.json" not in found:
+    from barcast.backtest.result import INDEX, PARTIAL
+    from barcast.backtest.tables import PREFIX
+
+    found = {name for name in _names(path) if not name.startswith(PREFIX)}  # of a run that was killed
+    if found - {"models"} and not found & {INDEX, PARTIAL}:
         raise typer.BadParameter(
             f"{path} is not empty, and holds no backtest: name a new folder", param_hint="--out"
         )

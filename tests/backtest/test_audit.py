@@ -13,7 +13,7 @@ from polars.testing import assert_frame_equal
 
 from barcast.backtest import replay
 from barcast.backtest.audit import REMOVED, Audit, Trial, Violation, audit, audit_backtest, poisoned
-from barcast.backtest.cli.auditing import _first, _kept, _verdict
+from barcast.backtest.cli.auditing import _first, _kept, _print, _verdict
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_strategy
 from barcast.daemon.history import History
@@ -536,6 +536,27 @@ def test_command(run, folder, tmp_path):
     status, _, err = run("audit", bars, *options, "--config", "x.toml")
     assert status == 2
     assert "--model is taken from --config" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("passed", [True, False])
+@pytest.mark.parametrize("retrained", [True, False])
+def test_what_is_not_tried_is_told_with_its_reason(capsys, passed, retrained):
+    """Trainings are the reason where models are retrained, and nowhere else."""
+    data = {"timeframe": "1h", "calendar": "24x7", "stamp": "close", "symbols": [], "other_end": False}
+    broken = () if passed else (Violation("cut", 5, "signals", None, "UP", 5, None, "q50", 1.0, 2.0, 1),)
+    found = Audit(
+        seed=1,
+        cuts=(5,),
+        starts=(),
+        trials=(Trial("cut", 5, 10, 0),),
+        violations=broken,
+        warmup=None,
+        data=data | {"warning": ""},
+    )
+    _print(found, retrained)
+    told = capsys.readouterr().out
+    assert ("trainings depend on both" in told) == retrained
+    assert ("mend that first" in told) == (not retrained and not passed)
 
 
 def test_last_line(capsys):

@@ -215,6 +215,27 @@ def test_damaged_file_is_named(tmp_path):
     assert cache.kept == 0
 
 
+def test_file_that_is_gone_meanwhile_is_forecast_again(tmp_path, monkeypatch):
+    """Files may be removed at any time; one that may not be read is named with what to do."""
+    backtest(tmp_path)
+    plain = Path.read_bytes
+
+    def gone(path):
+        path.unlink(missing_ok=True)
+        return plain(path)
+
+    monkeypatch.setattr(Path, "read_bytes", gone)
+    _, cache = backtest(tmp_path)
+    assert (cache.kept, cache.made > 0) == (0, True)
+
+    def forbidden(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", forbidden)
+    with pytest.raises(ConfigError, match=r"parquet: .*denied.*; let the user of this program read it"):
+        backtest(tmp_path)
+
+
 def test_other_forecasters_have_other_folders(tmp_path):
     """A card that differs in anything is another forecaster."""
     backtest(tmp_path)
@@ -285,7 +306,7 @@ def test_command_says_what_was_known(tmp_path):
     for command in ([*words, "--out", str(tmp_path / "out")], [*filling, "--jobs", "1"]):
         done = run.invoke(cli.app, [*command, "--cache", str(tmp_path / "file")])
         assert isinstance(done.exception, ConfigError)
-        assert str(done.exception).startswith(f"{tmp_path / 'file'}: ")
+        assert str(done.exception).startswith(f"--cache: {tmp_path / 'file'}: ")
         assert str(done.exception).endswith("name a folder that you may write, with room in it")
 
 
@@ -415,6 +436,17 @@ def test_process_opens_the_model_once(tmp_path, monkeypatch):
     cache_module._opened.cache_clear()
     assert filled(tmp_path, until=200) > 50
     assert len(opened) == 2  # by who asks, and by who works
+    assert cache_module._opened.cache_info().currsize == 0  # it is held no longer than it works
+
+
+def test_threads_of_a_worker_open_the_model_once_each(tmp_path, monkeypatch):
+    """Also where their parts come in turns."""
+    monkeypatch.setattr(cache_module, "SPAN", 10)
+    threads, opened, plain = iter(100 * [1, 2]), [], cache_module.open_model
+    monkeypatch.setattr(cache_module, "get_native_id", lambda: next(threads))
+    monkeypatch.setattr(cache_module, "open_model", lambda *asked: opened.append(asked) or plain(*asked))
+    filled(tmp_path, until=200)
+    assert len(opened) == 3
 
 
 def test_worker_with_another_fingerprint_fills_nothing(tmp_path, monkeypatch):

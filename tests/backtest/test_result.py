@@ -5,8 +5,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from typer import BadParameter
 
-from barcast.backtest.result import FRAMES, BacktestResult
+from barcast.backtest.cli.terminal import check_result_folder
+from barcast.backtest.result import FRAMES, PARTIAL, BacktestResult
 from barcast.models import DataError
 from tests.backtest.results import made_up
 
@@ -32,20 +34,64 @@ def test_what_is_saved_is_loaded(result: BacktestResult, tmp_path: Path) -> None
     assert not same(made_up(strategies=("other",)), result)
 
 
-def test_disk_that_is_full_is_told_as_one(result: BacktestResult, tmp_path: Path, monkeypatch) -> None:
-    """Whatever polars makes of it; the folder then holds no result, and no part of a file."""
+@pytest.mark.parametrize("lazy", [False, True])
+def test_disk_that_is_full_leaves_the_result_that_was_there(
+    result: BacktestResult, tmp_path: Path, lazy: bool
+) -> None:
+    """Whatever polars makes of it; nothing of the other one stays."""
     result.save(tmp_path)
+    other = made_up(symbols=("ONE",))
+    rows = {name: other.rows(name).lazy() if lazy else other.rows(name) for name in FRAMES}
+    other = replace(other, **rows)
+    kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for full in (f"{FRAMES[2]}.partial", PARTIAL):
+        (tmp_path / full).symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left"):
+            other.save(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
+    other.save(tmp_path)
+    assert same(BacktestResult.load(tmp_path), made_up(symbols=("ONE",)))
 
-    def full(_: pl.DataFrame, path: Path) -> None:
-        path.write_bytes(b"PAR1")
-        raise pl.exceptions.ComputeError("No space left on device (os error 28)")
 
-    monkeypatch.setattr(pl.DataFrame, "write_parquet", full)
-    with pytest.raises(OSError, match="No space left"):
-        result.save(tmp_path)
-    assert not [*tmp_path.glob("*.partial")]
-    with pytest.raises(DataError):
-        BacktestResult.load(tmp_path)
+def test_loaded_result_is_saved_where_it_was(result: BacktestResult, tmp_path: Path, monkeypatch) -> None:
+    """Also where its rows are still read from the files that it replaces, and again and again."""
+    result.save(tmp_path)
+    monkeypatch.setattr("barcast.backtest.result.LARGE", 0)
+    loaded = BacktestResult.load(tmp_path)
+    for _ in range(2):
+        assert isinstance(loaded.rows("equity"), pl.LazyFrame)
+        loaded.save(tmp_path)
+        assert same(BacktestResult.load(tmp_path), result)
+    assert same(loaded, result)
+
+
+def test_folder_of_a_save_that_was_killed_is_taken_again(
+    result: BacktestResult, tmp_path: Path, monkeypatch
+) -> None:
+    """Wherever it was killed: what it has left is no result, and nothing that somebody else would miss."""
+    for last in range(2 + len(FRAMES)):
+        plain, count = Path.replace, iter(range(100))
+
+        def killed(path: Path, target: Path, last=last, plain=plain, count=count) -> Path:
+            if next(count) == last:
+                raise KeyboardInterrupt
+            return plain(path, target)
+
+        monkeypatch.setattr(Path, "replace", killed)
+        if last <= len(FRAMES):
+            with pytest.raises(KeyboardInterrupt):
+                result.save(tmp_path)
+            with pytest.raises(DataError):
+                BacktestResult.load(tmp_path)
+        else:
+            result.save(tmp_path)
+        monkeypatch.undo()
+        check_result_folder(tmp_path, ())
+        (tmp_path / "report.html").touch()
+    assert same(BacktestResult.load(tmp_path), result)
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(BadParameter, match="holds no backtest"):
+        check_result_folder(tmp_path, ())
 
 
 def test_without_a_row(result: BacktestResult, tmp_path: Path) -> None:

@@ -202,8 +202,12 @@ def test_sweep_that_goes_on_runs_only_what_is_missing(bars, whole, copied):
         path.unlink()
     left = copied / "jobs" / ".0123456789abcdef.17.partial"
     left.write_bytes(b"half")
+    scratch = copied / "jobs" / ".barcast-left"
+    scratch.mkdir()
+    (scratch / "UP.closes").touch()
     result = swept(bars, copied)
     assert not left.exists()
+    assert not scratch.exists()
     assert result.ran == len(gone) == 7
     assert_same(whole, result, copied)
     assert swept(bars, copied).ran == 0

@@ -1,5 +1,8 @@
+import errno
 import gc
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ from polars.testing import assert_frame_equal
 
 from barcast.backtest import ledger as books
 from barcast.backtest import tables
+from barcast.backtest.audit import audit_backtest
 from barcast.backtest.ledger import Execution, Ledger
 from barcast.backtest.replay import drive, run_backtest
 from barcast.backtest.report import html
@@ -16,7 +20,8 @@ from barcast.backtest.result import FRAMES, BacktestResult
 from barcast.backtest.sample import sample_bars
 from barcast.backtest.scoring import pit, scores
 from barcast.backtest.tables import Store
-from barcast.models import Adjustment
+from barcast.daemon.history import History
+from barcast.models import Adjustment, ConfigError
 from tests.backtest.test_ledger import bar, outcome
 
 LARGE = ("signals", "outcomes", "bars", "targets", "fills", "equity")
@@ -69,9 +74,59 @@ def test_files_go_with_the_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     result = replayed(scratch=tmp_path, baselines=False, since="2012-12-01")
     [folder] = tmp_path.iterdir()
     assert {path.suffix for path in folder.iterdir()} == {".parquet"}
+    gc.disable()  # nor have they to wait until somebody looks for what refers to itself
+    try:
+        del result
+        assert not list(tmp_path.iterdir())
+    finally:
+        gc.enable()
+
+
+def test_copy_by_pickle_has_the_rows(
+    held: BacktestResult, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The files are those of the result, and go with it, also where the path could be read as a pattern."""
+    place = tmp_path / "a[b]*?"
+    place.mkdir()
+    spilling(monkeypatch)
+    result = replayed(scratch=place)
+    assert isinstance(result.rows("signals"), pl.LazyFrame)
+    copy = pickle.loads(pickle.dumps(result))
     del result
-    gc.collect()
+    assert not list(place.iterdir())
+    assert copy.meta == held.meta
+    for name in FRAMES:
+        assert_frame_equal(getattr(copy, name), getattr(held, name), check_exact=True)
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "instead"),
+    [(History, "_add", no_room), (tables._Folder, "file", lambda _: Path("/dev/full"))],
+)
+def test_scratch_that_is_full_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: type, what: str, instead: Callable[..., object]
+) -> None:
+    """For bars and for tables the folder is named, whatever polars makes of it, and not the files of bars."""
+    spilling(monkeypatch)
+    monkeypatch.setattr(where, what, instead)
+    with pytest.raises(ConfigError, match=r"No space left .*; name a folder that you may write") as told:
+        replayed(scratch=tmp_path)
+    assert str(told.value).startswith(f"{tmp_path}: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_temporary_files_that_cannot_be_are_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Where no folder is named the system's is, and how another is taken."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    for run in (replayed, partial(audit_backtest, sample_bars(), stamp="close", calendar="XNYS")):
+        with pytest.raises(ConfigError, match=r"nowhere: .*; let TMPDIR name a folder that you may write"):
+            run()
 
 
 def test_scores_of_spans(held: BacktestResult, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,6 +167,7 @@ def test_backtest_keeps_what_signals_tell(monkeypatch):
     monkeypatch.setattr("barcast.backtest.replay.open_model", lambda *_: Winding())
     options = {"stamp": "close", "calendar": "XNYS", "symbols": ["IBM"], "since": "2012-06-01"}
     result = run_backtest(sample_bars(), timeframe="session", touch=[(2, 1), (0.5, 1)], **options)
+    assert json.loads(json.dumps(result.meta)) == result.meta  # a result that is loaded says the same
     named = ["touch_up_2_1", "touch_down_2_1", "touch_up_0.5_1", "touch_down_0.5_1", "drawdown"]
     assert result.signals.columns[-5:] == named
     assert result.signals[named].null_count().sum_horizontal().item() == 0

@@ -299,7 +299,7 @@ def test_shares_of_a_batch_add_up_to_it(data: Split, of: int) -> None:
 def test_knots_of_all_members_are_held_for_some_origins_at_a_time(
     data: Split, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are a hundred times as many numbers as what comes of them, which is the same."""
+    """They are a hundred times as many numbers as what comes of them, which is the same up to rounding."""
     training = _prepared(data)
     whole = training._unseen_knots(training.learn)
     asked, of_members = [], QuantileMap.of_members
