@@ -25,7 +25,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest.result import level_column
-from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
+from barcast.backtest.workers import open_workers, remove_partials, run_jobs, write_whole, writing_in
 from barcast.daemon.adjustments import by_symbol
 from barcast.daemon.calendar import iso
 from barcast.daemon.timeframe import DAY, Timeframe
@@ -391,6 +391,8 @@ class _Shelf:
         spans: dict[int, list[tuple[bytes, Forecast]]] = {}
         for digest, forecast in self._pending.items():
             spans.setdefault(forecast.close_time // self._length, []).append((digest, forecast))
+        if spans:
+            remove_partials(self.folder)
         for number, rows in spans.items():
             self._write(number, self._frame(rows))
             self._spans.pop(number, None)

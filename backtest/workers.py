@@ -1,6 +1,7 @@
 """Jobs on the cores of this machine or on a cluster: joblib, with a backend by name, and files of theirs."""
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -100,6 +101,19 @@ def write_whole(path: Path, content: bytes) -> None:
         except OSError:  # such as a full disk: what is there of it would only take room
             partial.unlink(missing_ok=True)
             raise
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what `write_whole` has left in a folder of threads of this machine that were killed.
+
+    Those of other machines are left: nobody here knows whether they are at work. Raise ConfigError where the
+    folder cannot be written.
+    """
+    own = re.compile(rf"\.[^.]+\.{re.escape(os.uname().nodename)}\.(\d+)\.partial")
+    with writing_in(folder):
+        for path in folder.glob(".*.partial"):
+            if (found := own.fullmatch(path.name)) and not Path("/proc", found[1]).exists():
+                path.unlink(missing_ok=True)
 
 
 def _ray(stack: ExitStack, jobs: int, address: str | None) -> None:

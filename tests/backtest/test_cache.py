@@ -351,6 +351,24 @@ def test_two_may_write_the_same_rows_at_once(tmp_path, monkeypatch):
     assert not [*tmp_path.glob("*/.*")]
 
 
+def test_partials_of_killed_workers_are_removed(tmp_path):
+    """Those of threads that are at work, and of other machines, are left alone."""
+    with ForecastCache(tmp_path) as cache:
+        cache.of(open_model("hs", "1m", None, None)).forecast(rows_of(1))
+    [folder] = tmp_path.iterdir()
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+    here = os.uname().nodename
+    names = [f".1-a.{here}.{ended.native_id}.partial", f".1-a.{here}.{threading.get_native_id()}.partial"]
+    names += [f".1-a.{other}.{ended.native_id}.partial" for other in ("other", f"other.{here}")]
+    for name in names:
+        (folder / name).touch()
+    with ForecastCache(tmp_path) as cache:
+        cache.of(open_model("hs", "1m", None, None)).forecast(rows_of(1, 5000))
+    assert {path.name for path in folder.glob(".*")} == {*names[1:]}
+
+
 def test_full_disk_is_a_sentence_and_leaves_no_part(tmp_path, monkeypatch):
     """Whatever has no room is named with its folder; what is there of it would only take room."""
 
