@@ -747,7 +747,7 @@ def _paths(strategy: StrategySettings) -> Iterator[tuple[str, Path]]:
     built: Any = strategy.build()
     for one in fields(built):
         value = getattr(built, one.name)
-        if one.name != "name" and isinstance(value, str) and value:
+        if one.name != "name" and one.init and isinstance(value, str) and value:
             try:
                 path = Path(value)
                 if path.exists():

@@ -14,6 +14,7 @@ import msgspec
 from barcast.daemon.pipeline import StrategySettings, try_strategies, typed
 from barcast.models import BASELINES, Card, ConfigError, check_sampled, open_model
 from barcast.strategies import PATH, identify
+from barcast.strategies.params import parameters_of
 
 if TYPE_CHECKING:
     import optuna
@@ -146,7 +147,7 @@ class Cell:
         """Raise ConfigError for parameters, horizons or levels that there are not, or where a trial fails."""
         own, digest = identify(kind)
         built = StrategySettings.of(kind, None, params).build()
-        values = {name: x for name, x in msgspec.to_builtins(built, enc_hook=str).items() if name != "name"}
+        values = parameters_of(built)
         strategy_id = digest_of({"kind": own, "file": digest, "params": values})
         settings = StrategySettings.of(kind, f"{own[:19]}-{strategy_id[:12]}", params)
         try:

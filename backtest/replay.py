@@ -68,6 +68,7 @@ from barcast.models import (
     open_model,
 )
 from barcast.models.joint import check_pairs
+from barcast.strategies.params import parameters_of
 
 Moment = int | str | datetime
 """A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
@@ -479,7 +480,7 @@ class _Past:
         """What identifies it, for `BacktestResult.meta`."""
         settings, card = self.settings, self.forecaster.card
         strategies = [
-            {"kind": one.kind, "digest": one.digest, **msgspec.to_builtins(built, enc_hook=str)}
+            {"kind": one.kind, "digest": one.digest, "name": one.name, **parameters_of(built)}
             for one, built in zip(settings.strategies, settings.build(), strict=True)
         ]
         return {

@@ -11,7 +11,7 @@ from barcast.strategies.params import checked, one_of
 from barcast.strategies.quantile_band import QuantileBand
 from barcast.strategies.rank import Rank
 from barcast.strategies.skew_tilt import SkewTilt
-from barcast.strategies.user import PATH, from_file, from_package, packaged
+from barcast.strategies.user import PATH, from_file, from_package, made, packaged
 from barcast.strategies.vol_target import VolatilityTarget
 
 __all__ = [
@@ -80,7 +80,8 @@ def build(
     file is executed anew for each, so that no strategy shares a variable of the module with another. With a
     `digest` the file must be the one that had it, or the folder `kept` hold that one as DIGEST.py. Raise
     `ConfigError` for an unknown kind or parameter, saying which exist, for a value that does not fit, for a
-    file that is no strategy or has changed, and for a name that cannot be a segment of a topic.
+    file that is no strategy or has changed, for a class that raises when it is made, and for a name that
+    cannot be a segment of a topic.
     """
     cls, _ = _found(kind, digest, kept)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", name):
@@ -89,10 +90,7 @@ def build(
             "take up to 32 letters, digits, dots, underscores and dashes."
         )
     values = checked(cls, name, params)
-    try:
-        return cast(Strategy, cls(name=name, **values))
-    except ValueError as error:
-        raise ConfigError(f"strategy {name!r}: {error}") from error
+    return cast(Strategy, made(cls, name, values))
 
 
 def _found(kind: str, digest: str, kept: Path | None = None) -> tuple[type, str]:

@@ -45,6 +45,12 @@ def checked(cls: type, name: str, params: Mapping[str, object]) -> dict[str, Any
     return values
 
 
+def parameters_of(strategy: Any) -> dict[str, object]:
+    """What can be set of a strategy, beside its name, in JSON's values: not what it works out for itself."""
+    own = {one.name: getattr(strategy, one.name) for one in fields(strategy) if one.init}
+    return {name: msgspec.to_builtins(value, enc_hook=str) for name, value in own.items() if name != "name"}
+
+
 def one_of(given: str, known: Iterable[str]) -> str:
     """What there is instead of a name that there is not, the nearest first."""
     names = list(known)

@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -131,20 +131,37 @@ def _executed(path: Path, code: CodeType, name: str) -> ModuleType:
     return module
 
 
+def made(cls: type, name: str, values: Mapping[str, Any]) -> Any:
+    """The class called with these values. Raise `ConfigError` where it raises, saying where in its file.
+
+    A ValueError is what the class itself says of its parameters.
+    """
+    try:
+        return cls(name=name, **values)
+    except (ValueError, ConfigError) as error:
+        raise ConfigError(f"strategy {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        raise ConfigError(_told(f"{name!r}" + (f" of {file}" if file else ""), file, error)) from error
+
+
 @contextmanager
 def _said(where: str, path: Path | None) -> Iterator[None]:
     """Say of whatever goes wrong in foreign code where it was."""
     try:
         yield
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == str(path)]
-        reason = str(error)
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines, reason = [error.lineno], error.msg
-        line, reason = f", line {lines[-1]}" if lines else "", " ".join(reason.split())
-        raise ConfigError(
-            f"strategy {where}{line}: {type(error).__name__}: {reason}; correct it there"
-        ) from error
+        raise ConfigError(_told(where, path and str(path), error)) from error
+
+
+def _told(where: str, file: str | None, error: BaseException) -> str:
+    """What was raised, and in which line of the file."""
+    lines = [frame.lineno for frame in extract_tb(error.__traceback__) if frame.filename == file]
+    reason = str(error)
+    if isinstance(error, SyntaxError) and error.filename == file:
+        lines, reason = [error.lineno], error.msg
+    line, reason = f", line {lines[-1]}" if lines else "", " ".join(reason.split())
+    return f"strategy {where}{line}: {type(error).__name__}: {reason}; correct it there"
 
 
 def _class(path: Path, name: str | None, module: ModuleType) -> Any:

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from barcast.models import ConfigError
 from barcast.strategies import KINDS, MedianDrift, QuantileBand, build, identify, kinds
-from barcast.strategies.params import checked
+from barcast.strategies.params import checked, parameters_of
 
 
 def test_build() -> None:
@@ -94,6 +94,13 @@ def test_types_of_the_fields_decide() -> None:
     }
     assert type(values["rate"]) is float
     assert type(checked(Many, "x", {"needed": 1, "limit": 5})["limit"]) is int
+
+
+def test_parameters_are_what_can_be_set() -> None:
+    """What a strategy works out for itself is no parameter, nor is its name."""
+    told = parameters_of(Many("x", 3))
+    assert list(told) == ["needed", "rate", "often", "how", "note", "limit", "table"]
+    assert (told["needed"], told["how"], told["table"]) == (3, "fast", [])
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,24 @@ def test_own_checks_of_a_class(tmp_path: Path) -> None:
         build(kind, "h", {"size": 1})
 
 
+@pytest.mark.parametrize(
+    ("does", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero; correct it there"),
+        ("open('nowhere.csv')", "FileNotFoundError: .*'nowhere.csv'; correct it there"),
+        ("self.other", "AttributeError: .*no attribute 'other'; correct it there"),
+        ("raise SystemExit(1)", "SystemExit: 1; correct it there"),
+    ],
+)
+def test_class_that_raises_when_it_is_made(tmp_path: Path, does: str, message: str) -> None:
+    """Whatever a constructor raises is said with the strategy's name, the file and the line in it."""
+    kind = put(tmp_path, f"{MINE}\n    def __post_init__(self):\n        {does}\n")
+    line = len(MINE.splitlines()) + 3
+    with pytest.raises(ConfigError, match=rf"strategy 'h' of .*mine\.py, line {line}: {message}") as caught:
+        build(kind, "h", {})
+    assert caught.value.__cause__ is not None
+
+
 def test_changed_file_is_refused(tmp_path: Path) -> None:
     """A file with another digest than the recorded one is refused; without one it is taken as it is."""
     kind = put(tmp_path, MINE)
