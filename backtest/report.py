@@ -20,6 +20,7 @@ from barcast.backtest.paths import JOINT, OWN
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.backtest.tables import Rows, collected
+from barcast.backtest.workers import write_whole
 from barcast.models.scores import Estimate
 
 FANS = 6
@@ -183,14 +184,17 @@ td.text, th.text { text-align: left; }
 
 
 def write_report(result: BacktestResult, path: Path | str, title: str = "Barcast backtest") -> None:
-    """Write the page of a backtest to `path`; it needs no network to be read."""
-    Path(path).write_text(html(result, title), encoding="utf-8")
+    """Write the page of a backtest to `path`; it needs no network to be read.
+
+    Raise ConfigError where it cannot be written: what was there is there still.
+    """
+    write_whole(Path(path), html(result, title).encode())
 
 
-def write_evaluation(result: Evaluation, path: Path) -> None:
-    """Write the page of an evaluation to `path`; it needs no network to be read."""
+def write_evaluation(result: Evaluation, path: Path | str) -> None:
+    """Write the page of an evaluation to `path` as `write_report` does."""
     body = "\n".join([_evaluation_head(result), *_evaluation_sections(result)])
-    path.write_text(_page("Barcast evaluation", body), encoding="utf-8")
+    write_whole(Path(path), _page("Barcast evaluation", body).encode())
 
 
 def html(result: BacktestResult, title: str = "Barcast backtest") -> str:

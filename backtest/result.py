@@ -11,8 +11,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from barcast.backtest.tables import Rows, Store, collected, write_rows
-from barcast.models import DataError
+from barcast.backtest.tables import PREFIX, Rows, Store, collected, write_rows
+from barcast.models import ConfigError, DataError
 from barcast.models.joint import Outlook
 
 INDEX = "result.json"
@@ -102,10 +102,11 @@ class BacktestResult:
 
         That holds meta, the tables and the definitions of their columns; a number that is none is null there.
         A result that was in the folder is replaced once all of this one is written, for which there must be
-        room beside it. Raise OSError when it cannot be written, ValueError for a `meta` that JSON has no
-        value for: what was there is there still.
+        room beside it. Raise ConfigError for a folder that is not empty and holds no result, OSError when it
+        cannot be written, ValueError for a `meta` that JSON has no value for: what was there is there still.
         """
         folder = Path(folder)
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         told = {
             "barcast_result": FORMAT,
@@ -167,6 +168,16 @@ class BacktestResult:
 
 FRAMES = tuple(one.name for one in fields(BacktestResult) if one.name not in ("meta", "store"))
 """The names of a result's frames."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder in which something lies, and no result: it may be of somebody else."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder")
+    found = {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+    found = {name for name in found if not name.startswith(PREFIX)}  # of a run that was killed
+    if found - {"models"} and not found & {INDEX, PARTIAL}:
+        raise ConfigError(f"{folder} is not empty, and holds no backtest: name a new folder")
 
 
 def definitions() -> dict[str, dict[str, str]]:

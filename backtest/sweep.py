@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from io import BytesIO
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
@@ -49,8 +50,8 @@ from barcast.backtest.metrics import portfolio
 from barcast.backtest.replay import Moment, found_timeframe, learnt_until, nanoseconds, run_backtest
 from barcast.backtest.result import json_rows
 from barcast.backtest.scoring import POOLED
-from barcast.backtest.tables import PREFIX, write_rows
-from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
+from barcast.backtest.tables import PREFIX
+from barcast.backtest.workers import is_partial, open_workers, run_jobs, write_whole, writing_in
 from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.history import Stamp, digest, read_windows, scan
 from barcast.daemon.pipeline import StrategySettings, first_asked
@@ -305,20 +306,39 @@ class SweepResult:
     ran: int
     again: list[str]
 
-    def save(self, folder: Path) -> None:
-        """Write each frame to NAME.parquet of the folder, and all but the equity to `sweep.json`."""
-        frames = {name: getattr(self, name) for name in ("cells", "folds", "path", "equity")}
+    def save(self, folder: Path | str) -> None:
+        """Write each frame to NAME.parquet of the folder, and all but the equity to `sweep.json`.
+
+        A sweep that was in the folder is replaced. Raise ConfigError for a folder with anything that no sweep
+        has written, and where it cannot be written.
+        """
+        folder = Path(folder)
+        check_folder(folder)
+        frames = {name: getattr(self, name) for name in TABLES}
         told = {"barcast_sweep": FORMAT, "meta": self.meta}
         told |= {name: json_rows(frame) for name, frame in frames.items() if name != "equity"}
         text = json.dumps(told | {"definitions": DEFINITIONS}, indent=1, allow_nan=False, ensure_ascii=False)
-        (folder / INDEX).unlink(missing_ok=True)
+        with writing_in(folder):
+            (folder / INDEX).unlink(missing_ok=True)  # until all is there, the folder holds no whole sweep
         for name, frame in frames.items():
-            write_rows(frame, folder / f"{name}.parquet")
-        (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+            rows = BytesIO()
+            frame.write_parquet(rows)
+            write_whole(folder / f"{name}.parquet", rows.getvalue())
+        write_whole(folder / INDEX, f"{text}\n".encode())
 
 
-OWN = {JOBS, INDEX, *(f"{name}.parquet" for name in ("cells", "folds", "path", "equity"))}
+TABLES = ("cells", "folds", "path", "equity")
+OWN = {JOBS, INDEX, *(f"{name}.parquet" for name in TABLES)}
 """What a sweep writes into its folder."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder in which anything lies that no sweep has written."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder")
+    found = folder.iterdir() if folder.is_dir() else ()
+    if foreign := {each.name for each in found if not is_partial(each)} - OWN:
+        raise ConfigError(f"{folder} holds {min(foreign)}, which no sweep has written: name another folder")
 
 
 def sweep(
@@ -462,7 +482,7 @@ class _Bench:
     def __post_init__(self) -> None:
         """Look at what the folder has from before."""
         for path in sorted(self.folder.iterdir()):
-            if path.name.startswith(".") and path.suffix == ".partial":  # of one that was killed
+            if is_partial(path):  # of one that was killed
                 with writing_in(self.folder):
                     path.unlink(missing_ok=True)
             elif path.name.startswith(PREFIX):  # of another

@@ -93,7 +93,7 @@ def write_whole(path: Path, content: bytes) -> None:
     The partial is of one thread of one machine. Raise ConfigError where the folder cannot be written.
     """
     partial = path.with_name(f".{path.stem}.{os.uname().nodename}.{get_native_id()}.partial")
-    with writing_in(path.parent):
+    with writing_in(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_bytes(content)
@@ -114,6 +114,11 @@ def remove_partials(folder: Path) -> None:
         for path in folder.glob(".*.partial"):
             if (found := own.fullmatch(path.name)) and not Path("/proc", found[1]).exists():
                 path.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether it is what `write_whole` leaves of a file where it is killed."""
+    return path.name.startswith(".") and path.suffix == ".partial"
 
 
 def _ray(stack: ExitStack, jobs: int, address: str | None) -> None:

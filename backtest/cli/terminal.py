@@ -231,10 +231,8 @@ def pairs_of(given: list[str] | None) -> tuple[tuple[float, float], ...]:
         pairs = [(float(up), float(down)) for up, down in (text.split(",") for text in given or ())]
     except ValueError as error:
         raise typer.BadParameter("write UP,DOWN, such as 2,1", param_hint="--touch") from error
-    try:
+    with _of_option("--touch"):
         return check_pairs(pairs)
-    except ConfigError as error:
-        raise typer.BadParameter(str(error), param_hint="--touch") from error
 
 
 def others_of(given: list[str] | None) -> dict[str, str]:
@@ -365,26 +363,19 @@ def check_result_folder(path: Path, others: Iterable[Path]) -> None:
 
     One that is there must be empty or hold a backtest, and none of the `others`, which are read.
     """
-    from barcast.backtest.result import INDEX, PARTIAL
-    from barcast.backtest.tables import PREFIX
+    from barcast.backtest.result import check_folder
 
-    found = {name for name in _names(path) if not name.startswith(PREFIX)}  # of a run that was killed
-    if found - {"models"} and not found & {INDEX, PARTIAL}:
-        raise typer.BadParameter(
-            f"{path} is not empty, and holds no backtest: name a new folder", param_hint="--out"
-        )
+    with _of_option("--out"):
+        check_folder(path)
     _check_folder(path, others)
 
 
 def check_sweep_folder(path: Path, others: Iterable[Path]) -> None:
     """The same of a sweep: one that is there holds nothing but what sweeps write."""
-    from barcast.backtest.sweep import OWN
+    from barcast.backtest.sweep import check_folder
 
-    if foreign := _names(path) - OWN:
-        raise typer.BadParameter(
-            f"{path} holds {min(foreign)}, which no sweep has written: name another folder",
-            param_hint="--out",
-        )
+    with _of_option("--out"):
+        check_folder(path)
     _check_folder(path, others)
 
 
@@ -393,10 +384,13 @@ def there(path: Path) -> Path:
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
-def _names(folder: Path) -> set[str]:
-    if folder.exists() and not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is a file: name a folder", param_hint="--out")
-    return {each.name for each in folder.iterdir()} if folder.is_dir() else set()
+@contextmanager
+def _of_option(option: str) -> Iterator[None]:
+    """Make what is wrong with a value the option's fault."""
+    try:
+        yield
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from error
 
 
 def _check_folder(path: Path, others: Iterable[Path]) -> None:

@@ -379,7 +379,7 @@ def test_full_disk_is_a_sentence_and_leaves_no_part(tmp_path, monkeypatch):
     cache = ForecastCache(tmp_path)
     cache.of(open_model("hs", "1m", None, None)).forecast(rows_of(1))
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(ConfigError, match=r"hs-[\w-]+: .*No space.*; name a folder that you may"):
+    with pytest.raises(ConfigError, match=r"hs-[\w-]+/card\.json: .*No space.*; name a folder that you may"):
         cache.__exit__()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 

@@ -8,8 +8,9 @@ import polars as pl
 import pytest
 
 from barcast.backtest import metrics, scoring, skill
-from barcast.backtest.report import FANS, html, write_report
+from barcast.backtest.report import FANS, html, write_evaluation, write_report
 from barcast.backtest.result import FRAMES, BacktestResult
+from barcast.models import ConfigError
 from tests.backtest.browser import Page, chromium, faults, find_chromium
 from tests.backtest.results import five_minutes, made_up
 
@@ -42,6 +43,24 @@ def test_self_contained(result: BacktestResult, tmp_path: Path) -> None:
     assert "<title>Two &lt;stocks&gt;</title>" in page
     assert not re.search(r"(src|href)=\"(?!data:|#)|@import|url\(", page)
     assert "http" not in page
+
+
+@pytest.mark.parametrize("kind", ["report", "evaluation"])
+def test_page_is_whole_or_as_it_was(result: BacktestResult, tmp_path: Path, monkeypatch, kind: str) -> None:
+    """On a full disk the page that was there stays, nothing else does, and the error names the file."""
+    path, plain = tmp_path / "page.html", Path.write_bytes
+    path.write_text("before")
+
+    def full(partial: Path, content: bytes) -> int:
+        plain(partial, content[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("barcast.backtest.report._evaluation_head", lambda _: "")
+    monkeypatch.setattr("barcast.backtest.report._evaluation_sections", lambda _: [])
+    with pytest.raises(ConfigError, match=r"page\.html: .*No space left on device; name a folder"):
+        write_report(result, path) if kind == "report" else write_evaluation(None, path)
+    assert [each.read_text() for each in tmp_path.iterdir()] == ["before"]
 
 
 def test_sections(result: BacktestResult) -> None:

@@ -9,7 +9,7 @@ from typer import BadParameter
 
 from barcast.backtest.cli.terminal import check_result_folder
 from barcast.backtest.result import FRAMES, PARTIAL, BacktestResult
-from barcast.models import DataError
+from barcast.models import ConfigError, DataError
 from tests.backtest.results import made_up
 
 
@@ -92,6 +92,18 @@ def test_folder_of_a_save_that_was_killed_is_taken_again(
     (tmp_path / "result.json").unlink()
     with pytest.raises(BadParameter, match="holds no backtest"):
         check_result_folder(tmp_path, ())
+
+
+def test_folder_of_somebody_else_is_refused(result: BacktestResult, tmp_path: Path) -> None:
+    """Nothing is written where something lies that is no result, such as bars; nor onto a file."""
+    (tmp_path / "bars.parquet").write_text("mine")
+    for place, said in (
+        (tmp_path, "is not empty, and holds no backtest"),
+        (tmp_path / "bars.parquet", "is a file"),
+    ):
+        with pytest.raises(ConfigError, match=f"{said}.*: name a"):
+            result.save(place)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_without_a_row(result: BacktestResult, tmp_path: Path) -> None:

@@ -113,6 +113,39 @@ def assert_same(whole, result, folder):
     assert jobs(folder) == jobs(whole[1])
 
 
+def test_tables_are_whole_and_in_a_folder_of_their_own(whole, tmp_path, monkeypatch):
+    """A folder by its text is made; one with anything else is refused; a full disk leaves no whole sweep.
+
+    What a save that was killed has left is none of somebody else.
+    """
+    result, folder = whole[0], tmp_path / "new" / "folder"
+    result.save(str(folder))
+    (folder / ".cells.host.1.partial").touch()
+    result.save(folder)
+    assert (folder / "sweep.json").read_bytes() == (whole[1] / "sweep.json").read_bytes()
+
+    plain, left = Path.write_bytes, iter((1, 1))
+
+    def full(path, content):
+        plain(path, content[:9])
+        if not next(left, 0):
+            raise OSError(28, "No space left on device")
+        return plain(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigError, match=r"path\.parquet: .*No space left on device; name a folder"):
+        result.save(folder)
+    monkeypatch.undo()
+    assert not (folder / "sweep.json").exists()
+    for name in ("cells", "folds", "path", "equity"):
+        assert pl.read_parquet(folder / f"{name}.parquet").equals(getattr(result, name))
+    (folder / "cells.csv").touch()
+    with pytest.raises(ConfigError, match=r"holds cells\.csv, which no sweep has written"):
+        result.save(folder)
+    with pytest.raises(ConfigError, match="is a file: name a folder"):
+        result.save(folder / "cells.csv")
+
+
 @pytest.mark.parametrize("backend", ["loky", "ray", "dask"])
 def test_backend_and_number_of_jobs_change_no_byte(bars, whole, tmp_path, backend):
     """One job at a time here, and two at a time in other processes, give the same bytes."""
