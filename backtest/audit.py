@@ -3,8 +3,9 @@
 At cuts drawn from the tested closes a run is repeated on the bars up to the cut alone, and on bars of which
 those after the cut are poisoned: prices jump and turn, volumes change, bars are missing or there twice.
 Whatever it tells of the time up to the cut must be the same to the bit. And it is begun at later closes:
-signals and targets from there on must be the same, or they could not be told again after a restart. `audit`
-does that to any function of frames, `audit_backtest` to a backtest over files.
+signals and targets from there on must be the same, or they could not be told again after a restart. And at
+closes spread over the test each strategy is made anew and asked: it must say what it said. `audit` does that
+to any function of frames, `audit_backtest` to a backtest over files.
 """
 
 import json
@@ -24,6 +25,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest import caveats
+from barcast.backtest.anew import anew as made_anew
 from barcast.backtest.replay import found_timeframe, learnt_warning, nanoseconds, run_backtest
 from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.tables import scratch_in, write_rows
@@ -56,8 +58,14 @@ KEYS = ("strategy", "symbol", "close_time", "end_time", "judged", "asked", "deci
 STATELESS = ("signals", "targets")
 """Frames of which nothing depends on where a run begins, as books and their outcomes do."""
 
+KEEPING = ("start", "anew")
+"""The checks of what is kept from one close to the next."""
+
 STARTS = 2
 """Closes in a row at which a run is begun later: what counts its calls is off at one of them at least."""
+
+ASKED = 200
+"""Closes at which strategies are made anew, at most: what decides otherwise at one in fifty is found."""
 
 SHOWN = 20
 """Violations that are kept of one frame and strategy in one run, the oldest first."""
@@ -82,7 +90,8 @@ class Violation:
     """One value up to a cut that depends on what comes after it, or after a start on what came before.
 
     `check` is `cut` for a run without what comes after, `poison` for one with other bars there, `repeat`
-    for the very same run again, and `start` for one that begins at the close `cut`. `strategy`, `symbol`,
+    for the very same run again, `start` for one that begins at the close `cut`, and `anew` for what is asked
+    at that close without having been asked before. `strategy`, `symbol`,
     `close_time` and `horizon` (bars) say which row of the frame, as far as it has them; `close_time`, when it
     is known, and `cut` are nanoseconds. The `field` called `row` is a row that is there in one run only,
     `error` a run that ended early. `ahead` is how many bars must at least have been known too early; 0 where
@@ -105,6 +114,8 @@ class Violation:
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One run: at which cut or start (nanoseconds), how many values were compared, how many differ.
+
+    That of `anew` has the first of its closes.
 
     `ended` says why it ended early, where it did.
     """
@@ -152,9 +163,9 @@ class Warmup:
 class Audit:
     """What an audit found.
 
-    `cuts` are in nanoseconds, and so are `starts`, which are empty where that was not tried. `unseen` are
-    sentences on files that could not be cut. `data` is the report on the bars, `meta` what identifies the
-    run; both are in JSON's values, and empty for a run of one's own.
+    `cuts` are in nanoseconds, and so are `starts` and the closes `asked` anew, which are empty where that was
+    not tried. `unseen` are sentences on files that could not be cut. `data` is the report on the bars, `meta`
+    what identifies the run; both are in JSON's values, and empty for a run of one's own.
     """
 
     seed: int
@@ -163,19 +174,20 @@ class Audit:
     trials: tuple[Trial, ...]
     violations: tuple[Violation, ...]
     warmup: Warmup | None
+    asked: tuple[int, ...] = ()
     unseen: tuple[str, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
-        """Whether nothing up to a cut depends on what comes after it, and nothing on where a run begins."""
+        """Whether nothing up to a cut depends on what comes after it, nothing on what was asked before."""
         return not self.violations
 
     def json(self) -> str:
         """All of it, times as texts; a number that is none is null."""
         told = {"barcast_audit": 1, "passed": self.passed, **asdict(self)}
-        told |= {name: [iso(at) for at in getattr(self, name)] for name in ("cuts", "starts")}
+        told |= {name: [iso(at) for at in getattr(self, name)] for name in ("cuts", "starts", "asked")}
         return json.dumps(_plain(told), indent=1, allow_nan=False, ensure_ascii=False)
 
 
@@ -187,6 +199,7 @@ def audit(
     seed: int = 1,
     window: int | None = None,
     late: Callable[..., Told] | None = None,
+    anew: Callable[..., Told] | None = None,
     known: str = "close_time",
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> Audit:
@@ -202,10 +215,13 @@ def audit(
     to a cut is a violation; with poisoned bars it is told only, as the fault may be after the cut.
     `late(close, *frames)` is a run that begins at a close (nanoseconds), what came before being known: frames
     of the names `signals` and `targets` must say the same from there on, which is tried at `STARTS` closes of
-    the third quarter of the signals. With a `window` (bars) it is tried how far back the last signals look,
-    by `late` if there is one, else by `run`; not where a run failed or a signal changed. `progress` is called
-    with 1 and a text after each run. Raise ConfigError for cuts or frames that cannot be and for a run that
-    tells of no frames by name, DataError where nothing is told of, and what `run` raises.
+    the third quarter of the signals. `anew(closes, *frames)` is a run in which whatever decides at each of
+    these closes decides nothing before: the frame `targets` must say the same at them, which are up to
+    `ASKED`, one of each equal part of the signals' closes. With a `window` (bars) it is tried how far back
+    the last signals look, by `late` if there is one, else by `run`; not where a run failed or a signal
+    changed. `progress` is called with 1 and a text after each run. Raise ConfigError for cuts or frames that
+    cannot be and for a run that tells of no frames by name, DataError where nothing is told of, and what
+    `run` raises.
     """
     if cuts < 1:
         raise ConfigError(f"cuts = {cuts!r}: give a number from 1")
@@ -260,6 +276,20 @@ def audit(
         trial, found = whole.since(start).against(said.since(start), "start", start, closes)
         trials.append(trial)
         violations += found
+    asked = _drawn(whole.closes(), ASKED, seed) if anew is not None and drawn else []
+    if anew is not None and asked:
+        at = f"asked anew at {len(asked)} closes"
+        try:
+            said = _Said(anew(asked, *frames))
+        except BarcastError as error:
+            trials.append(Trial("anew", asked[0], 0, 0, str(error)))
+            nowhere = ("anew", asked[0], "run", None, None, asked[0], None)
+            violations.append(Violation(*nowhere, "error", "none", str(error), 0))
+        else:
+            trial, found = whole.decided(asked).against(said.decided(asked), "anew", asked[0], closes)
+            trials.append(trial)
+            violations += [replace(one, cut=one.close_time) for one in found]
+        progress(1, at)
     warmup = None
     if window is not None and drawn and not any(one.frame in ("run", "signals") for one in violations):
         warmup = _warmup(told, frames, times, whole, window)
@@ -267,6 +297,7 @@ def audit(
         seed=seed,
         cuts=tuple(drawn),
         starts=tuple(starts),
+        asked=tuple(asked),
         trials=tuple(trials),
         violations=tuple(violations),
         warmup=warmup,
@@ -313,6 +344,12 @@ def audit_backtest(
             given = {"stamp": stamp, "timeframe": timeframe, "baselines": False}
             return run_backtest(**settings | given | own | changes)
 
+    def anew(closes: list[int], *frames: pl.DataFrame) -> BacktestResult:
+        with copies.written(frames, expected) as own:
+            given = {"stamp": stamp, "timeframe": timeframe, "baselines": False}
+            asked = [made_anew(strategy, closes) for strategy in own["strategies"]]
+            return run_backtest(**settings | given | own | {"strategies": asked})
+
     fixed = settings.get("retrain") is None
     found = audit(
         run,
@@ -321,6 +358,7 @@ def audit_backtest(
         seed=seed,
         window=card.window if fixed else None,
         late=(lambda close, *frames: run(*frames, since=close)) if fixed else None,
+        anew=anew,
         known=KNOWN,
         progress=progress,
     )
@@ -422,12 +460,24 @@ class _Said:
         later.frames = {name: frame.filter(pl.col(_TIME) >= start) for name, frame in there.items()}
         return later
 
+    def closes(self) -> Times:
+        """The closes of signals, rising."""
+        signals = self.frames.get("signals")
+        return np.unique(signals[_TIME].to_numpy()) if signals is not None else np.empty(0, np.int64)
+
+    def decided(self, closes: Sequence[int]) -> "_Said":
+        """The targets of these closes."""
+        at = _Said({})
+        there = {name: frame for name, frame in self.frames.items() if name == "targets"}
+        at.frames = {name: frame.filter(pl.col(_TIME).is_in(closes)) for name, frame in there.items()}
+        return at
+
     def against(self, other: "_Said", check: str, cut: int, closes: Times) -> tuple[Trial, list[Violation]]:
         """What another run tells differently of the time up to the cut."""
         values = differ = 0
         found: list[Violation] = []
         place = int(np.searchsorted(closes, cut, "right"))
-        last = 2**63 - 1 if check == "start" else cut
+        last = 2**63 - 1 if check in KEEPING else cut
         for name in dict.fromkeys([*self.frames, *other.frames]):
             own, others = self.frames.get(name), other.frames.get(name)
             own = others.clear() if own is None and others is not None else own
@@ -443,7 +493,7 @@ class _Said:
             differ += count
             for row, column, whole, changed in shown:
                 ahead = (
-                    0 if check in ("repeat", "start") else place - int(np.searchsorted(closes, row[_TIME]))
+                    0 if check in ("repeat", *KEEPING) else place - int(np.searchsorted(closes, row[_TIME]))
                 )
                 at = (row.get("strategy"), row.get("symbol"), row[_TIME], row.get("horizon"))
                 found.append(Violation(check, cut, name, *at, column, whole, changed, ahead))
@@ -524,8 +574,7 @@ def _drawn(closes: Times, cuts: int, seed: int) -> list[int]:
 
 def _starts(whole: _Said, seed: int) -> list[int]:
     """Closes in a row, the first drawn from the third quarter of the signals' own: none for a single one."""
-    signals = whole.frames.get("signals")
-    closes = np.unique(signals[_TIME].to_numpy()) if signals is not None else np.empty(0, np.int64)
+    closes = whole.closes()
     if len(closes) < 2:
         return []
     low = max(1, len(closes) // 2)

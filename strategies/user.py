@@ -151,7 +151,7 @@ def _said(where: str, path: Path | None) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        raise ConfigError(_told(where, path and str(path), error)) from error
+        raise ConfigError(_told(where, None if path is None else str(path), error)) from error
 
 
 def _told(where: str, file: str | None, error: BaseException) -> str:

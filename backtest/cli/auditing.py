@@ -82,8 +82,8 @@ def audit(
 
     Nothing up to a cut may change; the exit status is 1 if anything does. A strategy's parameter that is the
     path of one of the files is given the cut copy. Nor may signals and targets change when the test begins
-    later, as they do where a strategy keeps a state. Also tells how far back signals look, and what is wrong
-    with the bars.
+    later, or targets when a strategy is made anew, as they do where it keeps a state. Also tells how far back
+    signals look, and what is wrong with the bars.
     """
     given = {
         "model": model,
@@ -137,6 +137,7 @@ def audit(
 
 def _print(found: "Audit", retrained: bool) -> None:
     """The bars, how far back signals look unless models were retrained, what changed, and the verdict."""
+    from barcast.backtest.audit import KEEPING
     from barcast.daemon.calendar import iso
 
     console = wide()
@@ -167,6 +168,7 @@ def _print(found: "Audit", retrained: bool) -> None:
         "cut": "on the bars up to a cut failed",
         "poison": "with poisoned bars failed",
         "start": "that begin later failed",
+        "anew": "that ask strategies anew failed",
     }
     for check, which in failures.items():
         ended = [trial for trial in found.trials if trial.ended and trial.check == check]
@@ -176,23 +178,27 @@ def _print(found: "Audit", retrained: bool) -> None:
             _say(f"{len(ended)} runs {which}{proves}; {first}")
     if ahead := _first(found, ("cut", "poison", "repeat")):
         console.print(_ahead(ahead, len(found.cuts)))
-    if kept := _first(found, ("start",)):
-        console.print(_kept(kept, len(found.starts)))
+    if kept := _first(found, KEEPING):
+        console.print(_kept(kept, len(found.starts), len(found.asked)))
     _verdict(found)
 
 
 def _verdict(found: "Audit") -> None:
     """The last line."""
-    begun = [trial for trial in found.trials if trial.check == "start"]
-    others = [trial for trial in found.trials if trial.check != "start"]
+    from barcast.backtest.audit import KEEPING
+
+    begun = [trial for trial in found.trials if trial.check in KEEPING]
+    others = [trial for trial in found.trials if trial.check not in KEEPING]
     values, differ = (sum(getattr(trial, name) for trial in others) for name in ("values", "differ"))
     later, moved = (sum(getattr(trial, name) for trial in begun) for name in ("values", "differ"))
     runs = f"({len(found.trials)} runs, seed {found.seed})"
     cuts = f"{len(found.cuts)} cut{'s' * (len(found.cuts) > 1)}"
-    starts = f"{len(found.starts)} later start{'s' * (len(found.starts) > 1)}"
+    starts = f"from {len(found.starts)} later start{'s' * (len(found.starts) > 1)} on" if found.starts else ""
+    anew = f"at {len(found.asked)} closes asked anew" if found.asked else ""
+    kept = " and ".join(filter(None, (starts, anew)))
     if found.passed:
         far = ", as far as what the strategies are given could be cut" if found.unseen else ""
-        same = f", and {later:,} from {starts} on" if begun else ""
+        same = f", and {later:,} {kept}" if begun else ""
         _say(
             f"passes{far}: {values:,} values up to {cuts} are the same to the bit, whatever comes "
             f"after them{same} {runs}",
@@ -204,14 +210,14 @@ def _verdict(found: "Audit") -> None:
         return
     said = []
     failed, broken = (
-        sum(bool(t.ended) and t.check == check for t in found.trials) for check in ("cut", "start")
+        sum(bool(t.ended) and t.check in checks for t in found.trials) for checks in (("cut",), KEEPING)
     )
     if differ or failed:
         said.append(f"{differ:,} of {values:,} values up to {cuts} depend on what comes after them")
     if failed:
         said.append(f"{failed} runs fail without it")
     if moved or broken:
-        said.append(f"{moved:,} of {later:,} values from {starts} on depend on what was asked before")
+        said.append(f"{moved:,} of {later:,} values {kept} depend on what was asked before")
     if broken:
         said.append(f"{broken} of the later runs fail")
     _say(f"fails: {', and '.join(said)} {runs}", "red")
@@ -295,17 +301,18 @@ def _ahead(groups: "Mapping[str | None, list[Violation]]", count: int) -> Table:
     return table
 
 
-def _kept(groups: "Mapping[str | None, list[Violation]]", count: int) -> Table:
-    """What depends on which of so many closes a run begins at, and the first change."""
+def _kept(groups: "Mapping[str | None, list[Violation]]", starts: int, asked: int) -> Table:
+    """What depends on what was asked before: at how many starts and closes, and the first change."""
     table = _table(
-        "what depends on where a run begins, as a state does: at how many later starts, and the first",
-        *("strategy", "what", "start", "symbol", "close", "field", "whole", "later"),
+        "what depends on what was asked before, as a state does: at how many later starts, at how many "
+        "closes where it was made anew, and the first",
+        *("strategy", "what", "start", "anew", "symbol", "close", "field", "whole", "other"),
     )
     for strategy, own in groups.items():
         first = min(own, key=lambda one: one.close_time)
-        table.add_row(
-            strategy or "-", first.frame, f"{len({one.cut for one in own})}/{count}", *_place(first)
-        )
+        at = [len({one.cut for one in own if one.check == check}) for check in ("start", "anew")]
+        counts = (f"{at[0]}/{starts}", f"{at[1]}/{asked}")
+        table.add_row(strategy or "-", first.frame, *counts, *_place(first))
     return table
 
 

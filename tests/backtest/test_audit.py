@@ -88,7 +88,7 @@ def audited(folder, *columns, since=200, **changes):
     """An audit of strategies that trade by these columns of the folder's bars."""
     bars, first = folder / "bars.parquet", hourly(1)["close_time"][0]
     strategies = [f"{folder / 'peek.py'}:file={bars},column={name},name={name}" for name in columns]
-    start = to_ns(first) + since * HOUR
+    start = None if since is None else to_ns(first) + since * HOUR
     settings = {"model": "ewma", "stamp": "close", "strategies": strategies, "since": start, "cuts": 2}
     return audit_backtest(changes.pop("files", bars), **(settings | changes))
 
@@ -239,7 +239,8 @@ def test_strategies_that_keep_a_state_are_found(folder, tmp_path):
     kept = [f"{file}:Module:most={n},name=c{n}" for n in (2, 3, 5)] + [f"{file}:Own"]
     found = audited(folder, strategies=[peek, *kept])
     assert {one.strategy for one in found.violations} == {"c2", "c3", "c5", "Own"}
-    assert {(one.check, one.frame, one.field) for one in found.violations} == {("start", "targets", "target")}
+    changed = {(one.check, one.frame, one.field) for one in found.violations}
+    assert changed == {("start", "targets", "target"), ("anew", "targets", "target")}
     later = [trial for trial in found.trials if trial.check == "start"]
     assert [trial.cut for trial in later] == [*found.starts] == [found.starts[0], found.starts[0] + HOUR]
     assert all(one.close_time >= one.cut and one.whole != one.other for one in found.violations)
@@ -247,6 +248,45 @@ def test_strategies_that_keep_a_state_are_found(folder, tmp_path):
     told = json.loads(found.json())
     assert told["violations"][0]["symbol"] in ("UP", "DOWN")
     assert all(start.endswith("Z") for start in told["starts"])
+
+
+HOLDS = """
+from dataclasses import dataclass, field
+
+@dataclass(frozen=True)
+class Holds:
+    name: str
+    band: float = 0.02
+    file: str = ""
+    held: dict = field(default_factory=dict, init=False)
+
+    def on_forecasts(self, close_time, forecasts):
+        for symbol, forecast in forecasts.items():
+            lean = 2 * forecast.rise.item(0) - 1
+            if abs(lean) > self.band:
+                self.held[symbol] = 1.0 if lean > 0 else -1.0
+        return {symbol: self.held.get(symbol, 0.0) for symbol in forecasts}
+"""
+"""One that goes on with what it held as long as the forecast leans to neither side."""
+
+
+def test_strategy_that_holds_on_is_found(tmp_path):
+    """What it keeps shows at few closes, far from one another: each is asked of an instance made anew."""
+    hourly(520).write_parquet(tmp_path / "bars.parquet")
+    (tmp_path / "holds.py").write_text(HOLDS)
+    (tmp_path / "peek.py").write_text(PEEKS)
+    peek = f"{tmp_path / 'peek.py'}:file={tmp_path / 'bars.parquet'}"
+    mine = [f"{tmp_path / 'holds.py'}:name={name},band={band}" for name, band in (("on", 0.003), ("off", -1))]
+    found = audited(tmp_path, strategies=[*mine, peek, "rank"], model="fhs", since=None, cuts=1, seed=2)
+    assert {(one.strategy, one.field) for one in found.violations} == {("on", "target")}
+    own = [one for one in found.violations if one.check == "anew"]
+    assert own
+    assert all(one.cut == one.close_time and one.other == 0 for one in own)
+    assert set(found.asked) > {one.cut for one in own}
+    assert len(found.asked) > 100
+    [trial] = [trial for trial in found.trials if trial.check == "anew"]
+    assert trial.values > 4 * len(found.asked)
+    assert 0 < trial.differ < trial.values / 10
 
 
 def test_run_that_fails_when_it_begins_later_is_found(folder, tmp_path):
@@ -303,7 +343,12 @@ def test_shipped_strategies_look_at_nothing_later(tmp_path):
         adjustments=[Adjustment("AAPL", to_ns(datetime(2013, 2, 15, 21, tzinfo=UTC)), 0.5, "split")],
     )
     assert found.passed
-    assert [trial.check for trial in found.trials] == ["repeat", *["cut", "poison"] * 2, *["start"] * 2]
+    assert [trial.check for trial in found.trials] == [
+        "repeat",
+        *["cut", "poison"] * 2,
+        *["start"] * 2,
+        "anew",
+    ]
     assert all(trial.values > 100 and not trial.ended for trial in found.trials)
     assert found.warmup.settled in (found.warmup.window, found.warmup.window - 1)
     assert [row["missing"] for row in found.data["symbols"]] == [0, 0]
@@ -529,7 +574,7 @@ def test_command(run, folder, tmp_path):
     assert "fails:" in out
     told = json.loads((tmp_path / "audit.json").read_text())
     assert told["violations"][0]["strategy"] == "Peek"
-    assert [len(told["cuts"]), len(told["trials"])] == [2, 7]
+    assert [len(told["cuts"]), len(told["trials"])] == [2, 8]
     status, out, _ = run("audit", bars, *options, "--strategy", peek, "--json")
     assert status == 0
     assert json.loads(out)["passed"] is True
@@ -575,5 +620,5 @@ def test_last_line(capsys):
     assert "fails: 3 of 10 values from 1 later start on depend on what was asked before" in (
         capsys.readouterr().out
     )
-    assert [*_kept(_first(failed, ("start",)), 1).columns[2].cells] == ["1/1"]
+    assert [*_kept(_first(failed, ("start",)), 1, 0).columns[2].cells] == ["1/1"]
     assert _first(failed, ("cut",)) == {}
