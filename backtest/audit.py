@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from barcast.backtest import caveats
 from barcast.backtest.anew import anew as made_anew
-from barcast.backtest.replay import found_timeframe, learnt_warning, nanoseconds, run_backtest
+from barcast.backtest.arguments import check_adjustments, listed, nanoseconds, paths_of, settings_of
+from barcast.backtest.replay import found_timeframe, learnt_warning, run_backtest
 from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.tables import scratch_in, write_rows
 from barcast.backtest.workers import writing_in
@@ -193,7 +194,7 @@ class Audit:
 
 def audit(
     run: Callable[..., Told],
-    frames: Sequence[pl.DataFrame],
+    frames: Sequence[pl.DataFrame] | pl.DataFrame,
     *,
     cuts: int = 12,
     seed: int = 1,
@@ -225,6 +226,7 @@ def audit(
     """
     if cuts < 1:
         raise ConfigError(f"cuts = {cuts!r}: give a number from 1")
+    frames = listed(frames, "frames", (pl.DataFrame,), "polars frames, such as [bars]")
     times = [_times(frame, known) for frame in frames]
     last = max((int(own.max()) for own in times if len(own)), default=-1)
 
@@ -322,16 +324,15 @@ def audit_backtest(
     and how far back signals look, are tried unless models are retrained, which depends on the start. Raise as
     `run_backtest` and `audit` do.
     """
-    named = [Path(path) for path in ([paths] if isinstance(paths, Path | str) else paths)]
+    named = paths_of(paths)
     calendar, symbols = settings.get("calendar", "24x7"), settings.get("symbols")
     timeframe = settings.get("timeframe") or found_timeframe(named, stamp, calendar, symbols)[0]
     closes = Calendars(calendar, Timeframe.parse(timeframe), settings.get("calendars", {}))
-    since, until = (nanoseconds(settings.get(name)) for name in ("since", "until"))
+    since, until = (nanoseconds(settings.get(name), name) for name in ("since", "until"))
     history = read_windows(scan(named, stamp, closes, symbols, None, until))  # says what cannot be used
-    asked = settings.get("strategies", ("quantile-band", "median-drift"))
-    strategies = [StrategySettings.parse(each) if isinstance(each, str) else each for each in asked]
-    adjustments: Sequence[Adjustment] = settings.get("adjustments", ())
-    model = settings.get("model", "fhs")
+    strategies = settings_of(settings.get("strategies", ("quantile-band", "median-drift")))
+    adjustments = check_adjustments(settings.get("adjustments", ()))
+    model = str(settings.get("model", "fhs"))
     sampled = settings.get("sampler"), settings.get("steps"), bool(settings.get("touch"))
     card = open_model(model, timeframe, *sampled).card
     copies = _Copies(named, strategies, stamp, closes, adjustments)
@@ -441,11 +442,10 @@ class _Said:
                 f'the run gave {type(told).__name__}, not polars frames by name: return {{"signals": frame}}'
             )
         order = sorted(told, key=lambda name: FRAMES.index(name) if name in FRAMES else -1)
-        self.frames = {
-            name: told[name].with_columns(pl.Series(_TIME, _times(told[name], WHEN.get(name, "close_time"))))
-            for name in order
-            if WHEN.get(name, "close_time") in told[name].columns
-        }
+        self.frames: dict[str, pl.DataFrame] = {}
+        for name in order:
+            times = _times(told[name], WHEN.get(name, "close_time"), f"the frame {name!r} that the run gave")
+            self.frames[name] = told[name].with_columns(pl.Series(_TIME, times))
 
     def begin(self) -> int:
         """The first time that is told of beside the bars: of signals, if there are any."""
@@ -619,11 +619,11 @@ def _symbol(frame: pl.DataFrame) -> pl.Series:
     return frame[columns["symbol"]].cast(pl.String).fill_null("")
 
 
-def _times(frame: pl.DataFrame, known: str) -> Times:
+def _times(frame: pl.DataFrame, known: str, said: str = "a frame") -> Times:
     """When each row was known, in nanoseconds (N,)."""
     if known not in frame.columns:
         raise ConfigError(
-            f"a frame has no column {known!r}, only {', '.join(frame.columns)}: add when each row was known"
+            f"{said} has no column {known!r}, only {', '.join(frame.columns)}: add when each row was known"
         )
     column = frame[known]
     if isinstance(column.dtype, pl.Datetime):

@@ -133,7 +133,7 @@ class Field:
     brownian: str | None = None
 
 
-def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Field:
+def open_field(names: Sequence[Path | str], timeframe: str, paths: bool = False) -> Field:
     """Open models by name: baselines and checkpoint directories, with horizons and levels in common.
 
     The reference is always among them; without any baseline named, all are that suit the timeframe and whose
@@ -142,9 +142,10 @@ def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Fie
     those that can forecast them, and HAR stands beside them: with a time-of-week factor, but of daily bars.
     Raise as `open_model` does, and `ConfigError` for paths that none of them forecasts.
     """
+    asked = [str(name) for name in names]
     trained: dict[str, Forecaster] = {}
     refused = "--paths needs a model of paths: name an SSSD by --model"
-    for name in dict.fromkeys(name for name in names if name not in BASELINES):
+    for name in dict.fromkeys(name for name in asked if name not in BASELINES):
         try:
             trained[name] = open_model(name, timeframe, None, None, paths)
         except ConfigError as error:
@@ -157,7 +158,7 @@ def open_field(names: Sequence[str], timeframe: str, paths: bool = False) -> Fie
     card = next((f.card for f in trained.values()), None)
     horizons = card.horizons if card else default_horizons(timeframe)
     levels = card.levels if card else LEVELS
-    named = [name for name in names if name in BASELINES]
+    named = [name for name in asked if name in BASELINES]
     brownian = ("har" if (Timeframe.parse(timeframe).duration or DAY) >= DAY else "har-s") if paths else None
     beside = [] if brownian is None else [brownian]
     rivals: dict[str, Forecaster] = {}

@@ -5,7 +5,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Container, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
@@ -17,6 +16,14 @@ import numpy as np
 import polars as pl
 
 from barcast.backtest import caveats
+from barcast.backtest.arguments import (
+    Moment,
+    check_adjustments,
+    check_execution,
+    nanoseconds,
+    paths_of,
+    settings_of,
+)
 from barcast.backtest.cache import ForecastCache
 from barcast.backtest.ledger import BENCHMARK, YEAR, Execution, Ledger
 from barcast.backtest.metrics import portfolio
@@ -69,9 +76,6 @@ from barcast.models import (
 )
 from barcast.models.joint import check_pairs
 from barcast.strategies.params import parameters_of
-
-Moment = int | str | datetime
-"""A time: nanoseconds since 1970 UTC, an ISO 8601 text or a datetime."""
 
 
 class Agenda(Protocol):
@@ -233,12 +237,12 @@ def run_backtest(
     files: Sequence[Path | str] | Path | str,
     *,
     stamp: Stamp,
-    model: str = "fhs",
+    model: Path | str = "fhs",
     timeframe: str | None = None,
     calendar: str = "24x7",
     calendars: Mapping[str, str] = MappingProxyType({}),
     adjustments: Sequence[Adjustment] = (),
-    strategies: Sequence[str | StrategySettings] = ("quantile-band", "median-drift"),
+    strategies: Sequence[str | StrategySettings] | str = ("quantile-band", "median-drift"),
     symbols: Sequence[str] | None = None,
     since: Moment | None = None,
     until: Moment | None = None,
@@ -249,11 +253,11 @@ def run_backtest(
     execution: Execution | None = None,
     retrain: Retrain | str | None = None,
     training_time: str = "30m",
-    models: Path | None = None,
+    models: Path | str | None = None,
     trials: int | None = None,
     baselines: bool = True,
     cache: ForecastCache | Path | str | None = None,
-    scratch: Path | None = None,
+    scratch: Path | str | None = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -281,20 +285,22 @@ def run_backtest(
     later. The schedule counts from the first close on, which is no occasion itself. Models that took over are
     kept in the folder `models`, if one is named.
 
-    Raise DataError for bars that cannot be used, ConfigError for settings, for a strategy that raises or
+    Raise DataError for bars that cannot be used, ConfigError for arguments, for a strategy that raises or
     whose targets are none and for a folder that cannot be written, CheckpointError for the model. What can be
     used and may mislead, such as holes or jumps that no adjustment explains, is said in `meta["warning"]`.
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
-    paths = [Path(file) for file in ([files] if isinstance(files, Path | str) else files)]
+    paths, model = paths_of(files), str(model)
+    path_settings, execution = settings_of(strategies), check_execution(execution)
+    adjustments = check_adjustments(adjustments)
+    models, scratch = (None if folder is None else Path(folder) for folder in (models, scratch))
     symbols = [symbols] if isinstance(symbols, str) else symbols
-    strategies = [strategies] if isinstance(strategies, str) else strategies
     cache = ForecastCache(cache) if isinstance(cache, Path | str) else cache
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     if isinstance(retrain, str):
         retrain = cron_schedule(retrain, None)
-    since, until = nanoseconds(since), nanoseconds(until)
+    since, until = nanoseconds(since, "since"), nanoseconds(until, "until")
     if since is not None and until is not None and since >= until:
         raise ConfigError(
             f"since is {wire.to_text(since)}, and until {wire.to_text(until)}: give a since before until"
@@ -310,12 +316,11 @@ def run_backtest(
         sampler=sampler,
         steps=steps,
         touch=check_pairs([(up, down) for up, down in touch]),
-        strategies=tuple(StrategySettings.parse(s) if isinstance(s, str) else s for s in strategies),
+        strategies=path_settings,
     )
     closes = settings.bar_calendars()
     forecaster = open_model(model, timeframe, sampler, steps, bool(settings.touch))
     check_sampled(model, forecaster.card, sampler, steps)
-    execution = execution or Execution()
     if execution.fill == "limit":
         for buy in (True, False):
             execution.limit_at(buy, forecaster.card.levels)
@@ -538,27 +543,16 @@ def _asked(retrain: Retrain | None, training_time: str) -> dict[str, object]:
     }
 
 
-def nanoseconds(moment: Moment | None) -> int | None:
-    """Nanoseconds since 1970; a time without a zone is UTC."""
-    if moment is None or isinstance(moment, int):
-        return moment
-    try:
-        time = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
-    except ValueError as error:
-        raise ConfigError(f"{moment!r} is no time: write one such as 2025-01-31T16:00:00Z") from error
-    return wire.to_ns(time if time.tzinfo else time.replace(tzinfo=UTC))
-
-
-def learnt_until(model: str) -> int:
+def learnt_until(model: Path | str) -> int:
     """The close up to which a checkpoint directory has learnt and chosen, in nanoseconds; baselines: 0."""
-    if model in BASELINES:
+    if str(model) in BASELINES:
         return 0
     from barcast.models.checkpoint import load
 
     return load(Path(model)).trained.record.validation_end
 
 
-def learnt_warning(model: str, first: int) -> str:
+def learnt_warning(model: Path | str, first: int) -> str:
     """A warning when a model has seen some of the bars that it is tested on, else nothing."""
     seen = learnt_until(model)
     if seen <= first:

@@ -121,7 +121,7 @@ class _Winding:
         return made
 
 
-def diffuses(directory: Path) -> bool:
+def diffuses(directory: Path | str) -> bool:
     """Whether training found that the diffusion adds anything to a Gaussian copula.
 
     Raise `ConfigError` for what is no SSSD, and `CheckpointError` for what cannot be read.
@@ -130,7 +130,7 @@ def diffuses(directory: Path) -> bool:
 
 
 def compare(
-    directory: Path,
+    directory: Path | str,
     histories: Collection[Window],
     timeframe: Timeframe,
     *,
@@ -216,13 +216,13 @@ def compare(
     )
 
 
-def _sssd(directory: Path) -> "tuple[str, Trained]":
+def _sssd(directory: Path | str) -> "tuple[str, Trained]":
     from barcast.models.checkpoint import load
     from barcast.models.trained import Trained
 
     if str(directory) in BASELINES:
         raise ConfigError(f"{directory} is a baseline, which has no checkpoint; name a checkpoint directory")
-    checkpoint = load(directory)
+    checkpoint = load(Path(directory))
     if not isinstance(checkpoint.trained, Trained):
         raise ConfigError(f"{directory} is not sampled by itself: name an SSSD model")
     return checkpoint.model, checkpoint.trained

@@ -31,6 +31,14 @@ import polars as pl
 from numpy.typing import NDArray
 
 from barcast.backtest import metrics
+from barcast.backtest.arguments import (
+    Moment,
+    check_adjustments,
+    check_execution,
+    listed,
+    nanoseconds,
+    paths_of,
+)
 from barcast.backtest.cache import ForecastCache
 from barcast.backtest.caveats import few
 from barcast.backtest.grid import (
@@ -47,7 +55,7 @@ from barcast.backtest.grid import (
 )
 from barcast.backtest.ledger import BENCHMARK, EQUITY, FILLS, TIME, Execution
 from barcast.backtest.metrics import portfolio
-from barcast.backtest.replay import Moment, found_timeframe, learnt_until, nanoseconds, run_backtest
+from barcast.backtest.replay import found_timeframe, learnt_until, run_backtest
 from barcast.backtest.result import json_rows
 from barcast.backtest.scoring import POOLED
 from barcast.backtest.tables import PREFIX
@@ -346,8 +354,8 @@ def sweep(
     *,
     stamp: Stamp,
     out: Path | str,
-    strategies: Sequence[str] = ("quantile-band", "median-drift"),
-    models: Sequence[str] = ("fhs",),
+    strategies: Sequence[str] | str = ("quantile-band", "median-drift"),
+    models: Sequence[Path | str] | Path | str = ("fhs",),
     samplers: Sequence[str] = (),
     steps: Sequence[int] = (),
     trials: int | None = None,
@@ -387,7 +395,9 @@ def sweep(
     Raise as `run_backtest` does, naming fold and model; ConfigError for a grid that cannot be; DataError for
     a folder with files that no sweep has written, or that are damaged and cannot be computed again.
     """
-    strategies, models, samplers = ([x] if isinstance(x, str) else x for x in (strategies, models, samplers))
+    strategies = listed(strategies, "strategies", (str,), "a text such as 'rank:share=0.2|0.4'")
+    named = [str(each) for each in listed(models, "models", (Path, str), "a directory or a baseline's name")]
+    samplers = [samplers] if isinstance(samplers, str) else samplers
     symbols = [symbols] if isinstance(symbols, str) else symbols
     if by not in CRITERIA:
         raise ConfigError(f"by = {by!r}: take one of {', '.join(CRITERIA)}")
@@ -397,7 +407,7 @@ def sweep(
         raise ConfigError(
             f"trials = {trials}: take {folds - 1} or more, as some are asked for after each fold"
         )
-    paths = tuple(Path(file).absolute() for file in ([files] if isinstance(files, Path | str) else files))
+    paths = tuple(path.absolute() for path in paths_of(files))
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     ground = Ground(
         files=paths,
@@ -405,14 +415,14 @@ def sweep(
         timeframe=timeframe,
         calendar=calendar,
         calendars=dict(calendars),
-        adjustments=tuple(adjustments),
+        adjustments=tuple(check_adjustments(adjustments)),
         symbols=None if symbols is None else tuple(symbols),
-        execution=execution or Execution(),
+        execution=check_execution(execution),
         cache=None if cache is None else Path(cache).absolute(),
     )
-    over = variants(models, samplers, steps, timeframe)
+    over = variants(named, samplers, steps, timeframe)
     templates = [Template.parse(text) for text in strategies]
-    edges, first = _edges(ground, over, nanoseconds(since), nanoseconds(until), folds)
+    edges, first = _edges(ground, over, nanoseconds(since, "since"), nanoseconds(until, "until"), folds)
     if trials is None:
         search, cells = None, grid(over, templates, first)
     else:

@@ -116,13 +116,14 @@ def check_sampler(sampler: str, steps: int | None = None) -> None:
 
 
 def open_model(
-    name: str, timeframe: str, sampler: str | None, steps: int | None, paths: bool = False
+    name: Path | str, timeframe: str, sampler: str | None, steps: int | None, paths: bool = False
 ) -> Forecaster:
     """Open a checkpoint directory, or a baseline by its name. Imports torch for a checkpoint only.
 
     Sampler and steps are for models that are sampled; the others have none, see `check_sampled`. With `paths`
     forecasts carry them; raises `ConfigError` for a model that knows none.
     """
+    name = str(name)
     if name in BASELINES:
         if paths:
             raise ConfigError(

@@ -70,8 +70,18 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
     paths: Paths | None = None
 
     def quantile(self, level: float, horizon: int) -> float:
-        """The log return that the outcome stays below with probability `level` over `horizon` bars."""
-        return self.quantiles.item(self.horizons.index(horizon), self.levels.index(level))
+        """The log return that the outcome stays below with probability `level` over `horizon` bars.
+
+        Raise `ValueError` for one that is not forecast.
+        """
+        try:
+            return self.quantiles.item(self.horizons.index(horizon), self.levels.index(level))
+        except ValueError as error:
+            wrong, given, known = "horizon", horizon, self.horizons
+            if horizon in known:
+                wrong, given, known = "level", level, self.levels
+            there = ", ".join(f"{one:g}" for one in known)
+            raise ValueError(f"{wrong} {given!r} is not forecast: take one of {there}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -533,8 +533,14 @@ def test_faults_of_the_caller_are_one_sentence(folder):
             ConfigError, match=r'gave .*, not polars frames by name: return \{"signals": frame\}'
         ):
             audit(given, [hourly()])
+    with pytest.raises(
+        ConfigError, match="frame 'signals' that the run gave has no column 'close_time', only "
+    ):
+        audit(lambda bars: {"signals": bars.drop("close_time")}, [hourly()])
+    with pytest.raises(ConfigError, match=r"frames\[1\] is 'bars', of type str: give polars frames"):
+        audit(calibrated, [hourly(), "bars"])
     with pytest.raises(DataError, match="nothing is told of a time before the last bar"):
-        audit(lambda bars: {}, [hourly()])
+        audit(lambda bars: {}, hourly())
     with pytest.raises(DataError, match=r"absent\.parquet does not exist"):
         audited(folder, files=Path("absent.parquet"))
 

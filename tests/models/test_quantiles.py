@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from barcast.models import LEVELS
+from barcast.models import LEVELS, Forecast
 from barcast.models.quantiles import moments
 
 
@@ -55,3 +55,14 @@ def test_what_stands_still_has_no_spread() -> None:
     np.testing.assert_allclose(mean, [0.01, -0.01])
     np.testing.assert_allclose(std, 0, atol=1e-12)
     assert rise.tolist() == [1.0, 0.0]
+
+
+def test_one_that_is_not_forecast_is_named() -> None:
+    """A quantile of another level or horizon: which of the two it is, its value, and which there are."""
+    q, some = np.array([[-0.1, 0.0, 0.1], [-0.2, 0.0, 0.2]]), np.zeros(2)
+    forecast = Forecast("IBM", 0, 1.0, (1, 5), (0.05, 0.5, 0.95), q, some, some, some, False)
+    assert forecast.quantile(0.95, 5) == 0.2
+    with pytest.raises(ValueError, match=r"^level 0\.1 is not forecast: take one of 0\.05, 0\.5, 0\.95$"):
+        forecast.quantile(0.1, 5)
+    with pytest.raises(ValueError, match=r"^horizon 3 is not forecast: take one of 1, 5$"):
+        forecast.quantile(0.1, 3)
