@@ -77,11 +77,12 @@ class Forecast(msgspec.Struct, frozen=True, eq=False, gc=False):
         try:
             return self.quantiles.item(self.horizons.index(horizon), self.levels.index(level))
         except ValueError as error:
-            wrong, given, known = "horizon", horizon, self.horizons
+            known: Sequence[float] = self.horizons
+            wrong = f"horizon {horizon!r}"
             if horizon in known:
-                wrong, given, known = "level", level, self.levels
+                wrong, known = f"level {level!r}", self.levels
             there = ", ".join(f"{one:g}" for one in known)
-            raise ValueError(f"{wrong} {given!r} is not forecast: take one of {there}") from error
+            raise ValueError(f"{wrong} is not forecast: take one of {there}") from error
 
 
 @dataclass(frozen=True, slots=True)

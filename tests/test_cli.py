@@ -31,6 +31,31 @@ def short(tmp_path):
     return str(path)
 
 
+@pytest.mark.parametrize(
+    ("cached", "said"), [(False, "nothing is written"), (True, "forecasts that were made")]
+)
+def test_interrupted_backtest_says_what_is_left(run, tmp_path, monkeypatch, cached, said):
+    """Whoever ends it by hand is told that nothing is written, or that the cache has what was forecast."""
+
+    def ended(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("barcast.backtest.replay.run_backtest", ended)
+    options = [
+        "--stamp",
+        "close",
+        "--timeframe",
+        "session",
+        "--calendar",
+        "XNYS",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    options += ["--cache", str(tmp_path / "cache")] if cached else []
+    _, _, err = run("backtest", str(sample_bars()), *options)
+    assert f"interrupted: {said}" in err or f"interrupted: the {said}" in err
+
+
 def test_forecast_in_json_holds_every_level(run):
     """With --json each symbol is one object with all levels and the ends of its horizons."""
     options = [*DAILY, "--model", "fhs", "--symbol", "IBM", "--json"]

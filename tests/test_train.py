@@ -1,11 +1,13 @@
 """`barcast train` as a person uses it: killed and started again, by several processes, with a log to read."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from subprocess import PIPE
 
 import polars as pl
@@ -13,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from barcast.backtest.sample import sample_bars
+from barcast.backtest.tables import PREFIX
 from barcast.models.checkpoint import preset_of
 from tests.integration.broker import free_port
 
@@ -69,20 +72,25 @@ def epochs(err: str) -> list[dict[str, object]]:
     return [line for line in lines if line["event"] == "epoch"]
 
 
+def named(folder: Path) -> set[str]:
+    """What lies in a folder, less the bars that a killed process leaves there."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(PREFIX)}
+
+
 def test_a_killed_training_goes_on_to_the_same_model(run, bars, tmp_path, few_looks):
     """Killed with SIGKILL at random moments and started again, the model has the id of one left alone."""
     status, _, whole = run("train", bars, *QUICK, "--out", str(tmp_path / "whole"))
     assert status == 0, whole
     killed = tmp_path / "killed"
     assert python("-c", few_looks + KILLED, "train", bars, *QUICK, "--out", str(killed)).returncode == 0
-    assert {p.name for p in tmp_path.iterdir()} - {".killed.training.new"} == {"whole", ".killed.training"}
+    assert named(tmp_path) - {".killed.training.new", ".killed.lock"} == {"whole", ".killed.training"}
     status, _, err = run("train", bars, *QUICK, "--out", str(killed))
     assert status == 0, err
     assert "the training goes on from" in err
     assert 0 < len(epochs(err)) < len(epochs(whole))
     for name in ("model.json", "weights.safetensors"):
         assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["killed", "whole"]
+    assert named(tmp_path) == {"killed", "whole"}
 
 
 def test_each_epoch_is_a_log_line_with_both_losses(run, bars, tmp_path):
@@ -143,6 +151,36 @@ def test_the_network_has_the_sizes_of_its_preset(run, bars, tmp_path):
     assert (status, "train from scratch" in " ".join(err.split())) == (78, True)
     status, _, err = run("train", bars, *DAILY, "--out", next_one, "--kind", "lgbm", "--preset", "small")
     assert (status, "--preset does not go with --kind lgbm" in " ".join(err.split())) == (2, True)
+
+
+def test_second_training_of_one_model_is_refused(run, bars, tmp_path):
+    """While one is at work another with the same --out ends at once; of another model it does not."""
+    lock = tmp_path / ".model.lock"
+    with lock.open("a") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        status, _, err = run("train", bars, *QUICKER, "--out", str(tmp_path / "model"))
+        assert (status, "another training of" in err, "timeframe" in err) == (78, True, False)
+        assert [*tmp_path.iterdir()] == [lock]
+        mixed = ["--kind", "ensemble", "--member", "hs", "--member", "ewma"]
+        assert run("train", bars, *DAILY, *mixed, "--out", str(tmp_path / "b"))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {".model.lock", "b"}
+
+
+@pytest.mark.parametrize(
+    ("state", "said"), [(True, "the same command goes on with it"), (False, "nothing of it")]
+)
+def test_interrupted_training_says_what_is_left(run, bars, tmp_path, monkeypatch, state, said):
+    """Whoever ends it by hand is told whether the same command goes on."""
+
+    def ended(*_, **__):
+        if state:
+            (tmp_path / ".model.training").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("barcast.backtest.cli.training._train", ended)
+    _, _, err = run("train", bars, *QUICKER, "--out", str(tmp_path / "model"))
+    assert f"interrupted: {said}" in err
+    assert not (tmp_path / ".model.lock").exists()
 
 
 def test_no_time_at_all_is_a_fault(run, bars, tmp_path):

@@ -62,6 +62,7 @@ from barcast.backtest.cli.terminal import (
     found_timeframe,
     histories_of,
     in_folder,
+    interruptible,
     moment,
     others_of,
     out,
@@ -396,7 +397,8 @@ def backtest(
         with in_folder("--cache", cache):
             cache.mkdir(parents=True, exist_ok=True)
         known = ForecastCache(cache)
-    with progressing("replaying", None) as advance:
+    kept = "nothing is written" if cache is None else f"the forecasts that were made are in {cache}"
+    with interruptible(lambda: kept), progressing("replaying", None) as advance:
         result = run_backtest(
             files,
             stamp=stamp.value,

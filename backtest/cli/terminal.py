@@ -312,15 +312,22 @@ def now_and_then() -> Callable[[str], None]:
 
 
 @contextmanager
+def interruptible(left: Callable[[], str]) -> Iterator[None]:
+    """Say what is left of the work when a person ends it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell(f"interrupted: {left()}")
+        raise
+
+
+@contextmanager
 def resumable(folder: Path, address: str | None) -> Iterator[None]:
     """Say whom it may take a while to reach, and where what is done lies when a person ends it."""
     if address is not None:
         tell(f"connecting to {address}")
-    try:
+    with interruptible(lambda: f"what is done is in {folder}, and the same command goes on from there"):
         yield
-    except KeyboardInterrupt:
-        tell(f"interrupted: what is done is in {folder}, and the same command goes on from there")
-        raise
 
 
 def wide() -> Console:

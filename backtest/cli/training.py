@@ -1,5 +1,6 @@
 """Training on the command line: with progress, and with what was chosen."""
 
+import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from barcast.backtest.cli.terminal import (
     err,
     found_timeframe,
     histories_of,
+    in_folder,
+    interruptible,
     progressing,
     tell,
 )
@@ -149,7 +152,11 @@ def train(
         out_dir.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {error}; name a directory that you may write") from error
-    with histories_of(files, stamp, closes, symbol, until, adjustments, out_dir.parent) as histories:
+    with (
+        _alone(out_dir, kind),
+        interruptible(lambda: _left(out_dir)),
+        histories_of(files, stamp, closes, symbol, until, adjustments, out_dir.parent) as histories,
+    ):
         written = _train(
             histories,
             out_dir,
@@ -172,6 +179,44 @@ def train(
         from barcast.models import optimiser
 
         optimiser.leave()
+
+
+@contextmanager
+def _alone(out_dir: Path, kind: Kind) -> Iterator[None]:
+    """Hold a model's directory: a second training would write over the state of the first.
+
+    Of processes that share a training the main one holds it. The lock file goes with the training.
+    """
+    if kind == Kind.sssd:
+        from barcast.models import optimiser
+
+        if not optimiser.is_main():
+            yield
+            return
+    path = out_dir.with_name(f".{out_dir.name}.lock")
+    with in_folder("--out", out_dir.parent):
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"--out: another training of {out_dir} is at work; wait for it, or name another directory"
+            ) from error
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _left(out_dir: Path) -> str:
+    """What is left of a training that a person ends."""
+    return "the same command goes on with it" if _state(out_dir).exists() else "nothing of it is kept"
+
+
+def _state(out_dir: Path) -> Path:
+    """The file of a training that is not over."""
+    return out_dir.with_name(f".{out_dir.name}.training")
 
 
 def _train(
@@ -206,7 +251,7 @@ def _train(
     outputs: dict[str, Any] = {"timeframe": timeframe, "horizons": horizons or default_horizons(timeframe)}
     outputs |= {"levels": LEVELS, "hold_out": hold_out}
     trained: Model
-    state = out_dir.with_name(f".{out_dir.name}.training")
+    state = _state(out_dir)
     if kind == Kind.sssd:
         with epochs() as stand:
             trained = training.train(
