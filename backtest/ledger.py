@@ -102,6 +102,8 @@ SIGNALS = pl.Schema(
         "std": pl.Float64(),
         "rise": pl.Float64(),
         "model": pl.String(),
+        "warming": pl.Boolean(),
+        "degraded": pl.String(),
     }
 )
 """Without the columns of the levels."""
@@ -347,9 +349,9 @@ class Ledger:
     The state is the books, the number of symbols among which the benchmark's was parted, the accepted bars
     with the price basis of each, of each symbol the newest one and its close on the basis of the first bar,
     the newest close time of all, the adjustments declared (time -> factor) with the price basis that follows
-    from them (times, factors after each), the forecasts made and the targets wanted. What is older than some
-    thousand bars is in tables of the `store`, and of these bars the newest of each symbol stays beside: no
-    group may come then for a close before that.
+    from them (times, factors after each), the forecasts made with what flags them, and the targets wanted.
+    What is older than some thousand bars is in tables of the `store`, and of these bars the newest of each
+    symbol stays beside: no group may come then for a close before that.
     """
 
     def __init__(self, execution: Execution, store: Store | None = None) -> None:
@@ -369,6 +371,7 @@ class Ledger:
         self._forecasts: list[tuple[Card, list[Forecast]]] = []
         self._outlooks: dict[tuple[str, int], Outlook] = {}
         self._targets: list[tuple[str, str, int, float]] = []
+        self._flags: dict[tuple[str, int], tuple[bool, str]] = {}
 
     def accepted(self, bar: Bar) -> None:
         """Fill the open orders of the bar's symbol, and keep the bar."""
@@ -401,6 +404,10 @@ class Ledger:
         if outcome.forecasts:
             self._forecasts.append((outcome.card, [*outcome.forecasts.values()]))
         self._outlooks |= {(name, outcome.group.close_time): said for name, said in outcome.outlooks.items()}
+        for name, forecast in outcome.forecasts.items():
+            if forecast.warming or name in outcome.degraded:
+                reasons = "; ".join(outcome.degraded.get(name, ()))
+                self._flags[name, outcome.group.close_time] = forecast.warming, reasons
         if outcome.group.straggler:
             return
         close_time = outcome.group.close_time
@@ -517,6 +524,7 @@ class Ledger:
         self._signals.add(self._newer_signals())
         self._wanted.add(_frame(self._targets, TARGETS))
         self._forecasts, self._outlooks, self._targets = [], {}, []
+        self._flags = {}
         self._accepted, self._shelved = [], dict(self._last)
         for book in self._books.values():
             book.shelve()
@@ -569,7 +577,21 @@ class Ledger:
             frames.append(rows.with_columns(_utc("close_time"), model=pl.lit(model)).select(names))
         if not frames:
             return pl.DataFrame(schema=SIGNALS)
-        return pl.concat(frames, how="diagonal").sort("close_time", "symbol", "horizon")
+        return self._flagged(pl.concat(frames, how="diagonal").sort("close_time", "symbol", "horizon"))
+
+    def _flagged(self, signals: pl.DataFrame) -> pl.DataFrame:
+        """Signals with what flags them, after their model."""
+        rows = [(*of, *flags) for of, flags in self._flags.items()]
+        whose = {name: SIGNALS[name] for name in ("symbol", "close_time", "warming", "degraded")}
+        flags = pl.DataFrame(rows, schema=whose | {"close_time": pl.Int64()}, orient="row")
+        flags = flags.with_columns(_utc("close_time"))
+        last = signals.columns.index("model") + 1
+        return signals.join(flags, on=["symbol", "close_time"], how="left", maintain_order="left").select(
+            *signals.columns[:last],
+            pl.col("warming").fill_null(False),
+            pl.col("degraded").fill_null(""),
+            *signals.columns[last:],
+        )
 
 
 def _outcomes(

@@ -51,8 +51,9 @@ class BacktestResult:
     `rows` has those that memory does not hold as LazyFrames.
 
     - `signals`: symbol, close_time, horizon (bars), a column for each level (`q05` ...), reference, mean,
-      std, rise, model. One row a horizon. With `touch` also touch_up_2_1 and touch_down_2_1 for the pair 2, 1
-      and so on, and drawdown, all of the longest horizon: see `outlook_columns`.
+      std, rise, model, and as of live signals the flag warming and in degraded the reasons (joined by "; "),
+      empty where nothing is wrong. One row a horizon. With `touch` also touch_up_2_1 and touch_down_2_1 for
+      the pair 2, 1 and so on, and drawdown, all of the longest horizon: see `outlook_columns`.
     - `outcomes`: symbol, close_time, horizon, end_time, price and outcome (the log return of the symbol's own
       `horizon`-th next bar), of the forecasts whose horizon has passed.
     - `bars`: symbol, close_time, open, high, low, close, basis, of the accepted bars of the tested time.

@@ -74,6 +74,7 @@ def made_up(
                 "horizon": pl.Series([h] * n, dtype=pl.Int64),
             }
             more = {"reference": close, "mean": 0 * std, "std": std, "rise": 0.5 + 0 * std, "model": in_force}
+            more |= {"warming": [False] * n, "degraded": [""] * n}
             signals.append(pl.DataFrame(same | quantiles | more))
             end = {"end_time": times[h:], "price": close[h:], "outcome": walk[h:] - walk[:-h]}
             outcomes.append(pl.DataFrame({name: values[: n - h] for name, values in same.items()} | end))

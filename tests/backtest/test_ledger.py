@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
 
+import msgspec
 import numpy as np
 import polars as pl
 import pytest
@@ -472,6 +473,21 @@ def test_straggler() -> None:
     assert equity(ledger, "cash") == [(1000.0,), (1000.0,), (500.0,)]
     assert ledger.signals().filter(pl.col("horizon") == 1)["symbol"].to_list() == ["A", "B", "A", "B", "B"]
     assert not fills(run(replace(FREE, fill="limit"), steps), "units")  # it has lapsed
+
+
+def test_signals_are_flagged_as_live_ones() -> None:
+    """One of too few bars is warming, one of wrong bars degraded with its reasons; others are neither."""
+    first, second = outcome(1, {}, {"A": 10.0, "B": 1.0}), outcome(2, {}, {"A": 10.0, "B": 1.0})
+    warming = msgspec.structs.replace(first.forecasts["A"], warming=True)
+    first = msgspec.structs.replace(first, forecasts={**first.forecasts, "A": warming})
+    second = msgspec.structs.replace(second, degraded={"B": ("3 bars are missing", "the price jumped")})
+    signals = run(FREE, [bar("A", 1, 10, 10), bar("B", 1, 1, 1), first, second]).signals()
+    assert signals.columns[-3:] == ["model", "warming", "degraded"]
+    one = signals.filter(pl.col("horizon") == 1).select("symbol", "warming", "degraded").rows()
+    reasons = "3 bars are missing; the price jumped"
+    assert one == [("A", True, ""), ("B", False, ""), ("A", False, ""), ("B", False, reasons)]
+    assert signals.filter(pl.col("horizon") == 2)["degraded"].to_list() == ["", "", "", reasons]
+    assert run(FREE, []).signals().columns[-2:] == ["warming", "degraded"]
 
 
 def test_signals_and_outcomes() -> None:
