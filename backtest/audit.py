@@ -32,7 +32,7 @@ from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.tables import scratch_in, write_rows
 from barcast.backtest.workers import writing_in
 from barcast.daemon.adjustments import adjusted
-from barcast.daemon.calendar import Calendar, Calendars, iso
+from barcast.daemon.calendar import Calendars, iso
 from barcast.daemon.history import KNOWN, PRICES, TIMES, Stamp, digest, files, read_windows, scan, stamped
 from barcast.daemon.pipeline import MAX_JUMP, StrategySettings
 from barcast.daemon.timeframe import Timeframe
@@ -367,7 +367,7 @@ def audit_backtest(
     max_jump = settings.get("max_jump", MAX_JUMP)
     warnings = [
         learnt_warning(model, start),
-        caveats.few(caveats.of_ends(history, start, closes)),
+        *caveats.of_ends(history, start, closes),
         *caveats.of_adjustments(history, adjustments),
     ]
     data = {
@@ -376,7 +376,7 @@ def audit_backtest(
         "stamp": stamp,
         "other_end": _other_end(named, stamp, closes, symbols),
         "symbols": _symbols(history, copies, closes, adjustments, until, max_jump),
-        "warning": " ".join(filter(None, warnings)),
+        "warning": "\n".join(filter(None, warnings)),
     }
     meta = {
         "model": card.model,
@@ -844,7 +844,7 @@ def _symbols(
     jumps = caveats.jumps(adjusted(history, adjustments), 0, 0, max_jump)
     told = []
     for symbol, window in history.items():
-        missing, (most, after) = _holes(window, calendars.of(symbol))
+        missing, (most, after) = caveats.missing(window, calendars.of(symbol))
         ratios = [jump.ratio for jump in jumps if jump.symbol == symbol]
         told.append(
             {
@@ -863,19 +863,6 @@ def _symbols(
             }
         )
     return told
-
-
-def _holes(window: Window, calendar: Calendar) -> tuple[int, tuple[int, int]]:
-    """How many bars are missing, and the most in one hole with the close before it."""
-    times = window.close_times
-    missing = calendar.missing_between(int(times[0]), int(times[-1])) - max(0, len(times) - 2)
-    if missing <= 0:
-        return 0, (0, 0)
-    steps = np.diff(times)
-    wide = np.flatnonzero(steps > steps.min())
-    return missing, max(
-        (calendar.missing_between(int(times[k]), int(times[k + 1])), int(times[k])) for k in wide.tolist()
-    )
 
 
 def _plain(value: Any) -> Any:

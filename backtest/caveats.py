@@ -1,18 +1,21 @@
 """What is to be known of the bars and settings of a backtest before its numbers are believed."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
 from barcast.backtest.ledger import Execution
-from barcast.daemon.calendar import Calendars, iso
+from barcast.daemon.calendar import Calendar, Calendars, iso
 from barcast.daemon.ports import Hole, Outcome
 from barcast.models import Adjustment, Window
 
 SHOWN = 5
-"""Sentences of one kind, and things that one sentence names."""
+"""Things that one sentence names."""
+DATES = 3
+"""Jumps of one symbol that it names."""
 
 
 @dataclass(slots=True)
@@ -43,20 +46,17 @@ class Holes:
             gaps.hole = max(filter(None, (gaps.hole, *holes)), key=lambda hole: hole.bars)
 
     def sentences(self, calendars: Calendars) -> list[str]:
-        """One for each symbol that lost something."""
-        found = []
+        """What they did to each symbol that lost something, and what to do: one sentence, if there are any."""
+        found, names = [], set()
         for symbol, gaps in sorted(self.gaps.items()):
             name = calendars.of(symbol).name
             largest = gaps.hole and f" (the most, {gaps.hole.bars}, after {iso(gaps.hole.after)})"
-            remedy = "add them"
-            if name == "24x7":
-                remedy += ", or if its market shuts at night or at weekends name its calendar: fx, or an"
-                remedy += " exchange's such as XNYS"
+            names.add(name)
             found.append(
                 f"{symbol} lacks bars that the calendar {name} has{largest or ''}: {gaps.withheld} forecasts "
-                f"were withheld for it, {gaps.degraded} degraded; {remedy}."
+                f"were withheld for it, {gaps.degraded} degraded"
             )
-        return found
+        return [f"{few(found, '; ')}; {_add(names)}."] if found else []
 
     def _of(self, symbol: str) -> Gaps:
         return self.gaps.setdefault(symbol, Gaps())
@@ -88,30 +88,80 @@ def jumps(windows: Mapping[str, Window], start: int, length: int, max_jump: floa
     return found
 
 
-def of_jumps(found: Sequence[Jump]) -> list[str]:
-    """What was made of undeclared jumps, and what to do."""
-    return [
-        f"{jump.symbol}: the price jumped to {jump.ratio:.4g} times the last close at "
-        f"{iso(jump.close_time)}, undeclared: forecasts near it are degraded, and a book that held it took "
-        "it for a return; declare a split or a roll as an adjustment, unless the market moved so."
-        for jump in found
-    ]
+BOOKS = "forecasts near one are degraded, and a book that held it took it for a return"
+LEARNT = "the model learns one as a return"
+"""What becomes of undeclared jumps."""
 
 
-def of_ends(windows: Mapping[str, Window], start: int, calendars: Calendars) -> list[str]:
+def of_jumps(found: Sequence[Jump], then: str = BOOKS) -> list[str]:
+    """What was made of undeclared jumps, and what to do, in one sentence, if there are any."""
+    told = []
+    for symbol, own in groupby(sorted(found, key=lambda jump: jump.symbol), lambda jump: jump.symbol):
+        first, *others = own
+        often = "once" if not others else f"{1 + len(others)} times"
+        place = f"to {first.ratio:.4g} times the last close at {iso(first.close_time)}"
+        also = [f"at {iso(jump.close_time)}" for jump in others[: DATES - 1]]
+        also += [f"{1 + len(others) - DATES} times more"] * (1 + len(others) > DATES)
+        told.append(f"{symbol} jumped {often}, {', '.join([place, *also])}")
+    remedy = "declare a split or a roll as an adjustment, unless the market moved so"
+    return [f"{few(told, '; ')}, undeclared: {then}; {remedy}."] if told else []
+
+
+def missing(window: Window, calendar: Calendar) -> tuple[int, tuple[int, int]]:
+    """How many bars are missing, and the most in one hole with the close before it."""
+    times = window.close_times
+    count = calendar.missing_between(int(times[0]), int(times[-1])) - max(0, len(times) - 2)
+    if count <= 0:
+        return 0, (0, 0)
+    steps = np.diff(times)
+    wide = np.flatnonzero(steps > steps.min())
+    return count, max(
+        (calendar.missing_between(int(times[k]), int(times[k + 1])), int(times[k])) for k in wide.tolist()
+    )
+
+
+def of_missing(windows: Mapping[str, Window], calendars: Calendars) -> list[str]:
+    """Symbols that lack bars, and what to do, in one sentence, if there are any."""
+    found, names = [], set()
+    for symbol, window in windows.items():
+        calendar = calendars.of(symbol)
+        count, (most, after) = missing(window, calendar)
+        if count:
+            names.add(calendar.name)
+            largest = f"(the most, {most}, after {iso(after)})"
+            found.append(f"{symbol} lacks {count} bars that the calendar {calendar.name} has {largest}")
+    return [f"{few(found, '; ')}; {_add(names)}."] if found else []
+
+
+def _add(calendars: Iterable[str]) -> str:
+    """What to do about bars that calendars of these names have."""
+    remedy = "add them"
+    if "24x7" in calendars:
+        remedy += ", or if its market shuts at night or at weekends name its calendar: fx, or an"
+        remedy += " exchange's such as XNYS"
+    return remedy
+
+
+HELD = (
+    "what a book holds of it from then on stays there at its last close; end the test there, or give bars up "
+    "to what was paid"
+)
+UNSEEN = "the model learns nothing of it after that; check the last times of the others"
+"""What becomes of symbols that end early."""
+
+
+def of_ends(windows: Mapping[str, Window], start: int, calendars: Calendars, then: str = HELD) -> list[str]:
     """Symbols whose bars end before those of others do, or before the close `start` of the test."""
     end = max(int(window.close_times[-1]) for window in windows.values())
-    found = []
+    before, early = [], []
     for symbol, window in windows.items():
         last = int(window.close_times[-1])
         if last < start:
-            found.append(f"{symbol} ends at {iso(last)}, before the test, and has no part in it.")
-        elif missing := calendars.of(symbol).missing_between(last, end + 1):
-            found.append(
-                f"{symbol} ends at {iso(last)}, {missing} bars before the end: what a book holds of it from "
-                "then on stays there at its last close; end the test there, or give bars up to what was paid."
-            )
-    return found
+            before.append(f"{symbol} ends at {iso(last)}, before the test, and has no part in it")
+        elif lacking := calendars.of(symbol).missing_between(last, end + 1):
+            early.append(f"{symbol} ends at {iso(last)}, {lacking} bars before the end")
+    said = [f"{few(before, '; ')}."] if before else []
+    return [*said, f"{few(early, '; ')}: {then}."] if early else said
 
 
 def of_volumes(windows: Mapping[str, Window], start: int, execution: Execution) -> list[str]:

@@ -287,7 +287,8 @@ def run_backtest(
 
     Raise DataError for bars that cannot be used, ConfigError for arguments, for a strategy that raises or
     whose targets are none and for a folder that cannot be written, CheckpointError for the model. What can be
-    used and may mislead, such as holes or jumps that no adjustment explains, is said in `meta["warning"]`.
+    used and may mislead, such as holes or jumps that no adjustment explains, is said in `meta["warning"]`, a
+    line for each kind.
     """
     if stamp not in ("open", "close"):
         raise ConfigError(f"stamp = {stamp!r}: say 'open' or 'close', the end of a bar that its time names")
@@ -359,7 +360,7 @@ def run_backtest(
             ledger.fills(),
             ledger.equity(),
         )
-        holes = caveats.few(decisions.holes.sentences(closes))
+        holes = " ".join(decisions.holes.sentences(closes))
         made = collected(signals.select(pl.col("model").unique(maintain_order=True)))["model"].to_list()
         if not made:
             why = "; ".join(
@@ -380,9 +381,9 @@ def run_backtest(
         idle = [one.name for one in settings.strategies if one.name not in traded]
         warnings = [
             learnt_warning(model, start),
-            caveats.few(caveats.of_jumps(jumps)),
+            *caveats.of_jumps(jumps),
             holes,
-            caveats.few(caveats.of_ends(history, start, closes)),
+            *caveats.of_ends(history, start, closes),
             *caveats.of_volumes(history, start, execution),
             *caveats.of_adjustments(history, declared),
             untrained,
@@ -406,7 +407,7 @@ def run_backtest(
             skill=beside.filter(pl.col("other") != model) if retrain is None else beside,
             portfolio=portfolio(equity, fills, periods, trials),
             meta={
-                "warning": " ".join(filter(None, warnings)),
+                "warning": "\n".join(filter(None, warnings)),
                 **past.told(),
                 "models": made,
                 "periods_per_year": periods,

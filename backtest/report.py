@@ -227,7 +227,7 @@ def _head(result: BacktestResult, title: str) -> str:
     return (
         f"<h1>{escape(title)}</h1>"
         f"<p>{_named(symbols)}, {_day(first)} to {_day(last)}, {escape(shown)}.</p>"
-        + (f'<p class="warning">{escape(str(warning))}</p>' if warning else "")
+        + _warning(str(warning or ""))
     )
 
 
@@ -370,9 +370,7 @@ def _evaluation_head(result: Evaluation) -> str:
     return (
         f"<h1>Barcast evaluation</h1><p>{_named(meta['symbols'])}; {meta['timeframe']} bars, "
         f"{folds[0]['since'][:10]} to {folds[-1]['until'][:10]} in {len(folds)} folds, an origin every "
-        f"{meta['stride']} bars.</p>"
-        + (f'<p class="warning">{escape(meta["warning"])}</p>' if meta["warning"] else "")
-        + _boxes(cards)
+        f"{meta['stride']} bars.</p>" + _warning(meta["warning"]) + _boxes(cards)
     )
 
 
@@ -533,6 +531,11 @@ def _estimate(gain: Estimate | None, mark: bool) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:z.2f}".replace("-", "&minus;")
+
+
+def _warning(text: str) -> str:
+    """A paragraph for each line."""
+    return "".join(f'<p class="warning">{escape(line)}</p>' for line in text.splitlines())
 
 
 def _undrawn(symbols: Sequence[str]) -> str:

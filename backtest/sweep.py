@@ -244,9 +244,10 @@ def work(job: Job) -> None:
         )
     books = {str(name): book for (name,), book in result.equity.group_by("strategy")}
     pooled = result.scores.filter(symbol=POOLED).select("horizon", "n", "crps").sort("horizon").rows()
-    warning = str(result.meta["warning"])
-    for _, _, settings in job.cells:  # which is said of each cell by its figures
-        warning = warning.replace(f"{settings.name} never traded.", "")
+    own = {
+        f"{settings.name} never traded." for _, _, settings in job.cells
+    }  # as the figures of each cell say
+    warning = "\n".join(line for line in str(result.meta["warning"]).splitlines() if line not in own)
     for key, trial, settings in job.cells:
         if settings.name not in books:
             raise DataError(f"{job.said}: no group of symbols was due: give more bars")
@@ -263,7 +264,7 @@ def work(job: Job) -> None:
             held_times=held_times,
             held_equity=held_equity,
             periods_per_year=result.meta["periods_per_year"],
-            warning=" ".join(warning.split()),
+            warning=warning,
         )
         write_whole(job.folder / f"{key}.job", record.encode())
 
@@ -732,7 +733,7 @@ def _result(bench: _Bench, cells: Sequence[Cell], by: str) -> SweepResult:
         path=_utc(path, PATH),
         equity=_equity(walk, held, bench.edges),
         meta={
-            "warning": " ".join(filter(None, _warnings(bench, cells))),
+            "warning": "\n".join(filter(None, _warnings(bench, cells))),
             "checksum": hashlib.sha256("\n".join(digests).encode()).hexdigest(),
             "by": by,
             "trials": trials,
@@ -751,11 +752,11 @@ def _result(bench: _Bench, cells: Sequence[Cell], by: str) -> SweepResult:
 
 def _warnings(bench: _Bench, cells: Sequence[Cell]) -> list[str]:
     """What is to be known before the numbers are believed."""
-    found = list(dict.fromkeys(record.warning for record in bench.records.values() if record.warning))
+    found = list(dict.fromkeys(line for one in bench.records.values() for line in one.warning.splitlines()))
     idle = sum(
         not any(bench.records[c.id, k].figures["fills"] for k in range(1, bench.folds + 1)) for c in cells
     )
-    said = [few(found)]
+    said = [few(found, "\n")]
     if idle:
         said.append(f"{idle} of {len(cells)} cells never traded.")
     for k in range(1, bench.folds + 1):

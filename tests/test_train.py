@@ -183,6 +183,25 @@ def test_interrupted_training_says_what_is_left(run, bars, tmp_path, monkeypatch
     assert not (tmp_path / ".model.lock").exists()
 
 
+def test_what_may_mislead_is_said(run, bars, tmp_path):
+    """A wild close, bars that are missing and a last time far ahead are told before the training."""
+    rows = pl.read_parquet(bars).sort("close_time").with_row_index("n")
+    wild = rows.with_columns(close=pl.when(pl.col("n") == 500).then(100 * pl.col("close")).otherwise("close"))
+    wild = wild.with_columns(high=pl.max_horizontal("high", "close")).filter(
+        ~pl.col("n").is_in([700, 710, 720])
+    )
+    short = rows.with_columns(symbol=pl.lit("SHORT")).head(900)
+    pl.concat([wild, short]).drop("n").write_parquet(tmp_path / "wild.parquet")
+    given = [*DAILY[:-2], "--kind", "ensemble", "--member", "hs", "--member", "ewma"]
+    status, _, err = run("train", str(tmp_path / "wild.parquet"), *given, "--out", str(tmp_path / "model"))
+    assert status == 0, err
+    assert "IBM jumped 2 times, to 1" in err
+    assert "the model learns one as a return; declare a split" in err
+    assert "IBM lacks 3 bars that the calendar XNYS has (the most, 1, after" in err
+    assert "SHORT ends at" in err
+    assert "before the end: the model learns nothing of it after that" in err
+
+
 def test_no_time_at_all_is_a_fault(run, bars, tmp_path):
     """A cap that leaves no time for a step ends in a sentence, and leaves nothing behind."""
     status, _, err = run("train", bars, *QUICK, "--minutes", "0", "--out", str(tmp_path / "model"))

@@ -36,6 +36,7 @@ from barcast.backtest.cli.terminal import (
 from barcast.models import LEVELS, ConfigError, DataError, default_horizons
 
 if TYPE_CHECKING:
+    from barcast.daemon.calendar import Calendars
     from barcast.models import Window
     from barcast.models.optimiser import Progress as Stand
     from barcast.models.trained import Model
@@ -153,10 +154,12 @@ def train(
     except OSError as error:
         raise ConfigError(f"--out: {error}; name a directory that you may write") from error
     with (
-        _alone(out_dir, kind),
+        _alone(out_dir, kind) as speaks,
         interruptible(lambda: _left(out_dir)),
         histories_of(files, stamp, closes, symbol, until, adjustments, out_dir.parent) as histories,
     ):
+        if speaks:
+            _warn(histories, closes)
         written = _train(
             histories,
             out_dir,
@@ -182,16 +185,17 @@ def train(
 
 
 @contextmanager
-def _alone(out_dir: Path, kind: Kind) -> Iterator[None]:
+def _alone(out_dir: Path, kind: Kind) -> Iterator[bool]:
     """Hold a model's directory: a second training would write over the state of the first.
 
-    Of processes that share a training the main one holds it. The lock file goes with the training.
+    Of processes that share a training the main one holds it and speaks: it has True. The lock file goes with
+    the training.
     """
     if kind == Kind.sssd:
         from barcast.models import optimiser
 
         if not optimiser.is_main():
-            yield
+            yield False
             return
     path = out_dir.with_name(f".{out_dir.name}.lock")
     with in_folder("--out", out_dir.parent):
@@ -204,9 +208,22 @@ def _alone(out_dir: Path, kind: Kind) -> Iterator[None]:
                 f"--out: another training of {out_dir} is at work; wait for it, or name another directory"
             ) from error
         try:
-            yield
+            yield True
         finally:
             path.unlink(missing_ok=True)
+
+
+def _warn(histories: "Mapping[str, Window]", calendars: "Calendars") -> None:
+    """Say what may mislead a training, as a backtest of these bars would."""
+    from barcast.backtest import caveats
+    from barcast.daemon.pipeline import MAX_JUMP
+
+    for sentence in (
+        *caveats.of_jumps(caveats.jumps(histories, 0, 0, MAX_JUMP), caveats.LEARNT),
+        *caveats.of_missing(histories, calendars),
+        *caveats.of_ends(histories, 0, calendars, caveats.UNSEEN),
+    ):
+        err.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _left(out_dir: Path) -> str:

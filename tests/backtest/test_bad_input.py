@@ -236,8 +236,8 @@ def test_undeclared_split_is_told_and_counted_as_a_return(backtest):
     """What happened, what became of it, and what to do; the jump stays in the result."""
     result = backtest(scaled(AAA, 200, 0.5), BBB)
     moment = written(HOURS[200])
-    assert "AAA: the price jumped to 0.5 times " in warning(result)
-    assert f"the last close at {moment}, undeclared: forecasts near it are degraded" in warning(result)
+    assert "AAA jumped once, to 0.5 times " in warning(result)
+    assert f"the last close at {moment}, undeclared: forecasts near one are degraded" in warning(result)
     assert "took it for a return; declare a split or a roll as an adjustment, unless" in warning(result)
     [jump] = result.meta["jumps"]
     assert (jump["symbol"], jump["close_time"]) == ("AAA", moment)
@@ -276,8 +276,28 @@ def test_many_jumps_are_cut_short(backtest):
         bars = scaled(bars, k, 0.5 if k % 2 else 2.0)
     result = backtest(bars)
     assert len(result.meta["jumps"]) == 14
-    assert warning(result).count("the price jumped") == SHOWN
-    assert "and 9 more" in warning(result)
+    first, *also = (jump["close_time"] for jump in result.meta["jumps"][:3])
+    said = f"AAA jumped 14 times, to 2 times the last close at {first}, at {also[0]}, at {also[1]}, 11 times"
+    assert f"{said} more, undeclared" in warning(result)
+    assert warning(result).count("declare a split") == 1
+
+
+def test_what_is_said_of_symbols_is_said_once(backtest):
+    """A line for each kind: the symbols by name, what became of it and what to do once."""
+    early = [
+        without(scaled(bars_of(name, seed=k), 150, 0.5), 180, 181).head(200)
+        for k, name in enumerate("CDEFGHI")
+    ]
+    lines = warning(backtest(AAA, *early)).splitlines()
+    assert [sum(text in line for line in lines) for text in ("jumped once", "lacks bars", "ends at")] == [
+        1,
+        1,
+        1,
+    ]
+    assert len(lines) == 3
+    for line, advice in zip(lines, ("declare a split", "add them", "end the test there"), strict=True):
+        assert line.count(advice) == 1
+        assert f"and {7 - SHOWN} more" in line
 
 
 @pytest.mark.parametrize(
