@@ -46,7 +46,7 @@ class Holes:
             gaps.hole = max(filter(None, (gaps.hole, *holes)), key=lambda hole: hole.bars)
 
     def sentences(self, calendars: Calendars) -> list[str]:
-        """What they did to each symbol that lost something, and what to do: one sentence, if there are any."""
+        """What they did to each symbol that lost something, and what to do, in one sentence, if any did."""
         found, names = [], set()
         for symbol, gaps in sorted(self.gaps.items()):
             name = calendars.of(symbol).name
@@ -195,6 +195,16 @@ def of_adjustments(windows: Mapping[str, Window], adjustments: Sequence[Adjustme
     if not found:
         return []
     return [f"{len(found)} of {len(adjustments)} adjustments change nothing: {few(found, ', ')}."]
+
+
+def of_calendars(windows: Mapping[str, Window], calendars: Mapping[str, str]) -> list[str]:
+    """Symbols that are given a calendar and have no bars, in one sentence, if there are any."""
+    strange = [symbol for symbol in calendars if symbol not in windows]
+    return (
+        [f"A calendar is given of {few(strange, ', ')} without a bar: there are {few([*windows], ', ')}."]
+        if strange
+        else []
+    )
 
 
 def few(found: Sequence[str], between: str = " ") -> str:

@@ -30,6 +30,7 @@ _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'
 _MOST_POINTS = 2000
 _MOST_BARS = 1500
 _MOST_FILLS = 500
+_MANY_FILLS = 100
 _ROOM = 44
 _FILLED = 4
 _SLEEPY = 2.0
@@ -302,6 +303,7 @@ def trades(result: BacktestResult, symbol: str) -> go.Figure:
     for strategy in strategies:
         mine = own.filter(pl.col("strategy") == strategy).tail(_MOST_FILLS)
         most = mine["value"].max()
+        scale = 1.0 if mine.height <= _MANY_FILLS else 0.6  # else the price cannot be seen for marks
         for side, mark, colour, sign in (("bought", "up", GOOD, 1), ("sold", "down", BAD, -1)):
             part = mine.filter(pl.col("units") * sign > 0)
             figure.add_scatter(
@@ -312,8 +314,9 @@ def trades(result: BacktestResult, symbol: str) -> go.Figure:
                 marker={
                     "symbol": f"triangle-{mark}",
                     "color": colour,
-                    "size": _y(5 + 11 * (part["value"] / most).sqrt()),
-                    "line": {"color": "white", "width": 1},
+                    "size": _y(scale * (5 + 11 * (part["value"] / most).sqrt())),
+                    "opacity": 1.0 if scale == 1 else 0.5,
+                    "line": {"color": "white", "width": scale},
                 },
                 name=side,
                 hovertemplate="%{customdata[0]:.5~g} at %{customdata[1]:.6~g}, value %{customdata[2]:,.6~g}, "

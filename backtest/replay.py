@@ -386,6 +386,7 @@ def run_backtest(
             *caveats.of_ends(history, start, closes),
             *caveats.of_volumes(history, start, execution),
             *caveats.of_adjustments(history, declared),
+            *caveats.of_calendars(history, {} if symbols else closes.others),
             untrained,
             caveats.few(silent),
             *(f"{name} never traded." for name in idle),

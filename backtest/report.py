@@ -290,7 +290,8 @@ def _sections(result: BacktestResult) -> Iterator[tuple[str, str]]:
         }
         yield _part(
             "Trades",
-            "Drag to scroll, or use the slider; the area of a mark is the traded value." + _undrawn(traded),
+            "Drag to scroll, or use the slider; the area of a mark is the traded value."
+            + _undrawn(traded, "trades"),
             _choice("symbol", figures),
             f"<h3>The last {TRADES}</h3>",
             _trades(result),
@@ -307,7 +308,7 @@ def _sections(result: BacktestResult) -> Iterator[tuple[str, str]]:
         yield _part(
             "Forecasts",
             "The closes, and what had been forecast of each: a band stands at the close that it was for. "
-            "Drag to scroll, or use the slider." + _undrawn(forecast),
+            "Drag to scroll, or use the slider." + _undrawn(forecast, "fan"),
             _choice(
                 "symbol",
                 {
@@ -538,8 +539,13 @@ def _warning(text: str) -> str:
     return "".join(f'<p class="warning">{escape(line)}</p>' for line in text.splitlines())
 
 
-def _undrawn(symbols: Sequence[str]) -> str:
-    return f" Of {len(symbols)} symbols the first {FANS} are drawn." if len(symbols) > FANS else ""
+def _undrawn(symbols: Sequence[str], function: str) -> str:
+    if len(symbols) <= FANS:
+        return ""
+    return (
+        f" Of {len(symbols)} symbols the first {FANS} are drawn. Of any other, in Python: "
+        f'plot.{function}(BacktestResult.load(folder), "{symbols[FANS]}").show().'
+    )
 
 
 def _named(symbols: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """What a backtest hands over to the report and to notebooks, and how it is kept in a folder."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -90,11 +90,19 @@ class BacktestResult:
         """What a copy by pickle gets: all rows, as the files go with this one."""
         return {**vars(self), **{name: getattr(self, name) for name in FRAMES}, "store": None}
 
+    def __repr__(self) -> str:
+        """In a line: model, timeframe, and how many rows each frame has."""
+        counts = (f"{name} {collected(self.rows(name).lazy().select(pl.len())).item():,}" for name in FRAMES)
+        told = f"{self.meta.get('model')} on {self.meta.get('timeframe')} bars"
+        return f"BacktestResult({told}: {', '.join(counts)} rows)"
+
     def rows(self, name: str) -> Rows:
         """A frame by its name: a DataFrame, or where it lies in files a LazyFrame, in order of its closes.
 
-        That of fills and equity has one strategy after another.
+        That of fills and equity has one strategy after another. Raise ConfigError for another name.
         """
+        if name not in FRAMES:
+            raise ConfigError(f"a result has no frame {name!r}: take one of {', '.join(FRAMES)}")
         rows: Rows = vars(self)[name]
         return rows
 
@@ -164,6 +172,12 @@ class BacktestResult:
                 raise DataError(f"{path}: is missing; save the result again") from error
             except pl.exceptions.PolarsError as error:
                 raise DataError(f"{path}: is damaged ({error}); save the result again") from error
+            if lacks := [
+                column for column in _columns(name) if column not in frames[name].lazy().collect_schema()
+            ]:
+                raise DataError(
+                    f"{path}: has no column {lacks[0]}: it is no table of a result; save the result again"
+                )
         return cls(meta=told["meta"], **frames)  # type: ignore[arg-type]
 
 
@@ -179,6 +193,24 @@ def check_folder(folder: Path) -> None:
     found = {name for name in found if not name.startswith(PREFIX)}  # of a run that was killed
     if found - {"models"} and not found & {INDEX, PARTIAL}:
         raise ConfigError(f"{folder} is not empty, and holds no backtest: name a new folder")
+
+
+def _columns(name: str) -> Iterable[str]:
+    """The columns that each frame of a name has."""
+    from barcast.backtest import ledger, metrics, skill, walk  # they know the names of this module
+
+    return {
+        "signals": ledger.SIGNALS,
+        "outcomes": ledger.OUTCOMES,
+        "bars": ledger.BARS,
+        "targets": ledger.TARGETS,
+        "fills": ledger.FILLS,
+        "equity": ledger.EQUITY,
+        "trainings": walk.TRAININGS,
+        "scores": ("symbol", "horizon", "crps"),
+        "skill": skill.SCHEMA,
+        "portfolio": metrics.SCHEMA,
+    }[name]
 
 
 def definitions() -> dict[str, dict[str, str]]:

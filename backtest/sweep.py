@@ -552,7 +552,14 @@ class _Bench:
             done = max(done, count)
             self.progress(cells, f"{done} of {len(jobs)} backtests")
 
-        run_jobs(work, jobs, over)
+        try:
+            run_jobs(work, jobs, over)
+        except BarcastError as error:
+            kept = f"What was found until then is in {self.folder}"
+            left = (
+                "the same command goes on from there once this is mended, one without that strategy at once"
+            )
+            raise type(error)(f"{error}. {kept}: {left}.") from error
         for cell, k, key in missing:
             path = self.folder / f"{key}.job"
             record = Record.read(path) if path.is_file() else None

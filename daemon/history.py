@@ -493,6 +493,10 @@ def _opened(path: Path) -> tuple[pl.LazyFrame, pl.Schema, dict[str, str]]:
         schema = raw.collect_schema()
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
+    if path.suffix == ".csv" and (head := ",".join(schema)).startswith("PAR1"):
+        raise DataError(f"{path} begins as a Parquet file: name it so, ending in .parquet.")
+    if path.suffix == ".csv" and head.count(";") >= len(VALUES):
+        raise DataError(f"{path} has semicolons between its columns: write commas, and points in numbers.")
     names: dict[str, str] = {}
     for name in schema:
         # polars tells columns of one name in a CSV apart by this ending

@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from barcast.backtest import cli
+from barcast.backtest.cli import quants
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.backtest.verify import read_capture
@@ -29,6 +30,21 @@ def short(tmp_path):
     path = tmp_path / "short.parquet"
     pl.read_parquet(SAMPLE).filter(symbol="IBM").head(50).write_parquet(path)
     return str(path)
+
+
+@pytest.mark.parametrize(
+    ("price", "said"),
+    [
+        (104590.3, "104590"),
+        (1234.56, "1234.6"),
+        (12.3456, "12.346"),
+        (0.00001234567, "0.000012346"),
+        (1, "1.0000"),
+    ],
+)
+def test_prices_are_readable(price, said):
+    """Five digits, all before the point, and no exponent."""
+    assert quants._price(price) == said
 
 
 @pytest.mark.parametrize(

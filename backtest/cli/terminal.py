@@ -275,6 +275,7 @@ def histories_of(
 
     It is mapped from files in `scratch`, or in the folder for temporary files, and ends with the context.
     """
+    from barcast.backtest.caveats import of_calendars
     from barcast.backtest.tables import scratch_in
     from barcast.backtest.workers import writing_in
     from barcast.daemon.adjustments import adjusted, read_adjustments
@@ -283,6 +284,8 @@ def histories_of(
     with scratch_in(scratch) as folder:
         with writing_in(scratch):
             history = History(files, stamp.value, calendars, symbols, moment(until), folder)
+        for sentence in of_calendars(history, {} if symbols else calendars.others):
+            raise typer.BadParameter(sentence, param_hint="--symbol-calendar")
         yield adjusted(history, read_adjustments(adjustments)) if adjustments else history
 
 

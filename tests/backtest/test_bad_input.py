@@ -324,6 +324,34 @@ def test_adjustments_beyond_what_was_asked_for_are_no_fault(backtest):
     assert warning(backtest(AAA, BBB, adjustments=given, symbols=["AAA"], until=HOURS[250])) == ""
 
 
+def test_calendar_of_a_symbol_without_bars_is_told(backtest, run, tmp_path):
+    """A symbol misspelt: a backtest says it, as an instance may know more symbols; other commands refuse."""
+    said = "A calendar is given of AAB without a bar: there are AAA."
+    assert warning(backtest(AAA, calendars={"AAB": "fx"})) == said
+    assert warning(backtest(AAA, calendars={"AAB": "fx"}, symbols="AAA")) == ""
+    command = ["forecast", str(tmp_path / "bars0.parquet"), "--stamp", "close", "--model", "hs"]
+    status, _, err = run(*command, "--symbol-calendar", "AAB=fx")
+    assert status == 2
+    assert "given of AAB without a bar" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("parquet", "bars.csv begins as a Parquet file: name it so, ending in .parquet"),
+        (";", "bars.csv has semicolons between its columns: write commas"),
+    ],
+)
+def test_csv_that_is_none_is_told(tmp_path, kind, said):
+    """What a file is instead of what its name says, without its bytes on the screen."""
+    path = tmp_path / "bars.csv"
+    AAA.write_parquet(path) if kind == "parquet" else AAA.write_csv(path, separator=kind)
+    with pytest.raises(DataError) as caught:
+        run_backtest(path, stamp="close", model="hs", timeframe="1h")
+    assert said in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
 # --- histories
 
 

@@ -157,6 +157,18 @@ def test_fans_are_what_was_forecast(result: BacktestResult) -> None:
     assert len(closes.y) == 60
 
 
+def test_many_trades_leave_the_price_to_be_seen(result: BacktestResult) -> None:
+    """Where a book trades at each close, its marks are smaller and let the price through."""
+    few, often = result, replace(result, fills=pl.concat([result.fills] * 4))
+    sizes, opacities = [], []
+    for each in (few, often):
+        marker = plot.trades(each, "BBB").data[1].marker
+        sizes.append(max(marker.size))
+        opacities.append(marker.opacity)
+    assert sizes[1] < 0.7 * sizes[0]
+    assert opacities == [1.0, 0.5]
+
+
 def test_trades_stand_where_they_were_made(result: BacktestResult) -> None:
     """Each fill is a mark at its price and close, bought or sold; buy-and-hold has none."""
     figure = plot.trades(result, "BBB")

@@ -159,6 +159,8 @@ def test_many_symbols_and_bars_fit() -> None:
     names = [f"S{k}" for k in range(FANS + 2)]
     page = without_library(html(made_up(names, five_minutes(4000), (1, 5, 20))))
     assert f"Of {FANS + 2} symbols the first {FANS} are drawn." in page
+    assert "in Python: plot.trades(BacktestResult.load(folder), " in page
+    assert "in Python: plot.fan(BacktestResult.load(folder), " in page
     assert f'id="fan{FANS - 1}"' in page
     assert f'id="fan{FANS}"' not in page
     assert len(page) < 7_000_000

@@ -155,6 +155,10 @@ def test_a_result_replaces_another(result: BacktestResult, tmp_path: Path) -> No
         (lambda f: (f / "result.json").write_text('{"barcast_result": 9}'), "barcast_result = 9"),
         (lambda f: (f / "equity.parquet").unlink(), "equity.parquet: is missing"),
         (lambda f: (f / "fills.parquet").write_bytes(b"PAR1"), "fills.parquet: is damaged"),
+        (
+            lambda f: (f / "portfolio.parquet").write_bytes((f / "equity.parquet").read_bytes()),
+            r"portfolio.parquet: has no column \w+: it is no table of a result",
+        ),
     ],
 )
 def test_what_is_no_result(result: BacktestResult, tmp_path: Path, spoil, fault: str) -> None:
@@ -163,6 +167,16 @@ def test_what_is_no_result(result: BacktestResult, tmp_path: Path, spoil, fault:
     spoil(tmp_path)
     with pytest.raises(DataError, match=fault):
         BacktestResult.load(tmp_path)
+
+
+def test_it_is_shown_in_a_line(result: BacktestResult) -> None:
+    """What is printed names model and frames; one that there is not is named beside those that there are."""
+    shown = repr(result)
+    assert shown.startswith("BacktestResult(")
+    assert f"signals {result.signals.height:,}, " in shown
+    assert len(shown) < 300
+    with pytest.raises(ConfigError, match="no frame 'nope': take one of signals, outcomes"):
+        result.rows("nope")
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

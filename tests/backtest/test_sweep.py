@@ -602,6 +602,16 @@ def test_fault_of_a_cell_names_its_parameters(bars, tmp_path):
             swept(bars, tmp_path / "out", strategies=[f"{tmp_path / 'bad.py'}:side=0.5|1.5"], models=["hs"])
 
 
+def test_sweep_without_the_cell_that_failed_goes_on(bars, tmp_path):
+    """The error says what is kept: a sweep of the others computes only what was not found until then."""
+    late = "self.side * (close_time > 1_706_000_000 * 10**9))"
+    (tmp_path / "bad.py").write_text(SIDE.replace("self.side)", late))
+    given = {"models": ["hs"], "folds": 4, "jobs": 1}
+    with pytest.raises(ConfigError, match=r"What was found until then is in .*jobs: a sweep without"):
+        swept(bars, tmp_path / "out", strategies=["rank", f"{tmp_path / 'bad.py'}:side=1.5"], **given)
+    assert 0 < swept(bars, tmp_path / "out", strategies=["rank"], **given).ran < 4
+
+
 def test_one_of_something_needs_no_list(bars, whole, tmp_path):
     """A text is one strategy, model or symbol, not as many as it has letters."""
     options = {"stamp": "close", "folds": 2, "jobs": 1}
