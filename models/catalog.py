@@ -131,12 +131,7 @@ def open_model(
                 "such as touch"
             )
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
-    if Path(name).name == name and not Path(name).exists():  # it may be meant for a baseline
-        near = get_close_matches(name, BASELINES, n=1)
-        raise CheckpointError(
-            f"model {name!r}: there is no such folder, and no baseline is called so: "
-            + (f"did you mean {near[0]}?" if near else f"name a checkpoint, or one of {', '.join(BASELINES)}")
-        )
+    check_named(name)
     from barcast.models.checkpoint import open_forecaster
 
     forecaster = open_forecaster(Path(name), sampler, steps, paths)
@@ -146,6 +141,17 @@ def open_model(
             "name another model or train one"
         )
     return forecaster
+
+
+def check_named(name: str) -> None:
+    """Raise `CheckpointError` for what may be meant for a baseline, and is neither one nor a directory."""
+    if name in BASELINES or Path(name).name != name or Path(name).exists():
+        return
+    near = get_close_matches(name, BASELINES, n=1)
+    raise CheckpointError(
+        f"model {name!r}: there is no such folder, and no baseline is called so: "
+        + (f"did you mean {near[0]}?" if near else f"name a checkpoint, or one of {', '.join(BASELINES)}")
+    )
 
 
 def check_sampled(name: str, card: Card, sampler: str | None, steps: int | None) -> None:

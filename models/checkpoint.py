@@ -23,7 +23,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from barcast.models import samplers
-from barcast.models.catalog import BASELINES, FORMAT, JSON, header, read
+from barcast.models.catalog import BASELINES, FORMAT, JSON, check_named, header, read
 from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
@@ -139,6 +139,7 @@ def open_member(name: str) -> Member:
     """A member of an ensemble: a baseline by its name, else a checkpoint directory."""
     if name in BASELINES:
         return Member(name)
+    check_named(name)
     checkpoint = load(Path(name))
     return Member(checkpoint.model, checkpoint.trained)
 

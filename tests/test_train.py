@@ -202,6 +202,15 @@ def test_what_may_mislead_is_said(run, bars, tmp_path):
     assert "before the end: the model learns nothing of it after that" in err
 
 
+def test_members_that_are_none_are_told(run, bars, tmp_path):
+    """Too few of an ensemble are refused before the bars are read; a misspelt one is named with baselines."""
+    given = [*DAILY, "--kind", "ensemble", "--member", "hs", "--out", str(tmp_path / "model")]
+    status, _, err = run("train", bars, *given)
+    assert (status, "give --member twice" in " ".join(err.split()), "timeframe" in err) == (2, True, False)
+    status, _, err = run("train", bars, *given, "--member", "emwa")
+    assert (status, "no baseline is called so: did you mean ewma?" in err) == (78, True)
+
+
 def test_no_time_at_all_is_a_fault(run, bars, tmp_path):
     """A cap that leaves no time for a step ends in a sentence, and leaves nothing behind."""
     status, _, err = run("train", bars, *QUICK, "--minutes", "0", "--out", str(tmp_path / "model"))

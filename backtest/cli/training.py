@@ -144,6 +144,10 @@ def train(
     for option, given in wrong.items():
         if given:
             raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
+    if kind == Kind.ensemble and len(set(member or ())) < 2:
+        raise typer.BadParameter(
+            "an ensemble has two members or more: give --member twice, such as --member fhs --member ewma"
+        )
     timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
     closes = calendars_of(calendar, symbol_calendar, timeframe)
     from barcast.models.checkpoint import check_target
