@@ -556,10 +556,7 @@ class _Bench:
             run_jobs(work, jobs, over)
         except BarcastError as error:
             kept = f"What was found until then is in {self.folder}"
-            left = (
-                "the same command goes on from there once this is mended, one without that strategy at once"
-            )
-            raise type(error)(f"{error}. {kept}: {left}.") from error
+            raise type(error)(f"{error}. {kept}: a sweep without what failed goes on from there.") from error
         for cell, k, key in missing:
             path = self.folder / f"{key}.job"
             record = Record.read(path) if path.is_file() else None

@@ -496,7 +496,7 @@ def _opened(path: Path) -> tuple[pl.LazyFrame, pl.Schema, dict[str, str]]:
     if path.suffix == ".csv" and (head := ",".join(schema)).startswith("PAR1"):
         raise DataError(f"{path} begins as a Parquet file: name it so, ending in .parquet.")
     if path.suffix == ".csv" and head.count(";") >= len(VALUES):
-        raise DataError(f"{path} has semicolons between its columns: write commas, and points in numbers.")
+        raise DataError(f"{path} begins {head!r}: part columns by commas, not semicolons.")
     names: dict[str, str] = {}
     for name in schema:
         # polars tells columns of one name in a CSV apart by this ending

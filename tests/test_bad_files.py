@@ -747,7 +747,10 @@ CSV: dict[str, tuple[Build, str]] = {
     "a header alone": (read("bars.csv", HEADER), "no bar; | name files with bars"),
     "rows longer than the header": (read("bars.csv", RAGGED), "cannot be read as csv | write it anew"),
     "not UTF-8": (read("bars.csv", UTF8), "cannot be read as csv | invalid utf-8 | write it anew"),
-    "semicolons": (read("bars.csv", HEADER.replace(b",", b";")), "symbol;close_time;open | add or rename it"),
+    "semicolons": (
+        read("bars.csv", HEADER.replace(b",", b";")),
+        "symbol;close_time;open | by commas, not semicolons",
+    ),
     "a column twice": (
         read("bars.csv", HEADER.replace(b"vol", b"open,vol")),
         "two columns 'open' | keep one of",

@@ -210,10 +210,10 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
         (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "lgbm", "--member", "hs"], "--member does not go"),
         (["train", SAMPLE, *DAILY, "--out", "x", "--member", "hs"], "--member does not go with --kind sssd"),
         (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble", "--seed", "1"], "--seed does not go"),
-        (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble"], "members none: give two or more"),
+        (["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble"], "give --member twice"),
         (
-            ["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble", "--member", "no"],
-            "no/model.json: cannot",
+            ["train", SAMPLE, *DAILY, "--out", "x", "--kind", "ensemble", "--member", "no", "--member", "hs"],
+            "no baseline is called so",
         ),
         (["verify", "nowhere.db"], "no journal there"),
         (["contract", "--root", "a/#"], "root: 'a/#': use a topic without wildcards"),

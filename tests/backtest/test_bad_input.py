@@ -339,7 +339,7 @@ def test_calendar_of_a_symbol_without_bars_is_told(backtest, run, tmp_path):
     ("kind", "said"),
     [
         ("parquet", "bars.csv begins as a Parquet file: name it so, ending in .parquet"),
-        (";", "bars.csv has semicolons between its columns: write commas"),
+        (";", "bars.csv begins 'symbol;close_time;open;high;low;close;volume': part columns by commas"),
     ],
 )
 def test_csv_that_is_none_is_told(tmp_path, kind, said):
