@@ -203,6 +203,7 @@ def test_nothing_to_forecast_is_a_fault(run, short, command):
         (["publish", SAMPLE, *DAILY, "--root", ""], "root"),
         (["publish", SAMPLE, "--stamp", "close", "--config", "x.toml", "--host", "h"], "--host"),
         (["train", SAMPLE, *DAILY, "--out", "/proc/none/x"], "--out"),
+        (["audit", SAMPLE, *DAILY, "--out", "/proc/none/x"], "name a folder that you may write"),
         (
             ["train", SAMPLE, *DAILY, "--out", "x", "--kind", "lgbm", "--steps", "9"],
             "--steps does not go with",

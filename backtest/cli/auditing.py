@@ -104,7 +104,7 @@ def audit(
     if out_dir is not None and file is not None:
         if out_dir.exists() and not out_dir.is_dir():
             raise typer.BadParameter(f"{out_dir} is a file: name a folder", param_hint="--out")
-        check_output("--out", file, [*files, *([adjustments] if adjustments else [])])
+        check_output("--out", file, [*files, *([adjustments] if adjustments else [])], "folder")
     from barcast.backtest.audit import audit_backtest
     from barcast.daemon.adjustments import read_adjustments
 

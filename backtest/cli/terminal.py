@@ -338,10 +338,11 @@ def wide() -> Console:
     return out if out.is_terminal else Console(width=max(out.width, WIDE))
 
 
-def check_output(option: str, path: Path, others: Iterable[Path]) -> None:
+def check_output(option: str, path: Path, others: Iterable[Path], what: str = "file") -> None:
     """Try whether a file can be written, before work is spent on what goes in; leave it as it is.
 
-    It must be none of the `others`, which are read or written, too.
+    It must be none of the `others`, which are read or written, too. `what` the option names is a file, or the
+    folder of it.
     """
     if path.is_dir():
         raise typer.BadParameter(f"{path} is a directory: name a file", param_hint=option)
@@ -350,7 +351,7 @@ def check_output(option: str, path: Path, others: Iterable[Path]) -> None:
             raise typer.BadParameter(
                 f"{path} is in use by this very command: name another file", param_hint=option
             )
-    with writing(option, path):
+    with writing(option, path, what):
         try:
             with path.open("ab") if path.exists() else TemporaryFile(dir=path.parent):
                 pass
@@ -414,13 +415,13 @@ def _check_folder(path: Path, others: Iterable[Path]) -> None:
 
 
 @contextmanager
-def writing(option: str, path: Path) -> Iterator[None]:
+def writing(option: str, path: Path, what: str = "file") -> Iterator[None]:
     """Make the folder of a file that is about to be written; what forbids writing is the option's fault."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise ConfigError(f"{option}: {error}; name a file that you may write") from error
+        raise ConfigError(f"{option}: {error}; name a {what} that you may write") from error
 
 
 @contextmanager
