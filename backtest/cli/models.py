@@ -70,12 +70,12 @@ def backends(
 
 @app.command(rich_help_panel=HISTORY)
 def vram(
-    batch: Annotated[int, typer.Option(help="Images of a batch.")] = 4,
-    image_size: Annotated[int, typer.Option(help="Pixels of a side: 64, 128, 224 or 256.")] = 64,
+    batch: Annotated[int | None, typer.Option(help="Images of a batch. \\[default: 4]")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels of a side: 64, 128, 224 or 256. \\[default: 64]")
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the condition of each image.")] = 100,
-    sampling: Annotated[
-        bool, typer.Option("--sampling", help="Calls without gradients, no training.")
-    ] = False,
+    sampling: Annotated[bool, typer.Option("--sampling", help="Calls without gradients.")] = False,
     part: Annotated[
         str | None, typer.Option(help="unet or autoencoder; default: the one that takes more.")
     ] = None,
@@ -94,10 +94,16 @@ def vram(
     from barcast.models.ldm4ts import memory
 
     if recommended:
+        if sampling or part or batch or image_size:
+            raise typer.BadParameter(
+                "it is for training, and names batch and image size itself: leave the others out",
+                param_hint="--recommend",
+            )
         budgets = memory.BUDGETS if budget_gb is None else (budget_gb,)
         ways = list(memory.recommend(budgets, tokens))
         print(json.dumps([asdict(each) for each in ways])) if as_json else out.print(_ways(ways))
         return
+    batch, image_size = 4 if batch is None else batch, 64 if image_size is None else image_size
     found = []
     for backend in ("sdpa", "flash"):
         for checkpointing in (False,) if sampling else (False, True):

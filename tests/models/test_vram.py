@@ -7,10 +7,11 @@ import weakref
 import pytest
 import torch
 
-from barcast.models import ConfigError
+from barcast.models import SAMPLERS, ConfigError
 from barcast.models.ldm4ts import memory
 from barcast.models.ldm4ts.attention import Backend, head_dims, set_gradient_checkpointing
 from barcast.models.ldm4ts.memory import Plan, estimate_vram_usage, largest_batch, recommend, with_ladder
+from tests.bench import gpu
 from tests.bench.attention import MODELS, Live, Measured, inputs, loss
 from tests.kernels import both, installed
 
@@ -141,8 +142,8 @@ def test_the_largest_batch_stays_below_its_budget(measured):
     """Its measured peak is below, one more is above with the error left free, and no batch may fit."""
     for image, checkpointing in ((64, True), (256, False)):
         batch = largest_batch(6, 16, image, gradient_checkpointing=checkpointing)
-        peaks = [each.peak(batch, image, 16, checkpointing=checkpointing) for each in measured.values()]
-        assert 4.5e9 <= max(peaks) <= 6e9
+        peak = measured["autoencoder"].peak(batch, image, 16, checkpointing=checkpointing)
+        assert 4.5e9 <= peak <= 6e9
         more = estimate_vram_usage(batch + 1, 16, image, gradient_checkpointing=checkpointing)
         assert more["total_estimated_gb"] * (1 + memory.ERROR) > 6
     assert largest_batch(0.01, image_size=256) == 0
@@ -302,6 +303,26 @@ def test_vram_is_told(run):
     for options in ((), ("--sampling",), ("--recommend", "--budget-gb", "8")):
         status, out, _ = run("vram", *options)
         assert (status, "sdpa" in out) == (0, True)
+    status, _, err = run("vram", "--recommend", "--batch", "4")
+    assert (status, "--recommend" in err) == (2, True)
     status, _, err = run("vram", "--image-size", "100")
     assert status == 78
     assert "image_size = 100 is not supported" in err
+
+
+def test_without_a_gpu_the_benchmark_measures_the_processor(measured, tmp_path, monkeypatch, capsys):
+    """It says that there is none, and writes what it measured with the estimates beside."""
+    for name, count in {"FULL_STEPS": 2, "STEPS": 3, "ROUNDS": 1, "WARM": 0}.items():
+        monkeypatch.setattr(gpu, name, count)
+    monkeypatch.setattr(gpu, "Measured", measured.get)
+    with installed(cuda=None, devices=False):
+        gpu.main({"cpu": gpu.Size((64,), (1,), 1)}, tmp_path)
+    assert "no GPU: torch" in capsys.readouterr().out
+    found = json.loads((tmp_path / gpu.JSON).read_text())
+    assert set(found["not_usable"]) == {"flash", "sage"}
+    assert [len(rows) for rows in found["sections"].values()] == [4, 2, len(SAMPLERS)]
+    assert all(
+        abs(row["estimated_mb"] / row["mb"] - 1) < memory.ERROR for row in found["sections"]["training"]
+    )
+    table = (tmp_path / gpu.MARKDOWN).read_text().splitlines()
+    assert len([line for line in table if line.startswith("|")]) == 5 + 4 + 2 + len(SAMPLERS)
