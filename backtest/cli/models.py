@@ -116,8 +116,8 @@ def vram(
 
 
 def _usage(found: list[dict[str, Any]], image: int, sampling: bool) -> Table:
-    doing = "Sampling" if sampling else "A step of training"
-    title = f"{doing}, a batch of {found[0]['batch_size']} images of {image} pixels, GB at the peak"
+    doing = "Sampling" if sampling else "Training"
+    title = f"{doing}, {found[0]['batch_size']} images of {image} pixels, GB at the peak"
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("attention")
     table.add_column("checkpointing")
