@@ -44,10 +44,10 @@ def sageattn(
         return scaled_dot_product_attention(q, k, v)
 
 
-def package(name: str, function: Any = None, origin: str | None = "stub") -> ModuleType:
+def package(name: str, function: Any = None) -> ModuleType:
     """A module to import, with a function in it."""
     module = ModuleType(name)
-    module.__spec__ = ModuleSpec(name, None, origin=origin)
+    module.__spec__ = ModuleSpec(name, None, origin="stub")
     if function is not None:
         setattr(module, function.__name__, function)
     return module

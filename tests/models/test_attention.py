@@ -210,7 +210,6 @@ def test_a_processor_can_be_copied_and_saved():
     assert copy.deepcopy(Processor(Backend.sdpa)).backend is Backend.sdpa
 
 
-EMPTY = package("flash_attn", origin=None)
 FLASH, SAGE = package("flash_attn", flash_attn_func), package("sageattention", sageattn)
 MISSING = [
     (
@@ -225,7 +224,6 @@ MISSING = [
     ("sage", {"capability": (10, 0)}, "compute capability 10.0, and sageattention needs one of"),
     ("flash", {}, "flash-attn is not installed; pip install ninja, then pip install --no-build-isolation"),
     ("sage", {}, "sageattention is not installed; build 2.2.0 from https://github.com/thu-ml/SageAttention"),
-    ("flash", {"flash": EMPTY}, "an empty folder without flash_attn_func, such as flash-attn-4 leaves; pip"),
     ("flash", {"flash": package("flash_attn")}, "cannot be imported from it .*built for another torch"),
     ("flash", {"flash": FLASH, "flash_attn": "1.0.9"}, "flash-attn 1.0.9 is too old, 2.0 is needed; pip"),
     (
@@ -243,6 +241,15 @@ def test_what_is_missing_is_said_in_one_line(backend, machine, said):
         choose(backend, training=False)
     assert str(error.value).startswith(f"attention backend {backend} cannot be used: ")
     assert "\n" not in str(error.value)
+
+
+def test_what_flash_attn_4_leaves_is_no_package(tmp_path, monkeypatch):
+    """A folder without __init__.py can be imported as flash_attn: it is told from the real one."""
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    with installed(), pytest.raises(ConfigError, match="flash_attn is an empty folder without flash_attn_f"):
+        choose("flash", training=False)
+    assert "flash_attn" not in sys.modules
 
 
 def test_what_is_there_is_found():
