@@ -5,7 +5,7 @@ MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|brow
 N ?= 100000
 BASE ?= 0
 
-.PHONY: help demo test check chaos bench bench-peers study fuzz soak clean
+.PHONY: help demo test check chaos bench bench-gpu bench-peers study fuzz soak clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
@@ -29,6 +29,9 @@ chaos: $(VENV)/.dev ## break broker, network, disk, clock and daemon at once for
 
 bench: $(VENV)/.dev ## speed, latency, memory, cost, sizing, distance from an oracle in one run; writes bench.json
 	$(BIN)/python -m tests.bench
+
+bench-gpu: $(VENV)/.dev ## attention, checkpointing, samplers of LDM4TS on a GPU, or without one on a core; writes bench-gpu.json and .md
+	$(BIN)/python -m tests.bench.gpu
 
 bench-peers: $(VENV)/.dev .tools/peers/.made ## the same strategy in other engines and here, as ratios of CPU time; writes bench-peers.json
 	$(BIN)/python -m tests.bench.peers

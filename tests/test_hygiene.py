@@ -318,6 +318,8 @@ def test_imports_are_found() -> None:
         ("torch", "models/"),
         ("diffusers", "models/"),
         ("accelerate", "models/optimiser.py models/training.py"),
+        ("flash_attn", "models/ldm4ts/attention.py"),
+        ("sageattention", "models/ldm4ts/attention.py"),
         ("safetensors", "models/"),
         ("lightgbm", "models/gbm.py"),
         ("aiomqtt", "daemon/mqtt.py backtest/demo.py"),

@@ -1,12 +1,16 @@
-"""Commands that look at models."""
+"""Commands that look at models, and at what computes them here."""
 
 import json
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from barcast.backtest.cli.terminal import HISTORY, app, out
+from barcast.backtest.cli.terminal import HISTORY, app, out, wide
+
+if TYPE_CHECKING:
+    from barcast.models.ldm4ts.memory import Recommended
 
 models = typer.Typer(no_args_is_help=True, help="Look at models.")
 app.add_typer(models, name="models", rich_help_panel=HISTORY)
@@ -41,6 +45,106 @@ def describe(
     for name, text in _lines(about):
         table.add_row(name, text)
     out.print(table, highlight=False, markup=False)
+
+
+@app.command(rich_help_panel=HISTORY)
+def backends(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, for scripts.")] = False,
+) -> None:
+    """Say what can compute the attention of an LDM4TS on this machine, and what is missing."""
+    from barcast.models.ldm4ts.attention import UNTESTED, probe
+
+    found = probe()
+    if as_json:
+        print(json.dumps([{**asdict(each), "line": each.line()} for each in found]))
+        return
+    table = Table(box=None)
+    for name in ("backend", "usable", "training", "computes in", "found", "what to do"):
+        table.add_column(name, overflow="fold")
+    for each in found:
+        name = each.name if each.tested else f"{each.name} ({UNTESTED})"
+        marks = ("yes" if each.usable else "no", "yes" if each.training else "no")
+        table.add_row(name, *marks, ", ".join(each.dtypes), each.why, each.remedy)
+    wide().print(table, highlight=False, markup=False)
+
+
+@app.command(rich_help_panel=HISTORY)
+def vram(
+    batch: Annotated[int | None, typer.Option(help="Images of a batch. \\[default: 4]")] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels of a side: 64, 128, 224 or 256. \\[default: 64]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the condition of each image.")] = 100,
+    sampling: Annotated[bool, typer.Option("--sampling", help="Calls without gradients.")] = False,
+    part: Annotated[
+        str | None, typer.Option(help="unet or autoencoder; default: the one that takes more.")
+    ] = None,
+    budget_gb: Annotated[
+        float | None, typer.Option(help="Also the largest batch for so many units of 10^9 bytes.")
+    ] = None,
+    recommended: Annotated[
+        bool, typer.Option("--recommend", help="How to train in 6, 8, 12 and 16 GB, or in --budget-gb.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON array, for scripts.")] = False,
+) -> None:
+    """Estimate what training or sampling an LDM4TS takes in memory, by attention backend and checkpointing.
+
+    What a GPU's context and libraries take comes on top.
+    """
+    from barcast.models.ldm4ts import memory
+
+    if recommended:
+        if sampling or part or batch or image_size:
+            raise typer.BadParameter(
+                "it is for training, and names batch and image size itself: leave the others out",
+                param_hint="--recommend",
+            )
+        budgets = memory.BUDGETS if budget_gb is None else (budget_gb,)
+        ways = list(memory.recommend(budgets, tokens))
+        print(json.dumps([asdict(each) for each in ways])) if as_json else out.print(_ways(ways))
+        return
+    batch, image_size = 4 if batch is None else batch, 64 if image_size is None else image_size
+    found = []
+    for backend in ("sdpa", "flash"):
+        for checkpointing in (False,) if sampling else (False, True):
+            how = (tokens, image_size, backend, checkpointing, not sampling, part)
+            row: dict[str, Any] = dict(memory.estimate_vram_usage(batch, *how))
+            if budget_gb is not None:
+                row["largest_batch"] = memory.largest_batch(budget_gb, *how)
+            found.append(row)
+    print(json.dumps(found)) if as_json else out.print(_usage(found, image_size, sampling))
+
+
+def _usage(found: list[dict[str, Any]], image: int, sampling: bool) -> Table:
+    doing = "Sampling" if sampling else "Training"
+    title = f"{doing}, {found[0]['batch_size']} images of {image} pixels, GB at the peak"
+    table = Table(title=title, title_justify="left", box=None)
+    table.add_column("attention")
+    table.add_column("checkpointing")
+    for name in ("model", "activations", "all", "saved"):
+        table.add_column(name, justify="right")
+    if "largest_batch" in found[0]:
+        table.add_column("largest batch", justify="right")
+    for row in found:
+        sizes = (row[f"{name}_gb"] for name in ("base_model", "activation_memory", "total_estimated"))
+        most = [f"{row['largest_batch']:,}"] if "largest_batch" in row else []
+        checkpointing = "yes" if row["gradient_checkpointing"] else "no"
+        saved = f"{row['savings_vs_default_pct']:.0f} %"
+        table.add_row(row["backend"], checkpointing, *(f"{each:.3f}" for each in sizes), saved, *most)
+    return table
+
+
+def _ways(ways: "list[Recommended]") -> Table:
+    table = Table(title="Training within a budget", title_justify="left", box=None)
+    table.add_column("attention")
+    table.add_column("checkpointing")
+    for name in ("GB", "pixels", "batch", "takes GB"):
+        table.add_column(name, justify="right")
+    for each in ways:
+        checkpointing = "yes" if each.gradient_checkpointing else "no"
+        numbers = (f"{each.budget_gb:g}", str(each.image_size), str(each.batch_size))
+        table.add_row(each.backend, checkpointing, *numbers, f"{each.total_estimated_gb:.1f}")
+    return table
 
 
 def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tests.bench import (
+    attention,
     cost,
     ingest,
     latency,
@@ -49,6 +50,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "verify": verify.measure,
     "prefill": prefill.measure,
     "streaming": streaming.measure,
+    "attention": attention.measure,
 }
 RESULT = Path("bench.json")
 WIDTH = 150
