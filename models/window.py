@@ -21,9 +21,10 @@ SLACK = 64
 
 _ROW = Struct("=5d")
 _LANES = Struct("<2Q")
-_lanes_of, _stamp_of = _LANES.unpack, Struct("<q").pack
+_lanes_of, _lanes_to, _stamp_of = _LANES.unpack, _LANES.pack, Struct("<q").pack
+_row_of = _ROW.pack
 Buffer: TypeAlias = bytes | memoryview
-_LANE = 2**64
+_LANE = 2**64 - 1
 _time = attrgetter("time")
 
 
@@ -63,8 +64,8 @@ class Window(msgspec.Struct, frozen=True, eq=False, gc=False):
         """
         if self.sums is None:
             return None
-        lane = self.sums.item
-        told = _LANES.pack((lane(-1, 0) - lane(0, 0)) % _LANE, (lane(-1, 1) - lane(0, 1)) % _LANE)
+        lane = self.sums.item  # by a flat index
+        told = _lanes_to((lane(-2) - lane(0)) & _LANE, (lane(-1) - lane(1)) & _LANE)
         for adjustment in self.basis:
             if adjustment.time >= self.close_times[0]:
                 changed = repr((adjustment.time, adjustment.factor, adjustment.kind)).encode()
@@ -228,6 +229,11 @@ class Windows:
         insort(known, adjustment, key=_time)
         return True
 
+    @property
+    def adjusted(self) -> bool:
+        """Whether any adjustment is known."""
+        return bool(self._adjustments)
+
     def rebased(self, symbol: str) -> bool:
         """Whether an adjustment takes effect between the newest two bars of a symbol."""
         if symbol not in self._adjustments:
@@ -241,7 +247,7 @@ class Windows:
         A newer bar that is already there is never in the window.
         """
         ring = self._rings.get(symbol)
-        at = None if ring is None else ring.find(close_time)
+        at = None if ring is None else ring.stop - 1 if close_time == ring.newest else ring.find(close_time)
         if ring is None or at is None:
             return None
         first = at + 1 - length
@@ -415,9 +421,10 @@ class _Ring:
             self.allocate(self.capacity)
         at = self.stop
         self.newest = self._stamps[at] = bar.close_time
-        _ROW.pack_into(self._rows, 40 * at, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        row = _row_of(bar.open, bar.high, bar.low, bar.close, bar.volume)
+        self._rows[40 * at : 40 * at + 40] = row
         if self._hashed is not None:
-            self._add(at, self._hashed)
+            self._add(at, row, self._hashed)
         self.stop = at + 1
         if at + 1 - self.start > self.capacity:
             if self.superseded:
@@ -455,13 +462,13 @@ class _Ring:
         """Let the sums hold the bars from one place up to before another, where sums are kept."""
         if self._hashed is not None:
             for at in range(start, stop):
-                self._add(at, self._hashed)
+                self._add(at, self._rows[40 * at : 40 * at + 40], self._hashed)
 
-    def _add(self, at: int, symbol: bytes) -> None:
-        one, other = _hash(self._stamps[at], self._rows[40 * at : 40 * at + 40], symbol)
+    def _add(self, at: int, row: Buffer, symbol: bytes) -> None:
+        one, other = _hash(self._stamps[at], row, symbol)
         lanes, at = self._lanes, 2 * at
-        lanes[at + 2] = (lanes[at] + one) % _LANE
-        lanes[at + 3] = (lanes[at + 1] + other) % _LANE
+        lanes[at + 2] = (lanes[at] + one) & _LANE
+        lanes[at + 3] = (lanes[at + 1] + other) & _LANE
 
     def newest_two(self) -> tuple[int, int]:
         """The closes of the newest bar and the one before it, or twice its own."""

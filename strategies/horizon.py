@@ -28,7 +28,9 @@ def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> f
 
     Raise `ConfigError` for a level outside of them.
     """
-    known = level if level in forecast.levels else round(level, 12)  # 0.5 - 0.9 / 2 is not 0.05
+    if level in forecast.levels:
+        return forecast.quantile(level, horizon)
+    known = round(level, 12)  # 0.5 - 0.9 / 2 is not 0.05
     if known in forecast.levels:
         return forecast.quantile(known, horizon)
     if not forecast.levels[0] <= level <= forecast.levels[-1]:
