@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import pairwise
 from operator import attrgetter
 from struct import Struct
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,11 +19,9 @@ from barcast.models.bar import Adjustment, Bar
 SLACK = 64
 """Bars kept beyond the window's length, so that a window can be cut while newer bars are already there."""
 
-_ROW = Struct("=5d")
+_ROW, _BAR = Struct("=5d"), Struct("=q5d")
 _LANES = Struct("<2Q")
-_lanes_of, _lanes_to, _stamp_of = _LANES.unpack, _LANES.pack, Struct("<q").pack
-_row_of = _ROW.pack
-Buffer: TypeAlias = bytes | memoryview
+_lanes_of, _lanes_to, _bar_of = _LANES.unpack, _LANES.pack, _BAR.pack
 _LANE = 2**64 - 1
 _time = attrgetter("time")
 
@@ -308,18 +306,17 @@ def window_at(history: Window, place: int, length: int, adjustments: Sequence[Ad
 
 def hashed(history: Window) -> Window:
     """The same bars, which know what stands for them; see `Window.digest`."""
-    hashes = [
-        _hash(time, row, history.symbol.encode())
-        for time, row in zip(history.close_times.tolist(), map(bytes, history.values), strict=True)
-    ]
+    symbol = history.symbol.encode()
+    bars = zip(history.close_times.tolist(), *history.values.T.tolist(), strict=True)
+    hashes = [_hash(_bar_of(*bar) + symbol) for bar in bars]
     sums = np.zeros((len(history) + 1, 2), np.uint64)
     np.cumsum(np.array(hashes, np.uint64).reshape(-1, 2), 0, out=sums[1:])
     return Window(history.symbol, history.close_times, history.values, sums, history.basis)
 
 
-def _hash(time: int, values: Buffer, symbol: bytes) -> tuple[Any, ...]:
-    """What stands for a bar, as two integers: its close, the bytes of its values, and its symbol."""
-    return _lanes_of(blake2b(_stamp_of(time) + values + symbol, digest_size=16).digest())
+def _hash(told: bytes) -> tuple[Any, ...]:
+    """What stands for a bar, as two integers, by the bytes of its close and values and its symbol."""
+    return _lanes_of(blake2b(told, digest_size=16).digest())
 
 
 def on_one_basis(
@@ -421,10 +418,10 @@ class _Ring:
             self.allocate(self.capacity)
         at = self.stop
         self.newest = self._stamps[at] = bar.close_time
-        row = _row_of(bar.open, bar.high, bar.low, bar.close, bar.volume)
-        self._rows[40 * at : 40 * at + 40] = row
+        told = _bar_of(bar.close_time, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        self._rows[40 * at : 40 * at + 40] = told[8:]
         if self._hashed is not None:
-            self._add(at, row, self._hashed)
+            self._add(at, told + self._hashed)
         self.stop = at + 1
         if at + 1 - self.start > self.capacity:
             if self.superseded:
@@ -462,10 +459,11 @@ class _Ring:
         """Let the sums hold the bars from one place up to before another, where sums are kept."""
         if self._hashed is not None:
             for at in range(start, stop):
-                self._add(at, self._rows[40 * at : 40 * at + 40], self._hashed)
+                told = _bar_of(self._stamps[at], *_ROW.unpack_from(self._rows, 40 * at))
+                self._add(at, told + self._hashed)
 
-    def _add(self, at: int, row: Buffer, symbol: bytes) -> None:
-        one, other = _hash(self._stamps[at], row, symbol)
+    def _add(self, at: int, told: bytes) -> None:
+        one, other = _hash(told)
         lanes, at = self._lanes, 2 * at
         lanes[at + 2] = (lanes[at] + one) & _LANE
         lanes[at + 3] = (lanes[at + 1] + other) & _LANE
