@@ -365,9 +365,21 @@ class _Shelf:
             coverage = None
             if span.outcomes and span.outcomes[row][0]:
                 coverage = Coverage(self._layout.intervals, span.covered[row], span.outcomes[row])
-            told = span.quantiles[row], span.mean[row], span.std[row], span.rise[row], span.warming[row]
-            reference = window.values.item(-1, 3)
-            found.append(Forecast(window.symbol, close_time, reference, horizons, levels, *told, coverage))
+            found.append(
+                Forecast(
+                    window.symbol,
+                    close_time,
+                    window.values.item(-1, 3),
+                    horizons,
+                    levels,
+                    span.quantiles[row],
+                    span.mean[row],
+                    span.std[row],
+                    span.rise[row],
+                    span.warming[row],
+                    coverage,
+                )
+            )
         return found
 
     def put(self, digest: bytes | None, forecast: Forecast) -> None:

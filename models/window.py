@@ -416,9 +416,9 @@ class _Ring:
         """Put a bar that is newer than all others."""
         if self.stop == self.room:
             self.allocate(self.capacity)
-        at = self.stop
-        self.newest = self._stamps[at] = bar.close_time
-        told = _bar_of(bar.close_time, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        at, time = self.stop, bar.close_time
+        self.newest = self._stamps[at] = time
+        told = _bar_of(time, bar.open, bar.high, bar.low, bar.close, bar.volume)
         self._rows[40 * at : 40 * at + 40] = told[8:]
         if self._hashed is not None:
             self._add(at, told + self._hashed)
