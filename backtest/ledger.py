@@ -247,6 +247,7 @@ class _Book:
         Beside each bar is its price basis.
         """
         orders, execution, held_of = self.orders, self.execution, self.units.get
+        fills, unmarked, marked = self.fills, self.unmarked, self.marked
         at_close, share, impact = execution.fill == "next-close", execution.volume_share, execution.impact
         commission_bp, spread_bp, slippage_bp = (
             execution.commission_bp,
@@ -261,7 +262,7 @@ class _Book:
             limit = order.limit
             if limit is not None:
                 del orders[symbol]
-            if close_time <= self.marked:
+            if close_time <= marked:
                 continue
             if limit is None:
                 price = bar.close if at_close else bar.open
@@ -293,9 +294,9 @@ class _Book:
                     slippage += impact * (units / bar.volume) ** 2 * traded
             now = self.units[symbol] = position * basis
             paid = units * price + commission + spread + slippage
-            self.unmarked.append((close_time, symbol, paid, now))
-            self.fills += (symbol, order.decided, close_time, price, units)
-            self.fills += (commission, spread, slippage, position, basis)
+            unmarked.append((close_time, symbol, paid, now))
+            fills += (symbol, order.decided, close_time, price, units)
+            fills += (commission, spread, slippage, position, basis)
 
     def mark(self, time: int, prices: Mapping[str, float]) -> None:
         """Count the fills up to the close `time`, take the carry, and note what that makes of the book.
@@ -458,10 +459,11 @@ class Ledger:
                 wanted = dict.fromkeys(prices, 1.0) if len(prices) > self._parted else None
                 self._parted = len(prices)
             if wanted:
-                for symbol, value in book.values(wanted, prices).items():
-                    order = book.orders[symbol] = _Order(close_time, value)
-                    if book.execution.fill == "limit":
-                        self._limit(order, book, outcome.forecasts[symbol])
+                values = book.values(wanted, prices)
+                book.orders |= {symbol: _Order(close_time, value) for symbol, value in values.items()}
+                if book.execution.fill == "limit":
+                    for symbol in values:
+                        self._limit(book.orders[symbol], book, outcome.forecasts[symbol])
         self._pending += len(outcome.group.symbols)
         if self._pending >= PENDING and close_time >= self._newest:
             self._shelve()

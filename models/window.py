@@ -308,15 +308,10 @@ def hashed(history: Window) -> Window:
     """The same bars, which know what stands for them; see `Window.digest`."""
     symbol = history.symbol.encode()
     bars = zip(history.close_times.tolist(), *history.values.T.tolist(), strict=True)
-    hashes = [_hash(_bar_of(*bar) + symbol) for bar in bars]
+    hashes = [_lanes_of(blake2b(_bar_of(*bar) + symbol, digest_size=16).digest()) for bar in bars]
     sums = np.zeros((len(history) + 1, 2), np.uint64)
     np.cumsum(np.array(hashes, np.uint64).reshape(-1, 2), 0, out=sums[1:])
     return Window(history.symbol, history.close_times, history.values, sums, history.basis)
-
-
-def _hash(told: bytes) -> tuple[Any, ...]:
-    """What stands for a bar, as two integers, by the bytes of its close and values and its symbol."""
-    return _lanes_of(blake2b(told, digest_size=16).digest())
 
 
 def on_one_basis(
@@ -463,7 +458,7 @@ class _Ring:
                 self._add(at, told + self._hashed)
 
     def _add(self, at: int, told: bytes) -> None:
-        one, other = _hash(told)
+        one, other = _lanes_of(blake2b(told, digest_size=16).digest())
         lanes, at = self._lanes, 2 * at
         lanes[at + 2] = (lanes[at] + one) & _LANE
         lanes[at + 3] = (lanes[at + 1] + other) & _LANE
