@@ -143,11 +143,12 @@ def usable(forecasts: Sequence[Forecast], card: Card) -> NDArray[np.bool_]:
     if not forecasts:
         return np.empty(0, np.bool_)
     shape = (len(card.horizons), len(card.levels))
-    every = [forecast.quantiles for forecast in forecasts]
-    for k, given in enumerate(every):
-        if given.shape != shape:
-            raise ValueError(f"quantiles of {forecasts[k].symbol} have shape {given.shape}, not {shape}")
-    quantiles = np.concatenate(every)
+    for forecast in forecasts:
+        if forecast.quantiles.shape != shape:
+            raise ValueError(
+                f"quantiles of {forecast.symbol} have shape {forecast.quantiles.shape}, not {shape}"
+            )
+    quantiles = np.concatenate([forecast.quantiles for forecast in forecasts])
     falls = quantiles[:, 1:] < quantiles[:, :-1]
     if np.count_nonzero(falls):
         wrong = forecasts[int(np.argmax(falls.any(1))) // shape[0]]

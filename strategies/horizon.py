@@ -35,16 +35,17 @@ def told(
     horizons: tuple[int, ...] = ()
     known: tuple[float, ...] = ()
     places: list[int | None] = []
-    row, exact = -1, True
+    flat: list[int] = []
+    row = -1
     for symbol, forecast in forecasts.items():
         if forecast.horizons is not horizons or forecast.levels is not known:
             horizons, known = forecast.horizons, forecast.levels
             row = horizons.index(chosen(strategy, horizon, forecast))
             places = [_place(strategy, level, row, known) for level in levels]
-            exact = None not in places
+            flat = [at for at in places if at is not None]
         item = forecast.quantiles.item
-        if exact:
-            quantiles = [*map(item, places)]
+        if len(flat) == len(levels):
+            quantiles = [*map(item, flat)]
         else:
             quantiles = [
                 float(np.interp(level, known, forecast.quantiles[row])) if at is None else item(at)
