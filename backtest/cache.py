@@ -295,20 +295,21 @@ class _Span:
     __slots__ = ("covered", "mean", "outcomes", "quantiles", "rise", "rows", "std", "warming")
 
     def __init__(self, frame: pl.DataFrame, layout: "_Layout") -> None:
-        H, Q, intervals = len(layout.horizons), len(layout.levels), len(layout.intervals)
-
-        def values(columns: Sequence[str]) -> _Array:
-            array = np.ascontiguousarray(frame.select(columns).to_numpy(), np.float64)
-            array.flags.writeable = False
-            return array
-
+        H, Q = len(layout.horizons), len(layout.levels)
+        names, coverage = [*layout.quantiles, *layout.mean, *layout.std, *layout.rise], []
+        self.outcomes: list[tuple[int, ...]] = []
+        if (frame[layout.outcomes[0]] != 0).any():
+            self.outcomes, coverage = frame.select(layout.outcomes).rows(), layout.covered
+        figures = frame.select(*names, *coverage).to_numpy(order="c")  # (n, H Q + 3 H + I H)
+        figures.flags.writeable = False
         n = len(frame)
+        first, second, third, last = (H * Q + k * H for k in range(4))
         self.rows: dict[bytes, int] = dict(zip(frame["window"].to_list(), range(n), strict=True))
-        self.quantiles = values(layout.quantiles).reshape(n, H, Q)
-        self.mean, self.std, self.rise = map(values, (layout.mean, layout.std, layout.rise))
+        self.quantiles = figures[:, :first].reshape(n, H, Q)
+        self.mean, self.std = figures[:, first:second], figures[:, second:third]
+        self.rise = figures[:, third:last]
         self.warming: list[bool] = frame["warming"].to_list()
-        self.covered = values(layout.covered).reshape(n, intervals, H)
-        self.outcomes: list[tuple[int, ...]] = frame.select(layout.outcomes).rows()
+        self.covered = figures[:, last:].reshape(n, len(coverage) // H, H)
 
 
 class _Layout:
@@ -370,11 +371,23 @@ class _Shelf:
                 found.append(self._pending.get(digest))
                 continue
             coverage = None
-            if span.outcomes[row][0]:
+            if span.outcomes and span.outcomes[row][0]:
                 coverage = Coverage(self._layout.intervals, span.covered[row], span.outcomes[row])
-            told = span.quantiles[row], span.mean[row], span.std[row], span.rise[row], span.warming[row]
-            reference = window.values.item(-1, 3)
-            found.append(Forecast(window.symbol, close_time, reference, horizons, levels, *told, coverage))
+            found.append(
+                Forecast(
+                    window.symbol,
+                    close_time,
+                    window.values.item(-1, 3),
+                    horizons,
+                    levels,
+                    span.quantiles[row],
+                    span.mean[row],
+                    span.std[row],
+                    span.rise[row],
+                    span.warming[row],
+                    coverage,
+                )
+            )
         return found
 
     def put(self, digest: bytes | None, forecast: Forecast) -> None:

@@ -78,19 +78,20 @@ class Batcher:
 
     def add(self, bar: Bar, now: int) -> Sequence[Group]:
         """Add the newest bar of its symbol, received at `now`; take out the groups that this completes."""
-        close = bar.close_time
+        close, symbol = bar.close_time, bar.symbol
         if close <= self._closed:
-            self._missed[bar.symbol] = 0
-            return (Group(close, now, (bar.symbol,), straggler=True),)
+            self._missed[symbol] = 0
+            return (Group(close, now, (symbol,), straggler=True),)
         group = self._waiting.get(close)
         if group is None:
             missing = self._open_at(self._configured or self._missed, close)
             group = self._waiting[close] = _Waiting(now + self._max_wait, set(), missing)
-        group.came.add(bar.symbol)
-        if bar.symbol not in group.missing:
+        group.came.add(symbol)
+        missing = group.missing
+        if symbol not in missing:
             return ()
-        group.missing.remove(bar.symbol)
-        return () if group.missing else self._release(close, now)
+        missing.remove(symbol)
+        return () if missing else self._release(close, now)
 
     def _release(self, newest: int, now: int) -> list[Group]:
         """Take out the groups up to a close, each due when it or a newer one was: at `now` at the latest."""

@@ -49,18 +49,19 @@ class Continuity:
         if run is None:
             self.runs[bar.symbol] = Run(bar.close_time, bar.close, 1)
             return
-        most = 1 + max_jump
+        most, before, close_time, close = 1 + max_jump, run.price, bar.close_time, bar.close
+        least = 1 / most
         follows = (
-            1 / most <= bar.open / run.price <= most
-            and 1 / most <= bar.close / run.price <= most
-            and calendar.follows(run.close_time, bar.close_time)
+            least <= bar.open / before <= most
+            and least <= close / before <= most
+            and calendar.follows(run.close_time, close_time)
         )
         if follows:
             run.bars += 1
         else:
             run.bars = 1
             self._before.pop(bar.symbol, None)
-        run.close_time, run.price = bar.close_time, bar.close
+        run.close_time, run.price = close_time, close
 
     def disturbed(self, symbol: str) -> None:
         """Something in the past of a symbol changed: its next windows must be searched."""
@@ -73,7 +74,8 @@ class Continuity:
         run = self.runs.get(symbol)
         if run is None or run.close_time != close_time:
             return False
-        return run.bars >= length or run.bars + self._before.get(symbol, 0) >= length
+        bars = run.bars
+        return bars >= length or bars + self._before.get(symbol, 0) >= length
 
     def faults(self, window: Window, length: int, calendar: Calendar, max_jump: float) -> Faults:
         """The faults between the last `length` bars of a window of at least two."""

@@ -253,9 +253,8 @@ def _merged(found: Sequence[tuple[str, NDArray[np.int64], NDArray[np.float64]]])
     order = np.lexsort((owner, times))
     for k in range(0, len(order), ROWS):
         some = order[k : k + ROWS]
-        whose, when, rows = owner[some].tolist(), times[some].tolist(), values[some].tolist()
-        for symbol, time, row in zip(whose, when, rows, strict=True):
-            yield Bar(names[symbol], time, *row)
+        whose = [names[k] for k in owner[some].tolist()]
+        yield from map(Bar, whose, times[some].tolist(), *values[some].T.tolist())
 
 
 def read_windows(frame: pl.LazyFrame) -> dict[str, Window]:

@@ -356,7 +356,7 @@ class Pipeline:
             if window is None:
                 withheld[symbol] = f"0 of at least {card.min_window} bars"
                 continue
-            if len(window) < length or not sound(symbol, close_time, length):
+            if len(window.close_times) < length or not sound(symbol, close_time, length):
                 faults, lacking = self._examined(window, card)
                 if lacking:
                     holes[symbol] = lacking
@@ -471,6 +471,7 @@ class Pipeline:
         put, runs, max_jump, of = windows.put, continuity.runs, self.settings.max_jump, self.calendars.of
         newest_of, rebased, add = continuity.newest, windows.rebased, self.batcher.add
         accepted = None if sink is None else sink.accepted
+        common, adjusted = None if self.calendars.others else self.calendars.default, windows.adjusted
         calendar: Calendar | None = None
         oldest = 0
         for bar in bars:
@@ -484,10 +485,10 @@ class Pipeline:
             counts.newest += 1
             if symbol not in runs and windows.count(symbol) == 1:
                 self.newcomers[symbol] = None
-            if (own := of(symbol)) is not calendar:
+            if (own := common or of(symbol)) is not calendar:
                 calendar, oldest = own, own.oldest_valid(time)
             newest_of(bar, own, max_jump)
-            if rebased(symbol):
+            if adjusted and rebased(symbol):
                 continuity.disturbed(symbol)
             if accepted is not None:
                 accepted(bar)
@@ -553,7 +554,10 @@ def _asked(
     for symbol in forecasts:
         if symbol in given:
             target = given[symbol]
-            real = type(target) is float or (isinstance(target, Real) and not isinstance(target, bool))
+            if type(target) is float and -1 <= target <= 1:
+                targets[symbol] = target
+                continue
+            real = isinstance(target, Real) and not isinstance(target, bool)
             if not real or not -1 <= target <= 1:
                 shown = str(target)[:SHOWN] if real else _kind(target)
                 return {}, f"its target of {symbol} is {shown}, not a number from -1 to 1"

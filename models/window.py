@@ -8,7 +8,7 @@ from hashlib import blake2b
 from itertools import pairwise
 from operator import attrgetter
 from struct import Struct
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -19,11 +19,10 @@ from barcast.models.bar import Adjustment, Bar
 SLACK = 64
 """Bars kept beyond the window's length, so that a window can be cut while newer bars are already there."""
 
-_ROW = Struct("=5d")
+_ROW, _BAR = Struct("=5d"), Struct("=q5d")
 _LANES = Struct("<2Q")
-_lanes_of, _stamp_of = _LANES.unpack, Struct("<q").pack
-Buffer: TypeAlias = bytes | memoryview
-_LANE = 2**64
+_lanes_of, _lanes_to, _bar_of = _LANES.unpack, _LANES.pack, _BAR.pack
+_LANE = 2**64 - 1
 _time = attrgetter("time")
 
 
@@ -63,8 +62,8 @@ class Window(msgspec.Struct, frozen=True, eq=False, gc=False):
         """
         if self.sums is None:
             return None
-        lane = self.sums.item
-        told = _LANES.pack((lane(-1, 0) - lane(0, 0)) % _LANE, (lane(-1, 1) - lane(0, 1)) % _LANE)
+        lane = self.sums.item  # by a flat index
+        told = _lanes_to((lane(-2) - lane(0)) & _LANE, (lane(-1) - lane(1)) & _LANE)
         for adjustment in self.basis:
             if adjustment.time >= self.close_times[0]:
                 changed = repr((adjustment.time, adjustment.factor, adjustment.kind)).encode()
@@ -228,6 +227,11 @@ class Windows:
         insort(known, adjustment, key=_time)
         return True
 
+    @property
+    def adjusted(self) -> bool:
+        """Whether any adjustment is known."""
+        return bool(self._adjustments)
+
     def rebased(self, symbol: str) -> bool:
         """Whether an adjustment takes effect between the newest two bars of a symbol."""
         if symbol not in self._adjustments:
@@ -241,7 +245,7 @@ class Windows:
         A newer bar that is already there is never in the window.
         """
         ring = self._rings.get(symbol)
-        at = None if ring is None else ring.find(close_time)
+        at = None if ring is None else ring.stop - 1 if close_time == ring.newest else ring.find(close_time)
         if ring is None or at is None:
             return None
         first = at + 1 - length
@@ -302,18 +306,12 @@ def window_at(history: Window, place: int, length: int, adjustments: Sequence[Ad
 
 def hashed(history: Window) -> Window:
     """The same bars, which know what stands for them; see `Window.digest`."""
-    hashes = [
-        _hash(time, row, history.symbol.encode())
-        for time, row in zip(history.close_times.tolist(), map(bytes, history.values), strict=True)
-    ]
+    symbol = history.symbol.encode()
+    bars = zip(history.close_times.tolist(), *history.values.T.tolist(), strict=True)
+    hashes = [_lanes_of(blake2b(_bar_of(*bar) + symbol, digest_size=16).digest()) for bar in bars]
     sums = np.zeros((len(history) + 1, 2), np.uint64)
     np.cumsum(np.array(hashes, np.uint64).reshape(-1, 2), 0, out=sums[1:])
     return Window(history.symbol, history.close_times, history.values, sums, history.basis)
-
-
-def _hash(time: int, values: Buffer, symbol: bytes) -> tuple[Any, ...]:
-    """What stands for a bar, as two integers: its close, the bytes of its values, and its symbol."""
-    return _lanes_of(blake2b(_stamp_of(time) + values + symbol, digest_size=16).digest())
 
 
 def on_one_basis(
@@ -413,11 +411,12 @@ class _Ring:
         """Put a bar that is newer than all others."""
         if self.stop == self.room:
             self.allocate(self.capacity)
-        at = self.stop
-        self.newest = self._stamps[at] = bar.close_time
-        _ROW.pack_into(self._rows, 40 * at, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        at, time = self.stop, bar.close_time
+        self.newest = self._stamps[at] = time
+        told = _bar_of(time, bar.open, bar.high, bar.low, bar.close, bar.volume)
+        self._rows[40 * at : 40 * at + 40] = told[8:]
         if self._hashed is not None:
-            self._add(at, self._hashed)
+            self._add(at, told + self._hashed)
         self.stop = at + 1
         if at + 1 - self.start > self.capacity:
             if self.superseded:
@@ -455,13 +454,14 @@ class _Ring:
         """Let the sums hold the bars from one place up to before another, where sums are kept."""
         if self._hashed is not None:
             for at in range(start, stop):
-                self._add(at, self._hashed)
+                told = _bar_of(self._stamps[at], *_ROW.unpack_from(self._rows, 40 * at))
+                self._add(at, told + self._hashed)
 
-    def _add(self, at: int, symbol: bytes) -> None:
-        one, other = _hash(self._stamps[at], self._rows[40 * at : 40 * at + 40], symbol)
+    def _add(self, at: int, told: bytes) -> None:
+        one, other = _lanes_of(blake2b(told, digest_size=16).digest())
         lanes, at = self._lanes, 2 * at
-        lanes[at + 2] = (lanes[at] + one) % _LANE
-        lanes[at + 3] = (lanes[at + 1] + other) % _LANE
+        lanes[at + 2] = (lanes[at] + one) & _LANE
+        lanes[at + 3] = (lanes[at + 1] + other) & _LANE
 
     def newest_two(self) -> tuple[int, int]:
         """The closes of the newest bar and the one before it, or twice its own."""

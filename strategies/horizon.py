@@ -1,5 +1,6 @@
-"""What a strategy reads from a forecast: which horizon, and the quantile at any level."""
+"""What a strategy reads from forecasts: which horizon, and the quantile at any level."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import numpy as np
@@ -23,22 +24,44 @@ def chosen(strategy: str, horizon: int | None, forecast: Forecast) -> int:
     return horizon
 
 
-def quantile(strategy: str, level: float, horizon: int, forecast: Forecast) -> float:
-    """The log return at `level`, linear between the forecast's levels.
+def told(
+    strategy: str, horizon: int | None, levels: Sequence[float], forecasts: Mapping[str, Forecast]
+) -> Iterator[tuple[str, float, list[float]]]:
+    """Of each forecast the symbol, and the standard deviation and quantiles of the log return over a horizon.
 
-    Raise `ConfigError` for a level outside of them.
+    The quantiles are at `levels`, linear between the forecast's. Where a figure stands is looked up once for
+    forecasts of one kind. Raise `ConfigError` as `chosen` does, and for a level outside of the forecast's.
     """
-    known = level if level in forecast.levels else round(level, 12)  # 0.5 - 0.9 / 2 is not 0.05
-    if known in forecast.levels:
-        return forecast.quantile(known, horizon)
-    if not forecast.levels[0] <= level <= forecast.levels[-1]:
+    horizons: tuple[int, ...] = ()
+    known: tuple[float, ...] = ()
+    places: list[int | None] = []
+    flat: list[int] = []
+    row = -1
+    for symbol, forecast in forecasts.items():
+        if forecast.horizons is not horizons or forecast.levels is not known:
+            horizons, known = forecast.horizons, forecast.levels
+            row = horizons.index(chosen(strategy, horizon, forecast))
+            places = [_place(strategy, level, row, known) for level in levels]
+            flat = [at for at in places if at is not None]
+        item = forecast.quantiles.item
+        if len(flat) == len(levels):
+            quantiles = [*map(item, flat)]
+        else:
+            quantiles = [
+                float(np.interp(level, known, forecast.quantiles[row])) if at is None else item(at)
+                for level, at in zip(levels, places, strict=True)
+            ]
+        yield symbol, forecast.std.item(row), quantiles
+
+
+def _place(strategy: str, level: float, row: int, known: tuple[float, ...]) -> int | None:
+    """Where the quantile at a level stands among all of a forecast, row after row; None if between."""
+    for same in (level, round(level, 12)):  # 0.5 - 0.9 / 2 is not 0.05
+        if same in known:
+            return row * len(known) + known.index(same)
+    if not known[0] <= level <= known[-1]:
         raise ConfigError(
             f"strategy {strategy!r} needs the level {level:g}, but the model forecasts "
-            f"{forecast.levels[0]} to {forecast.levels[-1]}: stay within, or take a model with that level."
+            f"{known[0]} to {known[-1]}: stay within, or take a model with that level."
         )
-    return float(np.interp(level, forecast.levels, forecast.quantiles[forecast.horizons.index(horizon)]))
-
-
-def deviation(horizon: int, forecast: Forecast) -> float:
-    """The standard deviation of the log return over a horizon."""
-    return forecast.std.item(forecast.horizons.index(horizon))
+    return None

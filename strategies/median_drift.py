@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import Bars, chosen, deviation, quantile
+from barcast.strategies.horizon import Bars, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +26,10 @@ class MedianDrift:
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol, from -1 to 1; 0 while the median does not clear the costs."""
-        return {symbol: self._target(forecast) for symbol, forecast in forecasts.items()}
+        read = told(self.name, self.horizon, (0.5,), forecasts)
+        return {symbol: self._target(median, std) for symbol, std, (median,) in read}
 
-    def _target(self, forecast: Forecast) -> float:
-        horizon = chosen(self.name, self.horizon, forecast)
-        median = quantile(self.name, 0.5, horizon, forecast)
-        std = deviation(horizon, forecast)
+    def _target(self, median: float, std: float) -> float:
         if abs(median) <= 2e-4 * self.costs:
             return 0.0
         drift = self.gain * median

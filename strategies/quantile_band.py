@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import Bars, chosen, quantile
+from barcast.strategies.horizon import Bars, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +28,11 @@ class QuantileBand:
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol, from -1 to 1; 0 while the band does not clear the costs."""
-        return {symbol: self._target(forecast) for symbol, forecast in forecasts.items()}
-
-    def _target(self, forecast: Forecast) -> float:
-        horizon = chosen(self.name, self.horizon, forecast)
         levels = (0.5 - self.band / 2, 0.5 + self.band / 2, 0.25, 0.5, 0.75)
-        lower, upper, first, median, third = (
-            quantile(self.name, level, horizon, forecast) for level in levels
-        )
+        read = told(self.name, self.horizon, levels, forecasts)
+        return {symbol: self._target(*quantiles) for symbol, _, quantiles in read}
+
+    def _target(self, lower: float, upper: float, first: float, median: float, third: float) -> float:
         round_trip = 2e-4 * self.costs
         if lower <= round_trip and upper >= -round_trip:
             return 0.0

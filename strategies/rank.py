@@ -8,7 +8,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import Bars, chosen, deviation, quantile
+from barcast.strategies.horizon import Bars, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,8 @@ class Rank:
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol: 1, 0 or -1, as many of 1 as of -1."""
-        ratios = {symbol: self._ratio(forecast) for symbol, forecast in forecasts.items()}
+        read = told(self.name, self.horizon, (0.5,), forecasts)
+        ratios = {symbol: _ratio(median, std) for symbol, std, (median,) in read}
         targets = dict.fromkeys(forecasts, 0.0)
         if len(ratios) >= self.least:
             ranked = sorted(ratios, key=lambda symbol: (-ratios[symbol], symbol))
@@ -35,9 +36,8 @@ class Rank:
             targets |= dict.fromkeys(ranked[:held], 1.0) | dict.fromkeys(ranked[-held:], -1.0)
         return targets
 
-    def _ratio(self, forecast: Forecast) -> float:
-        horizon = chosen(self.name, self.horizon, forecast)
-        median, std = quantile(self.name, 0.5, horizon, forecast), deviation(horizon, forecast)
-        if std > 0:
-            return median / std
-        return copysign(inf, median) if median else 0.0
+
+def _ratio(median: float, std: float) -> float:
+    if std > 0:
+        return median / std
+    return copysign(inf, median) if median else 0.0

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import Bars, chosen, quantile
+from barcast.strategies.horizon import Bars, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +27,10 @@ class SkewTilt:
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol, from -1 to 1; 0 while the forecast is about symmetric."""
-        return {symbol: self._target(forecast) for symbol, forecast in forecasts.items()}
+        read = told(self.name, self.horizon, (self.level, 0.5, 1 - self.level), forecasts)
+        return {symbol: self._target(*quantiles) for symbol, _, quantiles in read}
 
-    def _target(self, forecast: Forecast) -> float:
-        horizon = chosen(self.name, self.horizon, forecast)
-        lower, median, upper = (
-            quantile(self.name, level, horizon, forecast) for level in (self.level, 0.5, 1 - self.level)
-        )
+    def _target(self, lower: float, median: float, upper: float) -> float:
         above, below = upper - median, median - lower
         if above + below <= 0:
             return 0.0

@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from barcast.models import Forecast
-from barcast.strategies.horizon import Bars, chosen, deviation
+from barcast.strategies.horizon import Bars, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +25,5 @@ class VolatilityTarget:
 
     def on_forecasts(self, close_time: int, forecasts: Mapping[str, Forecast]) -> dict[str, float]:
         """The target of each symbol, from above 0 to 1."""
-        return {symbol: self._target(forecast) for symbol, forecast in forecasts.items()}
-
-    def _target(self, forecast: Forecast) -> float:
-        std = deviation(chosen(self.name, self.horizon, forecast), forecast)
-        return 1.0 if std <= self.volatility else self.volatility / std
+        read = told(self.name, self.horizon, (), forecasts)
+        return {symbol: 1.0 if std <= self.volatility else self.volatility / std for symbol, std, _ in read}

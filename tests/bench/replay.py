@@ -168,7 +168,7 @@ def measure(tell: Callable[[str], None], folder: Path) -> Section:
         _through_path(before, after, cache.of(model), Nothing(), hashed=True)
     beside: list[tuple[str, Callable[[], Sink], Target | None]] = [
         ("another strategy over kept forecasts, null sink", Nothing, Target("bars_per_second", 100_000)),
-        ("the same, ledger with its tables", _ledger, None),
+        ("the same, ledger with its tables", _ledger, Target("bars_per_second", 100_000)),
     ]
     for what, sink, target in beside:
         took = []
