@@ -161,7 +161,7 @@ BUGS = {
     ),
     "a sequence goes on with the bars of the next window": Bug(
         Scaling.of_windows,
-        {"whole.channels[: len(whole.channels) - (last - k)]": "whole.channels"},
+        {"frame.channels[: len(frame.channels) - (last - k)]": "frame.channels"},
         look_ahead_of_paths,
     ),
     "the forecaster of the tests keeps something": Bug(
