@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from barcast.models import Card, Window
 
 if TYPE_CHECKING:
+    from barcast.models.ldm4ts.trained import LatentTrained
     from barcast.models.optimiser import Progress
     from barcast.models.trained import Trained
 
@@ -22,25 +23,24 @@ def train_challenger(
     path: str,
     steps: int | None,
     progress: "Callable[[Progress], None]",
-) -> "tuple[str, Trained]":
+) -> "tuple[str, Trained | LatentTrained]":
     """Train on all bars and write the checkpoint `out`; return its id and the model.
 
-    It has the champion's horizons and levels, so that the gate can compare them, and the sizes of the model
-    at the champion's `path`, as `open_model` takes it. `steps` are those of each phase, None: from the data.
-    The same call again goes on with one that was interrupted. Raise as `barcast.models.training.train` does.
+    It has the champion's horizons and levels, so that the gate can compare them, and the kind and sizes of
+    the model at the champion's `path`, as `open_model` takes it. `steps` are those of each phase, None: from
+    the data. The same call again goes on with one that was interrupted. Raise as
+    `barcast.models.training.train` does.
     """
-    from barcast.models import training
-    from barcast.models.checkpoint import check_target, preset_of, save
+    from barcast.models.checkpoint import check_target, learner_like, save
 
     out = check_target(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     state = out.with_name(f".{out.name}.training")
-    trained = training.train(
+    trained = learner_like(path)(
         list(histories.values()),
         timeframe=timeframe,
         horizons=champion.horizons,
         levels=champion.levels,
-        preset=preset_of(path),
         hold_out=HELD_OUT_SHARE,
         steps=steps,
         state=state,

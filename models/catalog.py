@@ -127,8 +127,8 @@ def open_model(
     if name in BASELINES:
         if paths:
             raise ConfigError(
-                f"{name} is a baseline and forecasts no paths: name an SSSD, or leave out what needs paths, "
-                "such as touch"
+                f"{name} is a baseline and forecasts no paths: name an SSSD or LDM4TS, or leave out what "
+                "needs paths, such as touch"
             )
         return BASELINES[name](timeframe, default_horizons(timeframe), LEVELS)
     check_named(name)

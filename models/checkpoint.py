@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
 from barcast.models import samplers
 from barcast.models.catalog import BASELINES, FORMAT, JSON, check_named, header, read
@@ -28,6 +29,8 @@ from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
+from barcast.models.ldm4ts.network import LDM4TS, PARTS, LatentArchitecture
+from barcast.models.ldm4ts.trained import LatentTrained
 from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.season import ZONES
@@ -39,6 +42,9 @@ WEIGHTS, MEMBERS = "weights.safetensors", "members"
 MOST_WEIGHTS = 2_000_000_000
 """Bytes of weights that are read into memory, at most; the largest preset has some millions."""
 AGAIN = "train again with this version"
+UNSAMPLED = "train again: it cannot be sampled by another"
+SCHEDULED = {"schedule": [samplers.SCHEDULE, samplers.TIMESTEPS], "prediction": samplers.PREDICTION}
+"""The noise that a diffusion model has learnt from."""
 STATISTICS = ("factor", "volume", "har", "gain", "mean", "std")  # the arrays of a Scaling
 DIVISORS = ("factor", "gain", "std")  # those that must be above zero
 
@@ -135,6 +141,23 @@ def preset_of(name: str) -> str:
     return next((preset for preset in found if preset), PRESET)
 
 
+def learner_like(name: str) -> Callable[..., Trained | LatentTrained]:
+    """`train` of the kind of diffusion model that a model is, of the same sizes; else of an SSSD.
+
+    `name` is a baseline or a checkpoint directory.
+    """
+    trained = open_member(name).trained
+    if isinstance(trained, LatentTrained):
+        from barcast.models.ldm4ts import training as latent
+
+        a = trained.net.architecture
+        parts = [part for part in PARTS if getattr(a, part)]
+        return partial(latent.train, preset=a.preset, image=a.image, parts=parts)
+    from barcast.models import training
+
+    return partial(training.train, preset=preset_of(name))
+
+
 def open_member(name: str) -> Member:
     """A member of an ensemble: a baseline by its name, else a checkpoint directory."""
     if name in BASELINES:
@@ -166,16 +189,15 @@ def _expect(path: Path, body: Mapping[str, Any], wanted: Mapping[str, Any], reme
             raise CheckpointError(f"{path}: {field} is {body.get(field)!r}, not {mine!r}; {remedy}")
 
 
-def _body(trained: Trained) -> dict[str, Any]:
+def _body(trained: Trained | LatentTrained) -> dict[str, Any]:
     s = trained.scaling
     return {
         "timeframe": s.timeframe,
         "horizons": list(s.horizons),
         "levels": list(trained.levels),
-        "path": list(trained.path),
+        "path": list(path_steps(s.horizons)),
         "window": s.window,
-        "schedule": [samplers.SCHEDULE, samplers.TIMESTEPS],
-        "prediction": samplers.PREDICTION,
+        **SCHEDULED,
         "architecture": asdict(trained.net.architecture),
         "features": feature_names(s.timeframe, s.horizons),
         "scaling": _scaling_body(s),
@@ -188,7 +210,7 @@ def _scaling_body(s: Scaling) -> dict[str, Any]:
     return {"zone": s.zone, "symbols": list(s.symbols), **arrays}
 
 
-def _weights(trained: Trained) -> bytes:
+def _weights(trained: Trained | LatentTrained) -> bytes:
     return save_tensors({k: v.contiguous() for k, v in trained.net.state_dict().items()})
 
 
@@ -199,10 +221,9 @@ def _identity(body: Mapping[str, Any], weights: bytes) -> str:
 
 def _sssd(directory: Path, body: dict[str, Any], weights: bytes) -> Trained:
     path = directory / JSON
-    mine = {"schedule": [samplers.SCHEDULE, samplers.TIMESTEPS], "prediction": samplers.PREDICTION}
-    _expect(path, body, mine, "train again: it cannot be sampled by another")
+    _expect(path, body, SCHEDULED, UNSAMPLED)
     tensors = _parsed(directory / WEIGHTS, weights)
-    trained = _trained(path, body, sum(tensor.numel() for tensor in tensors.values()))
+    trained = _trained(path, body, tensors)
     _fill(trained.net, tensors, directory / WEIGHTS)
     return trained
 
@@ -253,12 +274,39 @@ def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling
     return scaling, levels, found
 
 
-def _trained(path: Path, body: dict[str, Any], numbers: int) -> Trained:
-    """The model without its weights, of which there are so many numbers."""
+def _trained(path: Path, body: dict[str, Any], tensors: Mapping[str, Tensor]) -> Trained:
+    """The model, which these are the weights of, without them."""
     scaling, levels, record = _scaling(path, body, Record)
     with _foreign(path):
         architecture = Architecture(**body["architecture"])
         known = msgspec.convert(body["path"], tuple[int, ...])
+    _fits(path, architecture, scaling, known)
+    _enough(path, architecture.least, tensors)
+    with _foreign(path):
+        net = SSSD(architecture, torch.Generator().manual_seed(0))
+    return Trained(net=net, scaling=scaling, levels=levels, record=record)
+
+
+def _latent(directory: Path, body: dict[str, Any], weights: bytes) -> LatentTrained:
+    path = directory / JSON
+    _expect(path, body, SCHEDULED, UNSAMPLED)
+    tensors = _parsed(directory / WEIGHTS, weights)
+    scaling, levels, record = _scaling(path, body, Record)
+    with _foreign(path):
+        a = msgspec.convert(body["architecture"], LatentArchitecture)
+        known = msgspec.convert(body["path"], tuple[int, ...])
+    _fits(path, a, scaling, known)
+    _enough(path, a.least, tensors)
+    with _foreign(path):
+        net = LDM4TS(a, torch.Generator().manual_seed(0))
+    _fill(net, tensors, directory / WEIGHTS)
+    return LatentTrained(net, scaling, levels, record)
+
+
+def _fits(
+    path: Path, architecture: Architecture | LatentArchitecture, scaling: Scaling, known: tuple[int, ...]
+) -> None:
+    """Raise `CheckpointError` for an architecture or path that is not of these features and horizons."""
     for field, found, mine in (
         ("architecture.features", architecture.features, len(scaling.mean)),
         ("architecture.horizons", architecture.horizons, len(scaling.horizons)),
@@ -269,17 +317,18 @@ def _trained(path: Path, body: dict[str, Any], numbers: int) -> Trained:
     ):
         if found != mine:
             raise CheckpointError(f"{path}: {field} is {found}, not {mine}; {AGAIN}")
-    if (least := architecture.least) > numbers:  # before a network of any size is made
+
+
+def _enough(path: Path, least: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` for fewer weights than a network has, before one of any size is made."""
+    if least > (numbers := sum(tensor.numel() for tensor in tensors.values())):
         raise CheckpointError(
             f"{path}: architecture needs {least} weights or more, and {WEIGHTS} has {numbers}; copy the "
             "directory again"
         )
-    with _foreign(path):
-        net = SSSD(architecture, torch.Generator().manual_seed(0))
-    return Trained(net=net, scaling=scaling, levels=levels, record=record)
 
 
-def _fill(net: SSSD, tensors: dict[str, Tensor], path: Path) -> None:
+def _fill(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     own = net.state_dict()
     _check(path, tensors, own)
     for name, mine in own.items():
@@ -413,6 +462,7 @@ class _Kind:
 
 KINDS = (
     _Kind("sssd", Trained, _body, _weights, _sssd),
+    _Kind("ldm4ts", LatentTrained, _body, _weights, _latent),
     _Kind("lgbm", Boosted, _boosted_body, _boosted_weights, _boosted),
     _Kind("ensemble", Ensemble, _ensemble_body, None, _ensemble),
 )

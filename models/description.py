@@ -12,7 +12,9 @@ from barcast.models.ensemble import Ensemble
 from barcast.models.errors import ConfigError
 from barcast.models.forecast import default_horizons
 from barcast.models.gbm import Boosted
+from barcast.models.ldm4ts.trained import LatentTrained
 from barcast.models.origins import to_text
+from barcast.models.paths import path_steps
 from barcast.models.sssd.layers import PRESET, PRESETS
 from barcast.models.sssd.network import SSSD
 from barcast.models.trained import Model, Trained
@@ -20,6 +22,8 @@ from barcast.models.training import architecture
 
 PARTS = ("map", "encoder", "denoiser")
 """The parts of a network that learn."""
+LATENT_PARTS = ("temporal", "map", "vae", "read", "unet", "statistics", "frequency", "gate")
+"""Those of an LDM4TS."""
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -90,6 +94,19 @@ def _made_of(trained: Model) -> dict[str, Any]:
             "seed": record.seed,
             "map_step": record.map_step,
             "denoiser_step": record.denoiser_step,
+        }
+    if isinstance(trained, LatentTrained):
+        sizes = trained.net.architecture
+        counts = {part: _count(getattr(trained.net, part)) for part in LATENT_PARTS}
+        return {
+            "path": path_steps(trained.scaling.horizons),
+            "preset": sizes.preset,
+            "architecture": asdict(sizes),
+            "parameters": counts | {"all": _count(trained.net)},
+            "latent_spread": float(trained.net.spread),
+            "seed": trained.record.seed,
+            "map_step": trained.record.map_step,
+            "denoiser_step": trained.record.denoiser_step,
         }
     if isinstance(trained, Boosted):
         return {"seed": trained.record.seed, "trees": len(trained.trees.roots)}

@@ -118,8 +118,8 @@ def check_paths(model: str, paths: bool) -> None:
     """Raise `ConfigError` where paths are asked of a model that knows none."""
     if paths:
         raise ConfigError(
-            f"model {model} forecasts each horizon alone, not the path to it: name an SSSD, or leave "
-            "out what needs paths, such as touch"
+            f"model {model} forecasts each horizon alone, not the path to it: name an SSSD or LDM4TS, or "
+            "leave out what needs paths, such as touch"
         )
 
 

@@ -233,7 +233,7 @@ class _Training:
         """The static knots of each member, from the outcomes that it may learn from."""
         learns = self._learns(torch.arange(len(self.learn))[:, None])  # (n, M)
         for m, mirrored in enumerate(self.mirrored.tolist()):
-            self.net.map.static[m] = _static_knots(self.learn.z[learns[:, m]], mirrored)
+            self.net.map.static[m] = static_knots(self.learn.z[learns[:, m]], mirrored)
 
     def _map_loss(self, share: Share) -> Tensor:
         """Pinball loss of the members' knots, on random origins of each; some see them mirrored."""
@@ -415,7 +415,7 @@ def _pieces(n: int, size: int) -> tuple[Tensor, ...]:
     return pieces
 
 
-def _static_knots(z: Tensor, mirror: bool) -> Tensor:
+def static_knots(z: Tensor, mirror: bool) -> Tensor:
     """Quantiles of outcomes at the map's knots, (H, K); symmetric if up and down are exchangeable."""
     q = torch.from_numpy(np.quantile(z.numpy(), PROBABILITIES, axis=0).T.copy())
     if mirror:

@@ -171,6 +171,16 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
             ("paths", f"{len(about['path'])} steps: {_listed(about['path'])}"),
             ("denoiser", f"of step {chosen}" if chosen else "not used: a Gaussian copula was as good"),
         ]
+    if about["kind"] == "ldm4ts":
+        sizes = (f"{name} {value}" for name, value in about["architecture"].items())
+        lines += [
+            ("preset", about["preset"] or "none: sizes of its own"),
+            ("sizes", ", ".join(sizes)),
+            ("parameters", ", ".join(f"{part} {count:,}" for part, count in about["parameters"].items())),
+            ("paths", f"{len(about['path'])} steps: {_listed(about['path'])}"),
+            ("latents", f"of the deviation {about['latent_spread']:.3f}, measured"),
+            ("diffusion", f"of step {about['denoiser_step']}"),
+        ]
     if about["kind"] == "lgbm":
         lines.append(("trees", str(about["trees"])))
     if about["kind"] == "ensemble":
@@ -188,6 +198,8 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _sampled(about: dict[str, Any]) -> str:
     """What is sampled of a model that no option says more of."""
+    if about["kind"] == "ldm4ts":
+        return f"{about['samples']} paths by {about['sampler']} in {about['steps']} steps"
     if about["kind"] != "sssd":
         return "nothing is sampled"
     how = about["coupling"]

@@ -122,11 +122,12 @@ def _check_paths(settings: "Config") -> None:
         finally:
             journal.close()
     key, name = ("first", model.first) if model.name == "champion" else ("name", model.name)
-    remedy = f"put a checkpoint directory of an SSSD into model.{key}, or leave model.touch out"
+    remedy = f"put a checkpoint directory of an SSSD or LDM4TS into model.{key}, or leave model.touch out"
     if served is not None:
         key, name = "name", Champion.decode(served.payload).model
         remedy = (
-            "let an SSSD serve, by `barcast ctl CONFIG rollback --to` or model.name, or leave model.touch out"
+            "let an SSSD or LDM4TS serve, by `barcast ctl CONFIG rollback --to` or model.name, or leave "
+            "model.touch out"
         )
     kind = "baseline"
     if name not in BASELINES:
@@ -138,7 +139,7 @@ def _check_paths(settings: "Config") -> None:
                 f"model.{key}: {name} was trained on {timeframe!r} bars, not on {settings.timeframe!r}; name "
                 "another model or train one"
             )
-    if kind != "sssd":
+    if kind not in ("sssd", "ldm4ts"):
         raise ConfigError(
             f"model.{key}: {name}, which is to serve, is of kind {kind} and forecasts no paths, which "
             f"model.touch needs; {remedy}"

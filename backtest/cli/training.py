@@ -49,8 +49,13 @@ class Kind(StrEnum):
     """What is trained."""
 
     sssd = "sssd"
+    ldm4ts = "ldm4ts"
     lgbm = "lgbm"
     ensemble = "ensemble"
+
+
+DIFFUSED = (Kind.sssd, Kind.ldm4ts)
+"""What is trained step by step, and can go on after an interruption."""
 
 
 class Preset(StrEnum):
@@ -101,11 +106,12 @@ def train(
         float,
         typer.Option(help="Share of the newest bars that are not learnt from, to judge on.", min=0, max=0.5),
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random numbers of sssd and lgbm.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers of all but ensembles.")] = 0,
     kind: Annotated[
         Kind,
         typer.Option(
-            help="sssd, the diffusion model; lgbm, boosted trees (needs the extra baselines); or ensemble."
+            help="sssd, the diffusion model; ldm4ts, latent diffusion over images (needs the extra hub); "
+            "lgbm, boosted trees (needs the extra baselines); or ensemble."
         ),
     ] = Kind.sssd,
     member: Annotated[
@@ -127,20 +133,27 @@ def train(
     accumulate: Annotated[
         int, typer.Option(help="Parts in which a batch is computed, one after another.", min=1)
     ] = 1,
+    image_size: Annotated[
+        int | None,
+        typer.Option(help="Pixels of a side of an ldm4ts's images: 64, 128, 224 or 256. \\[default: 64]"),
+    ] = None,
 ) -> None:
     """Train a model on bars closed before --until and write a checkpoint.
 
     An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
-    of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --init-from,
-    --preset, --precision and --accumulate go with sssd alone.
+    of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --preset,
+    --precision and --accumulate go with sssd and ldm4ts alone, --init-from with sssd, --image-size with
+    ldm4ts.
 
     The same command again goes on with a training that was interrupted. Several processes share a training
     under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
     """
     wrong: dict[str, object] = {"--seed": seed} if kind == Kind.ensemble else {"--member": member}
-    if kind != Kind.sssd:
-        wrong |= {"--steps": steps, "--minutes": minutes, "--init-from": init_from, "--preset": preset}
+    if kind not in DIFFUSED:
+        wrong |= {"--steps": steps, "--minutes": minutes, "--preset": preset}
         wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
+    wrong |= {"--init-from": init_from} if kind != Kind.sssd else {}
+    wrong |= {"--image-size": image_size} if kind != Kind.ldm4ts else {}
     for option, given in wrong.items():
         if given:
             raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
@@ -179,10 +192,11 @@ def train(
             preset=preset,
             precision=precision,
             accumulate=accumulate,
+            image=image_size,
         )
         if written and hold_out:
             _print_held_out(histories, out_dir, timeframe)
-    if kind == Kind.sssd:
+    if kind in DIFFUSED:
         from barcast.models import optimiser
 
         optimiser.leave()
@@ -195,7 +209,7 @@ def _alone(out_dir: Path, kind: Kind) -> Iterator[bool]:
     Of processes that share a training the main one holds it and speaks: it has True. The lock file goes with
     the training.
     """
-    if kind == Kind.sssd:
+    if kind in DIFFUSED:
         from barcast.models import optimiser
 
         if not optimiser.is_main():
@@ -256,10 +270,12 @@ def _train(
     preset: str | None,
     precision: str,
     accumulate: int,
+    image: int | None,
 ) -> bool:
     """Train, or go on with what was interrupted, and write the model; False in processes that only help."""
     from barcast.models import ensemble, gbm, optimiser, training
     from barcast.models.checkpoint import load, open_member, save
+    from barcast.models.ldm4ts import training as latent
     from barcast.models.trained import Trained
 
     start = None
@@ -273,22 +289,15 @@ def _train(
     outputs |= {"levels": LEVELS, "hold_out": hold_out}
     trained: Model
     state = _state(out_dir)
-    if kind == Kind.sssd:
+    if kind in DIFFUSED:
+        seconds = None if minutes is None else 60 * minutes
+        outputs |= {"steps": steps, "seconds": seconds, "clock": time.monotonic, "seed": seed, "state": state}
+        outputs |= {"precision": precision, "accumulate": accumulate}
         with epochs() as stand:
-            trained = training.train(
-                bars,
-                **outputs,
-                steps=steps,
-                seconds=None if minutes is None else 60 * minutes,
-                clock=time.monotonic,
-                init_from=start,
-                seed=seed,
-                preset=preset,
-                precision=precision,
-                accumulate=accumulate,
-                state=state,
-                progress=stand,
-            )
+            if kind == Kind.sssd:
+                trained = training.train(bars, **outputs, init_from=start, preset=preset, progress=stand)
+            else:
+                trained = latent.train(bars, **outputs, preset=preset, image=image, progress=stand)
         if not optimiser.is_main():
             return False
     else:
@@ -314,6 +323,7 @@ def _train(
 def tell_model(model: str, trained: "Model", out_dir: Path) -> None:
     """Say which model was written, what was left out of its training, and what was chosen."""
     from barcast.models.ensemble import Ensemble
+    from barcast.models.ldm4ts.trained import LatentTrained
     from barcast.models.trained import Trained
 
     if left_out := ", ".join(trained.record.left_out):
@@ -325,6 +335,8 @@ def tell_model(model: str, trained: "Model", out_dir: Path) -> None:
         step = trained.record.denoiser_step
         added = f"the diffusion of step {step}" if step else "a Gaussian copula, step 0 of diffusion"
         tell(f"chosen by validation, for the steps of paths: {added}")
+    if isinstance(trained, LatentTrained):
+        tell(f"chosen by validation: the diffusion of step {trained.record.denoiser_step}")
     tell(f"model {model} written to {out_dir}")
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Generator, Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from barcast.models.diffusion import use_one_thread
-from barcast.models.ldm4ts import memory
+from barcast.models.ldm4ts import autoencoder as autoencoders
+from barcast.models.ldm4ts import memory, network
 from barcast.models.ldm4ts.attention import Backend, set_gradient_checkpointing, use_backend
 from tests import kernels
 from tests.bench.report import Row, Section, Target
@@ -33,31 +33,15 @@ CHANNELS, LATENT, FACTOR = 9, 4, 8
 """Of the U-Net's input and of a latent; how much smaller a latent is than its image."""
 
 
-def unet(size: int = 8) -> Any:
-    """The U-Net of LDM4TS for latents of this many pixels."""
-    return UNet2DConditionModel(
-        sample_size=size,
-        in_channels=CHANNELS,
-        out_channels=LATENT,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=TOKEN,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
+def unet(image: int = 64) -> Any:
+    """The default U-Net of LDM4TS for images of so many pixels."""
+    outer = {"features": 1, "channels": 1, "context": 1, "horizons": 1, "path": 1, "samples": 1}
+    return network.unet(network.LatentArchitecture.of(network.PRESET, image=image, **outer))
 
 
 def autoencoder() -> Any:
-    """The autoencoder of LDM4TS."""
-    return AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=LATENT,
-        norm_num_groups=8,
-    )
+    """The default autoencoder of LDM4TS."""
+    return autoencoders.autoencoder(network.PRESETS[network.PRESET]["vae"], 64)
 
 
 MODELS: dict[str, Callable[[], Any]] = {"unet": unet, "autoencoder": autoencoder}
