@@ -101,22 +101,27 @@ def runs(windows: Sequence[Window], length: int, apart: int) -> list[list[Window
 
 
 def joined(run: Sequence[Window]) -> Window:
-    """The bars from the first one of the first window of a run to the last of the last."""
+    """The bars from the first one of the first window of a run to the last of the last, with their sums."""
+    first = run[0]
     if len(run) == 1:
-        return run[0]
-    times, values = [run[0].close_times], [run[0].values]
+        return first
+    times, values, sums = [first.close_times], [first.values], [first.sums]
     for before, window in pairwise(run):
         new = _ahead(before, window)
         times.append(window.close_times[-new:])
         values.append(window.values[-new:])
-    return Window(run[0].symbol, np.concatenate(times), np.concatenate(values))
+        sums.append(None if window.sums is None else window.sums[-new:])
+    known = [each for each in sums if each is not None]
+    together = np.concatenate(known) if len(known) == len(sums) else None
+    return Window(first.symbol, np.concatenate(times), np.concatenate(values), together, first.basis)
 
 
 def _ahead(before: Window, window: Window) -> int:
     """How many rows a window ends behind another one in the same memory; 0 if it is not so."""
     a, b = before.values, window.values
     same = a.base is b.base and a.base is not None and a.strides == b.strides == (40, 8)
-    if not same or before.symbol != window.symbol or len(window) < len(before):
+    other = before.symbol != window.symbol or before.basis != window.basis
+    if not same or other or len(window) < len(before):
         return 0
     start = (b.__array_interface__["data"][0] - a.__array_interface__["data"][0]) // 40
     behind: int = start + len(b) - len(a)

@@ -22,6 +22,7 @@ from barcast.backtest.cache import ForecastCache, Wanted, prefill
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.models import (
+    LEVELS,
     Adjustment,
     Bar,
     Calibrated,
@@ -31,9 +32,12 @@ from barcast.models import (
     Windows,
     open_model,
 )
+from barcast.models.baselines import HistoricalSimulation
 from barcast.models.diffusion import SSSDForecaster
+from barcast.models.evaluation import windows_at
 from barcast.models.window import hashed, window_at
 from tests.fakes import MINUTE, START
+from tests.garch import simulate
 
 FRAMES = ("signals", "outcomes", "targets", "fills", "equity", "scores", "skill", "portfolio")
 
@@ -115,6 +119,23 @@ def test_another_calibration_asks_no_network(tmp_path, asked):
     [plain] = Calibrated(forecaster.inner, 300, 100).forecast([shorter])
     assert known.quantiles.tobytes() == plain.quantiles.tobytes()
     assert known.coverage.share.tobytes() == plain.coverage.share.tobytes()
+
+
+def test_windows_that_follow_one_another_are_known(tmp_path):
+    """Many of one history at once, which a calibration works out as one, are still those that are kept."""
+    inner = HistoricalSimulation("1h", (1, 4), LEVELS)
+    forecaster, other = Calibrated(inner, 20, 10), Calibrated(inner, 19, 10)
+    history = hashed(simulate("A", forecaster.card.window + 299, seed=3).window)
+    with ForecastCache(tmp_path) as cache:
+        for windows in windows_at(history, range(forecaster.card.window - 1, len(history)), 10**6):
+            cache.of(forecaster).forecast(windows)
+    cache, length = ForecastCache(tmp_path), other.card.window
+    found, expected = [], []
+    for windows in windows_at(history, range(forecaster.card.window - 1, len(history)), length):
+        found += cache.of(other).forecast(windows)
+        expected += Calibrated(inner, 19, 10).forecast(windows)
+    assert (cache.made, len(found)) == (0, 300)
+    assert [f.quantiles.tobytes() for f in found] == [f.quantiles.tobytes() for f in expected]
 
 
 @pytest.mark.parametrize("backend", ["loky", "ray", "dask"])
