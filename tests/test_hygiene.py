@@ -317,7 +317,7 @@ def test_imports_are_found() -> None:
     [
         ("torch", "models/"),
         ("diffusers", "models/"),
-        ("accelerate", "models/optimiser.py models/training.py"),
+        ("accelerate", "models/optimiser.py models/training.py models/ldm4ts/training.py"),
         ("flash_attn", "models/ldm4ts/attention.py"),
         ("sageattention", "models/ldm4ts/attention.py"),
         ("safetensors", "models/"),

@@ -231,10 +231,10 @@ class LDM4TS(nn.Module):
         self.read = nn.Sequential(
             linear(size, 2 * a.hidden, generator), nn.SiLU(), linear(2 * a.hidden, a.path, generator)
         )
-        seeds = torch.randint(2**31, (3,), generator=generator).tolist()
-        self.vae: Any = _seeded(seeds[0], lambda: autoencoder(a.vae, a.image))
-        self.unet: Any = _seeded(seeds[1], lambda: unet(a))
-        noise = sobol_normals(a.samples, size, seeds[2]).reshape(a.samples, *shape)
+        self.vae: Any = _drawn(autoencoder(a.vae, a.image), generator)
+        self.unet: Any = _drawn(unet(a), generator)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        noise = sobol_normals(a.samples, size, seed).reshape(a.samples, *shape)
         self.register_buffer("noise", noise)
         self.register_buffer("centre", torch.zeros(shape))
         self.register_buffer("spread", torch.ones(()))
@@ -338,8 +338,13 @@ def _mask(a: LatentArchitecture) -> Tensor:
     return mask
 
 
-def _seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """A module of diffusers, which draws its weights from torch's own generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return make()
+def _drawn(module: nn.Module, generator: Generator) -> nn.Module:
+    """A module of diffusers whose weights are drawn from a generator: its own are from torch's global one."""
+    with torch.no_grad():
+        for part in module.modules():
+            if isinstance(part, (nn.Linear, nn.Conv2d)):
+                reach = 1 / sqrt(part.weight[0].numel())
+                part.weight.uniform_(-reach, reach, generator=generator)
+                if part.bias is not None:
+                    part.bias.zero_()
+    return module

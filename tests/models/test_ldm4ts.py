@@ -213,6 +213,14 @@ def test_what_is_told_matters() -> None:
         assert torch.equal(blind.known(sequence)[:1], blind.known(sequence)[1:])
 
 
+def test_weights_are_a_function_of_the_generator() -> None:
+    """All of them, those of diffusers' modules too; torch's own generator decides none."""
+    first = network().state_dict()
+    torch.randn(3)
+    second = network().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_latents_are_measured() -> None:
     """Those of what is to come have mean 0 and variance 1 then, and ways are read from them unscaled."""
     net = network()
