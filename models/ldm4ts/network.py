@@ -2,9 +2,9 @@
 
 An outcome is the way to come, each step in deviations of its own, as the right part of an image. Diffused
 are the latents of that part alone; the U-Net sees the latents of the left part, which were encoded with the
-right one left out, and attends to tokens of features, spectrum and patches of the bars. What is sampled is
-read from the latents as the way to come. At each horizon it is fused with a quantile map by a gate: the
-quantiles of the fusion are means of both, weighted by the gate.
+right one left out, and attends to tokens of features, statistics, spectrum and patches of the bars. What is
+sampled is read from the latents as the way to come. At each horizon it is fused with a quantile map by a
+gate: the quantiles of the fusion are means of both, weighted by the gate.
 
 Shapes: B origins, S samples, H horizons, G steps, F features, L bars of C channels, N tokens of width W, P
 pixels, p = P / 8 latents of a side, of which f = p / 4 columns are to come.
@@ -21,19 +21,19 @@ from torch.nn import functional
 
 from barcast.models import samplers
 from barcast.models.errors import ConfigError
-from barcast.models.ldm4ts import vision
+from barcast.models.ldm4ts import prompt, vision
 from barcast.models.ldm4ts.autoencoder import LATENT, SHRINK, autoencoder, decoded, encoded
 from barcast.models.sssd.layers import Architecture, linear
 from barcast.models.sssd.marginal import QuantileMap
 from barcast.models.sssd.network import sobol_normals
 
 PARTS = ("vision", "frequency", "statistics")
-"""What the U-Net can be told: the image of what was, the spectrum of the bars, their features."""
+"""What the U-Net can be told: the image of what was, the spectrum of the bars, statistics of them."""
 PATCH, STRIDE = 16, 8
 """Bars of a patch, and from one to the next."""
 HEADS = 4
 TOKENS = {"statistics": 8, "frequency": 4}
-"""Tokens that features and spectrum become."""
+"""Tokens that features with statistics, and the spectrum, become."""
 BINS = 33
 """Frequencies of the spectrum that its tokens are made of."""
 RETURN, RANGE = 0, 1
@@ -225,7 +225,7 @@ class LDM4TS(nn.Module):
         told = a.features + a.width
         sizes = Architecture(told, a.channels, a.context, a.horizons, a.path, a.samples, a.members, a.hidden)
         self.map = QuantileMap(sizes, generator)
-        self.statistics = linear(a.features, TOKENS["statistics"] * a.width, generator)
+        self.statistics = linear(a.features + prompt.COUNT, TOKENS["statistics"] * a.width, generator)
         self.frequency = linear(2 * BINS * a.channels, TOKENS["frequency"] * a.width, generator)
         self.gate = linear(told, a.horizons, None)
         self.read = nn.Sequential(
@@ -276,7 +276,10 @@ class LDM4TS(nn.Module):
         a, B = self.architecture, len(features)
         found = [self.temporal(sequence)]
         if a.statistics:
-            found.append(self.statistics(features).reshape(B, TOKENS["statistics"], a.width))
+            way, _ = self.history(sequence)
+            numbers = prompt.numbers(way, sequence[..., RETURN], sequence[..., RANGE])
+            known = self.statistics(torch.cat([features, numbers], 1))
+            found.append(known.reshape(B, TOKENS["statistics"], a.width))
         if a.frequency:
             found.append(self.frequency(_spectrum(sequence)).reshape(B, TOKENS["frequency"], a.width))
         return torch.cat(found, 1)
