@@ -504,7 +504,7 @@ def test_check_refuses_touch_of_a_model_without_paths(run, tmp_path):
         assert (status == 78) == bool(err), out
         return " ".join(err.split())
 
-    remedy = "put a checkpoint directory of an SSSD into model.first, or leave model.touch out"
+    remedy = "put a checkpoint directory of an SSSD or LDM4TS into model.first, or leave model.touch out"
     for text in (said(""), said('first = "har-s"')):
         assert "model.first: " in text
         assert "of kind baseline and forecasts no paths, which model.touch needs" in text
