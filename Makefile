@@ -4,13 +4,22 @@ ALONE := "not broker and not promtool and not browser and not postgres"
 MARKED := --include=test_*.py --include=conftest.py 'mark\.(broker|promtool|browser|postgres)|"each_journal"|, each_journal'
 N ?= 100000
 BASE ?= 0
+MODEL ?= sssd
+EXTRAS_sssd := demo
+EXTRAS_ldm4ts := demo,hub
+
+ifneq ($(filter demo,$(MAKECMDGOALS)),)
+ifeq ($(EXTRAS_$(MODEL)),)
+$(error MODEL=$(MODEL) is unknown: make demo MODEL=sssd, the default, or MODEL=ldm4ts)
+endif
+endif
 
 .PHONY: help demo test check chaos bench bench-gpu bench-peers study fuzz soak clean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.demo ## show everything on real bars: broker, daemon, signals, retraining, replay, report
-	$(BIN)/barcast demo
+demo: $(VENV)/.$(EXTRAS_$(MODEL)) ## show everything on real bars, MODEL=sssd or ldm4ts: broker, daemon, signals, retraining, replay, report
+	$(BIN)/barcast demo --model $(MODEL)
 
 test: check ## all checks and tests, with a real mosquitto, PostgreSQL, promtool and Chromium (installs them where it may)
 	.ci/tools
@@ -61,6 +70,6 @@ clean: ## remove environments, caches and the demo's folder
 	  "$$(.tools/fuzz/bin/python -c 'import site; print(site.getsitepackages()[0])')/main.pth"
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
+$(VENV)/.demo $(VENV)/.demo,hub $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt
 	.ci/venv $(VENV) $*
 	@touch $@

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import math
 import shutil
 import signal
@@ -9,9 +10,11 @@ import socket
 import sys
 import time
 from asyncio.subprocess import Process
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import polars as pl
@@ -34,8 +37,10 @@ from barcast.models import BarcastError, ConfigError
 START = datetime(2012, 8, 1, tzinfo=UTC)
 SESSIONS = 125
 """Trading days fed to the daemon: half a year."""
-LEADS = (8.0, 24.0, 72.0)
-"""Seconds for the daemon to be ready before the first bar: a busy machine is given more in another try."""
+LEADS = (1, 3, 9)
+"""How many times its lead a model is given before the first bar: a busy machine has more in another try."""
+RETRAIN_SECONDS = 11.0
+"""How long after the start of the daemon its retraining begins."""
 KINDS = ("signals", "targets", "groups", "backfill", "models", "status")
 """The messages that the subscriber wants."""
 PULSE_SECONDS = 0.2
@@ -45,6 +50,27 @@ PATIENCE_SECONDS = 240.0
 BROKER_SECONDS = 5.0
 """How long a broker of the user's own may take to answer."""
 
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a demonstration sets for one kind of model.
+
+    `lead` are seconds for the daemon to be ready and its model prepared before the first bar, `steps` those
+    of each phase of the retraining, `sampling` is what samples the model, as keys of `[model]` and of
+    `run_backtest`.
+    """
+
+    symbols: tuple[str, ...]
+    lead: float
+    steps: int
+    sampling: Mapping[str, Any]
+
+
+SETTINGS = {
+    "sssd": Setting(("AAPL", "FB", "GOOG", "IBM", "MSFT"), 8.0, 150, {}),
+    "ldm4ts": Setting(("AAPL", "FB", "GOOG", "IBM", "MSFT"), 45.0, 30, {"sampler": "angle", "steps": 1}),
+}
+
 ROOT = "barcast-demo/v1"
 CONFIG = """\
 # Written by `barcast demo`. Half a year of real daily bars passes in about a minute: the clock of this
@@ -53,7 +79,7 @@ instance = "demo"
 state_dir = "state"
 timeframe = "session"
 calendar = "XNYS"
-symbols = ["AAPL", "FB", "GOOG", "IBM", "MSFT"]
+symbols = {symbols}
 max_wait = "12h"
 
 [mqtt]
@@ -63,7 +89,7 @@ root = "{root}"
 
 [model]
 first = "{model}"
-
+{sampling}
 [[strategy]]
 kind = "quantile-band"
 params = {{ band = 0.1, horizon = 5 }}
@@ -73,7 +99,7 @@ kind = "median-drift"
 
 [retrain]
 cron = "{second} * * * * *"
-steps = 150
+steps = {steps}
 margin = 0.0
 nice = 0
 
@@ -106,8 +132,11 @@ dynamic_filters = true
 class Demo:
     """One demonstration in one folder. Every step that fails raises; nothing is made up."""
 
-    def __init__(self, folder: Path, broker: str | None, seconds: float, out: Console) -> None:
+    def __init__(
+        self, folder: Path, broker: str | None, seconds: float, out: Console, model: str = "sssd"
+    ) -> None:
         self.folder, self.seconds, self.out = folder.absolute(), seconds, out
+        self.model, self.setting = sample_checkpoint(model), SETTINGS[model]
         self.embedded = broker is None
         host, _, port = (broker or f"127.0.0.1:{_free_port()}").rpartition(":")
         if not host or not port.isdigit():
@@ -145,27 +174,32 @@ class Demo:
         (self.state / "history").mkdir(parents=True)
         bars = pl.read_parquet(sample_bars())
         bars.filter(pl.col("close_time") < START).write_parquet(self.state / "history" / "us_daily.parquet")
-        _spoil(sample_checkpoint(), self.state / "challengers" / "planted")
+        _spoil(self.model, self.state / "challengers" / "planted")
 
-    def _configure(self, lead: float) -> None:
-        """Write the configuration, whose clock begins to run in `lead` seconds."""
+    def _configure(self, times: int) -> float:
+        """Write the configuration; return the seconds, so many times the lead, until its clock runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.last = _session_after(START, SESSIONS)
         span = (self.last - START).total_seconds()
+        setting, lead = self.setting, times * self.setting.lead
         clock = rehearsal(START, math.ceil(span / self.seconds), lead)
-        retrain = clock.at + timedelta(seconds=3)
+        retrain = clock.at + timedelta(seconds=RETRAIN_SECONDS - lead)
         Path(self.config).write_text(
             CONFIG.format(
                 host=self.host,
                 port=self.port,
                 root=ROOT,
-                model=sample_checkpoint(),
+                symbols=json.dumps(setting.symbols),
+                model=self.model,
+                sampling="".join(f"{key} = {json.dumps(value)}\n" for key, value in setting.sampling.items()),
+                steps=setting.steps,
                 second=retrain.second,  # of every minute: a machine may be too slow for the first
                 start=START.isoformat(),
                 at=clock.at.isoformat(),
                 speed=clock.speed,
             )
         )
+        return lead
 
     @contextlib.contextmanager
     def _broker(self) -> Iterator[None]:
@@ -237,8 +271,8 @@ class Demo:
 
     async def _daemon(self) -> Process:
         """Start the daemon, early enough to be ready before its clock begins to run."""
-        for lead in LEADS:
-            self._configure(lead)
+        for times in LEADS:
+            lead = self._configure(times)
             daemon = await self._start("daemon", "run", self.config)
             waits = [asyncio.create_task(daemon.wait()), asyncio.create_task(self.ready.wait())]
             done, _ = await asyncio.wait(waits, timeout=lead - 1, return_when=asyncio.FIRST_COMPLETED)
@@ -248,9 +282,7 @@ class Demo:
                 return daemon
             daemon.kill()
             await daemon.wait()
-        raise BarcastError(
-            f"the daemon was not ready within {LEADS[-1]:.0f} s: see {self.folder / 'daemon.log'}"
-        )
+        raise BarcastError(f"the daemon was not ready within {lead:.0f} s: see {self.folder / 'daemon.log'}")
 
     async def _start(self, name: str, *arguments: str) -> Process:
         with (self.folder / f"{name}.log").open("wb") as log:
@@ -343,7 +375,8 @@ class Demo:
         result = run_backtest(
             [sample_bars()],
             stamp="close",
-            model=str(sample_checkpoint()),
+            model=str(self.model),
+            **self.setting.sampling,
             timeframe="session",
             calendar="XNYS",
             strategies=["quantile-band", "vol-target", "rank"],
@@ -364,11 +397,15 @@ class Demo:
 def _spoil(checkpoint: Path, out: Path) -> None:
     """Write a valid checkpoint whose bands are three times too wide: the gate must refuse it."""
     from barcast.models.checkpoint import load, save
+    from barcast.models.ldm4ts.trained import LatentTrained
     from barcast.models.trained import Trained
 
     trained = load(checkpoint).trained
-    assert isinstance(trained, Trained)
+    assert isinstance(trained, Trained | LatentTrained)
     trained.net.map.static *= 3
+    if isinstance(trained, LatentTrained):  # its gate lets the map through alone
+        trained.net.gate.weight.data.zero_()
+        trained.net.gate.bias.data.fill_(-20.0)
     out.parent.mkdir(parents=True, exist_ok=True)
     save(trained, out)
 

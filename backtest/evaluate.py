@@ -144,7 +144,7 @@ def open_field(names: Sequence[Path | str], timeframe: str, paths: bool = False)
     """
     asked = [str(name) for name in names]
     trained: dict[str, Forecaster] = {}
-    refused = "--paths needs a model of paths: name an SSSD by --model"
+    refused = "--paths needs a model of paths: name an SSSD or LDM4TS by --model"
     for name in dict.fromkeys(name for name in asked if name not in BASELINES):
         try:
             trained[name] = open_model(name, timeframe, None, None, paths)

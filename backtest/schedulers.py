@@ -20,6 +20,7 @@ from barcast.models.paths import Coupler, with_paths
 from barcast.models.scores import Estimate, crps, energy, gain, lag
 
 if TYPE_CHECKING:
+    from barcast.models.ldm4ts.trained import LatentTrained
     from barcast.models.trained import Trained
 
 Array = NDArray[np.float64]
@@ -122,11 +123,14 @@ class _Winding:
 
 
 def diffuses(directory: Path | str) -> bool:
-    """Whether training found that the diffusion adds anything to a Gaussian copula.
+    """Whether training found that the diffusion adds anything to a Gaussian copula; an LDM4TS has no copula.
 
-    Raise `ConfigError` for what is no SSSD, and `CheckpointError` for what cannot be read.
+    Raise `ConfigError` for what is no SSSD or LDM4TS, and `CheckpointError` for what cannot be read.
     """
-    return _sssd(directory)[1].record.denoiser_step > 0
+    from barcast.models.trained import Trained
+
+    trained = _sampled(directory)[1]
+    return not isinstance(trained, Trained) or trained.record.denoiser_step > 0
 
 
 def compare(
@@ -143,11 +147,12 @@ def compare(
 
     About so many `origins`, on a grid in time common to all symbols, are cut into an older half, to choose
     by, and a newer one; none of the older is realised in the newer. `clock` gives seconds of processor time.
-    Raise `ConfigError` for a model that is not an SSSD or of another timeframe, `DataError` for too few bars.
+    Raise `ConfigError` for a model that is no SSSD or LDM4TS, or of another timeframe, `DataError` for too
+    few bars.
     """
     from barcast.models.samplers import build
 
-    model, trained = _sssd(directory)
+    model, trained = _sampled(directory)
     if trained.scaling.timeframe != timeframe.text:
         raise ConfigError(
             f"{directory}: the model was trained on {trained.scaling.timeframe!r} bars, not on "
@@ -155,7 +160,7 @@ def compare(
         )
     keys = [(sampler, n) for sampler, least in SAMPLERS.items() for n in steps if n >= least]
     by_symbol = {history.symbol: history for history in histories}
-    forecasters = [_Winding(trained.raw(model, *key, paths=True), by_symbol) for key in (REFERENCE, *keys)]
+    forecasters = [_Winding(_raw(model, trained, *key), by_symbol) for key in (REFERENCE, *keys)]
     horizons, levels = trained.scaling.horizons, trained.levels
     since, slot = trained.record.validation_end, timeframe.duration or DAY
     if not any(int((window.close_times >= since).sum()) > max(horizons) for window in histories):
@@ -216,15 +221,24 @@ def compare(
     )
 
 
-def _sssd(directory: Path | str) -> "tuple[str, Trained]":
+def _raw(model: str, trained: "Trained | LatentTrained", sampler: str, steps: int) -> Winding:
+    from barcast.models.trained import Trained
+
+    if isinstance(trained, Trained):
+        return trained.raw(model, sampler, steps, paths=True)
+    return trained.raw(model, sampler, steps)
+
+
+def _sampled(directory: Path | str) -> "tuple[str, Trained | LatentTrained]":
     from barcast.models.checkpoint import load
+    from barcast.models.ldm4ts.trained import LatentTrained
     from barcast.models.trained import Trained
 
     if str(directory) in BASELINES:
         raise ConfigError(f"{directory} is a baseline, which has no checkpoint; name a checkpoint directory")
     checkpoint = load(Path(directory))
-    if not isinstance(checkpoint.trained, Trained):
-        raise ConfigError(f"{directory} is not sampled by itself: name an SSSD model")
+    if not isinstance(checkpoint.trained, Trained | LatentTrained):
+        raise ConfigError(f"{directory} is not sampled by itself: name an SSSD or LDM4TS")
     return checkpoint.model, checkpoint.trained
 
 

@@ -1,13 +1,17 @@
-"""Small models of the other kinds, made by hand out of a trained one: nothing is learnt."""
+"""Small models of the other kinds, made by hand out of a trained one, or after a step or two of training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from barcast.models.checkpoint import open_member, save
 from barcast.models.ensemble import Ensemble
 from barcast.models.gbm import Boosted, Trees, TreesRecord
+from barcast.models.ldm4ts import training as latent
 from barcast.models.scaling import Scaling
 from barcast.models.trained import Past, Trained
 
@@ -42,3 +46,14 @@ def ensemble(folder: Path, trained: Trained) -> Ensemble:
     weights = np.array([[0.25, 0.5, 0.25], [0.0, 0.5, 0.5], [1.0, 0.0, 0.0]])[: len(scaling.horizons)]
     record = Past(**past(trained.record))
     return Ensemble(scaling.timeframe, scaling.horizons, trained.levels, members, weights, record)
+
+
+@contextmanager
+def few_latents() -> Iterator[None]:
+    """Trainings of an LDM4TS look at few forecasts, and learn from few: a step takes no time."""
+    phases = {"map": 60, "autoencoder": 16, "diffusion": 4, "gate": 12}
+    changes = {"LOOK_ORIGINS": phases, "LEARNT": 40, "BATCHES": dict.fromkeys(phases, 8), "LOOK_SAMPLES": 4}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in changes.items():
+            patch.setattr(latent, name, value)
+        yield

@@ -17,13 +17,17 @@ from barcast.daemon.pipeline import run
 from barcast.models import Forecaster, Window, paths, samplers
 from barcast.models.checkpoint import load, open_forecaster
 from barcast.models.diffusion import Distribution, SSSDForecaster
+from barcast.models.ldm4ts import training as latent
+from barcast.models.ldm4ts import vision
+from barcast.models.ldm4ts.forecaster import Sampling
+from barcast.models.ldm4ts.network import LDM4TS
 from barcast.models.scaling import Scaling
 from barcast.models.trained import Trained
 from tests import checks
 from tests.daemon.test_machine import DaemonMachine
 from tests.fakes import Spread
 from tests.garch import simulate
-from tests.models import test_paths
+from tests.models import test_ldm4ts, test_paths, test_vision
 from tests.planting import plant
 from tests.rim import SECOND
 
@@ -80,6 +84,32 @@ def with_denoiser() -> Forecaster:
     assert isinstance(trained, Trained)
     torch.nn.init.normal_(trained.net.denoiser.leave.weight, 0, 0.05, torch.Generator().manual_seed(5))
     return trained.forecaster("x", None, 4, paths=True)
+
+
+def batch_of_latents(_folder: Path) -> None:
+    """Batches of the shipped LDM4TS, in one call of its U-Net."""
+    forecaster = open_forecaster(sample_checkpoint("ldm4ts"), "angle", 1)
+    checks.forecast_does_not_depend_on_its_batch(forecaster, some_windows()[:3], (1, 3))
+
+
+def image_of_a_row(_folder: Path) -> None:
+    """Images of an LDM4TS, of which each has a period of its own."""
+    test_ldm4ts.an_image_is_that_of_its_row()
+
+
+def right_of_an_image(_folder: Path) -> None:
+    """What images of an LDM4TS show of what is to come."""
+    test_vision.test_nothing_on_the_left_depends_on_what_is_to_come(64)
+
+
+def what_the_unet_is_told(_folder: Path) -> None:
+    """What an LDM4TS's U-Net makes of tokens and of the image of what was."""
+    test_ldm4ts.what_is_told_matters()
+
+
+def future_in_training(_folder: Path) -> None:
+    """What an LDM4TS's U-Net sees of a bar in training, and when it serves."""
+    test_ldm4ts.training_sees_what_serving_sees([simulate("S", 2200, seed=7).window])
 
 
 NEAR = simulate("NEAR", 1310, seed=9, step=DAY).window, (1302, 1304, 1310)
@@ -163,6 +193,40 @@ BUGS = {
         Scaling.of_windows,
         {"frame.channels[: len(frame.channels) - (last - k)]": "frame.channels"},
         look_ahead_of_paths,
+    ),
+    "an image has the period of the first row of its batch": Bug(
+        LDM4TS.history,
+        {"vision.period(sequence[..., RANGE])": "vision.period(sequence[..., RANGE])[:1].expand(len(way))"},
+        image_of_a_row,
+    ),
+    "training shows the U-Net what is to come": Bug(
+        latent._Training._prepare_latents,
+        {
+            "net.known(self._sequence(some)) for": "torch.cat([net.vae.encode(net.images("
+            "self._sequence(some), self._coming(self.learn.only(some)))).latent_dist.mean / net.spread "
+            "* (1 - net.mask), net.mask.expand(len(some), -1, -1, -1)], 1) for"
+        },
+        future_in_training,
+    ),
+    "an image without what is to come shows something there": Bug(
+        vision.images,
+        {"known.new_zeros(B, 3, size, size - left)": "known[..., left - size :]"},
+        right_of_an_image,
+    ),
+    "the noise of latents is drawn for each call": Bug(
+        Sampling.ways,
+        {"start = self._noise.expand(": "start = torch.randn_like(self._noise).expand("},
+        batch_of_latents,
+    ),
+    "the U-Net's tokens are dropped": Bug(
+        LDM4TS.asked,
+        {"for y in (known, tokens)": "for y in (known, 0 * tokens)"},
+        what_the_unet_is_told,
+    ),
+    "the U-Net's image of what was is dropped": Bug(
+        LDM4TS.asked,
+        {"for y in (known, tokens)": "for y in (0 * known, tokens)"},
+        what_the_unet_is_told,
     ),
     "the forecaster of the tests keeps something": Bug(
         Spread._one,

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from enum import StrEnum
 from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -638,6 +639,13 @@ def schedulers(
         out.print(f"numbers: {json_file.absolute()}", soft_wrap=True)
 
 
+class Shipped(StrEnum):
+    """The models that come with the sample bars: the kinds of `barcast.backtest.sample.CHECKPOINTS`."""
+
+    sssd = "sssd"
+    ldm4ts = "ldm4ts"
+
+
 @app.command(rich_help_panel=HISTORY)
 def demo(
     folder: Annotated[Path, typer.Option(help="Working folder; made anew.")] = Path("demo-run"),
@@ -648,11 +656,14 @@ def demo(
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(help="How long the bars are fed.", min=5)] = 60.0,
+    model: Annotated[
+        Shipped, typer.Option(help="The shipped model that serves; ldm4ts needs the extra hub.")
+    ] = Shipped.sssd,
 ) -> None:
     """Show it all on real bars: broker, daemon, signals, a retraining, a replay, a backtest."""
     from barcast.backtest.demo import Demo
 
-    Demo(folder, broker, seconds, out).run()
+    Demo(folder, broker, seconds, out, model).run()
 
 
 def _print_result(result: "BacktestResult") -> None:

@@ -99,7 +99,9 @@ def train(
     ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Cap on the training, half for each phase; that it was hit is recorded.", min=0),
+        typer.Option(
+            help="Cap on the training, shared evenly by its phases; that it was hit is recorded.", min=0
+        ),
     ] = None,
     init_from: Annotated[Path | None, typer.Option(help="Begin from this checkpoint's weights.")] = None,
     hold_out: Annotated[

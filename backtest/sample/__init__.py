@@ -3,15 +3,25 @@
 from importlib.resources import files
 from pathlib import Path
 
+from barcast.models import ConfigError
+
+CHECKPOINTS = {"sssd": "checkpoint", "ldm4ts": "ldm4ts"}
+"""The folders of shipped models, by their kind."""
+
 
 def sample_bars() -> Path:
     """The Parquet file with the sample bars; `README.md` beside it says where they come from."""
     return Path(str(files(__name__) / "us_daily.parquet"))
 
 
-def sample_checkpoint() -> Path:
-    """The folder of the model that is shipped with the sample bars."""
-    return Path(str(files(__name__) / "checkpoint"))
+def sample_checkpoint(kind: str = "sssd") -> Path:
+    """The folder of the model of a kind, `sssd` or `ldm4ts`, that is shipped with the sample bars.
+
+    Raise `ConfigError` for another kind.
+    """
+    if kind not in CHECKPOINTS:
+        raise ConfigError(f"no model {kind!r} is shipped: name one of {', '.join(CHECKPOINTS)}")
+    return Path(str(files(__name__) / CHECKPOINTS[kind]))
 
 
 def sample_strategy() -> Path:

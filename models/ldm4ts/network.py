@@ -158,7 +158,7 @@ def unet(a: LatentArchitecture) -> nn.Module:
         block_out_channels=a.unet,
         layers_per_block=1,
         cross_attention_dim=a.width,
-        attention_head_dim=8,
+        attention_head_dim=tuple(min(8, n // 4) for n in a.unet),  # how many heads: diffusers' name is wrong
         norm_num_groups=8,
     )
 

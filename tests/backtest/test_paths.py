@@ -242,7 +242,7 @@ def test_command_prints_and_writes_paths(run, tmp_path, monkeypatch):
     frame.with_columns(symbol=pl.lit("A"), ts=times).write_parquet(tmp_path / "bars.parquet")
     files = [str(tmp_path / "bars.parquet"), "--stamp", "close", "--model", "hs"]
     status, _, err = run("evaluate", *files, "--paths")
-    assert (status, "--paths needs a model of paths: name an SSSD by --model" in err) == (78, True)
+    assert (status, "--paths needs a model of paths: name an SSSD or LDM4TS by --model" in err) == (78, True)
 
     def opens(name, _timeframe, _sampler, _steps, paths=False):
         return Says(name, 1.0, paths)

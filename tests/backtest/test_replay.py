@@ -294,14 +294,22 @@ def test_what_cannot_be_done_is_said(changes, fault, said):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("sampler", ["dpmpp", "ddim"])
-def test_poisoned_future_changes_nothing_for_the_shipped_model(bars, tmp_path, sampler):
+@pytest.mark.parametrize(
+    ("kind", "sampler", "steps"), [("sssd", "dpmpp", 2), ("sssd", "ddim", 2), ("ldm4ts", "angle", 1)]
+)
+def test_poisoned_future_changes_nothing_for_a_shipped_model(
+    bars, tmp_path, monkeypatch, kind, sampler, steps
+):
     """The diffusion model's signals and trades up to t are the same to the bit whatever comes after t."""
     import torch
 
+    from barcast.models.ldm4ts import trained
+
     torch.set_num_threads(1)
+    monkeypatch.setattr(trained, "OUTCOMES", 30)
+    monkeypatch.setattr(trained, "JUDGED", 10)
     period = {"since": "2012-02-01", "until": "2012-03-01", "symbols": ["IBM"]}
-    model = {"model": str(sample_checkpoint()), "sampler": sampler, "steps": 2}
+    model = {"model": str(sample_checkpoint(kind)), "sampler": sampler, "steps": steps}
     moment = "2012-02-15"
     after = pl.col("close_time") > when(moment)
     changed = [

@@ -226,7 +226,7 @@ def test_what_cannot_be_compared_is_said(run, plain, wild, histories, tmp_path, 
     assert err == run("models", "describe", "fhs")[2]
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "load", lambda _: Checkpoint("id", object()))
-        with pytest.raises(ConfigError, match="trees is not sampled by itself: name an SSSD model"):
+        with pytest.raises(ConfigError, match="trees is not sampled by itself: name an SSSD or LDM4TS"):
             compare(tmp_path / "trees", histories, SESSION, clock=lambda: 0.0)
     with pytest.raises(ConfigError, match="trained on 'session' bars, not on '1h'"):
         compare(wild, histories, Timeframe.parse("1h"), clock=lambda: 0.0)

@@ -32,22 +32,31 @@ def bars():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """A small network, trees, an ensemble of both and a baseline, and a calibrated one: one-minute bars."""
+    """A small network, trees, an ensemble of both and a baseline, and a calibrated one: one-minute bars.
+
+    And a small LDM4TS.
+    """
+    from barcast.models.ldm4ts import training as latents
     from barcast.models.training import train
 
     histories = [simulate(s, 1500, seed=9, step=MINUTE).window for s in ("X", "Y")]
     network = train(histories, timeframe="1m", horizons=HORIZONS, levels=LEVELS, steps=2)
+    with kinds.few_latents():
+        latent = latents.train(
+            histories, timeframe="1m", horizons=HORIZONS, levels=LEVELS, steps=2, preset="tiny"
+        )
     trees = kinds.boosted(network.scaling, network.levels, network.record)
     mix = kinds.ensemble(tmp_path_factory.mktemp("kinds"), network)
     fhs = FilteredHistoricalSimulation("1m", HORIZONS, LEVELS)
     return {
         "trees": trees.forecaster("trees"),
         "mix": mix.forecaster("mix"),
+        "latent": latent.forecaster("latent"),
         "calibrated": Calibrated(fhs, outcomes=60, judged=40),
     }
 
 
-@pytest.mark.parametrize("kind", ["trees", "mix", "calibrated"])
+@pytest.mark.parametrize("kind", ["trees", "mix", "latent", "calibrated"])
 def test_live_signals_are_those_of_replay_and_backtest(bars, models, tmp_path, kind):
     """One symbol late and alone, restarts of the forecaster's memory, other batches: the same bytes."""
     forecaster = models[kind]

@@ -16,16 +16,16 @@ from barcast.models.checkpoint import load, save
 from barcast.models.description import describe
 from barcast.models.ldm4ts import training
 from barcast.models.ldm4ts.forecaster import Sampling, quantiles_of
-from barcast.models.ldm4ts.network import LDM4TS, PRESETS, LatentArchitecture, timesteps_of
+from barcast.models.ldm4ts.network import LDM4TS, PRESETS, RANGE, LatentArchitecture, timesteps_of
 from barcast.models.ldm4ts.trained import LatentTrained
 from barcast.models.ldm4ts.training import deviations
 from barcast.models.optimiser import Progress
+from tests import kinds
 from tests.checks import bits, forecast_does_not_depend_on_its_batch
 from tests.garch import simulate
 
 HORIZONS, LEVELS = (1, 4, 16), (0.05, 0.25, 0.5, 0.75, 0.95)
 OUTPUTS: dict[str, Any] = {"timeframe": "1h", "horizons": HORIZONS, "levels": LEVELS, "preset": "tiny"}
-FEW = {"map": 60, "autoencoder": 16, "diffusion": 4, "gate": 12}
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,7 @@ def bars() -> list[Window]:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "LOOK_ORIGINS", FEW)
-        patch.setattr(training, "LEARNT", 40)
-        patch.setattr(training, "BATCHES", dict.fromkeys(FEW, 8))
-        patch.setattr(training, "LOOK_SAMPLES", 4)
+    with kinds.few_latents():
         yield
 
 
@@ -74,6 +70,50 @@ def told(net: LDM4TS, count: int) -> tuple[Tensor, Tensor]:
     """Features and sequences."""
     g, a = Generator().manual_seed(2), net.architecture
     return torch.randn(count, a.features, generator=g), torch.randn(count, a.context, a.channels, generator=g)
+
+
+def what_is_told_matters() -> None:
+    """Other tokens, another image of what was: other ways, from the same noise."""
+    net = network()
+    with torch.no_grad():
+        for p in net.unet.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=Generator().manual_seed(3)))
+        features, sequence = told(net, 2)
+        tokens, known = net.tokens(features, sequence), net.known(sequence)
+        sampling = Sampling(net, "ddim", 3)
+        ways = sampling.ways(known[:1], tokens[:1])
+        assert (sampling.ways(known[:1], tokens[1:]) - ways).abs().max() > 1e-4
+        assert (sampling.ways(known[1:], tokens[:1]) - ways).abs().max() > 1e-4
+
+
+def an_image_is_that_of_its_row() -> None:
+    """In a batch of histories of other periods, too."""
+    net = network()
+    _, sequence = told(net, 4)
+    wave = torch.sin(2 * torch.pi * torch.arange(64) / torch.tensor([[6.0], [32.0], [12.0], [20.0]]))
+    sequence[..., RANGE] += 3 * wave
+    together = net.images(sequence, None)
+    assert len(net.history(sequence)[1].unique()) > 1
+    for i in range(len(sequence)):
+        assert torch.equal(net.images(sequence[i : i + 1], None)[0], together[i])
+
+
+def training_sees_what_serving_sees(bars: list[Window]) -> None:
+    """Of what was; of what is to come nothing, but as what the U-Net has to say."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "LEARNT", 10)
+        one = begun(bars, 4)
+        one._prepare_latents()
+    with torch.no_grad():
+        for at, known in zip(one.drawn, one.known, strict=True):
+            served = one.net.known(one._sequence(at[None]))[0]
+            assert (served - known).abs().max() < 1e-4 * served.abs().max()
+
+
+def test_training_sees_what_serving_sees(bars: list[Window]) -> None:
+    """See there; and an image in a batch is that of its own row, with its own period."""
+    training_sees_what_serving_sees(bars)
+    an_image_is_that_of_its_row()
 
 
 def test_a_step_of_training_calls_the_unet_once(bars: list[Window]) -> None:
@@ -194,18 +234,13 @@ def test_a_training_that_was_interrupted_goes_on_to_the_same_bits(
 
 
 def test_what_is_told_matters() -> None:
-    """Other tokens, another image of what was: other ways, from the same noise; and no part need be there."""
+    """Nor need any part be there."""
+    what_is_told_matters()
     net = network()
     with torch.no_grad():
-        for p in net.unet.parameters():
-            p.add_(0.02 * torch.randn(p.shape, generator=Generator().manual_seed(3)))
         features, sequence = told(net, 2)
-        tokens, known = net.tokens(features, sequence), net.known(sequence)
-        sampling = Sampling(net, "ddim", 3)
-        ways = sampling.ways(known[:1], tokens[:1])
+        tokens = net.tokens(features, sequence)
         assert tokens.shape[1] >= 8
-        assert (sampling.ways(known[:1], tokens[1:]) - ways).abs().max() > 1e-4
-        assert (sampling.ways(known[1:], tokens[:1]) - ways).abs().max() > 1e-4
         for part, lost in (("statistics", 8), ("frequency", 4)):
             few = network(**{part: False})
             assert few.tokens(features, sequence).shape[1] == tokens.shape[1] - lost
