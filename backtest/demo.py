@@ -68,7 +68,7 @@ class Setting:
 
 SETTINGS = {
     "sssd": Setting(("AAPL", "FB", "GOOG", "IBM", "MSFT"), 8.0, 150, {}),
-    "ldm4ts": Setting(("AAPL", "FB", "GOOG", "IBM", "MSFT"), 45.0, 30, {"sampler": "angle", "steps": 1}),
+    "ldm4ts": Setting(("AAPL", "FB", "IBM"), 30.0, 30, {"sampler": "angle", "steps": 1}),
 }
 
 ROOT = "barcast-demo/v1"

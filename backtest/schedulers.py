@@ -191,7 +191,7 @@ def compare(
     def score(own: Array, reference: Array) -> Score:
         return Score(float(own[older].mean()), *(excess(own, reference, half) for half in (older, newer)))
 
-    window = max(histories, key=len)
+    window, own = max(histories, key=len), trained.raw(model).card
     trials = tuple(
         Trial(
             sampler=sampler,
@@ -209,6 +209,7 @@ def compare(
         meta={
             "model": model,
             "timeframe": timeframe.text,
+            "default": {"sampler": own.sampler, "steps": own.steps},
             "reference": dict(zip(("sampler", "steps"), REFERENCE, strict=True)),
             "tolerance": TOLERANCE,
             "stride": stride,

@@ -29,6 +29,7 @@ from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError
 from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
+from barcast.models.ldm4ts.autoencoder import installed
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, LatentArchitecture
 from barcast.models.ldm4ts.trained import LatentTrained
 from barcast.models.paths import path_steps
@@ -292,6 +293,7 @@ def _latent(directory: Path, body: dict[str, Any], weights: bytes) -> LatentTrai
     _expect(path, body, SCHEDULED, UNSAMPLED)
     tensors = _parsed(directory / WEIGHTS, weights)
     scaling, levels, record = _scaling(path, body, Record)
+    installed()  # that it is missing is no fault of the file
     with _foreign(path):
         a = msgspec.convert(body["architecture"], LatentArchitecture)
         known = msgspec.convert(body["path"], tuple[int, ...])

@@ -58,6 +58,8 @@ def test_it_holds_every_module_and_all_data(wheel: zipfile.ZipFile) -> None:
         f"{sample}/README.md",
         f"{sample}/checkpoint/model.json",
         f"{sample}/checkpoint/weights.safetensors",
+        f"{sample}/ldm4ts/model.json",
+        f"{sample}/ldm4ts/weights.safetensors",
     } <= names
     data = (ROOT / "backtest/sample/us_daily.parquet").read_bytes()
     assert wheel.read(f"{sample}/us_daily.parquet") == data

@@ -787,7 +787,10 @@ def _print_schedulers(result: "Comparison") -> None:
         highlight=False,
     )
     print(f'sampler = "{chosen.sampler}"\nsteps = {chosen.steps}')
-    console.print("With these lines the quantiles are sampled, too; without them they are those of the map.")
+    default = "With these lines the quantiles are sampled, too; without them they are those of the map."
+    if meta["default"]["sampler"] != "none":
+        default = "Without these lines it is {sampler} in {steps} steps.".format(**meta["default"])
+    console.print(default, highlight=False)
 
 
 def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:

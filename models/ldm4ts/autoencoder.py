@@ -17,7 +17,7 @@ def autoencoder(widths: tuple[int, ...], size: int) -> nn.Module:
 
     `widths` are the channels of its four levels, multiples of 8.
     """
-    made: nn.Module = _diffusers().AutoencoderKL(
+    made: nn.Module = installed().AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -43,7 +43,8 @@ def decoded(vae: Any, latent: Tensor) -> Tensor:
     return image
 
 
-def _diffusers() -> Any:
+def installed() -> Any:
+    """The package diffusers; raises `ConfigError` where it is missing."""
     try:
         import diffusers
     except ImportError as error:

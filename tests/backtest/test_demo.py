@@ -9,7 +9,12 @@ import sys
 import pytest
 from rich.console import Console
 
-from barcast.backtest.demo import Demo
+from barcast.backtest.cli.quants import Shipped
+from barcast.backtest.demo import SETTINGS, Demo
+from barcast.backtest.sample import CHECKPOINTS, sample_checkpoint
+from barcast.daemon import config
+from barcast.models import ConfigError
+from barcast.models.checkpoint import load
 
 
 @pytest.fixture
@@ -71,3 +76,26 @@ def test_signal_ends_the_processes(demo, monkeypatch, number, ready):
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(number, before)
     assert [child.returncode for child in children] == [-signal.SIGTERM] * (1 + ready)
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_challenger_that_is_planted_is_of_the_kind_that_serves(tmp_path, kind):
+    """Each shipped model has a configuration that a start takes, and is the first to serve by it."""
+    made = Demo(tmp_path / "demo", "127.0.0.1:1", 60.0, Console(quiet=True), kind)
+    made._prepare()
+    found = config.load(tmp_path / "demo" / "barcast.toml")
+    assert found.model.first == str(sample_checkpoint(kind))
+    assert found.symbols == SETTINGS[kind].symbols
+    champion, planted = (load(path) for path in (made.model, made.state / "challengers" / "planted"))
+    assert type(planted.trained) is type(champion.trained)
+    assert planted.model != champion.model
+
+
+def test_model_that_is_not_shipped_is_said(run):
+    """With the names of those that are, before anything is written."""
+    status, _, err = run("demo", "--model", "gpt")
+    assert status == 2
+    assert all(name in err for name in ("gpt", *CHECKPOINTS))
+    assert list(map(str, Shipped)) == list(CHECKPOINTS) == list(SETTINGS)
+    with pytest.raises(ConfigError, match="no model 'gpt' is shipped: name one of sssd, ldm4ts"):
+        sample_checkpoint("gpt")

@@ -1,5 +1,6 @@
 """LDM4TS: one call of the U-Net in training, and every promise of a forecaster."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def test_a_checkpoint_forecasts_the_same_bits(
     assert about["parameters"]["all"] == sum(p.numel() for p in latent.net.parameters())
     with pytest.raises(ConfigError, match="choose one of"):
         open_model(str(tmp_path / "model"), "1h", "other", None)
+
+
+def test_a_checkpoint_without_diffusers_is_told_what_is_missing(
+    latent: LatentTrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The extra, and not another training, as of a file that is damaged."""
+    save(latent, tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match=r"with its extra hub: pip install '.\[hub\]'$"):
+        load(tmp_path / "model")
 
 
 def test_a_checkpoint_of_other_sizes_is_refused(latent: LatentTrained, tmp_path: Path) -> None:

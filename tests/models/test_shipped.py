@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the sample bars."""
+"""The checkpoints that come with the sample bars."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +8,15 @@ import polars as pl
 import pytest
 import torch
 
+from barcast.backtest.sample import CHECKPOINTS, sample_checkpoint
 from barcast.models import FilteredHistoricalSimulation, HistoricalSimulation, Window, compare
 from barcast.models.catalog import STEPS
 from barcast.models.checkpoint import Checkpoint, load, save
+from barcast.models.trained import Record
 
 SAMPLE = Path(__file__).parents[2] / "backtest" / "sample"
-YEAR_2010 = int(np.datetime64("2010-01-01", "ns").astype(np.int64))
+YEAR_2010, YEAR_2012 = (int(np.datetime64(f"{y}-01-01", "ns").astype(np.int64)) for y in (2010, 2012))
+MONTH = 30 * 86_400 * 10**9
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +35,26 @@ def checkpoint() -> Checkpoint:
     return load(SAMPLE / "checkpoint")
 
 
-def test_it_was_trained_on_the_sample_before_2010(checkpoint: Checkpoint) -> None:
+@pytest.mark.parametrize(("kind", "end"), [("sssd", YEAR_2010), ("ldm4ts", YEAR_2012)])
+def test_it_was_trained_on_the_sample_before(kind: str, end: int) -> None:
     """The record says which bars were used, and that all of them were learnt from."""
-    record = checkpoint.trained.record
-    assert record.train_end == record.validation_end == record.until < YEAR_2010
+    record = load(sample_checkpoint(kind)).trained.record
+    assert isinstance(record, Record)
+    assert end - MONTH < record.train_end == record.validation_end == record.until < end
     assert record.symbols == ("AAPL", "GOOG", "IBM", "MSFT")
     assert not record.capped
     assert (record.seed, record.init_from) == (0, None)
 
 
-def test_it_is_what_it_was(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Saved again it has the same id and bytes, so that an ensemble may hold it."""
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_it_is_what_it_was(kind: str, tmp_path: Path) -> None:
+    """Saved again it has the same id and bytes, so that an ensemble may hold it; each is small."""
+    shipped = sample_checkpoint(kind)
+    checkpoint = load(shipped)
     assert save(checkpoint.trained, tmp_path / "again") == checkpoint.model
     for name in ("model.json", "weights.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (SAMPLE / "checkpoint" / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (shipped / name).read_bytes()
+    assert sum(path.stat().st_size for path in shipped.iterdir()) < 1_000_000
 
 
 def test_its_card_says_whether_the_denoiser_matters(checkpoint: Checkpoint, histories: list[Window]) -> None:
