@@ -85,7 +85,7 @@ def test_challenger_that_is_planted_is_of_the_kind_that_serves(tmp_path, kind):
     made._prepare()
     found = config.load(tmp_path / "demo" / "barcast.toml")
     assert found.model.first == str(sample_checkpoint(kind))
-    assert found.symbols == SETTINGS[kind].symbols
+    assert {found.model.sampler, found.model.steps} - {None} == {*SETTINGS[kind].sampling.values()}
     champion, planted = (load(path) for path in (made.model, made.state / "challengers" / "planted"))
     assert type(planted.trained) is type(champion.trained)
     assert planted.model != champion.model
