@@ -18,6 +18,9 @@ MIN_ORIGINS = 50
 """Fewer forecasts than this say nothing about which model is better."""
 MAX_ORIGINS = 1500
 """Of more bars than this, about so many are origins, evenly spread: the verdict must not take an hour."""
+COSTLY, COSTLY_BARS = ("ldm4ts",), 2000
+"""Kinds that take tenths of a second for each bar, origin or not, as calibration asks them: they are compared
+on so many of the newest bars."""
 MARGIN = 0.002
 """What a challenger must gain unless the configuration says. The gain of a training over the last one has an
 error of 0.1 to 0.4 %: without a margin, one that is only as good would take over every second time."""
@@ -84,6 +87,8 @@ def judge(
     until = max(window.close_time for window in histories.values())
     learnt = [name for name in (str(challenger), champion) if name not in BASELINES]
     since = max(load(Path(name)).trained.record.validation_end for name in learnt)
+    if {new.card.kind, old.card.kind} & set(COSTLY):
+        since = max(since, _newest(histories, COSTLY_BARS))
     refused = msgspec.structs.replace(refused, since=iso(since), until=iso(until))
     bars = sum(int((w.close_times >= since).sum()) for w in histories.values())
     stride = even_stride(bars, MAX_ORIGINS)
@@ -134,6 +139,12 @@ def judge(
         baselines={name: _short(score) for name, score in scores.items()} if size else {},
         origins=size,
     )
+
+
+def _newest(histories: Mapping[str, Window], bars: int) -> int:
+    """The close from which on there are so many bars of all symbols, or the first of fewer."""
+    closes = np.sort(np.concatenate([w.close_times[-bars:] for w in histories.values()]))
+    return int(closes[-bars:][0])
 
 
 def rivals(timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> dict[str, Forecaster]:

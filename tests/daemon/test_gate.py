@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from barcast.daemon import gate
+from barcast.daemon.calendar import iso
 from barcast.daemon.gate import MIN_ORIGINS, Verdict, judge
 from barcast.models import CheckpointError, ConfigError, Window
 from barcast.models.baselines import HistoricalSimulation
@@ -220,6 +221,18 @@ def test_bars_learnt_from_do_not_count(models, histories, monkeypatch):
     assert min(scored[0].close_times) >= held_out(models)
     assert set(scored[0].symbols) == {"S0", "S1"}
     assert len(scored[0].close_times) <= 2 * 100
+
+
+@pytest.mark.usefixtures("few")
+def test_costly_models_are_compared_on_the_newest_bars(models, histories, monkeypatch):
+    """So many of all symbols together, or all that nothing has learnt from where they are fewer."""
+    monkeypatch.setattr(gate, "COSTLY", ("sssd",))
+    closes = sorted(int(t) for w in histories.values() for t in w.close_times)
+    for bars, since in ((120, closes[-120]), (10_000, held_out(models))):
+        monkeypatch.setattr(gate, "COSTLY_BARS", bars)
+        verdict = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
+        assert verdict.since == iso(since)
+        assert verdict.origins > 0
 
 
 def test_damaged_challenger_and_wrong_timeframe_are_faults(models, histories, tmp_path):
