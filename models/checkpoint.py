@@ -31,7 +31,7 @@ from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.ldm4ts.autoencoder import installed
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, LatentArchitecture
-from barcast.models.ldm4ts.trained import LatentTrained
+from barcast.models.ldm4ts.trained import LatentRecord, LatentTrained
 from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS, Scaling, feature_names
 from barcast.models.season import ZONES
@@ -151,9 +151,11 @@ def learner_like(name: str) -> Callable[..., Trained | LatentTrained]:
     if isinstance(trained, LatentTrained):
         from barcast.models.ldm4ts import training as latent
 
-        a = trained.net.architecture
+        a, record = trained.net.architecture, trained.record
         parts = [part for part in PARTS if getattr(a, part)]
-        return partial(latent.train, preset=a.preset, image=a.image, parts=parts)
+        memory = {"accumulate": record.accumulate, "checkpoint_gradients": record.checkpointed}
+        vae = trained.net.vae if a.given else None
+        return partial(latent.train, preset=a.preset, image=a.image, parts=parts, vae=vae, **memory)
     from barcast.models import training
 
     return partial(training.train, preset=preset_of(name))
@@ -292,7 +294,7 @@ def _latent(directory: Path, body: dict[str, Any], weights: bytes) -> LatentTrai
     path = directory / JSON
     _expect(path, body, SCHEDULED, UNSAMPLED)
     tensors = _parsed(directory / WEIGHTS, weights)
-    scaling, levels, record = _scaling(path, body, Record)
+    scaling, levels, record = _scaling(path, body, LatentRecord)
     installed()  # that it is missing is no fault of the file
     with _foreign(path):
         a = msgspec.convert(body["architecture"], LatentArchitecture)

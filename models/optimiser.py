@@ -149,6 +149,26 @@ class StateFile:
             raise ConfigError(f"{fresh}: {error.strerror}; make room, or name another directory") from error
 
 
+class StateMemory:
+    """The state of an unfinished training that is held in memory: what ends with the process is not kept."""
+
+    def __init__(self) -> None:
+        self._content = b""
+
+    def read(self) -> tuple[dict[str, Any] | None, str]:
+        """As `StateFile.read`."""
+        if not self._content:
+            return None, ""
+        state: dict[str, Any] = torch.load(io.BytesIO(self._content), weights_only=True)
+        return state, f"the training goes on: {state['phase']}, step {state['step']}"
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Replace the state."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        self._content = buffer.getvalue()
+
+
 def is_main() -> bool:
     """Whether this process, of those that train together, is the one that speaks and writes."""
     return bool(PartialState(cpu=True).is_main_process)
@@ -195,7 +215,7 @@ def fit(
     budget: Budget,
     generator: Generator,
     accelerator: Accelerator,
-    file: StateFile | None = None,
+    file: StateFile | StateMemory | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Fitted:
     """Train parts of `net`, phase after phase; each leaves the weights that its looks liked best.
@@ -251,7 +271,7 @@ class _Loop:
         budget: Budget,
         generator: Generator,
         accelerator: Accelerator,
-        file: StateFile | None,
+        file: StateFile | StateMemory | None,
         progress: Callable[[Progress], None],
     ) -> None:
         self.net, self.phases, self.budget, self.generator = net, phases, budget, generator

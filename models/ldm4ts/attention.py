@@ -169,12 +169,16 @@ def named(requested: str) -> Backend:
         ) from error
 
 
-def refused(found: Probe, training: bool, head_dims: Collection[int] = ()) -> tuple[str, str] | None:
-    """Why a backend cannot be used, and what to do; None where it can."""
+def refused(
+    found: Probe, training: bool, head_dims: Collection[int] = (), device: str | None = None
+) -> tuple[str, str] | None:
+    """Why a backend cannot be used, and what to do; None where it can. `device` is where the model is."""
     if training and not found.training:
         return NO_BACKWARD, f"train with {Backend.sdpa} or {Backend.flash}"
     if not found.usable:
         return found.why, found.remedy
+    if found.name in PACKAGES and device not in (None, KERNEL_DEVICE):
+        return f"it computes on {KERNEL_DEVICE}, and the model is on {device}", f"choose {Backend.sdpa}"
     heads = sorted(head_dims)
     if found.name is Backend.sage and not SAGE_HEADS.issuperset(heads):
         wanted = f"heads of {', '.join(map(str, sorted(SAGE_HEADS)))} channels"
@@ -191,24 +195,26 @@ def choose(
     training: bool,
     head_dims: Collection[int] = (),
     tell: "Callable[[str], None] | None" = None,
+    device: str | None = None,
 ) -> Backend:
     """The backend to use: `sdpa`, `flash` or `sage`.
 
     `auto` takes sage, else flash, else sdpa, of those that can be used: sage never for training. It says by
     `tell` in one line what it took, and why not another. A backend that is asked for by name is taken or
-    refused by `ConfigError`, never replaced. `head_dims` are the channels of a head, see `head_dims`.
+    refused by `ConfigError`, never replaced. `head_dims` are the channels of a head, see `head_dims`; `device`
+    is where the model is, such as cpu.
     """
     wanted = named(requested)
     if wanted in (Backend.sdpa, Backend.default):
         return Backend.sdpa
     if wanted is not Backend.auto:
-        if (why := refused(_probe(wanted), training, head_dims)) is not None:
+        if (why := refused(_probe(wanted), training, head_dims, device)) is not None:
             raise ConfigError(f"attention backend {wanted} cannot be used: {'; '.join(why)}")
         return wanted
     passed = []
     taken = Backend.sdpa
     for name in (Backend.sage, Backend.flash):
-        if (why := refused(_probe(name), training, head_dims)) is None:
+        if (why := refused(_probe(name), training, head_dims, device)) is None:
             taken = name
             break
         passed.append(f"not {name}: {why[0]}")

@@ -218,14 +218,15 @@ def with_ladder(
     plan: Plan,
     tell: Callable[[str], None],
     probes: Callable[[], list[Probe]] = probe,
+    device: str | None = None,
 ) -> tuple[T, Plan]:
     """Run a plan; each time the memory does not suffice, run it again by one that takes less.
 
     In this order: checkpoint gradients, let flash-attn attend, halve the batch down to 1, take smaller
     images. `tell` hears each step in one line, also one that is left out, and why. What comes out is what
-    `run` returned, and the plan by which it did. Raises `ConfigError` when no step is left.
+    `run` returned, and the plan by which it did. `device` is where it runs, such as cpu. Raises `ConfigError` when no step is left.
     """
-    steps = _ladder(plan, tell, probes)
+    steps = _ladder(plan, tell, probes, device)
     while True:
         try:
             return run(plan), plan
@@ -252,7 +253,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _ladder(
-    plan: Plan, tell: Callable[[str], None], probes: Callable[[], list[Probe]]
+    plan: Plan, tell: Callable[[str], None], probes: Callable[[], list[Probe]], device: str | None
 ) -> Iterator[tuple[Plan, str]]:
     """Plans that take less and less, each with what it does."""
     if plan.gradient_checkpointing:
@@ -266,7 +267,7 @@ def _ladder(
         tell(f"another attention backend left out: {plan.backend} is used")
     else:
         flash = next(each for each in probes() if each.name is Backend.flash)
-        if (why := refused(flash, plan.training, HEADS)) is not None:
+        if (why := refused(flash, plan.training, HEADS, device)) is not None:
             tell(f"attention backend flash left out: {why[0]}")
         else:
             plan = replace(plan, backend=Backend.flash)

@@ -48,8 +48,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Architectures by name, but for what follows from the bars and from what is forecast."""
 PRESET = "small"
-MOST_LEVELS, MOST_LAYERS = 3, 64
-"""Levels of the U-Net, which halves 8 latents twice, and layers of the transformer, at most."""
+MOST_LEVELS, MOST_LAYERS, MOST_VAE_LAYERS = 3, 64, 8
+"""Levels of the U-Net, which halves 8 latents twice, layers of the transformer, and of the autoencoder's levels,
+at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ class LatentArchitecture:
     """Sizes of the network; raises `ConfigError` for any it cannot have.
 
     Without `vision` the U-Net does not see the image of what was, without `frequency` or `statistics` it has
-    no tokens of these.
+    no tokens of these. With `given` the autoencoder is one that was there before: no training changes it.
     """
 
     features: int
@@ -73,6 +74,9 @@ class LatentArchitecture:
     layers: int = 2  # of the patches' transformer
     unet: tuple[int, ...] = (32, 64)
     vae: tuple[int, ...] = (16, 32, 32, 32)
+    vae_layers: int = 1  # of each of its levels
+    vae_groups: int = 8  # over which its channels are normalised
+    given: bool = False
     vision: bool = True
     frequency: bool = True
     statistics: bool = True
@@ -80,7 +84,7 @@ class LatentArchitecture:
     def __post_init__(self) -> None:
         for field in fields(self):
             value: Any = getattr(self, field.name)
-            if field.name in PARTS:
+            if field.name in (*PARTS, "given"):
                 fits = type(value) is bool
             else:
                 several = field.name in ("unet", "vae")
@@ -97,6 +101,11 @@ class LatentArchitecture:
                 raise ConfigError(
                     f"architecture.{name} is {widths}, not {most[0]} to {most[-1]} multiples of 8"
                 )
+        if any(width % self.vae_groups for width in self.vae) or self.vae_layers > MOST_VAE_LAYERS:
+            raise ConfigError(
+                f"architecture.vae_groups is {self.vae_groups} and vae_layers {self.vae_layers}: the one divides "
+                f"all of {self.vae}, the other is at most {MOST_VAE_LAYERS}"
+            )
         if self.width % HEADS or self.layers > MOST_LAYERS:
             raise ConfigError(
                 f"architecture.width is {self.width} and layers {self.layers}: the one is a multiple of "
@@ -112,8 +121,11 @@ class LatentArchitecture:
 
     @property
     def preset(self) -> str | None:
-        """The preset whose sizes these are, if there is one."""
-        fits = (all(getattr(self, k) == v for k, v in sizes.items()) for sizes in PRESETS.values())
+        """The preset whose sizes these are, but for those of a given autoencoder, if there is one."""
+        fits = (
+            all(getattr(self, k) == v for k, v in sizes.items() if not (self.given and k == "vae"))
+            for sizes in PRESETS.values()
+        )
         return next((name for name, fit in zip(PRESETS, fits, strict=True) if fit), None)
 
     @property
@@ -130,7 +142,7 @@ class LatentArchitecture:
             a.context // STRIDE * a.width,
             a.layers * a.width**2,
             *(n * max(n, a.width) for n in a.unet),
-            *(n**2 for n in a.vae),
+            *(a.vae_layers * n**2 for n in a.vae),
         )
 
     @property
@@ -231,7 +243,7 @@ class LDM4TS(nn.Module):
         self.read = nn.Sequential(
             linear(size, 2 * a.hidden, generator), nn.SiLU(), linear(2 * a.hidden, a.path, generator)
         )
-        self.vae: Any = _drawn(autoencoder(a.vae, a.image), generator)
+        self.vae: Any = _drawn(autoencoder(a.vae, a.image, a.vae_layers, a.vae_groups), generator)
         self.unet: Any = _drawn(unet(a), generator)
         seed = int(torch.randint(2**31, (), generator=generator))
         noise = sobol_normals(a.samples, size, seed).reshape(a.samples, *shape)

@@ -12,6 +12,17 @@ OUTCOMES, JUDGED = 250, 100
 """Outcomes that a forecast is corrected by, and that the coverage is counted over: each is sampled anew."""
 
 
+@dataclass(frozen=True, slots=True)
+class LatentRecord(Record):
+    """How an LDM4TS came about: what `Record` says, and by which plan its last phase was trained.
+
+    `accumulate` are the parts of that plan.
+    """
+
+    attention: str = "sdpa"
+    checkpointed: bool = False
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class LatentTrained:
     """A network, the scaling of its inputs and outputs, the levels it was judged by, and its history."""
@@ -19,7 +30,7 @@ class LatentTrained:
     net: LDM4TS
     scaling: Scaling
     levels: tuple[float, ...]
-    record: Record
+    record: LatentRecord
 
     def forecaster(
         self, model: str, sampler: str | None = None, steps: int | None = None, paths: bool = False

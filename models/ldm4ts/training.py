@@ -4,12 +4,14 @@ The newest block of the bars is learnt from by none of the first three phases: i
 its first half is what the gate learns from, the second what chooses the gate's weights. A step of the third
 phase calls the U-Net once: noise of a random timestep is added to the latents to come, and the error of the
 velocity is weighted by the smaller of signal to noise and `GAMMA` (Hang et al. 2023); what the estimate of
-the latents says of the way to come is compared with it, too.
+the latents says of the way to come is compared with it, too. Where the memory does not suffice, the training
+goes on from its last look by a plan that takes less, see `with_ladder`: parts of a batch add up to the same
+gradient, and images of another size are another training.
 """
 
 import json
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from math import gcd, inf
 from pathlib import Path
@@ -19,22 +21,35 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
+from safetensors.torch import save as save_tensors
 from torch import Generator, Tensor, nn
 from torch.nn import functional
 
 from barcast.models import samplers
 from barcast.models.diffusion import fingerprint, use_one_thread
 from barcast.models.errors import DataError
+from barcast.models.ldm4ts.attention import Backend, choose, head_dims, set_gradient_checkpointing, use_backend
+from barcast.models.ldm4ts.autoencoder import open_autoencoder, sizes_of
 from barcast.models.ldm4ts.forecaster import SAMPLER, STEPS, Sampling, quantiles_of
+from barcast.models.ldm4ts.memory import Plan, with_ladder
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, PRESET, LatentArchitecture
-from barcast.models.ldm4ts.trained import LatentTrained
+from barcast.models.ldm4ts.trained import LatentRecord, LatentTrained
 from barcast.models.ldm4ts.vision import AHEAD
-from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
+from barcast.models.optimiser import (
+    Budget,
+    Phase,
+    Progress,
+    Share,
+    StateFile,
+    StateMemory,
+    fit,
+    processes,
+)
 from barcast.models.origins import BLOCKS, LEAST, Origins, Split, split, thinned
 from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS, feature_names, layout_of, signed_features
 from barcast.models.sssd.marginal import PROBABILITIES, knot_scores, piecewise
-from barcast.models.trained import Record, check_outputs
+from barcast.models.trained import check_outputs
 from barcast.models.training import LEAST_STEPS, MOST_STEPS, SIGNED_CHANNELS, static_knots
 from barcast.models.window import Window
 
@@ -52,7 +67,7 @@ LEARNT = 10_000  # origins whose latents the U-Net learns from, about: it draws 
 LOOK_ORIGINS = {"map": 1500, "autoencoder": 256, "diffusion": 96, "gate": 400}
 LOOK_SAMPLES = 16  # of the noise, when the U-Net is judged
 FAR = 6.0  # deviations: no step of a way counts as farther
-PIECE = 256  # origins that are encoded, or sampled, at once
+PIECE = 256  # origins that are encoded, or sampled, at once, and fewer where a batch has parts
 DROP = 0.3  # of what map and gate see
 SOURCES = Path(__file__).parents[1]  # of what a training runs through: a state is of one version
 
@@ -75,6 +90,9 @@ def train(
     preset: str | None = None,
     image: int | None = None,
     parts: Collection[str] = PARTS,
+    vae: Path | nn.Module | None = None,
+    attention: str = Backend.default,
+    checkpoint_gradients: bool = False,
     precision: str = "fp32",
     accumulate: int = 1,
     state: Path | None = None,
@@ -83,16 +101,23 @@ def train(
     """Train a model on whole histories, one window for each symbol; options are those of `training.train`.
 
     `preset` names the sizes of the network, `image` are the pixels of a side, and `parts` what the U-Net is
-    told. `seconds` is shared by the four phases.
+    told. `vae` is an autoencoder to use as it is, or the folder of one, see `open_autoencoder`: `read` alone
+    is then learnt in the second phase. `attention` computes the attention of what learns, see `choose`, and
+    `checkpoint_gradients` keeps the inputs of blocks alone. `seconds` is shared by the four phases.
+
+    One process that runs out of memory goes on by the next plan of `with_ladder`; `progress` hears of it in
+    a note. Several that share batches do not: they would wait for each other.
     """
     if seconds is not None and clock is None:
         raise ValueError("a cap on seconds needs a clock")
     check_outputs(horizons, levels)
-    accelerator = processes(precision, accumulate, gcd(*BATCHES.values()))
+    batch = gcd(*BATCHES.values())
+    accelerator = processes(precision, accumulate, batch)
     use_one_thread()
+    given = open_autoencoder(vae) if isinstance(vae, Path) else vae
     folder = None if state is None else state.parent
     data = split(histories, timeframe, tuple(horizons), until, folder, validation=0.0, hold_out=hold_out)
-    a = LatentArchitecture.of(
+    asked = LatentArchitecture.of(
         preset or PRESET,
         features=len(feature_names(timeframe, horizons)),
         channels=CHANNELS,
@@ -101,11 +126,39 @@ def train(
         path=len(path_steps(horizons)),
         samples=SAMPLES,
         image=image or IMAGE,
+        given=given is not None,
+        **({} if given is None else sizes_of(given)),
         **{part: part in parts for part in PARTS},
     )
-    training = _Training(data, tuple(levels), seed, steps, state, a)
-    cap = inf if seconds is None else seconds / len(RATES)
-    trained = training.run(accelerator, cap, None if seconds is None else clock, progress)
+    stand = Progress("map", 0, 0, None, None, 0, 0)
+
+    def say(p: Progress) -> None:
+        nonlocal stand
+        stand = p
+        progress(p)
+
+    def tell(line: str) -> None:
+        progress(replace(stand, crps=None, note=line))
+
+    count = accelerator.num_processes
+    made = [_Training(data, tuple(levels), seed, steps, state, asked, given)]  # that of the plan's images
+
+    def run(plan: Plan) -> LatentTrained:
+        if made[0].net.architecture.image != plan.image_size:
+            of = replace(asked, image=plan.image_size)
+            made[:] = [_Training(data, tuple(levels), seed, steps, state, of, given)]
+        accelerator.free_memory()
+        accelerator.gradient_accumulation_steps = batch // count // plan.batch_size
+        cap = inf if seconds is None else seconds / len(RATES)
+        return made[0].run(accelerator, plan, cap, None if seconds is None else clock, say)
+
+    heads = set().union(*map(head_dims, made[0].attending))
+    backend = choose(attention, True, heads, tell, accelerator.device.type)
+    plan = Plan(batch // count // accumulate, asked.image, backend, checkpoint_gradients)
+    if count > 1:
+        trained = run(plan)
+    else:
+        trained, _ = with_ladder(run, plan, tell, device=accelerator.device.type)
     accelerator.end_training()
     return trained
 
@@ -121,8 +174,11 @@ class _Training:
         steps: int | None,
         state: Path | None,
         a: LatentArchitecture,
+        given: nn.Module | None = None,
     ) -> None:
         self.data, self.seed, self.state = data, seed, state
+        self.memory, self.key = StateMemory(), ""
+        self.piece = PIECE
         self.learn = data.learn
         self.levels = torch.tensor(levels, dtype=torch.float64)
         self.normal = torch.special.ndtri(self.levels)
@@ -130,6 +186,14 @@ class _Training:
         self.signed = torch.from_numpy(signed_features(data.scaling.timeframe, data.scaling.horizons))
         self.generator = Generator().manual_seed(seed)
         self.net = LDM4TS(a, self.generator)
+        self.given = ""  # sha256 of the autoencoder that is used as it is
+        if given is not None:
+            self.net.vae.load_state_dict(given.state_dict())
+            self.net.vae.requires_grad_(False)
+            weights = {name: x.contiguous() for name, x in self.net.vae.state_dict().items()}
+            self.given = sha256(save_tensors(weights)).hexdigest()
+        self.attending = [self.net.unet] if self.given else [self.net.unet, self.net.vae]  # what learns of it
+        self.drawn = torch.empty(0, dtype=torch.long)
         self.path = path_steps(data.scaling.horizons)
         self.places = [self.path.index(h) for h in data.scaling.horizons]
         self.alike = not data.scaling.layout.falls
@@ -152,19 +216,29 @@ class _Training:
     def run(
         self,
         accelerator: Accelerator,
+        plan: Plan,
         seconds: float,
         clock: Callable[[], float] | None,
         progress: Callable[[Progress], None],
     ) -> LatentTrained:
+        """Train by a plan, from the last look of a run before where there was one."""
         net, data = self.net, self.data
+        for module in self.attending:
+            use_backend(module, plan.backend, training=True)
+            set_gradient_checkpointing(module, plan.gradient_checkpointing)
+        net.zero_grad(set_to_none=True)  # of a run that failed
+        self.piece = max(1, PIECE // accelerator.gradient_accumulation_steps)
         options = {
             "seed": self.seed,
             "init_from": None,
             "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
             "processes": accelerator.num_processes,
             "accumulate": accelerator.gradient_accumulation_steps,
+            "attention": str(plan.backend),
+            "checkpointed": plan.gradient_checkpointing,
         }
-        file = None if self.state is None else StateFile(self.state, self._key(options, seconds))
+        self.key = self.key or self._key(options, seconds)  # by what was asked for, wherever it leads
+        file = self.memory if self.state is None else StateFile(self.state, self.key)
         drawn = [net.unet, net.statistics, net.frequency]
         of: dict[str, tuple[list[nn.Module], _Loss, _Look, Callable[[], None]]] = {
             "map": ([net.temporal, net.map], self._map_loss, self._map_crps, self._prepare_map),
@@ -172,13 +246,18 @@ class _Training:
             "diffusion": (drawn, self._velocity_loss, self._velocity_crps, self._prepare_latents),
             "gate": ([net.gate], self._gate_loss, self._gate_crps, self._prepare_gate),
         }
+        if self.given:
+            of["autoencoder"] = [net.read], self._read_loss, self._image_error, self._prepare_latents
         phases = [
             Phase(name, modules, RATES[name], loss, look, prepare)
             for name, (modules, loss, look, prepare) in of.items()
         ]
         budget = Budget(self.steps, seconds, clock)
         fitted = fit(net, phases, budget, self.generator, accelerator, file, progress)
-        record = Record(
+        for module in self.attending:
+            use_backend(module, Backend.sdpa, training=False)
+            set_gradient_checkpointing(module, False)
+        record = LatentRecord(
             **data.past(len(self.learn), fingerprint(SAMPLES)),
             steps=self.steps,
             capped=fitted.capped,
@@ -194,7 +273,7 @@ class _Training:
         data, s = self.data, self.data.scaling
         scope = (data.digest, data.train_end, data.validation_end, data.until, s.timeframe, s.horizons)
         code = sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.rglob("*.py")))).hexdigest()
-        program = (code, fingerprint(SAMPLES), asdict(self.net.architecture), self.steps, seconds)
+        program = (code, fingerprint(SAMPLES), asdict(self.net.architecture), self.given, self.steps, seconds)
         told = json.dumps([scope, self.levels.tolist(), program, options], sort_keys=True)
         return sha256(told.encode()).hexdigest()
 
@@ -251,17 +330,24 @@ class _Training:
         g, B, net = share.generator, BATCHES["autoencoder"], self.net
         at = self.older[share.rows(torch.randint(len(self.older), (B,), generator=g))]
         sequence, way = self._sequence(at), self._coming(self.learn.only(at))
-        half = share.rows(torch.rand(B, generator=g)) < 0.5
+        half = torch.rand(B, generator=g) < 0.5
+        shown = max(1, int((~half).sum())) / share.of  # of a share, were they spread evenly
+        half = share.rows(half)
         image = net.images(sequence, way)
         a = net.architecture
         left = a.image - a.image // AHEAD
         image[half, :, :, left:] = 0
         found, posterior = net.reconstructed(image)
         latent = posterior.mean[~half][..., -a.ahead :]
-        error: Tensor = functional.mse_loss(found, image) + DIVERGENCE * posterior.kl().mean()
-        if len(latent):
-            error = error + functional.smooth_l1_loss(net.read(latent.flatten(1)), way[~half])
-        return error
+        error = functional.smooth_l1_loss(net.read(latent.flatten(1)), way[~half], reduction="none")
+        loss: Tensor = functional.mse_loss(found, image) + DIVERGENCE * posterior.kl().mean()
+        return loss + error.mean(1).sum() / shown
+
+    def _read_loss(self, share: Share) -> Tensor:
+        """Error of the ways that are read from the latents of an autoencoder that was given."""
+        B = BATCHES["autoencoder"]
+        i = share.rows(torch.randint(len(self.drawn), (B,), generator=share.generator))
+        return functional.smooth_l1_loss(self.net.way(self.latents[i]), self.ways[i])
 
     def _image_error(self) -> list[float]:
         """How far the way that is read from an image's latents is from it, in deviations."""
@@ -273,8 +359,8 @@ class _Training:
     def _encoded(self, at: Tensor, way: Tensor) -> Tensor:
         """Latents of what is to come, as the encoder gives them, (n, 4, p, f)."""
         a, found = self.net.architecture, []
-        for i in range(0, len(at), PIECE):
-            image = self.net.images(self._sequence(at[i : i + PIECE]), way[i : i + PIECE])
+        for i in range(0, len(at), self.piece):
+            image = self.net.images(self._sequence(at[i : i + self.piece]), way[i : i + self.piece])
             with torch.no_grad():
                 found.append(self.net.vae.encode(image).latent_dist.mean[..., -a.ahead :])
         return torch.cat(found)
@@ -283,6 +369,8 @@ class _Training:
 
     def _prepare_latents(self) -> None:
         """Latents of what was and what came, of the origins that the U-Net learns from."""
+        if self.given and len(self.drawn):
+            return  # they are the same in two phases
         net = self.net.eval()
         self.drawn = thinned(self.older, LEARNT)
         self.ways = self._coming(self.learn.only(self.drawn))
@@ -290,7 +378,7 @@ class _Training:
         net.measure(raw)
         self.latents = (raw - net.centre) / net.spread
         with torch.no_grad():
-            parts = torch.split(self.drawn, PIECE)
+            parts = torch.split(self.drawn, self.piece)
             self.known = torch.cat([net.known(self._sequence(some)) for some in parts])
 
     def _velocity_loss(self, share: Share) -> Tensor:
@@ -319,7 +407,7 @@ class _Training:
     def _sampled(self, at: Tensor, samples: int) -> Tensor:
         """Quantiles (n, H, Q) of what is sampled from some origins."""
         net, sampling, found = self.net, Sampling(self.net, SAMPLER, STEPS, samples), []
-        for some in torch.split(at, max(1, PIECE // samples)):
+        for some in torch.split(at, max(1, self.piece // samples)):
             sequence = self._sequence(some)
             with torch.no_grad():
                 ways = sampling.ways(net.known(sequence), net.tokens(self.learn.features[some], sequence))
