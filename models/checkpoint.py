@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from barcast.models import samplers
 from barcast.models.catalog import BASELINES, FORMAT, JSON, check_named, header, read
 from barcast.models.ensemble import Ensemble, Member
-from barcast.models.errors import BarcastError, CheckpointError
+from barcast.models.errors import BarcastError, CheckpointError, ConfigError
 from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.ldm4ts.autoencoder import installed
+from barcast.models.ldm4ts.language import Language, digest_of, open_language
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, LatentArchitecture
 from barcast.models.ldm4ts.trained import LatentRecord, LatentTrained
 from barcast.models.paths import path_steps
@@ -154,8 +155,11 @@ def learner_like(name: str) -> Callable[..., Trained | LatentTrained]:
         a, record = trained.net.architecture, trained.record
         parts = [part for part in PARTS if getattr(a, part)]
         memory = {"accumulate": record.accumulate, "checkpoint_gradients": record.checkpointed}
-        vae = trained.net.vae if a.given else None
-        return partial(latent.train, preset=a.preset, image=a.image, parts=parts, vae=vae, **memory)
+        given = {
+            "vae": trained.net.vae if a.given else None,
+            "text": trained.net.language and trained.net.language.folder,
+        }
+        return partial(latent.train, preset=a.preset, image=a.image, parts=parts, **given, **memory)
     from barcast.models import training
 
     return partial(training.train, preset=preset_of(name))
@@ -206,6 +210,13 @@ def _body(trained: Trained | LatentTrained) -> dict[str, Any]:
         "scaling": _scaling_body(s),
         "record": asdict(trained.record),
     }
+
+
+def _latent_body(trained: LatentTrained) -> dict[str, Any]:
+    language = trained.net.language
+    if language is None:
+        return _body(trained)
+    return {**_body(trained), "text": {"folder": str(language.folder), "sha256": language.sha256}}
 
 
 def _scaling_body(s: Scaling) -> dict[str, Any]:
@@ -304,7 +315,29 @@ def _latent(directory: Path, body: dict[str, Any], weights: bytes) -> LatentTrai
     with _foreign(path):
         net = LDM4TS(a, torch.Generator().manual_seed(0))
     _fill(net, tensors, directory / WEIGHTS)
+    if a.text:
+        net.language = _language(path, body, scaling.timeframe, a.text)
     return LatentTrained(net, scaling, levels, record)
+
+
+def _language(path: Path, body: dict[str, Any], timeframe: str, width: int) -> Language:
+    """The language model that a checkpoint names; raise `CheckpointError` for one of other files."""
+    with _foreign(path):
+        named = msgspec.convert(body["text"], dict[str, str])
+        folder, digest = Path(named["folder"]), named["sha256"]
+    remedy = f"put the folder that it was trained with at {str(folder)!r}, or train again"
+    try:
+        found = digest_of(folder)
+        if found != digest:
+            raise CheckpointError(
+                f"{path}: text = {str(folder)!r} holds other files (sha256 {found}); {remedy}"
+            )
+        language = open_language(folder, timeframe)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}; {remedy}") from error
+    if language.width != width:
+        raise CheckpointError(f"{path}: architecture.text is {width}, not {language.width}; {AGAIN}")
+    return language
 
 
 def _fits(
@@ -466,7 +499,7 @@ class _Kind:
 
 KINDS = (
     _Kind("sssd", Trained, _body, _weights, _sssd),
-    _Kind("ldm4ts", LatentTrained, _body, _weights, _latent),
+    _Kind("ldm4ts", LatentTrained, _latent_body, _weights, _latent),
     _Kind("lgbm", Boosted, _boosted_body, _boosted_weights, _boosted),
     _Kind("ensemble", Ensemble, _ensemble_body, None, _ensemble),
 )

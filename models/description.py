@@ -22,7 +22,7 @@ from barcast.models.training import architecture
 
 PARTS = ("map", "encoder", "denoiser")
 """The parts of a network that learn."""
-LATENT_PARTS = ("temporal", "map", "vae", "read", "unet", "statistics", "frequency", "gate")
+LATENT_PARTS = ("temporal", "map", "vae", "read", "unet", "statistics", "frequency", "said", "gate")
 """Those of an LDM4TS."""
 
 
@@ -97,12 +97,15 @@ def _made_of(trained: Model) -> dict[str, Any]:
         }
     if isinstance(trained, LatentTrained):
         sizes = trained.net.architecture
-        counts = {part: _count(getattr(trained.net, part)) for part in LATENT_PARTS}
+        learnt = {part: getattr(trained.net, part) for part in LATENT_PARTS}
+        counts = {part: _count(module) for part, module in learnt.items() if module is not None}
+        language = trained.net.language
         return {
             "path": path_steps(trained.scaling.horizons),
             "preset": sizes.preset,
             "architecture": asdict(sizes),
             "parameters": counts | {"all": _count(trained.net)},
+            "text": None if language is None else str(language.folder),
             "latent_spread": float(trained.net.spread),
             "seed": trained.record.seed,
             "map_step": trained.record.map_step,

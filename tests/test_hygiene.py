@@ -154,7 +154,7 @@ def imported(run: subprocess.CompletedProcess[str]) -> set[str]:
     return set(run.stderr.splitlines()[-1].split()[1:])
 
 
-HEAVY = {"torch", "diffusers", "accelerate", "safetensors", "lightgbm", "plotly"}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "lightgbm", "plotly"}
 
 
 def test_help_starts_without_heavy_packages() -> None:
@@ -320,6 +320,7 @@ def test_imports_are_found() -> None:
         ("accelerate", "models/optimiser.py models/training.py models/ldm4ts/training.py"),
         ("flash_attn", "models/ldm4ts/attention.py"),
         ("sageattention", "models/ldm4ts/attention.py"),
+        ("transformers", "models/ldm4ts/language.py"),
         ("safetensors", "models/"),
         ("lightgbm", "models/gbm.py"),
         ("aiomqtt", "daemon/mqtt.py backtest/demo.py"),

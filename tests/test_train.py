@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from barcast.backtest.sample import sample_bars
 from barcast.backtest.tables import PREFIX
+from barcast.models import ConfigError
 from barcast.models.checkpoint import preset_of
 from tests.integration.broker import free_port
 
@@ -252,3 +253,30 @@ def test_a_killed_retraining_does_not_reach_the_next_one(run, bars, tmp_path, fe
     assert (status, "of other bars, options or versions: the training begins anew" in err) == (0, True), err
     assert challenger.joinpath("model.json").read_bytes() != first
     assert not state.exists()
+
+
+def test_options_of_ldm4ts_reach_its_training(run, bars, tmp_path, monkeypatch):
+    """Each by its name; with another kind each is refused, and a folder that is none in one sentence."""
+    from barcast.models.ldm4ts import training as latent
+
+    given = {"vae": tmp_path / "vae", "text": tmp_path / "text", "image": 128}
+    given |= {"attention": "auto", "checkpoint_gradients": True}
+    options = ["--vae", str(tmp_path / "vae"), "--text", str(tmp_path / "text"), "--image-size", "128"]
+    options += ["--attention", "auto", "--checkpoint-gradients"]
+    command = ["train", bars, *QUICKER, "--out", str(tmp_path / "model")]
+    seen = {}
+
+    def train(_, **options):
+        seen.update(options)
+        raise ConfigError("seen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latent, "train", train)
+        status, _, err = run(*command, "--kind", "ldm4ts", *options)
+    assert (status, "seen" in err) == (78, True)
+    assert given.items() <= seen.items()
+    for words in (options[:2], options[2:4], options[6:8], options[8:]):
+        status, _, err = run(*command, *words)
+        assert (status, f"{words[0]} does not go with --kind sssd" in " ".join(err.split())) == (2, True)
+    status, _, err = run(*command, "--kind", "ldm4ts", *options[:2])
+    assert (status, "config.json cannot be read" in err) == (78, True)

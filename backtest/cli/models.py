@@ -178,6 +178,8 @@ def _lines(about: dict[str, Any]) -> list[tuple[str, str]]:
             ("sizes", ", ".join(sizes)),
             ("parameters", ", ".join(f"{part} {count:,}" for part, count in about["parameters"].items())),
             ("paths", f"{len(about['path'])} steps: {_listed(about['path'])}"),
+            ("autoencoder", "given, and left as it was" if about["architecture"]["given"] else "trained"),
+            ("text", about["text"] or "none"),
             ("latents", f"of the deviation {about['latent_spread']:.3f}, measured"),
             ("diffusion", f"of step {about['denoiser_step']}"),
         ]

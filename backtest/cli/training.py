@@ -139,13 +139,42 @@ def train(
         int | None,
         typer.Option(help="Pixels of a side of an ldm4ts's images: 64, 128, 224 or 256. \\[default: 64]"),
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a Stable Diffusion autoencoder (config.json, safetensors) that an ldm4ts uses "
+            "as it is; without it a small one is trained."
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a BERT or CLIP text model (with tokenizer, safetensors; needs the extra "
+            "text) that tells an ldm4ts of a sentence on each window."
+        ),
+    ] = None,
+    attention: Annotated[
+        str | None,
+        typer.Option(
+            help="What computes the attention of an ldm4ts while it learns, see barcast backends; auto takes "
+            "the best. \\[default: default]"
+        ),
+    ] = None,
+    checkpoint_gradients: Annotated[
+        bool,
+        typer.Option(
+            "--checkpoint-gradients",
+            help="Keep the inputs of an ldm4ts's blocks alone and compute the rest again: less memory, more "
+            "time.",
+        ),
+    ] = False,
 ) -> None:
     """Train a model on bars closed before --until and write a checkpoint.
 
     An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
     of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --preset,
-    --precision and --accumulate go with sssd and ldm4ts alone, --init-from with sssd, --image-size with
-    ldm4ts.
+    --precision and --accumulate go with sssd and ldm4ts alone, --init-from with sssd; --image-size,
+    --vae, --text, --attention and --checkpoint-gradients with ldm4ts.
 
     The same command again goes on with a training that was interrupted. Several processes share a training
     under `torchrun --standalone --nproc_per_node N -m barcast.backtest.cli train ...`.
@@ -155,7 +184,9 @@ def train(
         wrong |= {"--steps": steps, "--minutes": minutes, "--preset": preset}
         wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
     wrong |= {"--init-from": init_from} if kind != Kind.sssd else {}
-    wrong |= {"--image-size": image_size} if kind != Kind.ldm4ts else {}
+    if kind != Kind.ldm4ts:
+        wrong |= {"--image-size": image_size, "--vae": vae, "--text": text}
+        wrong |= {"--attention": attention, "--checkpoint-gradients": checkpoint_gradients}
     for option, given in wrong.items():
         if given:
             raise typer.BadParameter(f"{option} does not go with --kind {kind}: leave it out")
@@ -194,7 +225,13 @@ def train(
             preset=preset,
             precision=precision,
             accumulate=accumulate,
-            image=image_size,
+            latent_options={
+                "image": image_size,
+                "vae": vae,
+                "text": text,
+                "attention": attention or "default",
+                "checkpoint_gradients": checkpoint_gradients,
+            },
         )
         if written and hold_out:
             _print_held_out(histories, out_dir, timeframe)
@@ -272,7 +309,7 @@ def _train(
     preset: str | None,
     precision: str,
     accumulate: int,
-    image: int | None,
+    latent_options: Mapping[str, Any],
 ) -> bool:
     """Train, or go on with what was interrupted, and write the model; False in processes that only help."""
     from barcast.models import ensemble, gbm, optimiser, training
@@ -299,7 +336,7 @@ def _train(
             if kind == Kind.sssd:
                 trained = training.train(bars, **outputs, init_from=start, preset=preset, progress=stand)
             else:
-                trained = latent.train(bars, **outputs, preset=preset, image=image, progress=stand)
+                trained = latent.train(bars, **outputs, **latent_options, preset=preset, progress=stand)
         if not optimiser.is_main():
             return False
     else:
@@ -370,7 +407,7 @@ def epochs() -> "Iterator[Callable[[Stand], None]]":
 
     def line(p: "Stand") -> None:
         if p.note:
-            logger.info("resume", note=p.note)
+            logger.info("training", note=p.note)
         if p.crps is not None:
             logger.info("epoch", phase=p.phase, step=p.step, steps=p.steps, loss=p.loss, crps=p.crps)
 

@@ -201,8 +201,8 @@ def choose(
 
     `auto` takes sage, else flash, else sdpa, of those that can be used: sage never for training. It says by
     `tell` in one line what it took, and why not another. A backend that is asked for by name is taken or
-    refused by `ConfigError`, never replaced. `head_dims` are the channels of a head, see `head_dims`; `device`
-    is where the model is, such as cpu.
+    refused by `ConfigError`, never replaced. `head_dims` are the channels of a head, see `head_dims`;
+    `device` is where the model is, such as cpu.
     """
     wanted = named(requested)
     if wanted in (Backend.sdpa, Backend.default):

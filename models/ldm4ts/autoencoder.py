@@ -49,8 +49,8 @@ def open_autoencoder(folder: Path) -> nn.Module:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{about}: config.json cannot be read ({error}); name the folder `vae` of a Stable Diffusion model "
-            "in diffusers' layout, or leave it out: a small one is trained"
+            f"{about}: config.json cannot be read ({error}); name the folder `vae` of a Stable Diffusion "
+            "model in diffusers' layout, or leave it out: a small one is trained"
         ) from error
     if not isinstance(config, dict):
         raise ConfigError(f"{about}: config.json holds no object; copy the folder again")
@@ -89,8 +89,8 @@ def open_autoencoder(folder: Path) -> nn.Module:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, loaded[what])):
             raise ConfigError(
-                f"{about}: {what.partition('_')[0]} weights, {len(names)} of them, such as {names[0]}; copy the "
-                "folder again"
+                f"{about}: {what.partition('_')[0]} weights, {len(names)} of them, such as {names[0]}; copy "
+                "the folder again"
             )
     made: nn.Module = found.float().eval()
     return made

@@ -94,6 +94,7 @@ class LatentForecaster:
         self._normal = torch.special.ndtri(torch.tensor(levels, dtype=torch.float64))
         self._knots = knot_scores()
         samples = net.architecture.samples
+        said = [] if net.language is None else [net.language.fingerprint]
         self._card = Card(
             model=model,
             kind="ldm4ts",
@@ -105,7 +106,7 @@ class LatentForecaster:
             sampler=sampler,
             steps=steps,
             samples=samples,
-            fingerprint=f"{fingerprint(samples)} diffusers={version('diffusers')}",
+            fingerprint=" ".join([fingerprint(samples), f"diffusers={version('diffusers')}", *said]),
         )
 
     @property

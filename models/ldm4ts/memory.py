@@ -224,7 +224,8 @@ def with_ladder(
 
     In this order: checkpoint gradients, let flash-attn attend, halve the batch down to 1, take smaller
     images. `tell` hears each step in one line, also one that is left out, and why. What comes out is what
-    `run` returned, and the plan by which it did. `device` is where it runs, such as cpu. Raises `ConfigError` when no step is left.
+    `run` returned, and the plan by which it did. `device` is where it runs, such as cpu. Raises
+    `ConfigError` when no step is left.
     """
     steps = _ladder(plan, tell, probes, device)
     while True:

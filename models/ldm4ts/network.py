@@ -23,6 +23,7 @@ from barcast.models import samplers
 from barcast.models.errors import ConfigError
 from barcast.models.ldm4ts import prompt, vision
 from barcast.models.ldm4ts.autoencoder import LATENT, SHRINK, autoencoder, decoded, encoded
+from barcast.models.ldm4ts.language import Language
 from barcast.models.sssd.layers import Architecture, linear
 from barcast.models.sssd.marginal import QuantileMap
 from barcast.models.sssd.network import sobol_normals
@@ -49,8 +50,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Architectures by name, but for what follows from the bars and from what is forecast."""
 PRESET = "small"
 MOST_LEVELS, MOST_LAYERS, MOST_VAE_LAYERS = 3, 64, 8
-"""Levels of the U-Net, which halves 8 latents twice, layers of the transformer, and of the autoencoder's levels,
-at most."""
+"""Levels of the U-Net, which halves 8 latents twice, layers of the transformer, and of each level of the
+autoencoder, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,8 @@ class LatentArchitecture:
     """Sizes of the network; raises `ConfigError` for any it cannot have.
 
     Without `vision` the U-Net does not see the image of what was, without `frequency` or `statistics` it has
-    no tokens of these. With `given` the autoencoder is one that was there before: no training changes it.
+    no tokens of these. With `text`, the channels of a language model's states, it attends to a sentence, too.
+    With `given` the autoencoder is one that was there before: no training changes it.
     """
 
     features: int
@@ -77,6 +79,7 @@ class LatentArchitecture:
     vae_layers: int = 1  # of each of its levels
     vae_groups: int = 8  # over which its channels are normalised
     given: bool = False
+    text: int = 0
     vision: bool = True
     frequency: bool = True
     statistics: bool = True
@@ -89,7 +92,10 @@ class LatentArchitecture:
             else:
                 several = field.name in ("unet", "vae")
                 fits = (type(value) is tuple) == several
-                fits &= all(type(n) is int and n > 0 for n in (value if several and fits else (value,)))
+                fits &= all(
+                    type(n) is int and n > -(field.name == "text")
+                    for n in (value if several and fits else (value,))
+                )
             if not fits:
                 raise ConfigError(f"architecture.{field.name} is {value!r}, not whole numbers above 0")
         if self.image not in vision.SIZES:
@@ -103,8 +109,8 @@ class LatentArchitecture:
                 )
         if any(width % self.vae_groups for width in self.vae) or self.vae_layers > MOST_VAE_LAYERS:
             raise ConfigError(
-                f"architecture.vae_groups is {self.vae_groups} and vae_layers {self.vae_layers}: the one divides "
-                f"all of {self.vae}, the other is at most {MOST_VAE_LAYERS}"
+                f"architecture.vae_groups is {self.vae_groups} and vae_layers {self.vae_layers}: the one "
+                f"divides all of {self.vae}, the other is at most {MOST_VAE_LAYERS}"
             )
         if self.width % HEADS or self.layers > MOST_LAYERS:
             raise ConfigError(
@@ -140,6 +146,7 @@ class LatentArchitecture:
             a.path * a.hidden,
             a.channels * max(PATCH * a.width, BINS),
             a.context // STRIDE * a.width,
+            a.text * a.width,
             a.layers * a.width**2,
             *(n * max(n, a.width) for n in a.unet),
             *(a.vae_layers * n**2 for n in a.vae),
@@ -239,6 +246,8 @@ class LDM4TS(nn.Module):
         self.map = QuantileMap(sizes, generator)
         self.statistics = linear(a.features + prompt.COUNT, TOKENS["statistics"] * a.width, generator)
         self.frequency = linear(2 * BINS * a.channels, TOKENS["frequency"] * a.width, generator)
+        self.said = linear(a.text, a.width, generator) if a.text else None
+        self.language: Language | None = None  # of `text`: no weights of a checkpoint
         self.gate = linear(told, a.horizons, None)
         self.read = nn.Sequential(
             linear(size, 2 * a.hidden, generator), nn.SiLU(), linear(2 * a.hidden, a.path, generator)
@@ -283,17 +292,29 @@ class LDM4TS(nn.Module):
         found: Tensor = self.read(whole.flatten(-3))
         return found
 
-    def tokens(self, features: Tensor, sequence: Tensor) -> Tensor:
-        """What the U-Net attends to, (B, N, W)."""
+    def states(self, sequence: Tensor) -> Tensor:
+        """What the language model makes of sequences (B, L, C), (B, 8, D)."""
+        if self.language is None:
+            raise ConfigError(
+                "the network was made for a language model and has none: open it by its checkpoint"
+            )
+        return self.language.states(self._numbers(sequence), sequence.shape[1])
+
+    def _numbers(self, sequence: Tensor) -> Tensor:
+        way, _ = self.history(sequence)
+        return prompt.numbers(way, sequence[..., RETURN], sequence[..., RANGE])
+
+    def tokens(self, features: Tensor, sequence: Tensor, states: Tensor | None = None) -> Tensor:
+        """What the U-Net attends to, (B, N, W); `states` of the language model are made where not given."""
         a, B = self.architecture, len(features)
         found = [self.temporal(sequence)]
         if a.statistics:
-            way, _ = self.history(sequence)
-            numbers = prompt.numbers(way, sequence[..., RETURN], sequence[..., RANGE])
-            known = self.statistics(torch.cat([features, numbers], 1))
+            known = self.statistics(torch.cat([features, self._numbers(sequence)], 1))
             found.append(known.reshape(B, TOKENS["statistics"], a.width))
         if a.frequency:
             found.append(self.frequency(_spectrum(sequence)).reshape(B, TOKENS["frequency"], a.width))
+        if self.said is not None:
+            found.append(self.said(self.states(sequence) if states is None else states))
         return torch.cat(found, 1)
 
     def told(self, features: Tensor, sequence: Tensor) -> Tensor:

@@ -28,9 +28,16 @@ from torch.nn import functional
 from barcast.models import samplers
 from barcast.models.diffusion import fingerprint, use_one_thread
 from barcast.models.errors import DataError
-from barcast.models.ldm4ts.attention import Backend, choose, head_dims, set_gradient_checkpointing, use_backend
+from barcast.models.ldm4ts.attention import (
+    Backend,
+    choose,
+    head_dims,
+    set_gradient_checkpointing,
+    use_backend,
+)
 from barcast.models.ldm4ts.autoencoder import open_autoencoder, sizes_of
 from barcast.models.ldm4ts.forecaster import SAMPLER, STEPS, Sampling, quantiles_of
+from barcast.models.ldm4ts.language import Language, open_language
 from barcast.models.ldm4ts.memory import Plan, with_ladder
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, PRESET, LatentArchitecture
 from barcast.models.ldm4ts.trained import LatentRecord, LatentTrained
@@ -91,6 +98,7 @@ def train(
     image: int | None = None,
     parts: Collection[str] = PARTS,
     vae: Path | nn.Module | None = None,
+    text: Path | None = None,
     attention: str = Backend.default,
     checkpoint_gradients: bool = False,
     precision: str = "fp32",
@@ -102,8 +110,10 @@ def train(
 
     `preset` names the sizes of the network, `image` are the pixels of a side, and `parts` what the U-Net is
     told. `vae` is an autoencoder to use as it is, or the folder of one, see `open_autoencoder`: `read` alone
-    is then learnt in the second phase. `attention` computes the attention of what learns, see `choose`, and
-    `checkpoint_gradients` keeps the inputs of blocks alone. `seconds` is shared by the four phases.
+    is then learnt in the second phase. `text` is the folder of a language model to which a sentence on the
+    history is told, see `open_language`; what it makes of it is kept for the third phase. `attention`
+    computes the attention of what learns, see `choose`, and `checkpoint_gradients` keeps the inputs of blocks
+    alone. `seconds` is shared by the four phases.
 
     One process that runs out of memory goes on by the next plan of `with_ladder`; `progress` hears of it in
     a note. Several that share batches do not: they would wait for each other.
@@ -115,6 +125,7 @@ def train(
     accelerator = processes(precision, accumulate, batch)
     use_one_thread()
     given = open_autoencoder(vae) if isinstance(vae, Path) else vae
+    language = None if text is None else open_language(text, timeframe)
     folder = None if state is None else state.parent
     data = split(histories, timeframe, tuple(horizons), until, folder, validation=0.0, hold_out=hold_out)
     asked = LatentArchitecture.of(
@@ -127,6 +138,7 @@ def train(
         samples=SAMPLES,
         image=image or IMAGE,
         given=given is not None,
+        text=0 if language is None else language.width,
         **({} if given is None else sizes_of(given)),
         **{part: part in parts for part in PARTS},
     )
@@ -141,12 +153,14 @@ def train(
         progress(replace(stand, crps=None, note=line))
 
     count = accelerator.num_processes
-    made = [_Training(data, tuple(levels), seed, steps, state, asked, given)]  # that of the plan's images
+    made = [
+        _Training(data, tuple(levels), seed, steps, state, asked, given, language)
+    ]  # that of the plan's images
 
     def run(plan: Plan) -> LatentTrained:
         if made[0].net.architecture.image != plan.image_size:
             of = replace(asked, image=plan.image_size)
-            made[:] = [_Training(data, tuple(levels), seed, steps, state, of, given)]
+            made[:] = [_Training(data, tuple(levels), seed, steps, state, of, given, language)]
         accelerator.free_memory()
         accelerator.gradient_accumulation_steps = batch // count // plan.batch_size
         cap = inf if seconds is None else seconds / len(RATES)
@@ -175,6 +189,7 @@ class _Training:
         state: Path | None,
         a: LatentArchitecture,
         given: nn.Module | None = None,
+        language: Language | None = None,
     ) -> None:
         self.data, self.seed, self.state = data, seed, state
         self.memory, self.key = StateMemory(), ""
@@ -186,6 +201,7 @@ class _Training:
         self.signed = torch.from_numpy(signed_features(data.scaling.timeframe, data.scaling.horizons))
         self.generator = Generator().manual_seed(seed)
         self.net = LDM4TS(a, self.generator)
+        self.net.language = language
         self.given = ""  # sha256 of the autoencoder that is used as it is
         if given is not None:
             self.net.vae.load_state_dict(given.state_dict())
@@ -239,7 +255,7 @@ class _Training:
         }
         self.key = self.key or self._key(options, seconds)  # by what was asked for, wherever it leads
         file = self.memory if self.state is None else StateFile(self.state, self.key)
-        drawn = [net.unet, net.statistics, net.frequency]
+        drawn = [net.unet, net.statistics, net.frequency, *filter(None, [net.said])]
         of: dict[str, tuple[list[nn.Module], _Loss, _Look, Callable[[], None]]] = {
             "map": ([net.temporal, net.map], self._map_loss, self._map_crps, self._prepare_map),
             "autoencoder": ([net.vae, net.read], self._image_loss, self._image_error, lambda: None),
@@ -273,7 +289,16 @@ class _Training:
         data, s = self.data, self.data.scaling
         scope = (data.digest, data.train_end, data.validation_end, data.until, s.timeframe, s.horizons)
         code = sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.rglob("*.py")))).hexdigest()
-        program = (code, fingerprint(SAMPLES), asdict(self.net.architecture), self.given, self.steps, seconds)
+        said = self.net.language and self.net.language.sha256
+        program = (
+            code,
+            fingerprint(SAMPLES),
+            asdict(self.net.architecture),
+            self.given,
+            said,
+            self.steps,
+            seconds,
+        )
         told = json.dumps([scope, self.levels.tolist(), program, options], sort_keys=True)
         return sha256(told.encode()).hexdigest()
 
@@ -380,6 +405,8 @@ class _Training:
         with torch.no_grad():
             parts = torch.split(self.drawn, self.piece)
             self.known = torch.cat([net.known(self._sequence(some)) for some in parts])
+            if net.said is not None:
+                self.states = torch.cat([net.states(self._sequence(some)) for some in parts])
 
     def _velocity_loss(self, share: Share) -> Tensor:
         """One call of the U-Net: the weighted error of v, and that of the way that the latents then say."""
@@ -391,7 +418,8 @@ class _Training:
         alpha, sigma = (x[t][:, None, None, None] for x in (self.alpha, self.sigma))
         x = alpha * x0 + sigma * eps
         at = self.drawn[i]
-        tokens = net.tokens(self.learn.features[at], self._sequence(at))
+        states = None if net.said is None else self.states[i]
+        tokens = net.tokens(self.learn.features[at], self._sequence(at), states)
         v = net.velocity(x, t.float(), self.known[i], tokens)
         error = ((v - (alpha * eps - sigma * x0)) ** 2).mean((1, 2, 3))
         told = net.way(alpha * x - sigma * v)

@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 
 from barcast.models import ConfigError
-from barcast.models.ldm4ts.autoencoder import DOWN, UP, autoencoder, decoded, encoded, open_autoencoder, sizes_of
+from barcast.models.ldm4ts.autoencoder import (
+    DOWN,
+    UP,
+    autoencoder,
+    decoded,
+    encoded,
+    open_autoencoder,
+    sizes_of,
+)
 from barcast.models.ldm4ts.network import LDM4TS, LatentArchitecture
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -50,7 +58,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def network(vae: Any) -> LDM4TS:
     """A network with an autoencoder."""
     a = LatentArchitecture.of(
-        "tiny", features=9, channels=4, context=64, horizons=3, path=16, samples=6, given=True, **sizes_of(vae)
+        "tiny",
+        features=9,
+        channels=4,
+        context=64,
+        horizons=3,
+        path=16,
+        samples=6,
+        given=True,
+        **sizes_of(vae),
     )
     net = LDM4TS(a, Generator().manual_seed(1)).eval()
     net.vae.load_state_dict(vae.state_dict())
@@ -76,7 +92,9 @@ def test_an_autoencoder_keeps_the_contract(net: LDM4TS) -> None:
     image = net.images(sequence, way)
     latent = encoded(net.vae, image)
     assert latent.shape == (12, 4, 8, 8)
-    assert decoded(net.vae, latent).shape == net.reconstructed(image)[0].shape == image.shape == (12, 3, 64, 64)
+    assert (
+        decoded(net.vae, latent).shape == net.reconstructed(image)[0].shape == image.shape == (12, 3, 64, 64)
+    )
     torch.testing.assert_close(encoded(net.vae, image[3:4]), latent[3:4], rtol=1e-4, atol=1e-5)
     net.measure(net.coming(sequence, way) * net.spread + net.centre)
     found = net.coming(sequence, way)
