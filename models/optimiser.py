@@ -11,6 +11,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import astuple, dataclass, field
 from hashlib import sha256
 from math import cos, inf, isfinite, pi
@@ -153,20 +154,16 @@ class StateMemory:
     """The state of an unfinished training that is held in memory: what ends with the process is not kept."""
 
     def __init__(self) -> None:
-        self._content = b""
+        self._state: dict[str, Any] | None = None
 
     def read(self) -> tuple[dict[str, Any] | None, str]:
         """As `StateFile.read`."""
-        if not self._content:
-            return None, ""
-        state: dict[str, Any] = torch.load(io.BytesIO(self._content), weights_only=True)
-        return state, f"the training goes on: {state['phase']}, step {state['step']}"
+        state = deepcopy(self._state)
+        return state, "" if state is None else f"the training goes on: {state['phase']}, step {state['step']}"
 
     def write(self, state: Mapping[str, Any]) -> None:
-        """Replace the state."""
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        self._content = buffer.getvalue()
+        """Replace the state by a copy."""
+        self._state = deepcopy(dict(state))
 
 
 def is_main() -> bool:

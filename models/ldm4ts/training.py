@@ -153,20 +153,24 @@ def train(
         progress(replace(stand, crps=None, note=line))
 
     count = accelerator.num_processes
-    made = [
-        _Training(data, tuple(levels), seed, steps, state, asked, given, language)
-    ]  # that of the plan's images
+
+    def begin(size: int) -> _Training:
+        a = replace(asked, image=size)
+        return _Training(data, tuple(levels), seed, steps, state, a, given, language)
+
+    training = begin(asked.image)
 
     def run(plan: Plan) -> LatentTrained:
-        if made[0].net.architecture.image != plan.image_size:
-            of = replace(asked, image=plan.image_size)
-            made[:] = [_Training(data, tuple(levels), seed, steps, state, of, given, language)]
-        accelerator.free_memory()
+        nonlocal training
+        if training.net.architecture.image != plan.image_size:
+            training = begin(plan.image_size)
+        if stand.steps:
+            accelerator.free_memory()  # it holds on to what was tried before
         accelerator.gradient_accumulation_steps = batch // count // plan.batch_size
         cap = inf if seconds is None else seconds / len(RATES)
-        return made[0].run(accelerator, plan, cap, None if seconds is None else clock, say)
+        return training.run(accelerator, plan, cap, None if seconds is None else clock, say)
 
-    heads = set().union(*map(head_dims, made[0].attending))
+    heads = {size for module in training.attending for size in head_dims(module)}
     backend = choose(attention, True, heads, tell, accelerator.device.type)
     plan = Plan(batch // count // accumulate, asked.image, backend, checkpoint_gradients)
     if count > 1:
@@ -208,7 +212,9 @@ class _Training:
             self.net.vae.requires_grad_(False)
             weights = {name: x.contiguous() for name, x in self.net.vae.state_dict().items()}
             self.given = sha256(save_tensors(weights)).hexdigest()
-        self.attending = [self.net.unet] if self.given else [self.net.unet, self.net.vae]  # what learns of it
+        self.attending: list[nn.Module] = [self.net.unet]  # what learns and attends
+        if not self.given:
+            self.attending.append(self.net.vae)
         self.drawn = torch.empty(0, dtype=torch.long)
         self.path = path_steps(data.scaling.horizons)
         self.places = [self.path.index(h) for h in data.scaling.horizons]
