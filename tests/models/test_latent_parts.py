@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from barcast.models.checkpoint import learner_like, load, save
 from barcast.models.description import describe
 from barcast.models.ldm4ts import language, training
 from barcast.models.ldm4ts.attention import set_gradient_checkpointing
+from barcast.models.ldm4ts.autoencoder import sizes_of
 from barcast.models.ldm4ts.network import LDM4TS, LatentArchitecture
 from barcast.models.ldm4ts.trained import LatentTrained
 from barcast.models.optimiser import Progress, Share
@@ -65,14 +67,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def begun(bars: list[Window]) -> training._Training:
+def begun(bars: list[Window], vae: Any = None) -> training._Training:
     """A training before its first step, with the weights of a U-Net that says something."""
     data = training.split(bars, "1h", (1, 4), None, validation=0.0, hold_out=0.0)
     features = data.learn.features.shape[1]
     a = LatentArchitecture.of(
         "tiny", features=features, channels=4, context=64, horizons=2, path=4, samples=4
     )
-    made = training._Training(data, (0.1, 0.5, 0.9), 0, 2, None, a)
+    if vae is not None:
+        a = replace(a, given=True, **sizes_of(vae))
+    made = training._Training(data, (0.1, 0.5, 0.9), 0, 2, None, a, vae)
     drawn(made.net)
     made._prepare_latents()
     return made
@@ -203,8 +207,10 @@ def test_a_given_autoencoder_is_kept(
     found, _ = train(bars, vae=folder)
     weights = AutoencoderKL.from_pretrained(folder).state_dict()
     assert all(torch.equal(x, weights[name]) for name, x in found.net.vae.state_dict().items())
-    before = LDM4TS(found.net.architecture, Generator().manual_seed(0)).read[0].weight
-    assert not torch.equal(before, found.net.read[0].weight)
+    made = begun(bars, found.net.vae)
+    made._read_loss(Share(0, 1, Generator().manual_seed(3))).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in made.net.read.parameters())
+    assert all(p.grad is None for p in made.net.vae.parameters())
     model = save(found, tmp_path / "model")
     again = load(tmp_path / "model").trained
     assert isinstance(again, LatentTrained)
