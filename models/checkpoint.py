@@ -154,12 +154,17 @@ def learner_like(name: str) -> Callable[..., Trained | LatentTrained]:
 
         a, record = trained.net.architecture, trained.record
         parts = [part for part in PARTS if getattr(a, part)]
-        memory = {"accumulate": record.accumulate, "checkpoint_gradients": record.checkpointed}
-        given = {
-            "vae": trained.net.vae if a.given else None,
-            "text": trained.net.language and trained.net.language.folder,
-        }
-        return partial(latent.train, preset=a.preset, image=a.image, parts=parts, **given, **memory)
+        language = trained.net.language
+        return partial(
+            latent.train,
+            preset=a.preset,
+            image=a.image,
+            parts=parts,
+            vae=trained.net.vae if a.given else None,
+            text=None if language is None else language.folder,
+            checkpoint_gradients=record.checkpointed,
+            accumulate=record.accumulate,
+        )
     from barcast.models import training
 
     return partial(training.train, preset=preset_of(name))

@@ -260,7 +260,9 @@ class _Training:
             "checkpointed": plan.gradient_checkpointing,
         }
         self.key = self.key or self._key(options, seconds)  # by what was asked for, wherever it leads
-        file = self.memory if self.state is None else StateFile(self.state, self.key)
+        file: StateFile | StateMemory = self.memory
+        if self.state is not None:
+            file = StateFile(self.state, self.key)
         drawn = [net.unet, net.statistics, net.frequency, *filter(None, [net.said])]
         of: dict[str, tuple[list[nn.Module], _Loss, _Look, Callable[[], None]]] = {
             "map": ([net.temporal, net.map], self._map_loss, self._map_crps, self._prepare_map),
@@ -295,7 +297,7 @@ class _Training:
         data, s = self.data, self.data.scaling
         scope = (data.digest, data.train_end, data.validation_end, data.until, s.timeframe, s.horizons)
         code = sha256(b"".join(path.read_bytes() for path in sorted(SOURCES.rglob("*.py")))).hexdigest()
-        said = self.net.language and self.net.language.sha256
+        said = None if self.net.language is None else self.net.language.sha256
         program = (
             code,
             fingerprint(SAMPLES),
