@@ -179,7 +179,7 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> None:
         raise ConfigError(f"{name} = {value!r} is not possible: give a whole number {upto}")
 
 
-def rising(name: str, values: Sequence[int], longest: int, count: int) -> tuple[int, ...]:
+def rising(name: str, values: Any, longest: int, count: int) -> tuple[int, ...]:
     """Whole numbers that rise, at most so many; raise `ConfigError` for others."""
     if not isinstance(values, Sequence) or isinstance(values, str) or not 0 < len(values) <= count:
         raise ConfigError(f"{name} = {values!r} is not possible: give 1 to {count} of them in a list")
@@ -188,3 +188,9 @@ def rising(name: str, values: Sequence[int], longest: int, count: int) -> tuple[
     if any(b <= a for a, b in pairwise(values)):
         raise ConfigError(f"{name} = {list(values)} do not rise: sort them, each once")
     return tuple(values)
+
+
+def flag(name: str, value: Any) -> None:
+    """Raise `ConfigError` for what is neither True nor False."""
+    if type(value) is not bool:
+        raise ConfigError(f"{name} = {value!r} is not possible: give True or False")

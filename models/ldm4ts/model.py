@@ -33,6 +33,7 @@ from barcast.models.ldm4ts.bars import (
     MOST_CONTEXT,
     Seen,
     checked,
+    flag,
     outcomes,
     prices,
     rising,
@@ -98,9 +99,7 @@ class Options:
         whole("seed", self.seed, 0, 2**31 - 1)
         if self.preset not in PRESETS:
             raise ConfigError(f"preset = {self.preset!r} is unknown: take one of {', '.join(PRESETS)}")
-        if type(self.enable_gradient_checkpointing) is not bool:
-            said = self.enable_gradient_checkpointing
-            raise ConfigError(f"enable_gradient_checkpointing = {said!r} is not possible: give True or False")
+        flag("enable_gradient_checkpointing", self.enable_gradient_checkpointing)
 
 
 class Losses(NamedTuple):

@@ -47,6 +47,7 @@ SECTIONS: dict[str, Callable[[Callable[[str], None], Path], Section]] = {
     "cost": cost.measure,
     "seeds": seeds.measure,
     "modes": modes.measure,
+    "ldm4ts": modes.forecasts,
     "samplers": samplers.measure,
     "oracle": oracle.measure,
     "verify": verify.measure,

@@ -28,9 +28,12 @@ from barcast.models.ldm4ts import LDM4TSModel, windows
 from barcast.models.ldm4ts.bars import COLUMNS, Seen
 from barcast.models.ldm4ts.fitting import LEVELS, NORMAL, _Learnt
 from barcast.models.ldm4ts.forecaster import quantiles_of
+from barcast.models.ldm4ts.network import PRESETS
 from barcast.models.optimiser import Share
 from barcast.models.scores import crps, gain, lag, mean
+from barcast.models.sssd.model import timed
 from tests.bench.report import Row, Section, Target
+from tests.garch import simulate
 
 SYMBOLS = ("AAPL", "IBM", "MSFT")
 CONTEXT, HORIZONS = 64, (1, 5, 10)
@@ -43,6 +46,8 @@ SAMPLER, STEPS, SAMPLES = "ddim", 50, 16
 PAIR = 2
 """Samples of a row in a step back through the sampler: the fewest that have a CRPS."""
 ROUNDS = 3
+COSTS = ((4, 32), (20, 1), (20, 10))
+"""Steps and samples of a forecast that is timed."""
 
 
 Numbers = NDArray[np.float64]
@@ -97,14 +102,42 @@ def measure(tell: Callable[[str], None], _folder: Path) -> Section:
     times = int(later.at.max()) + 1
     reach = lag(max(HORIZONS), STRIDE, times)
     one, back = WAYS
-    for what, found in scores.items():
-        numbers[what]["crps"] = mean(found, later.at, times, reach).value
+    for what, score in scores.items():
+        numbers[what]["crps"] = mean(score, later.at, times, reach).value
     better = gain(scores[one], scores[back], later.at, times, reach)
     numbers[one] |= {"gain": better.value, "error": better.error}
     numbers[back]["times"] = numbers[back]["ms"] / numbers[one]["ms"]
     for what, found in numbers.items():
         section.rows.append(Row(what, found, target=TARGETS.get(what)))
     return section
+
+
+def forecasts(tell: Callable[[str], None], _folder: Path) -> Section:
+    """What a forecast costs by preset, steps and samples, and how many weights there are."""
+    use_one_thread()
+    section = Section(
+        "ldm4ts",
+        "LDM4TSModel: one forecast of 100 bars, 64 pixels, horizons 15, 60 and 240, on one core",
+        {
+            "weights": ("weights", ",.0f"),
+            "trained": ("without autoencoder", ",.0f"),
+            "ms": ("CPU ms", ",.0f"),
+        },
+    )
+    bars = torch.from_numpy(simulate("SYM", 100, seed=1).window.values)[None]
+    for preset in PRESETS:
+        for steps, samples in COSTS:
+            tell(f"{preset}, {steps} steps, {samples} samples")
+            model = LDM4TSModel(preset=preset, sampling_steps=steps).eval()
+            ms, _ = timed(partial(model, bars, None, samples), process_time)
+            counts = {"weights": model.parameters(), "trained": _without_images(model)}
+            numbers = {name: float(sum(p.numel() for p in found)) for name, found in counts.items()}
+            section.rows.append(Row(f"{preset}, {steps} steps, {samples} samples", numbers | {"ms": ms}))
+    return section
+
+
+def _without_images(model: LDM4TSModel) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _rows(model: LDM4TSModel, first: float, last: float, every: int) -> Rows:
