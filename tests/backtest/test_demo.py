@@ -66,6 +66,7 @@ def test_signal_ends_the_processes(demo, monkeypatch, number, ready):
         raise AssertionError("the signal would have ended the demo at once")
 
     monkeypatch.setattr(made, "_start", signalled)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if number != signal.SIGINT:
         signal.signal(number, unhandled)
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # as of a shell's job in the background
