@@ -508,8 +508,8 @@ def _opened(path: Path) -> tuple[pl.LazyFrame, pl.Schema, dict[str, str]]:
         names[plain] = name
     if SCENARIO in names:
         raise DataError(
-            f"{path} has a column {names[SCENARIO]!r}: its bars are a stress scenario's, which nothing learns "
-            "from, forecasts from or journals; name a file of real bars."
+            f"{path} has a column {names[SCENARIO]!r}: its bars are a stress scenario's, which nothing "
+            "learns from, forecasts from or journals; name a file of real bars."
         )
     return raw, schema, names
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from barcast.models.transfer.generator import Scenario, StressScenarioGenerator
     from barcast.models.transfer.regimes import REGIMES, RegimeRule
     from barcast.models.transfer.stored import load_generator, save_generator
-    from barcast.models.transfer.training import Transfer, train
+    from barcast.models.transfer.trained import Transfer
+    from barcast.models.transfer.training import train
 
 __all__ = [
     "REGIMES",
@@ -41,7 +42,8 @@ _MODULES = {
     "generator": ("Scenario", "StressScenarioGenerator"),
     "regimes": ("REGIMES", "RegimeRule"),
     "stored": ("load_generator", "save_generator"),
-    "training": ("Transfer", "train"),
+    "trained": ("Transfer",),
+    "training": ("train",),
 }
 
 

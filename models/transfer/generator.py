@@ -17,10 +17,10 @@ from barcast.models.bar import LEAST, MOST
 from barcast.models.diffusion import use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.origins import to_text
-from barcast.models.transfer.latent import around
+from barcast.models.transfer.latent import around, dithered
 from barcast.models.transfer.network import PLAIN, guided, travel
 from barcast.models.transfer.regimes import BARS, Ints, Measures, first_end, measured, regime_id, usable
-from barcast.models.transfer.training import Transfer, dithered
+from barcast.models.transfer.trained import Transfer
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
@@ -124,10 +124,18 @@ class StressScenarioGenerator:
     ) -> Tensor:
         """Windows of the regimes (B,) in the target regimes (B,): returns over what is usual, (B, BARS)."""
         use_one_thread()
-        scale = self._severity(cfg_scale)
+        r = self.made(self.noise(returns, own, seed), target, self._severity(cfg_scale))
+        return r * self.trained.levels.shift(r, own, target)
+
+    def noise(self, returns: Tensor, own: Tensor, seed: int) -> Tensor:
+        """The noise (B, 4, H, W) of one scenario for windows (B, BARS) of the regimes (B,)."""
         generator = Generator().manual_seed(seed)
-        [z] = self._mixed([self.inverted(returns, own, generator)], [generator])
-        return self.trained.scale.decode(self._from_noise(z, target, scale))
+        [z] = self._mixed([self._inverted(returns, own, generator)], [generator])
+        return z
+
+    def made(self, noise: Tensor, target: Tensor, cfg_scale: float) -> Tensor:
+        """The windows that noise (B, 4, H, W) is in the target regimes (B,), as volatile as they come."""
+        return self.trained.scale.decode(self._from_noise(noise, target, cfg_scale))
 
     def _severity(self, cfg_scale: float | None) -> float:
         scale = self.trained.config.cfg_scale if cfg_scale is None else cfg_scale
@@ -135,7 +143,7 @@ class StressScenarioGenerator:
             raise ConfigError(f"cfg_scale = {scale} cannot be: take 0 to {MOST_GUIDANCE:g}")
         return scale
 
-    def inverted(self, returns: Tensor, own: Tensor, generator: Generator) -> Tensor:
+    def _inverted(self, returns: Tensor, own: Tensor, generator: Generator) -> Tensor:
         """The noise (B, 4, H, W) that windows (B, BARS) of the regimes (B,) come from."""
         c, found = self.trained.config, []
         with torch.inference_mode():
@@ -145,8 +153,10 @@ class StressScenarioGenerator:
         return torch.cat(found)
 
     def _noise(self, w: Window, source: "_Source", seed: int) -> Tensor:
-        labels = torch.from_numpy(self.trained.rule.labels(source.measures))
-        return self.inverted(source.returns, labels, _stream(seed, w.symbol))
+        return self._inverted(source.returns, self._regimes(source), _stream(seed, w.symbol))
+
+    def _regimes(self, source: "_Source") -> Tensor:
+        return torch.from_numpy(self.trained.rule.labels(source.measures))
 
     def _mixed(self, noise: Sequence[Tensor], generators: Sequence[Generator]) -> list[Tensor]:
         """The noise of each symbol's windows, in part a scenario's own, which is as much alike as it is."""
@@ -168,9 +178,11 @@ class StressScenarioGenerator:
     def _bars(self, w: Window, source: "_Source", z: Tensor, regime: int, cfg_scale: float) -> Array:
         target = torch.full((len(z),), regime)
         shape, level = self.trained.scale.parts(self._from_noise(z, target, cfg_scale))
-        gain = (level / around(source.returns.double())).numpy()  # of the volatility around each bar
-        r = (shape * level).numpy() * source.measures.usual[:, None]
-        return source.built(w, r, gain, self.trained.elasticity)
+        r = shape * level
+        factor = self.trained.levels.shift(r, self._regimes(source), target)
+        gain = factor * level / around(source.returns.double())  # of the volatility around each bar
+        r = factor * r * torch.from_numpy(source.measures.usual)[:, None]
+        return source.built(w, r.numpy(), gain.numpy(), self.trained.elasticity)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ together are the returns; the other two say the same in another way, for network
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn import functional
 
 from barcast.models.transfer.regimes import BARS
@@ -87,3 +87,8 @@ class LatentScale:
 
     def _scaled(self, parts: Tensor) -> Tensor:
         return (parts - self.mean[:, None, None]) / self.deviation[:, None, None]
+
+
+def dithered(x: Tensor, generator: Generator) -> Tensor:
+    """Latents (B, 4, H, W) with a little noise of their own, see `DITHER`."""
+    return x + torch.tensor(DITHER)[:, None, None] * torch.randn(x.shape, generator=generator)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 from torch import Generator
@@ -29,7 +30,9 @@ from barcast.models.transfer.generator import StressScenarioGenerator
 from barcast.models.transfer.latent import CHANNELS, HEIGHT, WIDTH, LatentScale
 from barcast.models.transfer.network import TransferArchitecture, VelocityNetwork
 from barcast.models.transfer.regimes import REGIMES, RegimeRule
-from barcast.models.transfer.training import Transfer, TransferRecord
+from barcast.models.transfer.trained import PROBABILITIES, Levels, Transfer, TransferRecord
+
+LEVELS = ("made", "real")
 
 
 def save_generator(trained: Transfer, directory: Path) -> str:
@@ -67,6 +70,9 @@ def load_generator(directory: Path) -> StressScenarioGenerator:
             )
         )
         architecture = TransferArchitecture(config.width, config.code)
+        levels = Levels(
+            *(np.array(msgspec.convert(body["levels"][name], list[Any]), np.float64) for name in LEVELS)
+        )
     good = all(
         x.shape == (len(CHANNELS),) and bool(x.isfinite().all()) for x in (scale.mean, scale.deviation)
     )
@@ -74,10 +80,15 @@ def load_generator(directory: Path) -> StressScenarioGenerator:
         raise CheckpointError(
             f"{path}: scale is no finite mean and deviation above 0 of each channel; {AGAIN}"
         )
+    R, K = len(REGIMES), len(PROBABILITIES)
+    if (levels.made.shape, levels.real.shape) != ((R, R, K), (R, K)) or not (
+        np.isfinite(levels.real).all() and np.isfinite(levels.made).all() and (np.diff(levels.made) > 0).all()
+    ):
+        raise CheckpointError(f"{path}: levels are no rising quantiles of each regime; {AGAIN}")
     enough(path, architecture.least, tensors)
     net = VelocityNetwork(architecture, Generator().manual_seed(0))
     fill(net, tensors, directory / WEIGHTS)
-    return StressScenarioGenerator(Transfer(net, scale, rule, elasticity, config, record), model)
+    return StressScenarioGenerator(Transfer(net, scale, rule, elasticity, levels, config, record), model)
 
 
 def _body(trained: Transfer) -> dict[str, Any]:
@@ -87,6 +98,7 @@ def _body(trained: Transfer) -> dict[str, Any]:
         "scale": {name: getattr(trained.scale, name).tolist() for name in ("mean", "deviation")},
         "rule": asdict(trained.rule),
         "elasticity": trained.elasticity,
+        "levels": {name: getattr(trained.levels, name).tolist() for name in LEVELS},
         "config": asdict(trained.config),
         "record": asdict(trained.record),
     }

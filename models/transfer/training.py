@@ -4,31 +4,34 @@ The flow learns the velocity from noise to real windows of each regime (flow mat
 from some rows. A window is brought into another regime by following the flow of its own regime back to noise,
 and that of the other one from there. The second phase follows such whole ways from sources: what comes out is
 compared with real windows of the target regime by its patches, and with its source by its self-similarity,
-while the flow is learnt on. Both phases keep the state that windows like best which were not learnt from.
+while the flow is learnt on. Both phases keep the state that windows like best which were not learnt from. At
+the end it is measured how volatile windows come out, so that scenarios can be made as volatile as real ones.
 """
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from hashlib import sha256
 from math import inf
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from barcast.models.diffusion import fingerprint, use_one_thread
 from barcast.models.errors import DataError
 from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, fit, processes
 from barcast.models.origins import parts
-from barcast.models.trained import Past
 from barcast.models.transfer.config import TransferConfig
 from barcast.models.transfer.dataset import FEWEST, References, RegimeLatentDataset, collected
-from barcast.models.transfer.latent import DITHER, LatentScale
+from barcast.models.transfer.generator import StressScenarioGenerator
+from barcast.models.transfer.latent import dithered
 from barcast.models.transfer.losses import divergence, self_similarity, texture_distance
 from barcast.models.transfer.network import NULL, TransferArchitecture, VelocityNetwork, guided, travel
 from barcast.models.transfer.regimes import REGIMES, RegimeRule
+from barcast.models.transfer.trained import PROBABILITIES, Levels, Transfer, TransferRecord
 from barcast.models.window import Window
 
 VALIDATION = 0.1
@@ -36,37 +39,9 @@ VALIDATION = 0.1
 LOOK_WINDOWS = 256  # of them, thinned evenly, whose velocity is judged
 LOOK_WAYS = 48  # and that are brought into another regime
 LOOK_TIMES = 4  # at which a velocity is judged
+LEVEL_WINDOWS = 96  # of each regime, by which it is measured how volatile scenarios come out
 ELASTIC = 2.0  # by which volume follows volatility, at most
 SOURCES = Path(__file__).parents[1]  # of what a training runs through: a state is of one version
-
-
-@dataclass(frozen=True, slots=True)
-class TransferRecord(Past):
-    """How a stress generator came about; `origins` are windows."""
-
-    timeframe: str
-    seed: int
-    windows: tuple[int, ...]  # of each regime
-    flow_step: int  # chosen on windows that were not learnt from
-    energy_step: int
-    flow_error: float  # of the velocity on these, before the second phase; 1 is the error of none at all
-    distance: float  # of the texture and content on these, after it
-    capped: bool  # the cap on seconds ended a phase early: not reproducible
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Transfer:
-    """What training yields: a network, the scale of its latents, the rule of regimes, and its history.
-
-    `elasticity` is by how much volume grows with volatility, both as logarithms.
-    """
-
-    net: VelocityNetwork
-    scale: LatentScale
-    rule: RegimeRule
-    elasticity: float
-    config: TransferConfig
-    record: TransferRecord
 
 
 def train(
@@ -114,8 +89,31 @@ def train(
         distance=best["energy"],
         capped=fitted.capped,
     )
-    learn = training.learn
-    return Transfer(training.net.eval(), learn.scale, training.rule, training.elasticity, config, record)
+    learn, net = training.learn, training.net.eval()
+    plain = Levels(*(np.zeros((*n, len(PROBABILITIES))) for n in ((len(REGIMES),) * 2, (len(REGIMES),))))
+    made = Transfer(net, learn.scale, training.rule, training.elasticity, plain, config, record)
+    return replace(made, levels=measured_levels(made, learn))
+
+
+def measured_levels(trained: Transfer, learn: RegimeLatentDataset) -> Levels:
+    """How volatile windows of each regime come out in each, and how volatile those of a regime are."""
+    generator, R, K = StressScenarioGenerator(trained, ""), len(REGIMES), len(PROBABILITIES)
+    made, real = np.empty((R, R, K)), np.empty((R, K))
+    for own in range(R):
+        at = (learn.regimes == own).nonzero()[:, 0]
+        real[own] = _level_quantiles(trained.scale.decode(learn.latents[at]))
+        source = trained.scale.decode(learn.latents[_some(at, LEVEL_WINDOWS)])
+        noise = generator.noise(source, torch.full((len(source),), own), trained.record.seed)
+        for target in range(R):
+            to = torch.full((len(source),), target)
+            made[own, target] = _level_quantiles(generator.made(noise, to, trained.config.cfg_scale))
+    return Levels(made, real)
+
+
+def _level_quantiles(r: Tensor) -> NDArray[np.float64]:
+    """Quantiles (K,) of the level of returns (n, N), rising."""
+    found = np.quantile(r.square().mean(1).sqrt().log().numpy(), PROBABILITIES)
+    return np.maximum.accumulate(found) + 1e-9 * np.arange(len(found))
 
 
 class _Training:
@@ -276,11 +274,6 @@ def flow_error(net: VelocityNetwork, x: Tensor, t: Tensor, told: Tensor, generat
 def dropped(regimes: Tensor, share: float, generator: Generator) -> Tensor:
     """Regimes (B,) of which each is `NULL` by that chance, row by row."""
     return torch.where(torch.rand(len(regimes), generator=generator) < share, NULL, regimes)
-
-
-def dithered(x: Tensor, generator: Generator) -> Tensor:
-    """Latents (B, 4, H, W) with a little noise of their own, see `latent.DITHER`."""
-    return x + torch.tensor(DITHER)[:, None, None] * torch.randn(x.shape, generator=generator)
 
 
 def _some(at: Tensor, n: int) -> Tensor:
