@@ -124,8 +124,9 @@ class StressScenarioGenerator:
     ) -> Tensor:
         """Windows of the regimes (B,) in the target regimes (B,): returns over what is usual, (B, BARS)."""
         use_one_thread()
-        r = self.made(self.noise(returns, own, seed), target, self._severity(cfg_scale))
-        return r * self.trained.levels.shift(r, own, target)
+        scale = self._severity(cfg_scale)
+        r = self.made(self.noise(returns, own, seed), target, scale)
+        return r * self.trained.levels.shift(r, own, target, scale)
 
     def noise(self, returns: Tensor, own: Tensor, seed: int) -> Tensor:
         """The noise (B, 4, H, W) of one scenario for windows (B, BARS) of the regimes (B,)."""
@@ -179,7 +180,7 @@ class StressScenarioGenerator:
         target = torch.full((len(z),), regime)
         shape, level = self.trained.scale.parts(self._from_noise(z, target, cfg_scale))
         r = shape * level
-        factor = self.trained.levels.shift(r, self._regimes(source), target)
+        factor = self.trained.levels.shift(r, self._regimes(source), target, cfg_scale)
         gain = factor * level / around(source.returns.double())  # of the volatility around each bar
         r = factor * r * torch.from_numpy(source.measures.usual)[:, None]
         return source.built(w, r.numpy(), gain.numpy(), self.trained.elasticity)

@@ -10,7 +10,7 @@ from torch import Tensor
 from barcast.models.trained import Past
 from barcast.models.transfer.config import TransferConfig
 from barcast.models.transfer.latent import LatentScale
-from barcast.models.transfer.network import VelocityNetwork
+from barcast.models.transfer.network import PLAIN, VelocityNetwork
 from barcast.models.transfer.regimes import RegimeRule
 
 PROBABILITIES = (0.02, *(k / 10 for k in range(1, 10)), 0.98)
@@ -42,17 +42,18 @@ class Levels:
     made: NDArray[np.float64]
     real: NDArray[np.float64]
 
-    def shift(self, r: Tensor, own: Tensor, target: Tensor) -> Tensor:
+    def shift(self, r: Tensor, own: Tensor, target: Tensor, cfg_scale: float) -> Tensor:
         """By which factor (B, 1) returns (B, N) of regimes (B,) in others (B,) are as volatile as real ones.
 
         The level goes from its quantile among what was made to that of what is real; beyond the outermost
-        ones the step is theirs, so that more severe stays more severe.
+        ones the step is theirs, so that more severe stays more severe. With less than plain guidance it goes
+        a part of that way.
         """
         level = r.square().mean(1).sqrt().log().numpy()
         found = np.empty(len(r))
         for k, (a, b) in enumerate(zip(own.tolist(), target.tolist(), strict=True)):
             found[k] = np.interp(level[k], self.made[a, b], self.real[b] - self.made[a, b])
-        return torch.from_numpy(np.exp(found))[:, None]
+        return torch.from_numpy(np.exp(min(1.0, cfg_scale / PLAIN) * found))[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

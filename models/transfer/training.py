@@ -39,7 +39,7 @@ VALIDATION = 0.1
 LOOK_WINDOWS = 256  # of them, thinned evenly, whose velocity is judged
 LOOK_WAYS = 48  # and that are brought into another regime
 LOOK_TIMES = 4  # at which a velocity is judged
-LEVEL_WINDOWS = 96  # of each regime, by which it is measured how volatile scenarios come out
+LEVEL_WINDOWS = 64  # of each regime, by which it is measured how volatile scenarios come out
 ELASTIC = 2.0  # by which volume follows volatility, at most
 SOURCES = Path(__file__).parents[1]  # of what a training runs through: a state is of one version
 
@@ -92,17 +92,21 @@ def train(
     learn, net = training.learn, training.net.eval()
     plain = Levels(*(np.zeros((*n, len(PROBABILITIES))) for n in ((len(REGIMES),) * 2, (len(REGIMES),))))
     made = Transfer(net, learn.scale, training.rule, training.elasticity, plain, config, record)
-    return replace(made, levels=measured_levels(made, learn))
+    return replace(made, levels=measured_levels(made, learn, training.apart))
 
 
-def measured_levels(trained: Transfer, learn: RegimeLatentDataset) -> Levels:
-    """How volatile windows of each regime come out in each, and how volatile those of a regime are."""
+def measured_levels(trained: Transfer, learn: RegimeLatentDataset, apart: RegimeLatentDataset) -> Levels:
+    """How volatile windows of each regime come out in each, and how volatile those of a regime are.
+
+    The windows are of those that were not learnt from, unless these are few: the flow knows the others.
+    """
     generator, R, K = StressScenarioGenerator(trained, ""), len(REGIMES), len(PROBABILITIES)
     made, real = np.empty((R, R, K)), np.empty((R, K))
     for own in range(R):
-        at = (learn.regimes == own).nonzero()[:, 0]
-        real[own] = _level_quantiles(trained.scale.decode(learn.latents[at]))
-        source = trained.scale.decode(learn.latents[_some(at, LEVEL_WINDOWS)])
+        real[own] = _level_quantiles(trained.scale.decode(learn.latents[learn.regimes == own]))
+        part = apart if int((apart.regimes == own).sum()) >= FEWEST else learn
+        at = _some((part.regimes == own).nonzero()[:, 0], LEVEL_WINDOWS)
+        source = trained.scale.decode(part.latents[at])
         noise = generator.noise(source, torch.full((len(source),), own), trained.record.seed)
         for target in range(R):
             to = torch.full((len(source),), target)

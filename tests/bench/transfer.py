@@ -55,8 +55,8 @@ from tests.bench.report import host, sentence
 JSON, FOLDER = Path("transfer.json"), Path("transfer")
 TESTED = 0.3
 """Share of the bars, the newest, that nothing learns from."""
-SOURCES = 240  # calm windows that are brought into a regime
-MOST_REAL = 600  # real windows that they are compared with
+SOURCES = 160  # calm windows that are brought into a regime
+MOST_REAL = 400  # real windows that they are compared with
 FOLDS = 5  # parts of the tested time, by which the classifier is tried
 GUIDANCE = (0.0, 1.0, 2.0, 3.0)
 TARGETS = ("volatile", "crisis")
@@ -118,7 +118,8 @@ def told_apart(real: Array, since: Array, made: Array, when: Array) -> float:
             ones = y[out].sum()
             area = (ranks[y[out] == 1].sum() - ones * (ones - 1) / 2) / (ones * (out.sum() - ones))
             areas.append((float(area), int(out.sum())))
-    return float(np.average(*zip(*areas, strict=True)))
+    found, counts = zip(*areas, strict=True)
+    return float(np.average(found, weights=counts))
 
 
 def judged(real: Array, since: Array, made: Array, when: Array) -> dict[str, float]:
