@@ -135,7 +135,7 @@ class RegimeLatentDataset:
         """Encode windows; by their own scale where none is given."""
         returns = torch.from_numpy(windows.returns)
         scale = scale or LatentScale.measure(returns)
-        latents = torch.cat([scale.encode(some) for some in returns.split(PIECE)])
+        latents = torch.cat([scale.encode(some) for some in torch.split(returns, PIECE)])
         regimes = torch.from_numpy(rule.labels(windows.measures))
         return cls(latents, regimes, torch.from_numpy(windows.symbol), torch.from_numpy(windows.end), scale)
 
@@ -169,7 +169,7 @@ class References:
         """
         found = torch.empty_like(regimes)
         uniform = torch.rand(len(regimes), generator=generator, dtype=torch.float64)
-        for regime in regimes.unique().tolist():
+        for regime in sorted(set(regimes.tolist())):
             rows = (regimes == regime).nonzero()[:, 0]
             at = self.indices.get(regime)
             own = torch.zeros(2, len(rows), dtype=torch.int64)

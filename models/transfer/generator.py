@@ -27,7 +27,7 @@ Array = NDArray[np.float64]
 
 FRESH = (0.2, 0.2, 0.2, 0.5)
 """The share of each channel's noise that is a scenario's own, not its source's; squared, of the variance."""
-MOST_SCENARIOS, MOST_GUIDANCE = 10_000, 6.0
+MOST_SCENARIOS, MOST_GUIDANCE = 1_000, 6.0
 PIECE = 48  # windows that are brought into a regime at once
 RIDGE = 1e-3  # of independence: keeps the correlation of two equal symbols from being singular
 
@@ -93,6 +93,8 @@ class StressScenarioGenerator:
         if not 0 <= seed < 2**63:
             raise ConfigError(f"seed = {seed} cannot be: take a number from 0 on")
         histories = [bars] if isinstance(bars, Window) else list(bars)
+        if not histories:
+            raise DataError("there is no history to make scenarios of: give one at least")
         if since is None:
             since = max(int(w.close_times[min(_first(w, None), len(w) - 1)]) for w in histories)
         sources = [_Source.of(w, since) for w in histories]
@@ -148,7 +150,7 @@ class StressScenarioGenerator:
         """The noise (B, 4, H, W) that windows (B, BARS) of the regimes (B,) come from."""
         c, found = self.trained.config, []
         with torch.inference_mode():
-            for r, regime in zip(returns.split(PIECE), own.split(PIECE), strict=True):
+            for r, regime in zip(torch.split(returns, PIECE), torch.split(own, PIECE), strict=True):
                 x = dithered(self.trained.scale.encode(r), generator)
                 found.append(travel(guided(self._net, regime, PLAIN), x, 1.0, 0.0, c.sample_steps, c.solver))
         return torch.cat(found)
@@ -171,7 +173,7 @@ class StressScenarioGenerator:
     def _from_noise(self, z: Tensor, target: Tensor, cfg_scale: float) -> Tensor:
         c, found = self.trained.config, []
         with torch.inference_mode():
-            for some, regime in zip(z.split(PIECE), target.split(PIECE), strict=True):
+            for some, regime in zip(torch.split(z, PIECE), torch.split(target, PIECE), strict=True):
                 to = guided(self._net, regime, cfg_scale)
                 found.append(travel(to, some, 0.0, 1.0, c.sample_steps, c.solver))
         return torch.cat(found)

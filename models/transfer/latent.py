@@ -47,7 +47,7 @@ def channels(r: Tensor) -> Tensor:
     shape = r / level
     path = r.cumsum(1) / (r.square().sum(1, keepdim=True)).sqrt()
     parts = torch.stack([shape, shape.abs(), path, level.log()], 1)
-    return parts.unflatten(2, (HEIGHT, WIDTH))
+    return parts.reshape(*parts.shape[:2], HEIGHT, WIDTH)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -96,8 +96,8 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, code: Tensor) -> Tensor:
         gain, shift = self.modulate(code)[..., None].chunk(2, 1)
         y = self.first(functional.silu(functional.group_norm(x, 8)))
-        y = self.second(functional.silu(y * (1 + gain) + shift))
-        return (x + y) / sqrt(2)
+        found: Tensor = (x + self.second(functional.silu(y * (1 + gain) + shift))) / sqrt(2)
+        return found
 
 
 def _convolution(n_in: int, n_out: int, size: int, stride: int, generator: Generator | None) -> nn.Conv1d:

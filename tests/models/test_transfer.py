@@ -274,6 +274,8 @@ def test_histories_that_do_not_suffice_are_named(
     w = bars[0]
     with pytest.raises(DataError, match=f"SYM0 has 10 bars before .*, and {LEAST + 1} are needed"):
         generator.generate(w, "crisis", since=int(w.close_times[10]))
+    with pytest.raises(DataError, match="no history to make scenarios of"):
+        generator.generate([], "crisis")
     with pytest.raises(DataError, match="SYM0 has 100 bars to make up"):
         generator.generate(w, "crisis", since=int(w.close_times[-100]))
     still = w.values.copy()
