@@ -31,6 +31,7 @@ from barcast.models.transfer.statistics import (
     square_correlations,
     tail_ratio,
 )
+from barcast.models.transfer.trained import PROBABILITIES, Levels
 from barcast.models.transfer.training import dropped
 from tests.garch import simulate
 
@@ -410,3 +411,21 @@ def test_only_some_measures_are_taken() -> None:
     """A mask is taken through all of them."""
     m = Measures(*(np.arange(4.0) for _ in range(4)))
     assert m.only(np.array([True, False, False, True])).fall.tolist() == [0, 3]
+
+
+def test_levels_are_brought_to_those_of_real_windows() -> None:
+    """Quantile to quantile; beyond the outermost by their step, so that order stays; in part below 2."""
+    made = np.tile(np.linspace(-0.5, 0.5, len(PROBABILITIES)), (4, 4, 1))
+    real = np.tile(np.linspace(0.5, 1.0, len(PROBABILITIES)), (4, 1))
+    levels, own = Levels(made, real), torch.zeros(5, dtype=torch.int64)
+    wanted = torch.tensor([-1.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64)
+    r = torch.exp(wanted)[:, None] * torch.ones(5, BARS, dtype=torch.float64)
+
+    def level(cfg_scale: float) -> list[float]:
+        shifted = r * levels.shift(r, own, own + 3, cfg_scale)
+        return shifted.square().mean(1).sqrt().log().tolist()
+
+    assert level(2.0) == pytest.approx([0.0, 0.5, 0.75, 1.0, 2.5])
+    assert level(3.0) == pytest.approx(level(2.0))
+    assert level(1.0) == pytest.approx([-0.5, 0.0, 0.375, 0.75, 2.25])
+    assert level(0.0) == pytest.approx(wanted.tolist())
