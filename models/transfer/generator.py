@@ -274,7 +274,8 @@ def _alike(noise: Sequence[Tensor]) -> Tensor:
     count = min(map(len, noise))
     correlation = torch.corrcoef(torch.stack([z[:count].flatten() for z in noise]).double())
     ridged = torch.lerp(correlation, torch.eye(len(noise), dtype=torch.float64), RIDGE)
-    return torch.linalg.cholesky(ridged).float()
+    root: Tensor = torch.linalg.cholesky(ridged)
+    return root.float()
 
 
 def _stream(*key: object) -> Generator:

@@ -117,7 +117,7 @@ def measured_levels(trained: Transfer, learn: RegimeLatentDataset, apart: Regime
 def _level_quantiles(r: Tensor) -> NDArray[np.float64]:
     """Quantiles (K,) of the level of returns (n, N), rising."""
     found = np.quantile(r.square().mean(1).sqrt().log().numpy(), PROBABILITIES)
-    return np.maximum.accumulate(found) + 1e-9 * np.arange(len(found))
+    return np.asarray(np.maximum.accumulate(found) + 1e-9 * np.arange(len(found)), np.float64)
 
 
 class _Training:
@@ -272,7 +272,8 @@ def flow_error(net: VelocityNetwork, x: Tensor, t: Tensor, told: Tensor, generat
     """The squared error (B,) of the velocity at times (B,) on the way from noise to latents (B, 4, H, W)."""
     noise = torch.randn(x.shape, generator=generator)
     at = t[:, None, None, None]
-    return (net((1 - at) * noise + at * x, t, told) - (x - noise)).square().mean((1, 2, 3))
+    apart: Tensor = net((1 - at) * noise + at * x, t, told) - (x - noise)
+    return apart.square().mean((1, 2, 3))
 
 
 def dropped(regimes: Tensor, share: float, generator: Generator) -> Tensor:
