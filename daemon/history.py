@@ -34,6 +34,9 @@ TIMES = ("ts", "time", "timestamp", "date")
 SYMBOL = r"^[A-Z0-9][A-Z0-9._-]{0,31}$"
 TEXTS = (pl.String, pl.Categorical, pl.Enum, pl.Null)
 
+SCENARIO = "scenario"
+"""The column that marks a file of bars that were made up: none of the readers here takes one."""
+
 KNOWN = "\0known"
 """The column of `stamped` that no file has."""
 
@@ -503,6 +506,11 @@ def _opened(path: Path) -> tuple[pl.LazyFrame, pl.Schema, dict[str, str]]:
         if plain in names and plain in (*COLUMNS, "open_time", "timeframe", *TIMES):
             raise DataError(f"{path} has two columns {names[plain]!r} and {name!r}: keep one of them.")
         names[plain] = name
+    if SCENARIO in names:
+        raise DataError(
+            f"{path} has a column {names[SCENARIO]!r}: its bars are a stress scenario's, which nothing "
+            "learns from, forecasts from or journals; name a file of real bars."
+        )
     return raw, schema, names
 
 

@@ -64,6 +64,9 @@ An error is the Wasserstein distance from four mixtures of normals in deviations
 """
 
 
+TRANSFER = "transfer"
+"""The kind of a stress generator, which is no forecaster."""
+
 FORMAT = 3
 """That of a checkpoint's `JSON`."""
 JSON = "model.json"

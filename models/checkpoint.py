@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from barcast.models import samplers
-from barcast.models.catalog import BASELINES, FORMAT, JSON, check_named, header, read
+from barcast.models.catalog import BASELINES, FORMAT, JSON, TRANSFER, check_named, header, read
 from barcast.models.ensemble import Ensemble, Member
 from barcast.models.errors import BarcastError, CheckpointError, ConfigError
 from barcast.models.forecast import Forecaster
@@ -82,8 +82,14 @@ def save(trained: Model, directory: Path) -> str:
 
     Returns the model's id; raises `CheckpointError` rather than replace anything else.
     """
-    directory = check_target(directory)
     model, files = _files(trained)
+    write(directory, model, files)
+    return model
+
+
+def write(directory: Path, model: str, files: Mapping[str, bytes]) -> None:
+    """Write the files of a model as `save` does, by their path in the directory."""
+    directory = check_target(directory)
     fresh = directory.with_name(f".{directory.name}.{model}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -101,13 +107,17 @@ def save(trained: Model, directory: Path) -> str:
         shutil.rmtree(old)
     else:
         fresh.rename(directory)
-    return model
 
 
 def load(directory: Path) -> Checkpoint:
     """Read a model; raises `CheckpointError` for one that is incomplete, damaged, foreign or newer."""
     path, body = directory / JSON, header(directory)
     kind = next((kind for kind in KINDS if kind.name == body.get("kind")), None)
+    if body.get("kind") == TRANSFER:
+        raise CheckpointError(
+            f"{path}: is a stress generator, which makes scenarios up and forecasts nothing; point to a "
+            "model that `barcast train` wrote"
+        )
     if kind is None:
         known = ", ".join(kind.name for kind in KINDS)
         raise CheckpointError(
@@ -115,14 +125,19 @@ def load(directory: Path) -> Checkpoint:
             "point to a model that `barcast train` wrote"
         )
     weights = read(directory / WEIGHTS, MOST_WEIGHTS) if kind.weights else b""
+    claimed = verified(directory, body, weights, f"{JSON} and {WEIGHTS}" if kind.weights else JSON)
+    return Checkpoint(claimed, kind.read(directory, body, weights))
+
+
+def verified(directory: Path, body: dict[str, Any], weights: bytes, contents: str) -> str:
+    """Take the id out of a model's `JSON`; raise `CheckpointError` where the contents have another one."""
     claimed = body.pop("id", None)
-    contents = f"{JSON} and {WEIGHTS}" if kind.weights else JSON
-    if claimed != (found := _identity(body, weights)):
+    if claimed != (found := identity(body, weights)):
         raise CheckpointError(
-            f"{path}: id {claimed!r} does not fit the contents of {contents}, which is {found!r}; "
-            "copy the directory again"
+            f"{directory / JSON}: id {claimed!r} does not fit the contents of {contents}, which is "
+            f"{found!r}; copy the directory again"
         )
-    return Checkpoint(str(claimed), kind.read(directory, body, weights))
+    return str(claimed)
 
 
 def open_forecaster(
@@ -184,7 +199,7 @@ def _files(trained: Model) -> tuple[str, dict[str, bytes]]:
     kind = next(kind for kind in KINDS if isinstance(trained, kind.holds))
     body = {"format": FORMAT, "kind": kind.name, **kind.body(trained)}
     weights = kind.weights(trained) if kind.weights else b""
-    model = _identity(body, weights)
+    model = identity(body, weights)
     files = {JSON: json.dumps({"id": model, **body}, indent=1, allow_nan=False).encode() + b"\n"}
     if kind.weights:
         files[WEIGHTS] = weights
@@ -233,7 +248,8 @@ def _weights(trained: Trained | LatentTrained) -> bytes:
     return save_tensors({k: v.contiguous() for k, v in trained.net.state_dict().items()})
 
 
-def _identity(body: Mapping[str, Any], weights: bytes) -> str:
+def identity(body: Mapping[str, Any], weights: bytes) -> str:
+    """A model's id, of what is in its `JSON` beside it, and of its weights."""
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"))
     return sha256(canonical.encode() + b"\0" + weights).hexdigest()[:16]
 
@@ -241,9 +257,9 @@ def _identity(body: Mapping[str, Any], weights: bytes) -> str:
 def _sssd(directory: Path, body: dict[str, Any], weights: bytes) -> Trained:
     path = directory / JSON
     _expect(path, body, SCHEDULED, UNSAMPLED)
-    tensors = _parsed(directory / WEIGHTS, weights)
+    tensors = parsed(directory / WEIGHTS, weights)
     trained = _trained(path, body, tensors)
-    _fill(trained.net, tensors, directory / WEIGHTS)
+    fill(trained.net, tensors, directory / WEIGHTS)
     return trained
 
 
@@ -251,8 +267,8 @@ R = TypeVar("R", bound=Past)
 
 
 @contextmanager
-def _foreign(path: Path) -> Iterator[None]:
-    """The hash was right, so what fails in here is a foreign or a newer file."""
+def foreign(path: Path) -> Iterator[None]:
+    """Raise what fails in here as `CheckpointError`: the hash was right, so the file is foreign or newer."""
     try:
         yield
     except KeyError as e:
@@ -263,7 +279,7 @@ def _foreign(path: Path) -> Iterator[None]:
 
 def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling, tuple[float, ...], R]:
     """What a model has that forecasts from the features: its scaling, levels and record."""
-    with _foreign(path):
+    with foreign(path):
         horizons = msgspec.convert(body["horizons"], tuple[int, ...])
         levels = msgspec.convert(body["levels"], tuple[float, ...])
         check_outputs(horizons, levels)
@@ -296,12 +312,12 @@ def _scaling(path: Path, body: dict[str, Any], record: type[R]) -> tuple[Scaling
 def _trained(path: Path, body: dict[str, Any], tensors: Mapping[str, Tensor]) -> Trained:
     """The model, which these are the weights of, without them."""
     scaling, levels, record = _scaling(path, body, Record)
-    with _foreign(path):
+    with foreign(path):
         architecture = Architecture(**body["architecture"])
         known = msgspec.convert(body["path"], tuple[int, ...])
     _fits(path, architecture, scaling, known)
-    _enough(path, architecture.least, tensors)
-    with _foreign(path):
+    enough(path, architecture.least, tensors)
+    with foreign(path):
         net = SSSD(architecture, torch.Generator().manual_seed(0))
     return Trained(net=net, scaling=scaling, levels=levels, record=record)
 
@@ -309,17 +325,17 @@ def _trained(path: Path, body: dict[str, Any], tensors: Mapping[str, Tensor]) ->
 def _latent(directory: Path, body: dict[str, Any], weights: bytes) -> LatentTrained:
     path = directory / JSON
     _expect(path, body, SCHEDULED, UNSAMPLED)
-    tensors = _parsed(directory / WEIGHTS, weights)
+    tensors = parsed(directory / WEIGHTS, weights)
     scaling, levels, record = _scaling(path, body, LatentRecord)
     installed()  # that it is missing is no fault of the file
-    with _foreign(path):
+    with foreign(path):
         a = msgspec.convert(body["architecture"], LatentArchitecture)
         known = msgspec.convert(body["path"], tuple[int, ...])
     _fits(path, a, scaling, known)
-    _enough(path, a.least, tensors)
-    with _foreign(path):
+    enough(path, a.least, tensors)
+    with foreign(path):
         net = LDM4TS(a, torch.Generator().manual_seed(0))
-    _fill(net, tensors, directory / WEIGHTS)
+    fill(net, tensors, directory / WEIGHTS)
     if a.text:
         net.language = _language(path, body, scaling.timeframe, a.text)
     return LatentTrained(net, scaling, levels, record)
@@ -327,7 +343,7 @@ def _latent(directory: Path, body: dict[str, Any], weights: bytes) -> LatentTrai
 
 def _language(path: Path, body: dict[str, Any], timeframe: str, width: int) -> Language:
     """The language model that a checkpoint names; raise `CheckpointError` for one of other files."""
-    with _foreign(path):
+    with foreign(path):
         named = msgspec.convert(body["text"], dict[str, str])
         folder, digest = Path(named["folder"]), named["sha256"]
     remedy = f"put the folder that it was trained with at {str(folder)!r}, or train again"
@@ -361,7 +377,7 @@ def _fits(
             raise CheckpointError(f"{path}: {field} is {found}, not {mine}; {AGAIN}")
 
 
-def _enough(path: Path, least: int, tensors: Mapping[str, Tensor]) -> None:
+def enough(path: Path, least: int, tensors: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` for fewer weights than a network has, before one of any size is made."""
     if least > (numbers := sum(tensor.numel() for tensor in tensors.values())):
         raise CheckpointError(
@@ -370,7 +386,8 @@ def _enough(path: Path, least: int, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _fill(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+def fill(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Give a network its weights; raise `CheckpointError` for others than it has."""
     own = net.state_dict()
     _check(path, tensors, own)
     for name, mine in own.items():
@@ -382,8 +399,8 @@ def _fill(net: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     net.eval()
 
 
-def _parsed(path: Path, weights: bytes) -> dict[str, Tensor]:
-    """The tensors of a weights file."""
+def parsed(path: Path, weights: bytes) -> dict[str, Tensor]:
+    """The tensors of a weights file; raise `CheckpointError` for any other file."""
     try:
         return load_tensors(weights)
     except SafetensorError as e:
@@ -420,7 +437,7 @@ def _boosted_weights(boosted: Boosted) -> bytes:
 def _boosted(directory: Path, body: dict[str, Any], weights: bytes) -> Boosted:
     scaling, levels, record = _scaling(directory / JSON, body, TreesRecord)
     path = directory / WEIGHTS
-    tensors = _parsed(path, weights)
+    tensors = parsed(path, weights)
     _check(path, tensors, [f.name for f in fields(Trees)])
     trees = Trees(**{name: tensor.numpy() for name, tensor in tensors.items()})
     fault = trees.fault((len(scaling.horizons), len(levels)), len(scaling.mean))
@@ -447,7 +464,7 @@ def _ensemble_body(ensemble: Ensemble) -> dict[str, Any]:
 
 def _ensemble(directory: Path, body: dict[str, Any], _: bytes) -> Ensemble:
     path = directory / JSON
-    with _foreign(path):
+    with foreign(path):
         horizons = msgspec.convert(body["horizons"], tuple[int, ...])
         levels = msgspec.convert(body["levels"], tuple[float, ...])
         check_outputs(horizons, levels)
@@ -455,7 +472,7 @@ def _ensemble(directory: Path, body: dict[str, Any], _: bytes) -> Ensemble:
         weights = np.array(body["weights"], np.float64)
         record = msgspec.convert(body["record"], Past)
     members = tuple(_member(directory, name) for name, _ in named)
-    with _foreign(path):
+    with foreign(path):
         ensemble = Ensemble(body["timeframe"], horizons, levels, members, weights, record)
         cards = [forecaster.card for forecaster in ensemble.open_members()]
     shape = len(horizons), len(members)

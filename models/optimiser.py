@@ -59,7 +59,7 @@ class Phase:
     what was not learnt from, of each of `members`: with more than one, parameters have the members first, and
     each keeps the weights that were its own best. Those of step 0 give way only to a CRPS that is lower by
     the share `margin`. `prepare` runs before the first step, and again when the training goes on later: it
-    draws nothing and depends on no weight of `modules`.
+    draws nothing and depends on no weight of `modules`. `steps` are its own in place of the budget's.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Phase:
     prepare: Callable[[], None]
     members: int = 1
     margin: float = 0.0
+    steps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Steps of each phase, and a cap on the seconds of each by a monotonic clock."""
+    """Steps of each phase that has none of its own, and a cap on the seconds of each by a monotonic clock."""
 
     steps: int
     seconds: float = inf
@@ -273,8 +274,7 @@ class _Loop:
     ) -> None:
         self.net, self.phases, self.budget, self.generator = net, phases, budget, generator
         self.accelerator, self.file, self.progress = accelerator, file, progress
-        self.every = max(1, budget.steps // EPOCHS)
-        self.warm = max(1, budget.steps // 20)
+        self.steps = {phase.name: phase.steps or budget.steps for phase in phases}
         self.candidates: list[Candidate] = []
         self.chosen: dict[str, tuple[int, ...]] = {}
         self.capped = False
@@ -310,14 +310,15 @@ class _Loop:
             optimiser.load_state_dict(saved["optimiser"])
             self.generator.set_state(saved["generator"])
             used = saved["seconds"]
-        clock, steps = self.budget.clock, self.budget.steps
+        clock, steps = self.budget.clock, self.steps[phase.name]
+        every = max(1, steps // EPOCHS)
         began = clock() - used if clock else 0.0
 
         def seconds() -> float:
             return clock() - began if clock else 0.0
 
         while True:
-            late, due = 0 < at.step < steps and self._over(seconds), at.step % self.every == 0
+            late, due = 0 < at.step < steps and self._over(seconds), at.step % every == 0
             crps = None
             if at.step > at.looked and (due or at.step == steps or late):
                 crps = self._look(phase, parameters, at)
@@ -335,7 +336,7 @@ class _Loop:
                 self._save(phase, at, optimiser, seconds)
             if at.step == steps or late or stale:
                 break
-            self._step(model, optimiser, parameters, phase.rate, at)
+            self._step(model, optimiser, parameters, phase, at)
             note = ""
         if at.step < steps and not late:
             self.stopped.append(phase.name)
@@ -343,13 +344,14 @@ class _Loop:
         self.chosen[phase.name] = tuple(at.best_step)
 
     def _step(
-        self, model: nn.Module, optimiser: Any, parameters: list[nn.Parameter], rate: float, at: _Position
+        self, model: nn.Module, optimiser: Any, parameters: list[nn.Parameter], phase: Phase, at: _Position
     ) -> None:
         accelerator, drawn = self.accelerator, self.generator.get_state()
         parts, count = accelerator.gradient_accumulation_steps, accelerator.num_processes
-        warm = min(1.0, (at.step + 1) / self.warm)
+        steps = self.steps[phase.name]
+        warm = min(1.0, (at.step + 1) / max(1, steps // 20))
         for group in optimiser.param_groups:
-            group["lr"] = rate * warm * 0.5 * (1 + cos(pi * at.step / self.budget.steps))
+            group["lr"] = phase.rate * warm * 0.5 * (1 + cos(pi * at.step / steps))
         for part in range(parts):
             self.generator.set_state(drawn)  # every share draws the same batch
             with accelerator.accumulate(model):
@@ -424,8 +426,8 @@ class _Loop:
 
     def _say(self, phase: Phase, at: _Position, crps: float | None, note: str) -> None:
         if self.accelerator.is_main_process:
-            steps = self.budget.steps
-            done, total = self.phases.index(phase) * steps + at.step, len(self.phases) * steps
+            steps, before = self.steps[phase.name], self.phases[: self.phases.index(phase)]
+            done, total = sum(self.steps[p.name] for p in before) + at.step, sum(self.steps.values())
             self.progress(Progress(phase.name, at.step, steps, _mean(at.losses), crps, done, total, note))
 
     def _over(self, seconds: Callable[[], float]) -> bool:

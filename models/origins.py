@@ -210,8 +210,11 @@ def parts(histories: Collection[Window], until: int | None, *, validation: float
     """Cut whole histories; no bar after `until`, by default the newest, is looked at.
 
     `hold_out` is the share of the newest bars that are left alone, `validation` that of the rest. Raises
-    `DataError` for histories without a bar, or with an unusable one.
+    `DataError` for histories without a bar, or with an unusable one, and for what is no history of bars.
     """
+    for w in histories:
+        if not isinstance(w, Window):
+            raise DataError(f"{type(w).__name__} is no history of bars: what is made up is not learnt from")
     said = "" if until is None else f" closed by {to_text(until)}"
     if until is None:
         until = max((w.close_time for w in histories if len(w)), default=0)

@@ -71,25 +71,34 @@ class Simulation:
         return q, sd
 
 
-def simulate(symbol: str, bars: int, seed: int, season: bool = False, step: int = HOUR) -> Simulation:
+def simulate(
+    symbol: str,
+    bars: int,
+    seed: int,
+    season: bool = False,
+    step: int = HOUR,
+    levels: tuple[float, float] = LEVELS,
+    switch: float = SWITCH,
+) -> Simulation:
     """Draw `bars` bars that follow each other every `step` nanoseconds, around the clock.
 
     Given the past, a return is Student-t with 5 degrees of freedom times sigma_t, with
     sigma_t^2 = (1 - alpha - beta) level^2 + alpha r^2 + beta sigma^2 before the season; the level switches
-    between two regimes. With `season`, sigma_t follows the hour of the day by a factor of up to 2.
+    between two regimes, by the chance `switch` at each bar; the truth to come is known for the default
+    regimes alone. With `season`, sigma_t follows the hour of the day by a factor of up to 2.
     """
     rng = np.random.default_rng([seed, sum(symbol.encode())])
     times = START + step * np.arange(1, bars + 1, dtype=np.int64)
     hour = (np.arange(bars + 1) * step // HOUR) % 24
     factor = np.exp(0.7 * np.sin(2 * np.pi * hour / 24)) if season else np.ones(bars + 1)
     day = factor[: max(1, 24 * HOUR // step)]  # after which it repeats itself
-    regime = np.cumsum(rng.random(bars + 1) < SWITCH) % 2
+    regime = np.cumsum(rng.random(bars + 1) < switch) % 2
     eps = rng.standard_t(DEGREES, bars) / sqrt(DEGREES / (DEGREES - 2))
     variance = np.empty(bars + 1)
-    variance[0] = LEVELS[0] ** 2
+    variance[0] = levels[0] ** 2
     for k in range(bars):
         r2 = variance[k] * eps[k] ** 2
-        level2 = LEVELS[regime[k]] ** 2
+        level2 = levels[regime[k]] ** 2
         variance[k + 1] = (1 - ALPHA - BETA) * level2 + ALPHA * r2 + BETA * variance[k]
     sigma = np.sqrt(variance) * factor
     r = sigma[:-1] * eps
@@ -101,7 +110,7 @@ def simulate(symbol: str, bars: int, seed: int, season: bool = False, step: int 
     bridge = path + np.arange(1, TICKS + 1) / TICKS * (r - path[:, -1])[:, None]
     high = open_ + np.maximum(bridge.max(1), 0)
     low = open_ + np.minimum(bridge.min(1), 0)
-    volume = 1000 * np.exp(0.5 * np.log(sigma[:-1] / LEVELS[0]) + 0.3 * rng.standard_normal(bars))
+    volume = 1000 * np.exp(0.5 * np.log(sigma[:-1] / levels[0]) + 0.3 * rng.standard_normal(bars))
     high, low = np.maximum(high, np.maximum(open_, close)), np.minimum(low, np.minimum(open_, close))
     values = np.column_stack([np.exp(open_), np.exp(high), np.exp(low), np.exp(close), volume])
     return Simulation(Window(symbol, times, values), sigma[1:], variance[1:], regime[:-1], day)

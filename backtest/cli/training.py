@@ -204,7 +204,7 @@ def train(
     except OSError as error:
         raise ConfigError(f"--out: {error}; name a directory that you may write") from error
     with (
-        _alone(out_dir, kind) as speaks,
+        _alone(out_dir, kind in DIFFUSED) as speaks,
         interruptible(lambda: _left(out_dir)),
         histories_of(files, stamp, closes, symbol, until, adjustments, out_dir.parent) as histories,
     ):
@@ -241,14 +241,84 @@ def train(
         optimiser.leave()
 
 
+@app.command(rich_help_panel=HISTORY)
+def train_stress(
+    files: Files,
+    stamp: Stamped,
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="Directory for the generator; one that is there must hold a model."),
+    ],
+    timeframe: Timeframe = None,
+    calendar: CalendarName = "24x7",
+    symbol_calendar: OtherCalendars = None,
+    adjustments: Adjustments = None,
+    symbol: Symbols = None,
+    until: Until = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file of the training: steps, batch, cfg_scale and others; see the README."),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Cap on the training, half for each phase; that it was hit is recorded.", min=0),
+    ] = None,
+    hold_out: Annotated[
+        float, typer.Option(help="Share of the newest bars that are left alone.", min=0, max=0.5)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random numbers.")] = 0,
+) -> None:
+    """Train a generator of stress scenarios on bars closed before --until.
+
+    It brings bars into the texture of another regime: calm, trend, volatile or crisis. What it makes up is a
+    scenario, not a forecast, and no model that forecasts. The same command again goes on with a training that
+    was interrupted.
+    """
+    from barcast.models.checkpoint import check_target
+    from barcast.models.transfer.config import TransferConfig
+
+    settings = TransferConfig() if config is None else TransferConfig.load(config)
+    timeframe = timeframe or found_timeframe(files, stamp, calendar, symbol)
+    closes = calendars_of(calendar, symbol_calendar, timeframe)
+    with in_folder("--out", out_dir.parent):
+        out_dir = check_target(out_dir)
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        _alone(out_dir, False),
+        interruptible(lambda: _left(out_dir)),
+        histories_of(files, stamp, closes, symbol, until, adjustments, out_dir.parent) as histories,
+        epochs() as stand,
+    ):
+        from barcast.models.transfer import REGIMES, save_generator, train
+
+        _warn(histories, closes)
+        trained = train(
+            histories.values(),
+            timeframe=timeframe,
+            config=settings,
+            hold_out=hold_out,
+            seed=seed,
+            seconds=None if minutes is None else 60 * minutes,
+            clock=time.monotonic,
+            state=_state(out_dir),
+            progress=stand,
+        )
+        model = save_generator(trained, out_dir)
+        _state(out_dir).unlink(missing_ok=True)
+    kept, record = trained.config, trained.record
+    tell("windows: " + ", ".join(f"{n} {name}" for name, n in zip(REGIMES, record.windows, strict=True)))
+    tell(f"chosen by validation: step {record.flow_step} of {kept.steps}, {record.energy_step} of energies")
+    tell(f"stress generator {model} written to {out_dir}")
+
+
 @contextmanager
-def _alone(out_dir: Path, kind: Kind) -> Iterator[bool]:
+def _alone(out_dir: Path, shared: bool) -> Iterator[bool]:
     """Hold a model's directory: a second training would write over the state of the first.
 
     Of processes that share a training the main one holds it and speaks: it has True. The lock file goes with
     the training.
     """
-    if kind in DIFFUSED:
+    if shared:
         from barcast.models import optimiser
 
         if not optimiser.is_main():

@@ -205,7 +205,7 @@ REPAIR = 1
 
 def model(data: bytes) -> None:
     """A byte, `model.json`, a zero and the weights."""
-    from barcast.models.checkpoint import _identity, load
+    from barcast.models.checkpoint import identity, load
 
     text, _, weights = data[1:].partition(b"\0")
     if data and data[0] & REPAIR:
@@ -213,7 +213,7 @@ def model(data: bytes) -> None:
             if isinstance(body := json.loads(text), dict):
                 body.pop("id", None)
                 weighed = b"" if body.get("kind") == "ensemble" else weights
-                text = json.dumps({**body, "id": _identity(body, weighed)}).encode()
+                text = json.dumps({**body, "id": identity(body, weighed)}).encode()
     with _folder() as folder:
         (folder / JSON).write_bytes(text)
         (folder / "weights.safetensors").write_bytes(weights)

@@ -91,7 +91,7 @@ def test_model_of_any_size_is_refused_before_there_is_room_for_it(
     body = json.loads(text)
     body[field] = {**body[field], **value} if isinstance(value, dict) else value
     del body["id"]
-    body["id"] = checkpoint._identity(body, weights)
+    body["id"] = checkpoint.identity(body, weights)
     (tmp_path / "model.json").write_text(json.dumps(body))
     (tmp_path / "weights.safetensors").write_bytes(weights)
     with pytest.raises(CheckpointError) as caught:
