@@ -61,7 +61,7 @@ FOLDS = 5  # parts of the tested time, by which the classifier is tried
 GUIDANCE = (0.0, 1.0, 2.0, 3.0)
 TARGETS = ("volatile", "crisis")
 
-Array = NDArray[np.float64]
+Array, Ints = NDArray[np.float64], NDArray[np.int64]
 
 
 def features(r: Array) -> Array:
@@ -92,7 +92,7 @@ def features(r: Array) -> Array:
     return np.stack(columns, 1)
 
 
-def told_apart(real: Array, since: Array, made: Array, when: Array) -> float:
+def told_apart(real: Array, since: Ints, made: Array, when: Ints) -> float:
     """The area under the curve of a boosted classifier on parts of the time that it has not learnt from."""
     x, y = np.concatenate([features(real), features(made)]), np.repeat([1, 0], [len(real), len(made)])
     times = np.concatenate([since, when])
@@ -122,7 +122,7 @@ def told_apart(real: Array, since: Array, made: Array, when: Array) -> float:
     return float(np.average(found, weights=counts))
 
 
-def judged(real: Array, since: Array, made: Array, when: Array) -> dict[str, float]:
+def judged(real: Array, since: Ints, made: Array, when: Ints) -> dict[str, float]:
     """How far made windows are from real ones."""
     s, own = realised_volatility(real), realised_volatility(made)
     low, high = np.quantile(s, [0.05, 0.95])
@@ -188,23 +188,20 @@ def measure(name: str, config: TransferConfig, tell: Callable[[str], None]) -> d
         r, o = real.returns.astype(np.float64), old.returns.astype(np.float64)
         rng = np.random.default_rng(0)
         spread = rng.permutation(np.resize(real.close, len(o)))  # an old window's place in the tested time
-        rows = {
-            "real, older": judged(r, real.close, o, spread),
-            "rescaled": rescaled(source, o, rng),
-            "bootstrap": bootstrapped(source, o, rng),
-        }
+        rows = {"real, older": judged(r, real.close, o, spread)}
+        sets = {"rescaled": rescaled(source, o, rng), "bootstrap": bootstrapped(source, o, rng)}
         own, to = torch.zeros(len(source), dtype=torch.int64), torch.full((len(source),), k)
         for scale in GUIDANCE:
             made = generator.transfer(torch.from_numpy(source), own, to, 1, scale).numpy()
-            rows["generator" if scale == config.cfg_scale else f"generator, cfg_scale {scale:g}"] = made
-        for what, made in rows.items():
-            if not isinstance(made, dict):
-                rows[what] = judged(r, real.close, made, calm.close) | content(generator, source, made)
-                rows[what] |= {
-                    "distance": distance(generator, made, r) / distance(generator, source, r),
-                    "distance_learnt": distance(generator, made, o) / distance(generator, source, o),
-                }
-            tell(f"  {what}: " + ", ".join(f"{key} {value:.3f}" for key, value in rows[what].items()))
+            sets["generator" if scale == config.cfg_scale else f"generator, cfg_scale {scale:g}"] = made
+        for what, made in sets.items():
+            rows[what] = judged(r, real.close, made, calm.close) | content(generator, source, made)
+            rows[what] |= {
+                "distance": distance(generator, made, r) / distance(generator, source, r),
+                "distance_learnt": distance(generator, made, o) / distance(generator, source, o),
+            }
+        for what, row in rows.items():
+            tell(f"  {what}: " + ", ".join(f"{key} {value:.3f}" for key, value in row.items()))
         found["regimes"][target] = {"real": len(real), "made": len(source), "rows": rows}
     return found
 
