@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from barcast.daemon.calendar import iso
 from barcast.models import BASELINES, ConfigError, DataError, Forecaster, Window, even_stride, open_model
-from barcast.models.evaluation import Forecasts, collect
+from barcast.models.evaluation import COSTLY_BARS, Forecasts, collect, newest
 from barcast.models.forecast import FAR
 from barcast.models.scores import crps, gain, lag
 
@@ -18,9 +18,6 @@ MIN_ORIGINS = 50
 """Fewer forecasts than this say nothing about which model is better."""
 MAX_ORIGINS = 1500
 """Of more bars than this, about so many are origins, evenly spread: the verdict must not take an hour."""
-COSTLY, COSTLY_BARS = ("ldm4ts",), 2000
-"""Kinds that take tenths of a second for each bar, origin or not, as calibration asks them: they are compared
-on so many of the newest bars."""
 MARGIN = 0.002
 """What a challenger must gain unless the configuration says. The gain of a training over the last one has an
 error of 0.1 to 0.4 %: without a margin, one that is only as good would take over every second time."""
@@ -75,7 +72,7 @@ def judge(
     standard errors of the paired difference.
     `progress` is told the forecasts made, those to make, and the window at hand.
     """
-    from barcast.models.checkpoint import load
+    from barcast.models.checkpoint import costly, load
 
     new, old = (open_model(name, timeframe, sampler, steps) for name in (str(challenger), champion))
     refused = Verdict(accepted=False, reason="", challenger=new.card.model, champion=old.card.model)
@@ -86,9 +83,10 @@ def judge(
             return msgspec.structs.replace(refused, reason=str(error))
     until = max(window.close_time for window in histories.values())
     learnt = [name for name in (str(challenger), champion) if name not in BASELINES]
-    since = max(load(Path(name)).trained.record.validation_end for name in learnt)
-    if {new.card.kind, old.card.kind} & set(COSTLY):
-        since = max(since, _newest(histories, COSTLY_BARS))
+    trained = [load(Path(name)).trained for name in learnt]
+    since = max(one.record.validation_end for one in trained)
+    if any(map(costly, trained)):
+        since = max(since, newest(histories.values(), COSTLY_BARS, max(new.card.horizons)))
     refused = msgspec.structs.replace(refused, since=iso(since), until=iso(until))
     bars = sum(int((w.close_times >= since).sum()) for w in histories.values())
     stride = even_stride(bars, MAX_ORIGINS)
@@ -139,12 +137,6 @@ def judge(
         baselines={name: _short(score) for name, score in scores.items()} if size else {},
         origins=size,
     )
-
-
-def _newest(histories: Mapping[str, Window], bars: int) -> int:
-    """The close from which on there are so many bars of all symbols, or the first of fewer."""
-    closes = np.sort(np.concatenate([w.close_times[-bars:] for w in histories.values()]))
-    return int(closes[-bars:][0])
 
 
 def rivals(timeframe: str, horizons: Sequence[int], levels: Sequence[float]) -> dict[str, Forecaster]:

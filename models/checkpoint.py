@@ -158,6 +158,13 @@ def preset_of(name: str) -> str:
     return next((preset for preset in found if preset), PRESET)
 
 
+def costly(trained: Model) -> bool:
+    """Whether a forecast takes tenths of a second: of an LDM4TS, or of an ensemble with one."""
+    if isinstance(trained, Ensemble):
+        return any(m.trained is not None and costly(m.trained) for m in trained.members)
+    return isinstance(trained, LatentTrained)
+
+
 def learner_like(name: str) -> Callable[..., Trained | LatentTrained]:
     """`train` of the kind of diffusion model that a model is, of the same sizes; else of an SSSD.
 

@@ -17,6 +17,9 @@ from barcast.models.window import Window, window_at
 Array = NDArray[np.float64]
 
 CHUNK = 256  # windows handed over at once
+COSTLY_BARS = 2000
+"""How many bars models are judged on that take tenths of a second for each, origin or not: calibration asks
+them of all bars between two origins, and of some before the first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +56,16 @@ class Forecasts:
     quantiles: list[Array]
     symbols: tuple[str, ...]
     close_times: NDArray[np.int64]
+
+
+def newest(histories: Collection[Window], bars: int, reach: int) -> int:
+    """The close from which on so many bars of all symbols have outcomes, or the first of fewer.
+
+    `reach` is the longest horizon, in bars.
+    """
+    bars += len(histories) * reach
+    closes = np.sort(np.concatenate([w.close_times[-bars:] for w in histories]))
+    return int(closes[-bars:][0])
 
 
 def even_stride(n: int, most: int) -> float:

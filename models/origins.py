@@ -37,6 +37,7 @@ class Origins:
     z: Tensor  # (n, H) outcome over scale, float64
     scale: Tensor  # (n, H)
     block: Tensor  # (n, 2): the block of the origin's bar, and that of its last outcome
+    closes: Tensor  # (n, 2): the close of the origin's bar, and that of its last outcome, in nanoseconds
 
     def __len__(self) -> int:
         return len(self.row)
@@ -55,6 +56,7 @@ class Origins:
             self.z[keep],
             self.scale[keep],
             self.block[keep],
+            self.closes[keep],
         )
 
     def sequence(self, at: Tensor, context: int) -> Tensor:
@@ -277,11 +279,12 @@ class _Part:
         self.z = Table(horizons, np.float64, folder)
         self.scale = Table(horizons, np.float64, folder)
         self.block = Table(2, np.int64, folder)
+        self.closes = Table(2, np.int64, folder)
 
     def origins(self, channels: Tensor, prices: Tensor) -> Origins:
-        tables = (self.features, self.row, self.z, self.scale, self.block)
-        features, row, z, scale, block = (t.tensor() for t in tables)
-        return Origins(features, channels, prices, row[:, 0], z, scale, block)
+        tables = (self.features, self.row, self.z, self.scale, self.block, self.closes)
+        features, row, z, scale, block, closes = (t.tensor() for t in tables)
+        return Origins(features, channels, prices, row[:, 0], z, scale, block, closes)
 
 
 def _collect(data: Parts, scaling: Scaling, folder: Path | None) -> tuple[Origins, Origins | None]:
@@ -309,7 +312,9 @@ def _collect(data: Parts, scaling: Scaling, folder: Path | None) -> tuple[Origin
                 part.row.add(row + k - 1)
                 part.z.add(np.clip((price[ahead] - price[k][:, None]) / scale, -OUTLIER, OUTLIER))
                 part.scale.add(scale)
-                part.block.add(np.searchsorted(edges, w.close_times[np.stack([k, k + reach], 1)]))
+                closes = w.close_times[np.stack([k, k + reach], 1)]
+                part.block.add(np.searchsorted(edges, closes))
+                part.closes.add(closes)
             channels.add(frame.channels)
         prices.add(np.log(w.values[1:, [3, 1, 2]]))
     apart = data.validation_end > data.train_end

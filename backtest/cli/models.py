@@ -89,12 +89,13 @@ def vram(
 ) -> None:
     """Estimate what training or sampling an LDM4TS takes in memory, by attention backend and checkpointing.
 
-    What a GPU's context and libraries take comes on top.
+    It is for the preset small and the autoencoder that is trained. What a GPU's context and libraries take
+    comes on top.
     """
     from barcast.models.ldm4ts import memory
 
     if recommended:
-        if sampling or part or batch or image_size:
+        if sampling or part or batch is not None or image_size is not None:
             raise typer.BadParameter(
                 "it is for training, and names batch and image size itself: leave the others out",
                 param_hint="--recommend",

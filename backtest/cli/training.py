@@ -185,7 +185,7 @@ def train(
         wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
     wrong |= {"--init-from": init_from} if kind != Kind.sssd else {}
     if kind != Kind.ldm4ts:
-        wrong |= {"--image-size": image_size, "--vae": vae, "--text": text}
+        wrong |= {"--image-size": image_size is not None, "--vae": vae, "--text": text}
         wrong |= {"--attention": attention, "--checkpoint-gradients": checkpoint_gradients}
     for option, given in wrong.items():
         if given:
@@ -488,24 +488,28 @@ def _print_held_out(histories: "Mapping[str, Window]", model: Path, timeframe: s
     """Show how a new model does beside the baselines on the bars that its training left for the gate."""
     from barcast.daemon.wire import to_text
     from barcast.models import BASELINES, compare, even_stride
-    from barcast.models.checkpoint import load
+    from barcast.models.checkpoint import costly, load
+    from barcast.models.evaluation import COSTLY_BARS, newest
 
     checkpoint = load(model)
     mine, record = checkpoint.forecaster(), checkpoint.trained.record
+    since = record.validation_end
+    if costly(checkpoint.trained):
+        since = max(since, newest(histories.values(), COSTLY_BARS, max(mine.card.horizons)))
     others = [BASELINES[name](timeframe, mine.card.horizons, mine.card.levels) for name in ("hs", "fhs")]
-    held_out = sum(int((w.close_times >= record.validation_end).sum()) for w in histories.values())
+    held_out = sum(int((w.close_times >= since).sum()) for w in histories.values())
     try:
         scores = compare(
             [mine, *others],
             histories.values(),
-            since=record.validation_end,
+            since=since,
             until=record.until,
             stride=even_stride(held_out, HELD_OUT),
         )
     except DataError as error:
         err.print(f"no score on held-out bars: {error}")
         return
-    period = f"{to_text(record.validation_end)[:10]} to {to_text(record.until)[:10]}"
+    period = f"{to_text(since)[:10]} to {to_text(record.until)[:10]}"
     table = Table(
         title=f"CRPS in bp on {scores[0].n} held-out forecasts, {period}",
         title_justify="left",

@@ -234,8 +234,10 @@ def head_dims(module: nn.Module) -> set[int]:
     return {each.inner_dim // each.heads for _, each in _attentions(module)}
 
 
-def use_backend(module: nn.Module, backend: str, training: bool) -> int:
+def use_backend(module: nn.Module, backend: str, training: bool, device: str | None = None) -> int:
     """Let every attention in a module be computed by a backend; how many there are.
+
+    `device` is where it will compute, such as cpu, as for `choose`.
 
     Raises `ConfigError` where the backend cannot be used, as `choose` does, where the module has no
     attention, and for attention that is more than softmax(Q K^T / sqrt(d)) V.
@@ -249,7 +251,8 @@ def use_backend(module: nn.Module, backend: str, training: bool) -> int:
                 f"the attention {name} has added keys, unscaled scores or shared keys: "
                 "leave it with the processor that diffusers gave it"
             )
-    chosen = choose(backend, training, {each.inner_dim // each.heads for _, each in found})
+    heads = {each.inner_dim // each.heads for _, each in found}
+    chosen = choose(backend, training, heads, device=device)
     for _, each in found:
         each.set_processor(Processor(chosen))
     return len(found)

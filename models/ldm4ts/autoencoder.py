@@ -83,7 +83,10 @@ def open_autoencoder(folder: Path) -> nn.Module:
         found, loaded = installed().AutoencoderKL.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError),
+        *(RuntimeError, SafetensorError),
+    ) as error:
         said = str(error).strip().split("\n")[0]
         raise ConfigError(f"{about}: {said}; copy the folder again") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):

@@ -68,7 +68,8 @@ def sentence(numbers: list[float], timeframe: str, bars: int) -> str:
     lags, strengths = numbers[6 : 6 + LAGS], numbers[6 + LAGS :]
     known = [round(lag * (bars // 2)) for lag, strength in zip(lags, strengths, strict=True) if strength > 0]
     rhythm = f"repeats after {' '.join(map(str, known))} bars" if known else "repeats never"
-    way = "rising" if began < 0 else "falling"
+    way = "still" if not spread else "rising" if began < 0 else "falling"
+    least, most, median, began = (round(x, 1) + 0.0 for x in (least, most, median, began))  # no minus zero
     return (
         f"{timeframe} bars {way} from {began:.1f}, min {least:.1f} max {most:.1f} median {median:.1f}, "
         f"volatility {spread:.1f} lately {lately:.1f}, {rhythm}"

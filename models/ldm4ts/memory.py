@@ -1,8 +1,8 @@
 """What training and sampling an LDM4TS take in memory, which batch fits, and what to do when it did not.
 
 Counted are the bytes of live tensors at the peak of a step: weights, gradients, both moments of AdamW and
-activations, all float32. What a GPU needs beside them, its context and the workspace of its libraries, is not
-in it, nor what an allocator wastes.
+activations, all float32, of the preset small and the autoencoder that is trained. What a GPU needs beside
+them, its context and the workspace of its libraries, is not in it, nor what an allocator wastes.
 """
 
 import gc
@@ -13,10 +13,11 @@ from typing import NamedTuple, TypedDict, TypeVar
 import torch
 
 from barcast.models.errors import ConfigError
+from barcast.models.ldm4ts import vision
 from barcast.models.ldm4ts.attention import Backend, Probe, named, probe, refused
 
 GB = 1e9
-IMAGE_SIZES = (64, 128, 224, 256)
+IMAGE_SIZES = vision.SIZES
 WEIGHTS = {"unet": 1_079_012, "autoencoder": 316_695}
 HEADS = {4, 8, 32}
 """Channels of the heads of both models."""
@@ -196,17 +197,12 @@ def recommend(budgets: tuple[float, ...] = BUDGETS, sequence_length: int = 100) 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a model is trained or sampled, as far as it changes what that takes in memory.
-
-    `fixed_image` is a model that is there already: its images have their size.
-    """
+    """How a model is trained, as far as it changes what that takes in memory."""
 
     batch_size: int
     image_size: int = 64
     backend: str = Backend.sdpa
     gradient_checkpointing: bool = False
-    training: bool = True
-    fixed_image: bool = False
 
 
 T = TypeVar("T")
@@ -259,8 +255,6 @@ def _ladder(
     """Plans that take less and less, each with what it does."""
     if plan.gradient_checkpointing:
         tell("checkpointing left out: it is on")
-    elif not plan.training:
-        tell("checkpointing left out: nothing is kept for gradients where nothing is trained")
     else:
         plan = replace(plan, gradient_checkpointing=True)
         yield plan, "checkpointing gradients"
@@ -268,7 +262,7 @@ def _ladder(
         tell(f"another attention backend left out: {plan.backend} is used")
     else:
         flash = next(each for each in probes() if each.name is Backend.flash)
-        if (why := refused(flash, plan.training, HEADS, device)) is not None:
+        if (why := refused(flash, True, HEADS, device)) is not None:
             tell(f"attention backend flash left out: {why[0]}")
         else:
             plan = replace(plan, backend=Backend.flash)
@@ -279,9 +273,6 @@ def _ladder(
         plan = replace(plan, batch_size=plan.batch_size // 2)
         yield plan, f"a batch of {plan.batch_size}"
     smaller = [size for size in sorted(IMAGE_SIZES, reverse=True) if size < plan.image_size]
-    if plan.fixed_image or not plan.training:
-        tell(f"smaller images left out: the model has learnt from images of {plan.image_size} pixels")
-        return
     if not smaller:
         tell(f"smaller images left out: {plan.image_size} pixels are the least")
     for size in smaller:

@@ -187,7 +187,7 @@ class LDM4TSModel(nn.Module):
         self.noise_generator = Generator().manual_seed(o.seed)
         self.net = LDM4TS(a, self.noise_generator)
         self._begin()
-        attention.use_backend(self.net, o.attention_backend, training=True)
+        attention.use_backend(self.net, o.attention_backend, training=True, device=at.type)
         attention.set_gradient_checkpointing(self.net, o.enable_gradient_checkpointing)
         self.solver = samplers.build(o.sampler, o.sampling_steps)
         level = samplers.alphas_cumprod()
@@ -383,11 +383,13 @@ class LDM4TSModel(nn.Module):
                 f"{path}: format is {told.get('format')!r}, not {FORMAT!r}; use what save_checkpoint wrote"
             )
         try:
-            model = cls(device=device, **(json.loads(told["options"]) | how))
-        except (KeyError, ValueError, TypeError) as error:
+            options = json.loads(told["options"])
+            Options(**options)
+        except (KeyError, ValueError, TypeError, ConfigError) as error:
             raise CheckpointError(
                 f"{path}: its options are not of this version ({error}); train again"
             ) from error
+        model = cls(device=device, **(options | how))
         own = model.state_dict()
         if odd := sorted(own.keys() ^ weights.keys()):
             raise CheckpointError(f"{path}: {odd[0]} is missing or unknown; train again with this version")

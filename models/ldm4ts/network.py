@@ -101,6 +101,11 @@ class LatentArchitecture:
         if self.image not in vision.SIZES:
             known = ", ".join(map(str, vision.SIZES))
             raise ConfigError(f"image size {self.image} cannot be used: take one of {known} pixels")
+        if self.path > self.image:
+            raise ConfigError(
+                f"an image of {self.image} pixels cannot show {self.path} steps of a path: take larger "
+                "images, or fewer horizons"
+            )
         for name, most in (("unet", range(1, MOST_LEVELS + 1)), ("vae", range(4, 5))):
             widths = getattr(self, name)
             if any(width % 8 for width in widths) or len(widths) not in most:

@@ -74,7 +74,7 @@ LEARNT = 10_000  # origins whose latents the U-Net learns from, about: it draws 
 LOOK_ORIGINS = {"map": 1500, "autoencoder": 256, "diffusion": 96, "gate": 400}
 LOOK_SAMPLES = 16  # of the noise, when the U-Net is judged
 FAR = 6.0  # deviations: no step of a way counts as farther
-PIECE = 256  # origins that are encoded, or sampled, at once, and fewer where a batch has parts
+PIECE = 256  # origins encoded, or sampled, at once: fewer of larger images, or where a batch has parts
 DROP = 0.3  # of what map and gate see
 SOURCES = Path(__file__).parents[1]  # of what a training runs through: a state is of one version
 
@@ -136,7 +136,7 @@ def train(
         horizons=len(horizons),
         path=len(path_steps(horizons)),
         samples=SAMPLES,
-        image=image or IMAGE,
+        image=IMAGE if image is None else image,
         given=given is not None,
         text=0 if language is None else language.width,
         **({} if given is None else sizes_of(given)),
@@ -222,14 +222,21 @@ class _Training:
         block = self.learn.block
         self.older = (block[:, 1] < BLOCKS - 1).nonzero()[:, 0]
         newest = (block == BLOCKS - 1).all(1).nonzero()[:, 0]
+        few = DataError(
+            f"outcomes over {max(data.scaling.horizons)} bars reach too far for {len(block)} forecast "
+            "origins: give more bars, or shorter horizons"
+        )
         if min(len(self.older), len(newest)) < LEAST // BLOCKS:
-            raise DataError(
-                f"outcomes over {max(data.scaling.horizons)} bars reach too far for {len(block)} forecast "
-                "origins: give more bars, or shorter horizons"
-            )
-        by_time = newest[self.learn.row[newest].argsort(stable=True)]
+            raise few
+        by_time = newest[self.learn.closes[newest, 0].argsort(stable=True)]
         self.apart = {phase: thinned(newest, n) for phase, n in LOOK_ORIGINS.items() if phase != "gate"}
         self.judged = thinned(by_time, LOOK_ORIGINS["gate"])
+        begun, known = self.learn.closes[self.judged].unbind(1)
+        cut = begun[len(begun) // 2]
+        self.first = (known <= cut).nonzero()[:, 0]  # what the gate learns from
+        self.second = (begun >= cut).nonzero()[:, 0]  # what chooses its weights
+        if not len(self.first):
+            raise few
         level = samplers.alphas_cumprod()
         self.alpha, self.sigma = level**0.5, (1 - level) ** 0.5
         ratio = level / (1 - level)
@@ -249,7 +256,8 @@ class _Training:
             use_backend(module, plan.backend, training=True)
             set_gradient_checkpointing(module, plan.gradient_checkpointing)
         net.zero_grad(set_to_none=True)  # of a run that failed
-        self.piece = max(1, PIECE // accelerator.gradient_accumulation_steps)
+        pieces = accelerator.gradient_accumulation_steps * (plan.image_size // IMAGE) ** 2
+        self.piece = max(1, PIECE // pieces)
         options = {
             "seed": self.seed,
             "init_from": None,
@@ -405,16 +413,17 @@ class _Training:
         if self.given and len(self.drawn):
             return  # they are the same in two phases
         net = self.net.eval()
-        self.drawn = thinned(self.older, LEARNT)
-        self.ways = self._coming(self.learn.only(self.drawn))
-        raw = self._encoded(self.drawn, self.ways)
+        drawn = thinned(self.older, LEARNT)
+        self.ways = self._coming(self.learn.only(drawn))
+        raw = self._encoded(drawn, self.ways)
         net.measure(raw)
         self.latents = (raw - net.centre) / net.spread
         with torch.no_grad():
-            parts = torch.split(self.drawn, self.piece)
+            parts = torch.split(drawn, self.piece)
             self.known = torch.cat([net.known(self._sequence(some)) for some in parts])
             if net.said is not None:
                 self.states = torch.cat([net.states(self._sequence(some)) for some in parts])
+        self.drawn = drawn  # the last: memory may end before
 
     def _velocity_loss(self, share: Share) -> Tensor:
         """One call of the U-Net: the weighted error of v, and that of the way that the latents then say."""
@@ -459,11 +468,10 @@ class _Training:
         with torch.no_grad():
             self.sampled, self.mapped = self._sampled(at, SAMPLES), self._mapped(at)
             self.told = net.told(self.learn.features[at], self._sequence(at))
-        self.first = len(at) // 2
 
     def _gate_loss(self, share: Share) -> Tensor:
         g, B = share.generator, BATCHES["gate"]
-        i = share.rows(torch.randint(self.first, (B,), generator=g))
+        i = self.first[share.rows(torch.randint(len(self.first), (B,), generator=g))]
         kept = share.rows(torch.rand(B, self.told.shape[1], generator=g)) >= DROP
         z = self._fused(i, self.told[i] * kept / (1 - DROP))
         miss = self.learn.z[self.judged[i]][..., None] - z
@@ -471,7 +479,7 @@ class _Training:
         return torch.maximum(p * miss, (p - 1) * miss).mean().float()
 
     def _gate_crps(self) -> list[float]:
-        i = torch.arange(self.first, len(self.judged))
+        i = self.second
         return [self._crps(self.learn.only(self.judged[i]), self._fused(i, self.told[i]))]
 
     def _fused(self, i: Tensor, told: Tensor) -> Tensor:

@@ -104,4 +104,5 @@ def recurrence(rows: Tensor, columns: Tensor) -> Tensor:
 def _spread(x: Tensor, n: int) -> Tensor:
     """x (B, L) at n places from its first to its last, (B, n)."""
     L = x.shape[-1]
-    return x[:, torch.arange(n, device=x.device) * L // n]
+    at = torch.arange(n, device=x.device, dtype=torch.float64) * ((L - 1) / max(1, n - 1))
+    return x[:, at.round().long()]

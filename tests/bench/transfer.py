@@ -61,7 +61,8 @@ FOLDS = 5  # parts of the tested time, by which the classifier is tried
 GUIDANCE = (0.0, 1.0, 2.0, 3.0)
 TARGETS = ("volatile", "crisis")
 
-Array, Ints = NDArray[np.float64], NDArray[np.int64]
+Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 def features(r: Array) -> Array:

@@ -43,7 +43,7 @@ def test_the_arrays_sum_to_what_lightgbm_predicts() -> None:
     z = torch.from_numpy(x[:, :1] * (1 + (x[:, 1:2] > 0)) + rng.standard_t(4, (3000, 1)))
     at, scale = torch.arange(3000), torch.rand(3000, 1) + 0.5
     none, block = torch.zeros(1), torch.zeros(3000, 2, dtype=torch.int64)
-    part = Origins(torch.from_numpy(x), none, none, at, z, scale, block)
+    part = Origins(torch.from_numpy(x), none, none, at, z, scale, block, block)
     boosters = []
     for level, rounds in ((0.05, 40), (0.5, 1), (0.95, 25)):
         options = gbm.PARAMETERS | {"alpha": level, "min_data_in_leaf": 5}

@@ -137,6 +137,36 @@ def test_a_step_of_training_calls_the_unet_once(bars: list[Window]) -> None:
     assert drawn.max() > 979
 
 
+def test_the_gate_learns_from_the_older_half_of_all_symbols(bars: list[Window]) -> None:
+    """And the other half chooses its weights, after every outcome that it has learnt from."""
+    one = begun(bars, 4)
+    part = one.learn.only(one.judged)
+    older, newer = part.only(one.first), part.only(one.second)
+    assert older.closes[:, 1].max() <= newer.closes[:, 0].min()
+    both = [len(set((origins.row // len(bars[0])).tolist())) for origins in (older, newer)]
+    assert both == [2, 2]
+
+
+def test_memory_that_ends_while_latents_are_prepared_is_no_end(
+    bars: list[Window], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not finished is prepared again, also where the autoencoder was given."""
+    one = begun(bars, 4)
+    one.given = "given"
+    encoded, tries = one._encoded, iter([True])
+
+    def short(at: Tensor, way: Tensor) -> Tensor:
+        if next(tries, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encoded(at, way)
+
+    monkeypatch.setattr(one, "_encoded", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        one._prepare_latents()
+    one._prepare_latents()
+    assert len(one.latents) == len(one.known) == len(one.drawn) > 0
+
+
 def test_the_weights_of_the_loss_are_those_of_min_snr(bars: list[Window]) -> None:
     """min(SNR, 5) / (SNR + 1) for an error of v (Hang et al. 2023), where SNR = alpha^2 / sigma^2."""
     one = begun(bars, 4)
@@ -319,6 +349,7 @@ def test_deviations_of_steps() -> None:
         ({"width": 30}, "a multiple of 4"),
         ({"members": 0}, "architecture.members is 0"),
         ({"vision": 1}, "architecture.vision is 1"),
+        ({"path": 65}, "an image of 64 pixels cannot show 65 steps of a path"),
     ],
 )
 def test_sizes_that_cannot_be(sizes: dict[str, Any], said: str) -> None:

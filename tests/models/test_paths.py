@@ -263,7 +263,8 @@ def test_the_bridge_of_a_brownian_motion_is_the_motion() -> None:
     far = np.sqrt((closes - before) ** 2 - 2 * 0.01**2 * np.log(rng.random((2, n))))  # of a bridge's extremes
     high, low = (before + closes + far[0]) / 2, (before + closes - far[1]) / 2
     row, none = torch.arange(n - G), torch.zeros(0)
-    part = Origins(none, none, torch.from_numpy(np.stack([closes, high, low], 1)), row, none, none, none)
+    bars = torch.from_numpy(np.stack([closes, high, low], 1))
+    part = Origins(none, none, bars, row, none, none, none, none)
     begun = _Training.__new__(_Training)
     begun.data = SimpleNamespace(scaling=SimpleNamespace(horizons=(1, 4, 16)))
     with patch.object(_Training, "_size", lambda *_: torch.full((n - G, 1), 0.1).double()):

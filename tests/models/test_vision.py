@@ -18,6 +18,14 @@ def waves(*periods: float, length: int = 96) -> Tensor:
 
 
 @pytest.mark.parametrize("of", [6, 8, 12, 24, 48])
+def test_an_image_reaches_from_the_first_to_the_last() -> None:
+    """Of more numbers than pixels, too: the newest bar and the farthest step are shown."""
+    for length, n in ((96, 64), (64, 48), (5, 64), (1, 8), (1999, 64)):
+        shown = vision._spread(torch.arange(length)[None].float(), n)[0]
+        assert (shown[0], shown[-1]) == (0, length - 1)
+        assert (shown.diff() >= 0).all()
+
+
 def test_the_period_is_that_of_the_strongest_wave(of: int) -> None:
     """Of each series its own, whatever else is in the batch, to the bit."""
     together = vision.period(waves(of, 32, 6))

@@ -207,10 +207,10 @@ def test_the_ladder_is_climbed_in_order():
 
 
 def test_steps_that_cannot_be_are_left_out_and_said():
-    """Without training, flash or another size there is the batch alone; the reasons are said once each."""
+    """With checkpointing on, no flash and the least images the batch is left; reasons are said once."""
     run, seen = refusing(lambda plan: False, MemoryError)
     said: list[str] = []
-    plan = Plan(2, image_size=64, training=False)
+    plan = Plan(2, image_size=64, gradient_checkpointing=True)
     with (
         installed(cuda=None),
         pytest.raises(ConfigError, match="does not suffice for a batch of 1 with ima"),
@@ -218,9 +218,9 @@ def test_steps_that_cannot_be_are_left_out_and_said():
         with_ladder(run, plan, said.append)
     assert [each.batch_size for each in seen] == [2, 1]
     assert [line for line in said if "left out" in line] == [
-        "checkpointing left out: nothing is kept for gradients where nothing is trained",
+        "checkpointing left out: it is on",
         f"attention backend flash left out: torch {torch.__version__} is built without CUDA",
-        "smaller images left out: the model has learnt from images of 64 pixels",
+        "smaller images left out: 64 pixels are the least",
     ]
 
 
