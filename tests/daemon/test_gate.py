@@ -233,7 +233,7 @@ def test_costly_models_are_compared_on_the_newest_bars(models, histories, monkey
         monkeypatch.setattr(gate, "COSTLY_BARS", bars)
         verdict = judge(models / "good", str(models / "spoiled"), histories, "1h", 0.0)
         assert verdict.since == iso(since)
-        assert verdict.origins >= min(bars, 100)
+        assert verdict.origins >= MIN_ORIGINS
 
 
 def test_damaged_challenger_and_wrong_timeframe_are_faults(models, histories, tmp_path):

@@ -51,9 +51,8 @@ def windows() -> list[Window]:
 
 
 def network(**sizes: Any) -> LDM4TS:
-    a = LatentArchitecture.of(
-        "tiny", features=9, channels=4, context=64, horizons=3, path=16, samples=6, **sizes
-    )
+    usual = {"features": 9, "channels": 4, "context": 64, "horizons": 3, "path": 16, "samples": 6}
+    a = LatentArchitecture.of("tiny", **(usual | sizes))
     return LDM4TS(a, Generator().manual_seed(1)).eval()
 
 
