@@ -254,8 +254,8 @@ def test_a_sentence_says_the_numbers_and_no_symbol() -> None:
         "1h bars rising from -0.9, min -1.2 max 0.5 median -0.3, volatility 0.8 lately 1.1, "
         "repeats after 12 24 2 bars"
     )
-    assert language.sentence([0.0] * 16, "1h", 64).endswith(
-        "falling from 0.0, min 0.0 max 0.0 median 0.0, volatility 0.0 lately 0.0, repeats never"
+    assert language.sentence([0.0] * 16, "1h", 64) == (
+        "1h bars still from 0.0, min 0.0 max 0.0 median 0.0, volatility 0.0 lately 0.0, repeats never"
     )
 
 
