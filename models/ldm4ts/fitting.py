@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional
 
 from barcast.models import optimiser, samplers
+from barcast.models.diffusion import use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.ldm4ts.bars import Seen, whole
 from barcast.models.ldm4ts.forecaster import SAMPLER, STEPS, quantiles_of
+from barcast.models.ldm4ts.losses import fused, image_loss, pinball
 from barcast.models.ldm4ts.model import LDM4TSModel, mapped
-from barcast.models.ldm4ts.training import DIVERGENCE, LEARNT, PIECE, RATES
-from barcast.models.ldm4ts.vision import AHEAD
+from barcast.models.ldm4ts.training import LEARNT, PIECE, RATES
 from barcast.models.optimiser import Budget, Fitted, Phase, Progress, Share, processes
 from barcast.models.origins import thinned
 from barcast.models.scores import crps
@@ -67,6 +67,7 @@ def fit(
     way = model.ways(rows, targets)
     if len(rows) < LEAST_ROWS:
         raise DataError(f"{len(rows)} rows cannot be learnt: give at least {LEAST_ROWS}")
+    use_one_thread()
     accelerator = processes("fp32", 1, batch_size)
     learnt = _Learnt(model, rows, way, batch_size)
     net = model.net
@@ -111,18 +112,11 @@ class _Learnt:
         return among[share.rows(torch.randint(len(among), (self.batch,), generator=share.generator))]
 
     def image_loss(self, share: Share) -> Tensor:
-        """Error of images and ways, half of the images without what is to come, and latents' divergence."""
+        """See `losses.image_loss`: half of the images are without what is to come."""
         at = self._some(share, self.older)
         half = share.rows(torch.rand(self.batch, generator=share.generator)) < 0.5
-        a = self.net.architecture
-        image = self.net.images(self.rows.sequence[at], self.way[at])
-        image[half, :, :, a.image - a.image // AHEAD :] = 0
-        found, posterior = self.net.reconstructed(image)
-        latent = posterior.mean[~half][..., -a.ahead :]
-        error: Tensor = functional.mse_loss(found, image) + DIVERGENCE * posterior.kl().mean()
-        if len(latent):
-            error = error + functional.smooth_l1_loss(self.net.read(latent.flatten(1)), self.way[at][~half])
-        return error
+        shown = max(1, int((~half).sum()))
+        return image_loss(self.net, self.rows.sequence[at], self.way[at], half, shown)
 
     def image_error(self) -> list[float]:
         """How far the way that is read from an image's latents is from it, in deviations."""
@@ -190,7 +184,7 @@ class _Learnt:
         i = self._some(share, torch.arange(self.first))
         kept = share.rows(self.model.drawn(self.batch, share.generator)[2])
         miss = self._outcome(i)[..., None] - self._fused(i, self.told[i] * kept)
-        return torch.maximum(LEVELS * miss, (LEVELS - 1) * miss).mean().float()
+        return pinball(miss, LEVELS).mean().float()
 
     def gate_crps(self) -> list[float]:
         """CRPS of the fused quantiles, in deviations."""
@@ -201,8 +195,7 @@ class _Learnt:
         return self.way[self.judged[i]][:, self.places].double()
 
     def _fused(self, i: Tensor, told: Tensor) -> Tensor:
-        share = torch.sigmoid(self.net.gate(told)).double()[..., None]
-        return share * self.sampled[i] + (1 - share) * self.mapped[i]
+        return fused(self.net, told, self.sampled[i], self.mapped[i])
 
 
 def _free(module: torch.nn.Module, on: bool) -> None:

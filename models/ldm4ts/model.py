@@ -12,8 +12,10 @@ pixels, p = P / 8 latents of a side, of which f = p / 4 columns are to come, N t
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +43,9 @@ from barcast.models.ldm4ts.bars import (
     whole,
 )
 from barcast.models.ldm4ts.forecaster import SAMPLER, quantiles_of
+from barcast.models.ldm4ts.losses import DIRECT, Levels, estimate, noise_levels, pinball
 from barcast.models.ldm4ts.network import LDM4TS, PRESET, PRESETS, LatentArchitecture, timesteps_of
-from barcast.models.ldm4ts.training import DIRECT, DROP, FAR, GAMMA
+from barcast.models.ldm4ts.training import DROP, FAR
 from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS
 from barcast.models.sssd.marginal import PROBABILITIES, knot_scores, piecewise
@@ -190,10 +193,7 @@ class LDM4TSModel(nn.Module):
         attention.use_backend(self.net, o.attention_backend, training=True, device=at.type)
         attention.set_gradient_checkpointing(self.net, o.enable_gradient_checkpointing)
         self.solver = samplers.build(o.sampler, o.sampling_steps)
-        level = samplers.alphas_cumprod()
-        ratio = level / (1 - level)
-        of_v = torch.clamp(ratio, max=GAMMA) / (ratio + 1)  # Hang et al. 2023
-        for name, x in (("alpha", level**0.5), ("sigma", (1 - level) ** 0.5), ("weight", of_v)):
+        for name, x in noise_levels()._asdict().items():
             self.register_buffer(name, x, persistent=False)
         self.unet_calls = 0
         self.net.unet.register_forward_pre_hook(self._count)
@@ -289,25 +289,20 @@ class LDM4TSModel(nn.Module):
         (B, G); `kept` (B, F + W) is 0 for what map and gate are not told, else 1 over the share that is.
         """
         net, z = self.net, way[:, self._places]
-        alpha, sigma = (x[t][:, None, None, None] for x in (self.alpha, self.sigma))
-        x = alpha * x0 + sigma * eps
-        v = net.velocity(x, t.float(), known, net.tokens(rows.features, rows.sequence))
-        error = ((v - (alpha * eps - sigma * x0)) ** 2).mean((1, 2, 3))
-        velocity = (self.weight[t] * error).mean()
-        latent = alpha * x - sigma * v
-        found = net.way(latent)
-        away = functional.smooth_l1_loss(found, way, reduction="none").mean(1)
-        direct = DIRECT * (self.alpha[t] ** 2 * away).mean()
+        tokens = net.tokens(rows.features, rows.sequence)
+        levels = Levels(self.alpha, self.sigma, self.weight)
+        found = estimate(net, levels, t, x0, eps, way, known, tokens)
+        velocity, direct = found.velocity.mean(), found.direct.mean()
         told = net.told(rows.features, rows.sequence) * kept
         knots = net.map.of_members(told)  # (B, M, H, K)
         miss, p = z[:, None, :, None] - knots, torch.tensor(PROBABILITIES, device=z.device)
-        mapped = torch.maximum(p * miss, (p - 1) * miss).mean()
+        mapped = pinball(miss, p).mean()
         share = torch.sigmoid(net.gate(told))
-        fused = share * found[:, self._places] + (1 - share) * knots[..., knots.shape[-1] // 2].mean(1)
+        fused = share * found.way[:, self._places] + (1 - share) * knots[..., knots.shape[-1] // 2].mean(1)
         # where noise is nearly all of x it tells nothing of the outcome: there the gate can be judged
         gated = functional.smooth_l1_loss(fused, z, reduction="none").mean(1)
         gate = DIRECT * (self.sigma[t] ** 8 * gated).mean()
-        return Losses(velocity + direct + mapped + gate, velocity, direct, fused, latent)
+        return Losses(velocity + direct + mapped + gate, velocity, direct, fused, found.latent)
 
     def draw(self, rows: Seen, samples: int, levels: Tensor, generator: Generator | None = None) -> Drawn:
         """Sample what is to come and fuse it with the map; quantiles are at levels (Q,), float64."""
@@ -355,11 +350,15 @@ class LDM4TSModel(nn.Module):
         return torch.cat([start[None], fresh])
 
     def save_checkpoint(self, path: str | PathLike[str]) -> None:
-        """Write weights and options to one file of safetensors."""
+        """Write weights and options to one file of safetensors, which takes its name when it is whole."""
         state = {name: x.contiguous() for name, x in self.state_dict().items()}
+        part = Path(f"{path}.part")
         try:
-            save_file(state, path, {"format": FORMAT, "options": json.dumps(asdict(self.options))})
+            save_file(state, part, {"format": FORMAT, "options": json.dumps(asdict(self.options))})
+            part.replace(path)
         except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                part.unlink()
             raise ConfigError(f"{path}: cannot be written ({error}); name another place") from error
 
     @classmethod

@@ -38,10 +38,10 @@ from barcast.models.ldm4ts.attention import (
 from barcast.models.ldm4ts.autoencoder import open_autoencoder, sizes_of
 from barcast.models.ldm4ts.forecaster import SAMPLER, STEPS, Sampling, quantiles_of
 from barcast.models.ldm4ts.language import Language, open_language
+from barcast.models.ldm4ts.losses import estimate, fused, image_loss, noise_levels, pinball
 from barcast.models.ldm4ts.memory import Plan, with_ladder
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, PRESET, LatentArchitecture
 from barcast.models.ldm4ts.trained import LatentRecord, LatentTrained
-from barcast.models.ldm4ts.vision import AHEAD
 from barcast.models.optimiser import (
     Budget,
     Phase,
@@ -67,9 +67,6 @@ IMAGE = 64
 """Pixels of an image's side by default."""
 RATES = {"map": 2e-3, "autoencoder": 2e-3, "diffusion": 1e-3, "gate": 5e-3}
 BATCHES = {"map": 192, "autoencoder": 32, "diffusion": 64, "gate": 64}
-GAMMA = 5.0  # signal to noise above which no noise level counts more
-DIRECT = 0.1  # of the loss is by the way that the estimated latents say
-DIVERGENCE = 1e-4  # of the autoencoder's loss is by the distance of its latents from standard normals
 LEARNT = 10_000  # origins whose latents the U-Net learns from, about: it draws few more
 LOOK_ORIGINS = {"map": 1500, "autoencoder": 256, "diffusion": 96, "gate": 400}
 LOOK_SAMPLES = 16  # of the noise, when the U-Net is judged
@@ -237,10 +234,7 @@ class _Training:
         self.second = (begun >= cut).nonzero()[:, 0]  # what chooses its weights
         if not len(self.first):
             raise few
-        level = samplers.alphas_cumprod()
-        self.alpha, self.sigma = level**0.5, (1 - level) ** 0.5
-        ratio = level / (1 - level)
-        self.weight = torch.clamp(ratio, max=GAMMA) / (ratio + 1)  # of the error of v
+        self.noise = noise_levels()
 
     def run(
         self,
@@ -347,8 +341,7 @@ class _Training:
         knots = self.net.map(told)  # (b, M, H, K)
         miss = (sign * part.z[at].float())[..., None] - knots
         p = torch.tensor(PROBABILITIES)
-        loss: Tensor = torch.maximum(p * miss, (p - 1) * miss).mean()
-        return loss
+        return pinball(miss, p).mean()
 
     def _map_crps(self) -> list[float]:
         part = self.learn.only(self.apart["map"])
@@ -367,22 +360,14 @@ class _Training:
     # The autoencoder.
 
     def _image_loss(self, share: Share) -> Tensor:
-        """Error of images and ways, half of the images without what is to come, and latents' divergence."""
+        """See `image_loss`: half of the images are without what is to come."""
         g, B, net = share.generator, BATCHES["autoencoder"], self.net
         at = self.older[share.rows(torch.randint(len(self.older), (B,), generator=g))]
         sequence, way = self._sequence(at), self._coming(self.learn.only(at))
         half = torch.rand(B, generator=g) < 0.5
         shown = max(1, int((~half).sum())) / share.of  # of a share, were they spread evenly
         half = share.rows(half)
-        image = net.images(sequence, way)
-        a = net.architecture
-        left = a.image - a.image // AHEAD
-        image[half, :, :, left:] = 0
-        found, posterior = net.reconstructed(image)
-        latent = posterior.mean[~half][..., -a.ahead :]
-        error = functional.smooth_l1_loss(net.read(latent.flatten(1)), way[~half], reduction="none")
-        loss: Tensor = functional.mse_loss(found, image) + DIVERGENCE * posterior.kl().mean()
-        return loss + error.mean(1).sum() / shown
+        return image_loss(net, sequence, way, half, shown)
 
     def _read_loss(self, share: Share) -> Tensor:
         """Error of the ways that are read from the latents of an autoencoder that was given."""
@@ -426,23 +411,17 @@ class _Training:
         self.drawn = drawn  # the last: memory may end before
 
     def _velocity_loss(self, share: Share) -> Tensor:
-        """One call of the U-Net: the weighted error of v, and that of the way that the latents then say."""
+        """One call of the U-Net, see `estimate`."""
         g, B, net = share.generator, BATCHES["diffusion"], self.net
         i = share.rows(torch.randint(len(self.drawn), (B,), generator=g))
         t = share.rows(torch.randint(samplers.TIMESTEPS, (B,), generator=g))
         x0 = self.latents[i]
         eps = share.rows(torch.randn(B, *x0.shape[1:], generator=g))
-        alpha, sigma = (x[t][:, None, None, None] for x in (self.alpha, self.sigma))
-        x = alpha * x0 + sigma * eps
         at = self.drawn[i]
         states = None if net.said is None else self.states[i]
         tokens = net.tokens(self.learn.features[at], self._sequence(at), states)
-        v = net.velocity(x, t.float(), self.known[i], tokens)
-        error = ((v - (alpha * eps - sigma * x0)) ** 2).mean((1, 2, 3))
-        told = net.way(alpha * x - sigma * v)
-        direct = functional.smooth_l1_loss(told, self.ways[i], reduction="none").mean(1)
-        loss: Tensor = (self.weight[t] * error + DIRECT * self.alpha[t] ** 2 * direct).mean()
-        return loss
+        found = estimate(net, self.noise, t, x0, eps, self.ways[i], self.known[i], tokens)
+        return (found.velocity + found.direct).mean()
 
     def _velocity_crps(self) -> list[float]:
         """CRPS of what is sampled alone, on the newest block."""
@@ -475,22 +454,20 @@ class _Training:
         kept = share.rows(torch.rand(B, self.told.shape[1], generator=g)) >= DROP
         z = self._fused(i, self.told[i] * kept / (1 - DROP))
         miss = self.learn.z[self.judged[i]][..., None] - z
-        p = self.levels
-        return torch.maximum(p * miss, (p - 1) * miss).mean().float()
+        return pinball(miss, self.levels).mean().float()
 
     def _gate_crps(self) -> list[float]:
         i = self.second
         return [self._crps(self.learn.only(self.judged[i]), self._fused(i, self.told[i]))]
 
     def _fused(self, i: Tensor, told: Tensor) -> Tensor:
-        share = torch.sigmoid(self.net.gate(told)).double()[..., None]
-        return share * self.sampled[i] + (1 - share) * self.mapped[i]
+        return fused(self.net, told, self.sampled[i], self.mapped[i])
 
     def _crps(self, part: Origins, z: Tensor) -> float:
         """CRPS over the mean absolute outcome, averaged over the horizons, of quantiles z (n, H, Q)."""
         levels = self.levels
         miss = part.z[..., None] - z
-        loss = 2 * torch.maximum(levels * miss, (levels - 1) * miss).mean(-1) * part.scale
+        loss = 2 * pinball(miss, levels).mean(-1) * part.scale
         return float((loss.mean(0) / (part.z.abs() * part.scale).mean(0)).mean())
 
 

@@ -17,6 +17,7 @@ from barcast.models.checkpoint import load, save
 from barcast.models.description import describe
 from barcast.models.ldm4ts import training
 from barcast.models.ldm4ts.forecaster import Sampling, quantiles_of
+from barcast.models.ldm4ts.losses import noise_levels
 from barcast.models.ldm4ts.network import LDM4TS, PRESETS, RANGE, LatentArchitecture, timesteps_of
 from barcast.models.ldm4ts.trained import LatentTrained
 from barcast.models.ldm4ts.training import deviations
@@ -166,11 +167,11 @@ def test_memory_that_ends_while_latents_are_prepared_is_no_end(
     assert len(one.latents) == len(one.known) == len(one.drawn) > 0
 
 
-def test_the_weights_of_the_loss_are_those_of_min_snr(bars: list[Window]) -> None:
+def test_the_weights_of_the_loss_are_those_of_min_snr() -> None:
     """min(SNR, 5) / (SNR + 1) for an error of v (Hang et al. 2023), where SNR = alpha^2 / sigma^2."""
-    one = begun(bars, 4)
-    snr = (one.alpha / one.sigma) ** 2
-    torch.testing.assert_close(one.weight, snr.clamp(max=5) / (snr + 1), rtol=1e-5, atol=1e-7)
+    noise = noise_levels()
+    snr = (noise.alpha / noise.sigma) ** 2
+    torch.testing.assert_close(noise.weight, snr.clamp(max=5) / (snr + 1), rtol=1e-5, atol=1e-7)
 
 
 def test_a_forecast_does_not_depend_on_its_batch(latent: LatentTrained, windows: list[Window]) -> None:
