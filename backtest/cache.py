@@ -106,6 +106,41 @@ class ForecastCache:
         return _Kept(self, shelf, forecaster)
 
 
+class Remembered:
+    """What a model said of windows that close before a moment, where these hold the same in all runs.
+
+    The state is what it has said, by symbol and close.
+    """
+
+    def __init__(self, before: int) -> None:
+        self._before = before
+        self._said: dict[tuple[str, int], Forecast] = {}
+
+    def of(self, forecaster: Forecaster) -> Forecaster:
+        """The same forecaster, whose model is asked once about each of them."""
+        if isinstance(forecaster, Calibrated):
+            return forecaster.over(_Recalled(forecaster.inner, self._before, self._said))
+        return _Recalled(forecaster, self._before, self._said)
+
+
+class _Recalled:
+    """A model that is asked once about each window before a moment."""
+
+    def __init__(self, model: Forecaster, before: int, said: dict[tuple[str, int], Forecast]) -> None:
+        self.card = model.card
+        self._model, self._before, self._said = model, before, said
+
+    def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
+        """See `Forecaster.forecast`."""
+        keys = [(w.symbol, w.close_times.item(-1)) for w in windows]
+        found = [self._said.get(key) for key in keys]
+        new = [w for w, forecast in zip(windows, found, strict=True) if forecast is None]
+        made = iter(self._model.forecast(new) if new else ())
+        all_of = [next(made) if forecast is None else forecast for forecast in found]
+        self._said |= {key: f for key, f in zip(keys, all_of, strict=True) if key[1] < self._before}
+        return all_of
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """Whose forecasts a folder is to be filled with: how the model is opened, and the closes (ns)."""

@@ -17,6 +17,7 @@ from barcast.backtest.paths import BROWNIAN, OWN, PAIRS
 from barcast.backtest.result import BacktestResult, levels_of
 from barcast.backtest.scoring import INTERVALS, POOLED
 from barcast.backtest.scoring import pit as pit_bins
+from barcast.backtest.stress import HISTORY, StressResult
 from barcast.backtest.tables import collected, spans
 from barcast.models import ConfigError
 
@@ -573,6 +574,115 @@ def touches(result: Evaluation, model: str) -> go.Figure:
     return figure.update_yaxes(title=_title("came true"), col=1)
 
 
+def stress_growth(result: StressResult, strategy: str) -> go.Figure:
+    """A book's equity over its first: the middle 90 and 50 % of the scenarios, their median, and history."""
+    regimes, rows = result.meta["regimes"], result.equity.filter(strategy=strategy)
+    figure = _side_by_side(regimes, "multiple of the first equity", "~g")
+    past = _every(rows.filter(regime=HISTORY).sort("close_time"), _MOST_POINTS)
+    for column, regime in enumerate(regimes, 1):
+        closes = rows.filter(regime=regime).group_by("close_time")
+        levels = (0.05, 0.25, 0.5, 0.75, 0.95)
+        some = closes.agg(pl.col("growth").quantile(p, "linear").alias(f"{p}") for p in levels)
+        some = _every(some.sort("close_time"), _MOST_POINTS)
+        line, at = _line(column - 1), {"row": 1, "col": column}
+        for low, high in (("0.05", "0.95"), ("0.25", "0.75")):
+            edge = {"x": _x(some["close_time"]), "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
+            figure.add_scatter(**edge, y=_y(some[low]), showlegend=False, **at)
+            fill = {"fill": "tonexty", "fillcolor": _faint(line["color"], 0.16)}
+            figure.add_scatter(**edge, y=_y(some[high]), showlegend=False, **fill, **at)
+        figure.add_scatter(
+            x=_x(some["close_time"]), y=_y(some["0.5"]), name=f"median, {regime}", line=line, **at
+        )
+        shown = {"name": "as it was", "legendgroup": HISTORY, "showlegend": column == 1}
+        figure.add_scatter(x=_x(past["close_time"]), y=_y(past["growth"]), line={"color": INK}, **shown, **at)
+    return figure.update_xaxes(type="date")
+
+
+def stress_outcomes(result: StressResult) -> go.Figure:
+    """Total return and maximum drawdown of each book over the scenarios, a box for each regime."""
+    figure = _side_by_side(("total return", "maximum drawdown"), "", "~%")
+    for column, name in enumerate(("total_return", "max_drawdown"), 1):
+        _boxes(figure, result.meta["regimes"], result.books, "strategy", name, column)
+    return figure.update_layout(boxmode="group", height=420)
+
+
+def stress_coverage(result: StressResult) -> go.Figure:
+    """The share of outcomes inside the 80 % and 90 % intervals, a box over the scenarios for each regime."""
+    figure = _side_by_side(("inside 80 %", "inside 90 %"), "", "~%")
+    rows = result.scores.with_columns(ahead=pl.lit("+") + pl.col("horizon").cast(pl.String))
+    for column, percent in enumerate((80, 90), 1):
+        _boxes(figure, result.meta["regimes"], rows, "ahead", f"coverage_{percent}", column)
+        figure.add_hline(y=percent / 100, line=_NOMINAL, row=1, col=column)
+    return figure.update_layout(boxmode="group", height=380)
+
+
+def stress_prices(result: StressResult, symbol: str) -> go.Figure:
+    """The closes of some scenarios, over the last before them, and as they were."""
+    regimes, rows = result.meta["regimes"], result.prices.filter(symbol=symbol)
+    figure = _side_by_side(regimes, "multiple of the last close before", "~g")
+    past = {"name": "as it was", "legendgroup": HISTORY, "line": {"color": INK, "width": 2}}
+    for column, regime in enumerate(regimes, 1):
+        own = {"name": regime, "line": _line(column - 1) | {"width": 0.8}, "opacity": 0.6}
+        for name, look in ((regime, own), (HISTORY, past | {"showlegend": column == 1})):
+            parts = rows.filter(regime=name).partition_by("number", maintain_order=True)
+            some = [_every(part, _MOST_POINTS // 4) for part in parts]
+            gap = pl.lit(None, pl.Float64).alias("close")  # one trace: a gap stands between two scenarios
+            drawn = pl.concat([x for part in some for x in (part, part.tail(1).with_columns(gap))])
+            y = _y(drawn["close"] / drawn["close"].first())
+            figure.add_scatter(x=_x(drawn["close_time"]), y=y, mode="lines", **look, row=1, col=column)
+    return figure.update_xaxes(type="date").update_layout(hovermode="closest")
+
+
+def _side_by_side(titles: Sequence[str], axis: str, tickformat: str) -> go.Figure:
+    """Panels beside one another, each with its own axes."""
+    figure = make_subplots(
+        cols=len(titles), shared_yaxes=bool(axis), subplot_titles=list(titles), horizontal_spacing=0.06
+    )
+    figure.update_layout(**_LAYOUT | {"margin": {"l": 64, "r": 16, "t": 72, "b": 44}})
+    figure.update_layout(legend={"y": 1, "yref": "container", "yanchor": "top"})
+    figure.update_xaxes(**_AXIS).update_yaxes(**_AXIS | {"tickformat": tickformat})
+    return figure.update_yaxes(title=_title(axis), row=1, col=1)
+
+
+def _boxes(
+    figure: go.Figure, regimes: Sequence[str], rows: pl.DataFrame, x: str, y: str, column: int
+) -> None:
+    """A box for each regime at each value of `x`, and what came of the bars as they were."""
+    for k, regime in enumerate(regimes):
+        own = rows.filter(regime=regime)
+        figure.add_box(
+            x=own[x].to_list(),
+            y=_y(own[y]),
+            name=regime,
+            legendgroup=regime,
+            showlegend=column == 1,
+            marker={"color": COLOURS[k % len(COLOURS)], "size": 3},
+            line={"width": 1.2},
+            row=1,
+            col=column,
+        )
+    past = rows.filter(regime=HISTORY)
+    figure.add_scatter(
+        x=past[x].to_list(),
+        y=_y(past[y]),
+        name="as it was",
+        legendgroup=HISTORY,
+        showlegend=column == 1,
+        mode="markers",
+        marker={"color": INK, "symbol": "line-ew-open", "size": 26, "line": {"width": 2}},
+        row=1,
+        col=column,
+    )
+
+
+def _every(rows: pl.DataFrame, most: int) -> pl.DataFrame:
+    """At most about so many rows, evenly, the first and the last among them."""
+    step = -(-rows.height // most)
+    return (
+        rows if step < 2 else pl.concat([rows.gather_every(step), rows.tail(1)]).unique(maintain_order=True)
+    )
+
+
 def _coverages(result: Evaluation, rows: pl.DataFrame, x: str) -> go.Figure:
     known = [p for p in INTERVALS if rows[f"coverage_{p}"].null_count() == 0]
     parts = [(f"coverage_{p}", f"coverage_{p}_error", f"in {p} %") for p in known]
@@ -671,9 +781,9 @@ def _line(k: int) -> dict[str, Any]:
     return {"color": COLOURS[k % len(COLOURS)], "width": 1.6, "dash": dash}
 
 
-def _faint(colour: str) -> str:
+def _faint(colour: str, opacity: float = 0.08) -> str:
     red, green, blue = bytes.fromhex(colour[1:])
-    return f"rgba({red}, {green}, {blue}, 0.08)"
+    return f"rgba({red}, {green}, {blue}, {opacity})"
 
 
 def _x(times: pl.Series) -> Array:

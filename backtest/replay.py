@@ -9,7 +9,7 @@ from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from barcast.backtest.arguments import (
     paths_of,
     settings_of,
 )
-from barcast.backtest.cache import ForecastCache
+from barcast.backtest.cache import ForecastCache, Remembered
 from barcast.backtest.ledger import BENCHMARK, YEAR, Execution, Ledger
 from barcast.backtest.metrics import portfolio
 from barcast.backtest.result import BacktestResult
@@ -71,11 +71,15 @@ from barcast.models import (
     ConfigError,
     DataError,
     Forecaster,
+    Window,
     check_sampled,
     open_model,
 )
 from barcast.models.joint import check_pairs
 from barcast.strategies.params import parameters_of
+
+if TYPE_CHECKING:
+    from barcast.models.transfer.generator import Scenario
 
 
 class Agenda(Protocol):
@@ -256,8 +260,9 @@ def run_backtest(
     models: Path | str | None = None,
     trials: int | None = None,
     baselines: bool = True,
-    cache: ForecastCache | Path | str | None = None,
+    cache: ForecastCache | Remembered | Path | str | None = None,
     scratch: Path | str | None = None,
+    scenario: "Sequence[Scenario] | None" = None,
     progress: Callable[[int, str], None] = lambda _count, _at: None,
 ) -> BacktestResult:
     """Replay bars from Parquet or CSV files through the live path, and keep the books.
@@ -279,6 +284,9 @@ def run_backtest(
     What memory does not hold lies in a folder in `scratch`, by default among the system's temporary files, as
     long as the result is there. A copy by pickle holds all rows.
 
+    A `scenario` of `StressScenarioGenerator` has its bars in place of those of the files, and is tested from
+    where it is made up. It has its symbols, its end and its price basis, and nothing is learnt from it.
+
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
     bars that closed when it was asked for, and is judged, and may take over, `training_time` (such as 30m)
@@ -298,6 +306,10 @@ def run_backtest(
     models, scratch = (None if folder is None else Path(folder) for folder in (models, scratch))
     symbols = [symbols] if isinstance(symbols, str) else symbols
     cache = ForecastCache(cache) if isinstance(cache, Path | str) else cache
+    if scenario is not None:
+        told = {"adjustments": adjustments, "symbols": symbols, "until": until, "retrain": retrain}
+        _check_scenario(scenario, [name for name, given in told.items() if given])
+        since = scenario[0].since if since is None else since
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     if isinstance(retrain, str):
         retrain = cron_schedule(retrain, None)
@@ -332,7 +344,11 @@ def run_backtest(
     with ExitStack() as stack:
         folder = stack.enter_context(scratch_in(scratch))
         with writing_in(scratch):
-            history = History(paths, stamp, closes, symbols, until, folder)
+            if scenario is None:
+                history = History(paths, stamp, closes, symbols, until, folder)
+            else:
+                made_up = (Window(one.symbol, one.times, one.rows) for one in scenario)
+                history = History.of_windows(made_up, folder)
         start, last = history.first if since is None else since, history.last
         if start > last:
             raise DataError(
@@ -342,15 +358,16 @@ def run_backtest(
         asked = first_asked(history, forecaster.card.min_window, start)
         try_strategies(settings.build(), forecaster.card, *asked)
         past = _Past(settings, model, forecaster, history, adjustments, start, last)
-        if cache is not None:
+        by_digest = isinstance(cache, ForecastCache)
+        if isinstance(cache, ForecastCache):
             stack.enter_context(cache)
         if retrain is None:
-            pipeline = Pipeline(lambda *_: known(forecaster), hashed=cache is not None)
+            pipeline = Pipeline(lambda *_: known(forecaster), hashed=by_digest)
             replay(past.story(model, progress), pipeline, decisions)
             trainings, untrained = pl.DataFrame(schema=TRAININGS), ""
         else:
             store = ModelStore(models or folder / "models", timeframe)
-            pipeline = Pipeline(lambda *asked: known(store.open(*asked)), hashed=cache is not None)
+            pipeline = Pipeline(lambda *asked: known(store.open(*asked)), hashed=by_digest)
             walk = decisions.walk = past.walk(retrain, duration(training_time), store, pipeline, progress)
             replay(past.story(walk.champion.model, progress), pipeline, decisions, agenda=walk)
             trainings, untrained = walk.frame(), walk.untrained(last)
@@ -409,6 +426,7 @@ def run_backtest(
             portfolio=portfolio(equity, fills, periods, trials),
             meta={
                 "warning": "\n".join(filter(None, warnings)),
+                **({} if scenario is None else {"scenario": scenario[0].mark}),
                 **past.told(),
                 "models": made,
                 "periods_per_year": periods,
@@ -424,6 +442,16 @@ def run_backtest(
                 "withheld": {s: f"{n} times, the last: {why}" for s, (n, why) in decisions.withheld.items()},
             },
         )
+
+
+def _check_scenario(scenario: "Sequence[Scenario]", given: Sequence[str]) -> None:
+    """Raise ConfigError for a scenario without a symbol, and for arguments that go with history alone."""
+    if not scenario:
+        raise ConfigError("scenario is empty: give the bars of one symbol at least, as generate returns them")
+    if "retrain" in given:
+        raise ConfigError("retrain: a scenario is made up, and nothing is learnt from it: leave retrain out")
+    if given:
+        raise ConfigError(f"{given[0]} is for history: give it to what the scenario is made of")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from barcast.backtest.paths import DEFINITIONS as PATHS
 from barcast.backtest.paths import JOINT, OWN
 from barcast.backtest.result import BacktestResult
 from barcast.backtest.scoring import INTERVALS, POOLED
+from barcast.backtest.stress import DEFINITIONS as STRESSED
+from barcast.backtest.stress import HISTORY, StressResult
 from barcast.backtest.tables import Rows, collected
 from barcast.backtest.workers import write_whole
 from barcast.models.scores import Estimate
@@ -197,6 +199,12 @@ def write_evaluation(result: Evaluation, path: Path | str) -> None:
     write_whole(Path(path), _page("Barcast evaluation", body).encode())
 
 
+def write_stress(result: StressResult, path: Path | str) -> None:
+    """Write the page of backtests over scenarios to `path` as `write_report` does."""
+    body = "\n".join([_stress_head(result), *_stress_sections(result)])
+    write_whole(Path(path), _page("Barcast stress scenarios", body).encode())
+
+
 def html(result: BacktestResult, title: str = "Barcast backtest") -> str:
     """The page of a backtest. The same result gives the same text."""
     sections = list(_sections(result))
@@ -224,6 +232,8 @@ def _head(result: BacktestResult, title: str) -> str:
     models = plot.models_in_force(result)["model"].unique(maintain_order=True).to_list()
     shown = f"model {models[0]}" if len(models) == 1 else f"{len(models)} models, the first {models[0]}"
     warning = result.meta.get("warning")
+    if scenario := result.meta.get("scenario"):
+        title, warning = f"{title}: scenario, not forecast", f"{scenario}\n{warning}"
     return (
         f"<h1>{escape(title)}</h1>"
         f"<p>{_named(symbols)}, {_day(first)} to {_day(last)}, {escape(shown)}.</p>"
@@ -454,6 +464,76 @@ def _evaluation_sections(result: Evaluation) -> Iterator[str]:
             ),
         )
     yield _section("What was compared", "", _meta(result.meta))
+
+
+def _stress_head(result: StressResult) -> str:
+    meta, books = result.meta, result.summary
+    cards = []
+    for row in books.filter((pl.col("regime") != HISTORY) & (pl.col("strategy") != BENCHMARK)).iter_rows(
+        named=True
+    ):
+        told = f"{_text(row['strategy'])}, {_text(row['regime'])}: return in the worst 5 %, on average"
+        cards.append((_percent(row["shortfall"]), told))
+    return (
+        f"<h1>Barcast stress scenarios</h1><p>{_named(meta['symbols'])}; {meta['timeframe']} bars, "
+        f"{meta['since'][:10]} to {meta['until'][:10]}, {meta['scenarios']} scenarios of each regime: "
+        f"{_text(', '.join(meta['regimes']))}; model {_text(meta['model'])}.</p>"
+        + _warning(
+            "Scenario, not forecast: these bars were made up, to see what books and intervals would come to. "
+            "Nothing here says how likely that is."
+        )
+        + _warning(meta["warning"])
+        + _boxes(cards)
+    )
+
+
+def _stress_sections(result: StressResult) -> Iterator[str]:
+    symbols, books = result.meta["symbols"], result.books["strategy"].unique(maintain_order=True).to_list()
+    yield _section(
+        "Outcomes",
+        "Every scenario is one backtest on the live path. A box holds the middle half of the scenarios, its "
+        "line is their median; the dark mark is what came of the bars as they were.",
+        _draw(plot.stress_outcomes(result), "outcomes", PANELS),
+        _summary(result),
+        _terms({_label(name): text for name, text in STRESSED.items()}),
+    )
+    panes = {
+        name: _draw(plot.stress_growth(result, name), f"growth-{k}", PANELS) for k, name in enumerate(books)
+    }
+    yield _section(
+        "Equity",
+        "The middle 90 % and 50 % of the scenarios at each close, and their median. Dark: the bars as they "
+        "were.",
+        _choice("Strategy", panes),
+    )
+    yield _section(
+        "Intervals under stress",
+        "Share of outcomes inside the central intervals, of all symbols together, for each horizon. Dashed: "
+        "what they say of themselves.",
+        _draw(plot.stress_coverage(result), "coverage", PANELS),
+    )
+    panes = {
+        name: _draw(plot.stress_prices(result, name), f"prices-{k}", PANELS)
+        for k, name in enumerate(symbols[:FANS])
+    }
+    yield _section(
+        "Scenarios",
+        "The first scenarios of each regime: closes over the last one before them.",
+        _choice("Symbol", panes),
+    )
+    yield _section("What was asked", "", _meta(result.meta))
+
+
+def _summary(result: StressResult) -> str:
+    names = list(STRESSED)
+    rows = []
+    for row in result.summary.iter_rows(named=True):
+        cells = [_text(row["regime"]), _text(row["strategy"]), _whole(row["scenarios"])]
+        cells += [_percent(row[name]) for name in names[1:]]
+        pooled = ' class="pooled"' if row["regime"] == HISTORY else ""
+        rows.append(f"<tr{pooled}>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    table = _columns(["regime", "strategy", *(_label(name) for name in names)], rows, (1,))
+    return f'<div class="tight">{table}</div>'
 
 
 def _pooled(result: Evaluation, horizon: int) -> str:

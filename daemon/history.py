@@ -11,10 +11,11 @@ import hashlib
 import re
 from bisect import bisect
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import polars as pl
@@ -153,6 +154,21 @@ class History(Mapping[str, Window]):
         if twice := [symbol for symbol, count in self._counts.items() if not count]:
             among = pl.col("symbol").is_in(twice)
             _check_together(_together([rows.filter(among) for rows in checked]))
+        self._note_ends()
+
+    @classmethod
+    def of_windows(cls, windows: Iterable[Window], folder: Path) -> Self:
+        """Whole histories, which were checked before; OSError where the folder cannot be filled."""
+        made = cls.__new__(cls)
+        made._folder, made._counts = folder, {}
+        for w in sorted(windows, key=attrgetter("symbol")):
+            w.close_times.tofile(made._times(w.symbol))
+            w.values.tofile(made._values(w.symbol))
+            made._counts[w.symbol] = len(w)
+        made._note_ends()
+        return made
+
+    def _note_ends(self) -> None:
         ends = [self._closes(symbol, k) for symbol, n in self._counts.items() for k in (0, n - 1)]
         self.first, self.last = min(ends), max(ends)
 

@@ -6,11 +6,22 @@ from typing import Annotated
 
 import typer
 
-from barcast.backtest.cli import auditing, doctor, models, operators, quants, sweeps, training
+from barcast.backtest.cli import auditing, doctor, models, operators, quants, stressing, sweeps, training
 from barcast.backtest.cli.terminal import app, err, out
 from barcast.models import BarcastError, DeposedError, DiskFullError, JournalLostError
 
-__all__ = ["app", "auditing", "doctor", "main", "models", "operators", "quants", "sweeps", "training"]
+__all__ = [
+    "app",
+    "auditing",
+    "doctor",
+    "main",
+    "models",
+    "operators",
+    "quants",
+    "stressing",
+    "sweeps",
+    "training",
+]
 
 EX_CONFIG = 78
 """Exit status for a fault that a person must mend: systemd does not restart on it."""

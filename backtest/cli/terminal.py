@@ -390,6 +390,15 @@ def check_sweep_folder(path: Path, others: Iterable[Path]) -> None:
     _check_folder(path, others)
 
 
+def check_stress_folder(path: Path, others: Iterable[Path]) -> None:
+    """The same of backtests over scenarios."""
+    from barcast.backtest.stress import check_folder
+
+    with _of_option("--out"):
+        check_folder(path)
+    _check_folder(path, others)
+
+
 def there(path: Path) -> Path:
     """The folder, or where there is none yet the nearest above it."""
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())

@@ -3,7 +3,7 @@
 A scenario is made up. It is no `Window`, and nothing that learns, calibrates or keeps a journal takes it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -76,20 +76,34 @@ class StressScenarioGenerator:
         since: int | None = None,
         cfg_scale: float | None = None,
     ) -> list[list[Scenario]]:
-        """`n` scenarios of the symbols of a portfolio, each a list of as many as there are histories.
+        """`n` scenarios of the symbols of a portfolio; see `scenarios`."""
+        if not 1 <= n <= MOST_SCENARIOS:
+            raise ConfigError(f"n = {n} scenarios cannot be: take 1 to {MOST_SCENARIOS}")
+        return list(self.scenarios(bars, target_regime, range(n), seed, since=since, cfg_scale=cfg_scale))
+
+    def scenarios(
+        self,
+        bars: Window | Sequence[Window],
+        target_regime: str,
+        numbers: Sequence[int],
+        seed: int = 0,
+        *,
+        since: int | None = None,
+        cfg_scale: float | None = None,
+    ) -> Iterator[list[Scenario]]:
+        """The scenarios of some numbers, one at a time, each a list of as many as there are histories.
 
         They are made up from the first close at or after `since` (nanoseconds), by default from the first
         that has enough bars before it; the price goes on from the close before. `cfg_scale` is the severity,
         see `guided`; by default the training's. All symbols of a scenario share their noise in the measure in
-        which their sources resemble each other. The same bars, model, arguments and torch give the same bits.
+        which their sources resemble each other. The same bars, model, arguments, number and torch give the
+        same bits, whatever other numbers are asked for.
 
         Raises `ConfigError` for an unknown regime, or numbers that cannot be; `DataError` for histories that
         are too short or stand still.
         """
         use_one_thread()
         regime, scale = regime_id(target_regime), self._severity(cfg_scale)
-        if not 1 <= n <= MOST_SCENARIOS:
-            raise ConfigError(f"n = {n} scenarios cannot be: take 1 to {MOST_SCENARIOS}")
         if not 0 <= seed < 2**63:
             raise ConfigError(f"seed = {seed} cannot be: take a number from 0 on")
         histories = [bars] if isinstance(bars, Window) else list(bars)
@@ -99,27 +113,23 @@ class StressScenarioGenerator:
             since = max(int(w.close_times[min(_first(w, None), len(w) - 1)]) for w in histories)
         sources = [_Source.of(w, since) for w in histories]
         noise = [self._noise(w, source, seed) for w, source in zip(histories, sources, strict=True)]
-        found = []
-        for number in range(n):
+        for number in numbers:
             own = [_stream(seed, number, w.symbol) for w in histories]
             mixed = self._mixed(noise, own)
-            found.append(
-                [
-                    Scenario(
-                        symbol=w.symbol,
-                        times=w.close_times,
-                        rows=self._bars(w, source, z, regime, scale),
-                        since=int(w.close_times[source.first]),
-                        regime=target_regime,
-                        model=self.model,
-                        seed=seed,
-                        number=number,
-                        cfg_scale=float(scale),
-                    )
-                    for w, source, z in zip(histories, sources, mixed, strict=True)
-                ]
-            )
-        return found
+            yield [
+                Scenario(
+                    symbol=w.symbol,
+                    times=w.close_times,
+                    rows=self._bars(w, source, z, regime, scale),
+                    since=int(w.close_times[source.first]),
+                    regime=target_regime,
+                    model=self.model,
+                    seed=seed,
+                    number=number,
+                    cfg_scale=float(scale),
+                )
+                for w, source, z in zip(histories, sources, mixed, strict=True)
+            ]
 
     def transfer(
         self, returns: Tensor, own: Tensor, target: Tensor, seed: int, cfg_scale: float | None = None
@@ -251,9 +261,20 @@ class _Source:
         return rows
 
 
+LEAST_BEFORE = first_end() - BARS + 1
+"""Bars before a scenario, at least."""
+
+
+def spans(w: Window) -> tuple[int, int] | None:
+    """The first and the last close that a scenario may begin with; None for a history that is too short."""
+    if len(w) < LEAST_BEFORE + BARS:
+        return None
+    return int(w.close_times[LEAST_BEFORE]), int(w.close_times[-BARS])
+
+
 def _first(w: Window, since: int | None) -> int:
     """The first bar that is made up."""
-    least = first_end() - BARS + 1
+    least = LEAST_BEFORE
     first = least if since is None else int(np.searchsorted(w.close_times, since))
     if first < least:
         raise DataError(

@@ -34,8 +34,9 @@ from barcast.models.transfer.regimes import REGIMES, RegimeRule
 from barcast.models.transfer.trained import PROBABILITIES, Levels, Transfer, TransferRecord
 from barcast.models.window import Window
 
-VALIDATION = 0.1
-"""Share of the bars, the newest, that choose between weights."""
+VALIDATION, VALIDATION_BARS, MOST_VALIDATION = 0.1, 480, 0.3
+"""Share of the bars, the newest, that choose between weights; so many of the longest history at least, which
+are more of short ones, up to the last share."""
 LOOK_WINDOWS = 256  # of them, thinned evenly, whose velocity is judged
 LOOK_WAYS = 48  # and that are brought into another regime
 LOOK_TIMES = 4  # at which a velocity is judged
@@ -133,7 +134,10 @@ class _Training:
         seed: int,
     ) -> None:
         self.config, self.timeframe = config, timeframe
-        self.data = parts(histories, until, validation=VALIDATION, hold_out=hold_out)
+        whole = parts(histories, until, validation=VALIDATION, hold_out=hold_out)
+        longest = (1 - hold_out) * max(map(len, whole.histories))
+        share = min(max(VALIDATION, VALIDATION_BARS / longest), MOST_VALIDATION)
+        self.data = parts(histories, until, validation=share, hold_out=hold_out)
         windows = collected(self.data.histories)
         older = windows.close <= self.data.train_end
         begun = windows.begun(self.data.histories)

@@ -1,0 +1,354 @@
+"""Backtests over stress scenarios: what books and forecasts come to where the market has another texture.
+
+Each scenario goes through the very path of a backtest, from the close on where it is made up, beside the bars
+as they were. A scenario is not a forecast: what is counted here are outcomes of what was made up, and says
+nothing about how likely they are.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import polars as pl
+
+from barcast.backtest.arguments import Moment, check_adjustments, listed, nanoseconds, paths_of
+from barcast.backtest.cache import Remembered
+from barcast.backtest.ledger import Execution
+from barcast.backtest.replay import found_timeframe, run_backtest
+from barcast.backtest.result import json_rows
+from barcast.backtest.scoring import POOLED
+from barcast.backtest.tables import scratch_in
+from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
+from barcast.daemon import wire
+from barcast.daemon.adjustments import adjusted
+from barcast.daemon.calendar import Calendars
+from barcast.daemon.history import History, Stamp, digest
+from barcast.daemon.pipeline import StrategySettings
+from barcast.daemon.timeframe import Timeframe
+from barcast.models import Adjustment, ConfigError, DataError, Window
+
+if TYPE_CHECKING:
+    from barcast.models.transfer import Scenario, StressScenarioGenerator
+
+HISTORY = "history"
+"""What the bars as they were are called among the regimes."""
+REGIMES = ("volatile", "crisis")
+NOTE = "scenario, not forecast"
+INDEX = "stress.json"
+FRAMES = ("books", "scores", "equity", "prices")
+TOGETHER = 5  # scenarios of a job: what they share is found once
+MOST_DRAWN = 20  # scenarios of a regime whose prices are kept
+WORST = 0.05
+"""Share of the scenarios that value at risk and expected shortfall are of."""
+
+DEFINITIONS = {
+    "scenarios": "backtests; of history there is one",
+    "median_return": "median over the scenarios of last equity / first equity - 1, after costs and carry",
+    "worst_return": "5 % quantile over the scenarios of that return, linear in between: value at risk",
+    "shortfall": "mean of that return over the worst 5 % of the scenarios: expected shortfall",
+    "losing": "share of the scenarios whose return is below 0",
+    "median_drawdown": "median over the scenarios of the maximum drawdown: lowest / highest before - 1",
+    "worst_drawdown": "5 % quantile over the scenarios of the maximum drawdown",
+    "var_95": "median over the scenarios of the 5 % quantile of the returns of a period",
+    "cvar_95": "median over the scenarios of the mean of the lowest 5 % of the returns of a period",
+    "volatility": "median over the scenarios of the standard deviation of the returns, a year",
+}
+"""Of the columns of `StressResult.summary`."""
+
+
+@dataclass(frozen=True)
+class StressResult:
+    """What backtests over scenarios came to. `number` counts the scenarios of a regime from 0.
+
+    `books` has `regime`, `number`, `strategy` and the columns of `BacktestResult.portfolio`; `scores` has
+    `regime`, `number` and the columns of `BacktestResult.scores` of all symbols together; `equity` has
+    `regime`, `number`, `strategy`, `close_time` and `growth`, the equity over the first; `prices` has
+    `regime`, `number`, `symbol`, `close_time` and `close`, of the first scenarios. The bars as they were
+    stand there as the regime `history`. `meta` says what was asked for, and holds `warning`.
+    """
+
+    books: pl.DataFrame
+    scores: pl.DataFrame
+    equity: pl.DataFrame
+    prices: pl.DataFrame
+    meta: dict[str, Any]
+
+    @property
+    def summary(self) -> pl.DataFrame:
+        """A row for each regime and strategy; what its columns are is in `DEFINITIONS`."""
+        total, fall = pl.col("total_return"), pl.col("max_drawdown")
+        worst = (WORST * pl.len()).ceil().cast(pl.Int64)
+        return self.books.group_by("regime", "strategy", maintain_order=True).agg(
+            scenarios=pl.len(),
+            median_return=total.median(),
+            worst_return=total.quantile(WORST, "linear"),
+            shortfall=total.sort().head(worst).mean(),
+            losing=(total < 0).mean(),
+            median_drawdown=fall.median(),
+            worst_drawdown=fall.quantile(WORST, "linear"),
+            **{name: pl.col(name).median() for name in ("var_95", "cvar_95", "volatility")},
+        )
+
+    def save(self, folder: Path | str) -> None:
+        """Write each frame to NAME.parquet of the folder, meta and summary to `stress.json`.
+
+        Raise ConfigError where the folder cannot be written.
+        """
+        folder = Path(folder)
+        with writing_in(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in FRAMES:
+                getattr(self, name).write_parquet(folder / f"{name}.parquet")
+        told = {"note": NOTE, "meta": self.meta, "summary": json_rows(self.summary)}
+        text = json.dumps(told | {"definitions": DEFINITIONS}, indent=1, allow_nan=False, ensure_ascii=False)
+        write_whole(folder / INDEX, (text + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path | str) -> Self:
+        """Read what `save` wrote. Raise DataError for a folder that holds none."""
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / INDEX).read_text(encoding="utf-8"))["meta"]
+            return cls(meta=meta, **{n: pl.read_parquet(folder / f"{n}.parquet", glob=False) for n in FRAMES})
+        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+            raise DataError(
+                f"{folder}: holds no whole result of scenarios ({error}); name a folder that `stress` wrote"
+            ) from error
+
+
+def run_stress(
+    files: Sequence[Path | str] | Path | str,
+    *,
+    stamp: Stamp,
+    generator: Path | str,
+    regimes: Sequence[str] | str = REGIMES,
+    n: int = 100,
+    seed: int = 0,
+    cfg_scale: float | None = None,
+    since: Moment | None = None,
+    until: Moment | None = None,
+    timeframe: str | None = None,
+    calendar: str = "24x7",
+    calendars: Mapping[str, str] = MappingProxyType({}),
+    adjustments: Sequence[Adjustment] = (),
+    symbols: Sequence[str] | None = None,
+    model: Path | str = "fhs",
+    strategies: Sequence[str | StrategySettings] | str = ("quantile-band", "median-drift"),
+    sampler: str | None = None,
+    steps: int | None = None,
+    execution: Execution | None = None,
+    jobs: int = -1,
+    progress: Callable[[int, str], None] = lambda _count, _at: None,
+) -> StressResult:
+    """Run a backtest over `n` scenarios of each regime, and over the bars as they were.
+
+    `generator` is the directory of one that `train-stress` has written. Bars from `since` on are made up, by
+    default from the first close on at which all symbols have a past that is long enough; a symbol whose past
+    is not is left out, and named in `meta["warning"]`. `cfg_scale` is the severity, by default that of the
+    generator. The other arguments are those of `run_backtest`; adjustments are applied to the bars before
+    scenarios are made of them. `jobs` scenarios are at work at a time, -1: one a core. The same arguments,
+    files and seed give the same tables to the bit, whatever `jobs`. `progress` is told of scenarios.
+
+    Raise ConfigError, DataError and CheckpointError as `run_backtest` and the generator do.
+    """
+    from barcast.models.transfer import load_generator
+    from barcast.models.transfer.generator import MOST_SCENARIOS
+
+    paths, generator = paths_of(files), Path(generator)
+    regimes = listed(regimes, "regimes", (str,), f"names such as {REGIMES}")
+    if len(set(regimes)) < len(regimes):
+        raise ConfigError(f"regimes = {', '.join(regimes)}: name each once")
+    timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
+    closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
+    loaded = load_generator(generator)
+    begun = nanoseconds(since, "since")
+    with scratch_in(None) as folder:
+        with writing_in(None):
+            (folder / "bars").mkdir()
+            history = History(paths, stamp, closes, symbols, nanoseconds(until, "until"), folder / "bars")
+        known = adjusted(history, check_adjustments(adjustments))
+        kept, start, warning = _able(known, begun)
+        if (learnt := loaded.trained.record.timeframe) != timeframe:
+            warning += f" The generator has learnt from bars of {learnt}, and these are of {timeframe}."
+        if not 1 <= n <= MOST_SCENARIOS:
+            raise ConfigError(f"n = {n} scenarios cannot be: take 1 to {MOST_SCENARIOS}")
+        for regime in regimes:  # what cannot be is said here, not by a worker
+            next(loaded.scenarios(kept, regime, (0,), seed, since=start, cfg_scale=cfg_scale))
+        asked = _Asked(
+            generator,
+            kept,
+            start,
+            seed,
+            cfg_scale,
+            {
+                "files": paths,
+                "stamp": stamp,
+                "model": str(model),
+                "timeframe": timeframe,
+                "calendar": calendar,
+                "calendars": dict(calendars),
+                "strategies": strategies,
+                "sampler": sampler,
+                "steps": steps,
+                "execution": execution,
+                "baselines": False,
+            },
+        )
+        with writing_in(None):
+            (folder / "asked").write_bytes(pickle.dumps(asked))
+        parts = [_Part(folder, HISTORY, (0,))]
+        for regime in regimes:
+            parts += [
+                _Part(folder, regime, tuple(range(k, min(k + TOGETHER, n)))) for k in range(0, n, TOGETHER)
+            ]
+        over = 0
+
+        def done(count: int) -> None:
+            nonlocal over
+            for part in parts[over:count]:
+                progress(len(part.numbers), part.regime)
+            over = max(over, count)
+
+        with open_workers("loky", jobs, None):
+            try:
+                run_jobs(_fill, parts, done)
+            finally:
+                _opened.cache_clear()  # of one that worked here itself
+        frames = {
+            name: pl.concat([pl.read_parquet(part.file(name), glob=False) for part in parts])
+            for name in FRAMES
+        }
+        told = json.loads(parts[0].file("meta").read_text())
+    return StressResult(
+        **frames,
+        meta={
+            "warning": warning.strip(),
+            "note": NOTE,
+            "generator": loaded.model,
+            "regimes": regimes,
+            "scenarios": n,
+            "seed": seed,
+            "cfg_scale": loaded.trained.config.cfg_scale if cfg_scale is None else cfg_scale,
+            "since": wire.to_text(start),
+            "until": wire.to_text(max(w.close_time for w in kept)),
+            "symbols": [w.symbol for w in kept],
+            "files": [path.name for path in paths],
+            "files_sha256": digest(paths),
+            **told,
+        },
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ConfigError for a folder in which something lies, and no result of scenarios."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).exists():
+        raise ConfigError(f"{folder} is not empty, and holds no result of scenarios: name a new folder")
+
+
+def _able(history: Mapping[str, Window], since: int | None) -> tuple[list[Window], int, str]:
+    """The histories of which scenarios can be made, the first close of these, and who is left out."""
+    from barcast.models.transfer.generator import spans
+
+    able = {symbol: spans(w) for symbol, w in history.items()}
+    if since is None:
+        since = max((span[0] for span in able.values() if span), default=0)
+    out = [symbol for symbol, span in able.items() if not span or not span[0] <= since <= span[1]]
+    if len(out) == len(able):
+        raise DataError(
+            f"no symbol has a past long enough to make scenarios of it from {wire.to_text(since)} on: begin "
+            "later, or give longer histories"
+        )
+    warning = f"Left out, since too little comes before or after: {', '.join(out)}." if out else ""
+    return [history[symbol] for symbol in able if symbol not in out], since, warning
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What all scenarios share."""
+
+    generator: Path
+    windows: Sequence[Window]
+    since: int
+    seed: int
+    cfg_scale: float | None
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some scenarios of a regime, which one worker goes through."""
+
+    folder: Path
+    regime: str
+    numbers: tuple[int, ...]
+
+    def file(self, name: str) -> Path:
+        """Where a table of it is."""
+        return self.folder / f"{self.regime}-{self.numbers[0]}.{name}"
+
+
+@lru_cache(1)
+def _opened(folder: Path) -> "tuple[_Asked, StressScenarioGenerator, Remembered]":
+    from barcast.models.transfer import load_generator
+
+    asked: _Asked = pickle.loads((folder / "asked").read_bytes())
+    return asked, load_generator(asked.generator), Remembered(asked.since)
+
+
+def _fill(part: _Part) -> None:
+    """Backtest the scenarios of a part and write what came of them."""
+    asked, generator, remembered = _opened(part.folder)
+    made: Iterable[Sequence[Scenario]] = [_as_it_was(asked)]
+    if part.regime != HISTORY:
+        made = generator.scenarios(
+            asked.windows, part.regime, part.numbers, asked.seed, since=asked.since, cfg_scale=asked.cfg_scale
+        )
+    found: dict[str, list[pl.DataFrame]] = {name: [] for name in FRAMES}
+    for number, scenario in zip(part.numbers, made, strict=True):
+        result = run_backtest(**asked.settings, scenario=scenario, cache=remembered)
+        key = pl.lit(part.regime).alias("regime"), pl.lit(number, pl.Int64).alias("number")
+        growth = (pl.col("equity") / pl.col("equity").first()).over("strategy").alias("growth")
+        pooled = result.scores.filter(symbol=POOLED).drop("symbol")
+        equity = result.equity.select("strategy", "close_time", growth)
+        rows = {"books": result.portfolio, "scores": pooled, "equity": equity}
+        if number < MOST_DRAWN:
+            rows["prices"] = _prices(scenario)
+        for name, frame in rows.items():
+            found[name].append(frame.select(*key, pl.all()))
+    for name, frames in found.items():
+        empty = _prices([]).select(pl.lit("").alias("regime"), pl.lit(0, pl.Int64).alias("number"), pl.all())
+        (pl.concat(frames) if frames else empty.clear()).write_parquet(part.file(name))
+    if part.regime == HISTORY:
+        names = ("model", "kind", "sampler", "steps", "samples", "fingerprint", "timeframe", "calendar")
+        told = {name: result.meta[name] for name in (*names, "strategies", "execution", "periods_per_year")}
+        part.file("meta").write_text(json.dumps(told))
+
+
+def _as_it_was(asked: _Asked) -> "list[Scenario]":
+    """The bars that scenarios are made of, from the same close on."""
+    from barcast.models.transfer import Scenario
+
+    return [
+        Scenario(w.symbol, w.close_times, w.values, asked.since, HISTORY, "none", asked.seed, 0, 0.0)
+        for w in asked.windows
+    ]
+
+
+def _prices(scenario: Sequence["Scenario"]) -> pl.DataFrame:
+    """The closes from the one before a scenario on."""
+    close_time = pl.from_epoch("close_time", "ns").dt.replace_time_zone("UTC")
+    parts = [pl.DataFrame(schema={"symbol": pl.String(), "close_time": pl.Int64(), "close": pl.Float64()})]
+    for one in scenario:
+        k = max(0, int(np.searchsorted(one.times, one.since)) - 1)
+        parts.append(
+            pl.DataFrame({"symbol": one.symbol, "close_time": one.times[k:], "close": one.rows[k:, 3]})
+        )
+    return pl.concat(parts).with_columns(close_time)
