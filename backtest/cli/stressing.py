@@ -63,9 +63,8 @@ def stress(
     regime: Annotated[
         list[str] | None,
         typer.Option(
-            help="calm, trend, volatile or crisis; may be repeated. [default: volatile and crisis]",
+            help="calm, trend, volatile or crisis; may be repeated. Default: volatile and crisis.",
             metavar="NAME",
-            show_default=False,
         ),
     ] = None,
     scenarios: Annotated[int, typer.Option(help="Of each regime.", min=1, max=1000)] = 100,
