@@ -20,13 +20,16 @@ from barcast.models.origins import to_text
 from barcast.models.transfer.latent import around, dithered
 from barcast.models.transfer.network import PLAIN, guided, travel
 from barcast.models.transfer.regimes import BARS, Ints, Measures, first_end, measured, regime_id, usable
-from barcast.models.transfer.trained import Transfer
+from barcast.models.transfer.trained import PROBABILITIES, Transfer
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
 
-FRESH = (0.2, 0.2, 0.2, 0.5)
+FRESH = (0.1, 0.1, 0.1, 0.3)
 """The share of each channel's noise that is a scenario's own, not its source's; squared, of the variance."""
+SHARED = 0.5
+"""How much of its ease all windows of a scenario have in common, of the variance."""
+FULL = 3.0  # guidance above which the volatility goes beyond the regime's, too
 MOST_SCENARIOS, MOST_GUIDANCE = 1_000, 6.0
 PIECE = 48  # windows that are brought into a regime at once
 RIDGE = 1e-3  # of independence: keeps the correlation of two equal symbols from being singular
@@ -96,8 +99,9 @@ class StressScenarioGenerator:
         They are made up from the first close at or after `since` (nanoseconds), by default from the first
         that has enough bars before it; the price goes on from the close before. `cfg_scale` is the severity,
         see `guided`; by default the training's. All symbols of a scenario share their noise in the measure in
-        which their sources resemble each other. The same bars, model, arguments, number and torch give the
-        same bits, whatever other numbers are asked for.
+        which their sources resemble each other, and stand at the same quantile of the regime's volatility.
+        The same bars, model, arguments, number and torch give the same bits, whatever other numbers are asked
+        for.
 
         Raises `ConfigError` for an unknown regime, or numbers that cannot be; `DataError` for histories that
         are too short or stand still.
@@ -116,11 +120,12 @@ class StressScenarioGenerator:
         for number in numbers:
             own = [_stream(seed, number, w.symbol) for w in histories]
             mixed = self._mixed(noise, own)
+            ease = _ease(max(map(len, noise)), _stream(seed, number))
             yield [
                 Scenario(
                     symbol=w.symbol,
                     times=w.close_times,
-                    rows=self._bars(w, source, z, regime, scale),
+                    rows=self._bars(w, source, z, ease[: len(z)], regime, scale),
                     since=int(w.close_times[source.first]),
                     regime=target_regime,
                     model=self.model,
@@ -138,7 +143,9 @@ class StressScenarioGenerator:
         use_one_thread()
         scale = self._severity(cfg_scale)
         r = self.made(self.noise(returns, own, seed), target, scale)
-        return r * self.trained.levels.shift(r, own, target, scale)
+        z = torch.randn(len(returns), generator=_stream(seed, "levels"))
+        level = self._wanted(_level(returns).numpy(), target.numpy(), z, scale)
+        return r * torch.exp(torch.from_numpy(level) - _level(r))[:, None]
 
     def noise(self, returns: Tensor, own: Tensor, seed: int) -> Tensor:
         """The noise (B, 4, H, W) of one scenario for windows (B, BARS) of the regimes (B,)."""
@@ -188,11 +195,27 @@ class StressScenarioGenerator:
                 found.append(travel(to, some, 0.0, 1.0, c.sample_steps, c.solver))
         return torch.cat(found)
 
-    def _bars(self, w: Window, source: "_Source", z: Tensor, regime: int, cfg_scale: float) -> Array:
+    def _wanted(self, own: Array, target: Ints, z: Tensor, cfg_scale: float) -> Array:
+        """The levels (B,) of windows whose sources have the levels `own` (B,), by normal scores z (B,).
+
+        It is that of a real window of the regime, at the quantile of its score among the middle nine in ten.
+        Below plain guidance it is a part of the way there, and from `FULL` on goes beyond.
+        """
+        low, high = PROBABILITIES[0], PROBABILITIES[-1]
+        p = low + (high - low) * torch.special.ndtr(z.double()).numpy()
+        pairs = zip(p, self.trained.levels[target], strict=True)
+        there = np.array([np.interp(x, PROBABILITIES, quantiles) for x, quantiles in pairs])
+        part = min(1.0, cfg_scale / PLAIN) + max(0.0, cfg_scale - FULL) / FULL
+        return np.asarray(own + part * (there - own))
+
+    def _bars(
+        self, w: Window, source: "_Source", z: Tensor, ease: Tensor, regime: int, cfg_scale: float
+    ) -> Array:
         target = torch.full((len(z),), regime)
         shape, level = self.trained.scale.parts(self._from_noise(z, target, cfg_scale))
         r = shape * level
-        factor = self.trained.levels.shift(r, self._regimes(source), target, cfg_scale)
+        wanted = self._wanted(source.measures.level, target.numpy(), ease, cfg_scale)
+        factor = torch.exp(torch.from_numpy(wanted) - _level(r))[:, None]
         gain = factor * level / around(source.returns.double())  # of the volatility around each bar
         r = factor * r * torch.from_numpy(source.measures.usual)[:, None]
         return source.built(w, r.numpy(), gain.numpy(), self.trained.elasticity)
@@ -286,6 +309,18 @@ def _first(w: Window, since: int | None) -> int:
 
 def _text(w: Window, k: int) -> str:
     return to_text(int(w.close_times[k]))
+
+
+def _ease(count: int, generator: Generator) -> Tensor:
+    """Normal scores (count,) of how volatile the windows of a scenario are among those of the regime."""
+    own, common = torch.randn(count, generator=generator), torch.randn(1, generator=generator)
+    ease: Tensor = SHARED**0.5 * common + (1 - SHARED) ** 0.5 * own
+    return ease
+
+
+def _level(r: Tensor) -> Tensor:
+    """The level (B,) of returns (B, N) over what is usual, float64; see `Transfer`."""
+    return r.double().square().mean(1).sqrt().log()
 
 
 def _alike(noise: Sequence[Tensor]) -> Tensor:

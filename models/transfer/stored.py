@@ -30,9 +30,7 @@ from barcast.models.transfer.generator import StressScenarioGenerator
 from barcast.models.transfer.latent import CHANNELS, HEIGHT, WIDTH, LatentScale
 from barcast.models.transfer.network import TransferArchitecture, VelocityNetwork
 from barcast.models.transfer.regimes import REGIMES, RegimeRule
-from barcast.models.transfer.trained import PROBABILITIES, Levels, Transfer, TransferRecord
-
-LEVELS = ("made", "real")
+from barcast.models.transfer.trained import PROBABILITIES, Transfer, TransferRecord
 
 
 def save_generator(trained: Transfer, directory: Path) -> str:
@@ -70,9 +68,7 @@ def load_generator(directory: Path) -> StressScenarioGenerator:
             )
         )
         architecture = TransferArchitecture(config.width, config.code)
-        levels = Levels(
-            *(np.array(msgspec.convert(body["levels"][name], list[Any]), np.float64) for name in LEVELS)
-        )
+        levels = np.array(msgspec.convert(body["levels"], list[list[float]]), np.float64)
     good = all(
         x.shape == (len(CHANNELS),) and bool(x.isfinite().all()) for x in (scale.mean, scale.deviation)
     )
@@ -80,10 +76,8 @@ def load_generator(directory: Path) -> StressScenarioGenerator:
         raise CheckpointError(
             f"{path}: scale is no finite mean and deviation above 0 of each channel; {AGAIN}"
         )
-    R, K = len(REGIMES), len(PROBABILITIES)
-    if (levels.made.shape, levels.real.shape) != ((R, R, K), (R, K)) or not (
-        np.isfinite(levels.real).all() and np.isfinite(levels.made).all() and (np.diff(levels.made) > 0).all()
-    ):
+    whole = levels.shape == (len(REGIMES), len(PROBABILITIES)) and bool(np.isfinite(levels).all())
+    if not whole or (np.diff(levels) < 0).any():
         raise CheckpointError(f"{path}: levels are no rising quantiles of each regime; {AGAIN}")
     enough(path, architecture.least, tensors)
     net = VelocityNetwork(architecture, Generator().manual_seed(0))
@@ -98,7 +92,7 @@ def _body(trained: Transfer) -> dict[str, Any]:
         "scale": {name: getattr(trained.scale, name).tolist() for name in ("mean", "deviation")},
         "rule": asdict(trained.rule),
         "elasticity": trained.elasticity,
-        "levels": {name: getattr(trained.levels, name).tolist() for name in LEVELS},
+        "levels": trained.levels.tolist(),
         "config": asdict(trained.config),
         "record": asdict(trained.record),
     }

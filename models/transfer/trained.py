@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from barcast.models.trained import Past
 from barcast.models.transfer.config import TransferConfig
 from barcast.models.transfer.latent import LatentScale
-from barcast.models.transfer.network import PLAIN, VelocityNetwork
+from barcast.models.transfer.network import VelocityNetwork
 from barcast.models.transfer.regimes import RegimeRule
 
-PROBABILITIES = (0.02, *(k / 10 for k in range(1, 10)), 0.98)
-"""Of the quantiles by which levels are compared."""
+PROBABILITIES = (0.05, *(k / 10 for k in range(1, 10)), 0.95)
+"""Of the quantiles of levels: scenarios are no more extreme than nine in ten windows of their regime."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,41 +30,18 @@ class TransferRecord(Past):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Levels:
-    """How volatile made windows came out, and how volatile real ones of their regime are.
-
-    `made` (R, R, K) are quantiles of the level of windows of one regime in another, `real` (R, K) those of
-    real windows; a level is the logarithm of the volatility over what is usual.
-    """
-
-    made: NDArray[np.float64]
-    real: NDArray[np.float64]
-
-    def shift(self, r: Tensor, own: Tensor, target: Tensor, cfg_scale: float) -> Tensor:
-        """By which factor (B, 1) returns (B, N) of regimes (B,) in others (B,) are as volatile as real ones.
-
-        The level goes from its quantile among what was made to that of what is real; beyond the outermost
-        ones the step is theirs, so that more severe stays more severe. With less than plain guidance it goes
-        a part of that way.
-        """
-        level = r.square().mean(1).sqrt().log().numpy()
-        found = np.empty(len(r))
-        for k, (a, b) in enumerate(zip(own.tolist(), target.tolist(), strict=True)):
-            found[k] = np.interp(level[k], self.made[a, b], self.real[b] - self.made[a, b])
-        return torch.from_numpy(np.exp(min(1.0, cfg_scale / PLAIN) * found))[:, None]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class Transfer:
     """A network, the scale of its latents, the rule of regimes, what was measured of both, and their history.
 
-    `elasticity` is by how much volume grows with volatility, both as logarithms.
+    `elasticity` is by how much volume grows with volatility, both as logarithms. `levels` (R, K) are the
+    quantiles, at `PROBABILITIES`, of the level of real windows of each regime: the logarithm of their
+    volatility over what is usual.
     """
 
     net: VelocityNetwork
     scale: LatentScale
     rule: RegimeRule
     elasticity: float
-    levels: Levels
+    levels: NDArray[np.float64]
     config: TransferConfig
     record: TransferRecord

@@ -4,13 +4,13 @@ The flow learns the velocity from noise to real windows of each regime (flow mat
 from some rows. A window is brought into another regime by following the flow of its own regime back to noise,
 and that of the other one from there. The second phase follows such whole ways from sources: what comes out is
 compared with real windows of the target regime by its patches, and with its source by its self-similarity,
-while the flow is learnt on. Both phases keep the state that windows like best which were not learnt from. At
-the end it is measured how volatile windows come out, so that scenarios can be made as volatile as real ones.
+while the flow is learnt on. Both phases keep the state that windows like best which were not learnt from. How
+volatile the windows of each regime are is kept beside it: scenarios are made as volatile as these.
 """
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from hashlib import sha256
 from math import inf
 from pathlib import Path
@@ -26,12 +26,11 @@ from barcast.models.optimiser import Budget, Phase, Progress, Share, StateFile, 
 from barcast.models.origins import parts
 from barcast.models.transfer.config import TransferConfig
 from barcast.models.transfer.dataset import FEWEST, References, RegimeLatentDataset, collected
-from barcast.models.transfer.generator import StressScenarioGenerator
 from barcast.models.transfer.latent import dithered
 from barcast.models.transfer.losses import divergence, self_similarity, texture_distance
 from barcast.models.transfer.network import NULL, TransferArchitecture, VelocityNetwork, guided, travel
 from barcast.models.transfer.regimes import REGIMES, RegimeRule
-from barcast.models.transfer.trained import PROBABILITIES, Levels, Transfer, TransferRecord
+from barcast.models.transfer.trained import PROBABILITIES, Transfer, TransferRecord
 from barcast.models.window import Window
 
 VALIDATION, VALIDATION_BARS, MOST_VALIDATION = 0.1, 480, 0.3
@@ -40,7 +39,6 @@ are more of short ones, up to the last share."""
 LOOK_WINDOWS = 256  # of them, thinned evenly, whose velocity is judged
 LOOK_WAYS = 48  # and that are brought into another regime
 LOOK_TIMES = 4  # at which a velocity is judged
-LEVEL_WINDOWS = 64  # of each regime, by which it is measured how volatile scenarios come out
 ELASTIC = 2.0  # by which volume follows volatility, at most
 SOURCES = Path(__file__).parents[1]  # of what a training runs through: a state is of one version
 
@@ -91,34 +89,16 @@ def train(
         capped=fitted.capped,
     )
     learn, net = training.learn, training.net.eval()
-    plain = Levels(*(np.zeros((*n, len(PROBABILITIES))) for n in ((len(REGIMES),) * 2, (len(REGIMES),))))
-    made = Transfer(net, learn.scale, training.rule, training.elasticity, plain, config, record)
-    return replace(made, levels=measured_levels(made, learn, training.apart))
+    return Transfer(net, learn.scale, training.rule, training.elasticity, _levels(learn), config, record)
 
 
-def measured_levels(trained: Transfer, learn: RegimeLatentDataset, apart: RegimeLatentDataset) -> Levels:
-    """How volatile windows of each regime come out in each, and how volatile those of a regime are.
-
-    The windows are of those that were not learnt from, unless these are few: the flow knows the others.
-    """
-    generator, R, K = StressScenarioGenerator(trained, ""), len(REGIMES), len(PROBABILITIES)
-    made, real = np.empty((R, R, K)), np.empty((R, K))
-    for own in range(R):
-        real[own] = _level_quantiles(trained.scale.decode(learn.latents[learn.regimes == own]))
-        part = apart if int((apart.regimes == own).sum()) >= FEWEST else learn
-        at = _some((part.regimes == own).nonzero()[:, 0], LEVEL_WINDOWS)
-        source = trained.scale.decode(part.latents[at])
-        noise = generator.noise(source, torch.full((len(source),), own), trained.record.seed)
-        for target in range(R):
-            to = torch.full((len(source),), target)
-            made[own, target] = _level_quantiles(generator.made(noise, to, trained.config.cfg_scale))
-    return Levels(made, real)
-
-
-def _level_quantiles(r: Tensor) -> NDArray[np.float64]:
-    """Quantiles (K,) of the level of returns (n, N), rising."""
-    found = np.quantile(r.square().mean(1).sqrt().log().numpy(), PROBABILITIES)
-    return np.asarray(np.maximum.accumulate(found) + 1e-9 * np.arange(len(found)), np.float64)
+def _levels(learn: RegimeLatentDataset) -> NDArray[np.float64]:
+    """Quantiles (R, K) of the levels of windows of each regime."""
+    found = []
+    for k in range(len(REGIMES)):
+        r = learn.scale.decode(learn.latents[learn.regimes == k])
+        found.append(np.quantile(r.square().mean(1).sqrt().log().numpy(), PROBABILITIES))
+    return np.array(found)
 
 
 class _Training:

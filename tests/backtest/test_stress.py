@@ -64,7 +64,7 @@ def bars(windows: list[Window], tmp_path_factory: pytest.TempPathFactory) -> Pat
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = [simulate(f"SYM{k}", 4500, seed=k, levels=(0.0015, 0.005), switch=0.002).window for k in range(3)]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("LOOK_WINDOWS", 16), ("LOOK_WAYS", 4), ("LEVEL_WINDOWS", 16)):
+        for name, value in (("LOOK_WINDOWS", 16), ("LOOK_WAYS", 4)):
             patch.setattr(training, name, value)
         patch.setattr(optimiser, "EPOCHS", 1)
         made = train(own, timeframe="1h", config=TINY)

@@ -1,6 +1,7 @@
 """Regime transfer, part by part: the rule, the latent, the references, the energies, the ways."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from barcast.models.transfer import (
     References,
     RegimeLatentDataset,
     RegimeRule,
+    StressScenarioGenerator,
     TransferConfig,
     build_style_indices_cache,
     collected,
@@ -31,7 +33,7 @@ from barcast.models.transfer.statistics import (
     square_correlations,
     tail_ratio,
 )
-from barcast.models.transfer.trained import PROBABILITIES, Levels
+from barcast.models.transfer.trained import PROBABILITIES
 from barcast.models.transfer.training import dropped
 from tests.garch import simulate
 
@@ -413,19 +415,18 @@ def test_only_some_measures_are_taken() -> None:
     assert m.only(np.array([True, False, False, True])).fall.tolist() == [0, 3]
 
 
-def test_levels_are_brought_to_those_of_real_windows() -> None:
-    """Quantile to quantile; beyond the outermost by their step, so that order stays; in part below 2."""
-    made = np.tile(np.linspace(-0.5, 0.5, len(PROBABILITIES)), (4, 4, 1))
-    real = np.tile(np.linspace(0.5, 1.0, len(PROBABILITIES)), (4, 1))
-    levels, own = Levels(made, real), torch.zeros(5, dtype=torch.int64)
-    wanted = torch.tensor([-1.0, -0.5, 0.0, 0.5, 2.0], dtype=torch.float64)
-    r = torch.exp(wanted)[:, None] * torch.ones(5, BARS, dtype=torch.float64)
+def test_levels_are_those_of_real_windows() -> None:
+    """At the quantile of the score among the middle nine in ten; in part below 2, beyond above 3."""
+    levels = np.tile(np.linspace(0.5, 1.4, len(PROBABILITIES)), (4, 1))
+    parts: Any = SimpleNamespace(levels=levels, net=torch.nn.Identity())
+    generator, own = StressScenarioGenerator(parts, "x"), np.array([-1.0, 0.0, 0.2])
+    z = torch.tensor([-9.0, 0.0, 9.0])
 
-    def level(cfg_scale: float) -> list[float]:
-        shifted = r * levels.shift(r, own, own + 3, cfg_scale)
-        return shifted.square().mean(1).sqrt().log().tolist()
+    def wanted(cfg_scale: float) -> list[float]:
+        return generator._wanted(own, np.array([3, 3, 3]), z, cfg_scale).tolist()
 
-    assert level(2.0) == pytest.approx([0.0, 0.5, 0.75, 1.0, 2.5])
-    assert level(3.0) == pytest.approx(level(2.0))
-    assert level(1.0) == pytest.approx([-0.5, 0.0, 0.375, 0.75, 2.25])
-    assert level(0.0) == pytest.approx(wanted.tolist())
+    assert wanted(2.0) == pytest.approx([0.5, 0.95, 1.4])
+    assert wanted(3.0) == pytest.approx(wanted(2.0))
+    assert wanted(1.0) == pytest.approx([-0.25, 0.475, 0.8])
+    assert wanted(0.0) == pytest.approx(own.tolist())
+    assert wanted(6.0) == pytest.approx([2.0, 1.9, 2.6])
