@@ -72,8 +72,8 @@ def stress(
     severity: Annotated[
         float | None,
         typer.Option(
-            help="How far into the regime: 2 as it was learnt, less is milder, more goes beyond it; default: "
-            "the generator's cfg_scale.",
+            help="How far into the regime: 0 not at all, 2 nearly all the way, 3 all of it, above beyond it; "
+            "default: the generator's cfg_scale.",
             min=0,
             max=6,
         ),

@@ -25,7 +25,7 @@ class TransferConfig:
     rate: float = 2e-3  # of learning the flow
     energy_rate: float = 2e-4
     label_drop_prob: float = 0.15  # rows whose velocity is that of no regime in particular
-    cfg_scale: float = 2.0  # guidance: 2 is the regime as it was learnt, 0 none, 3 beyond it
+    cfg_scale: float = 2.0  # severity: 0 none, 2 nearly the regime, 3 all of it, above 3 beyond it
     width: int = 32  # of the network
     code: int = 64  # of time and regime
     ode_steps: int = 5  # of a way in training

@@ -18,7 +18,7 @@ from barcast.models.diffusion import use_one_thread
 from barcast.models.errors import ConfigError, DataError
 from barcast.models.origins import to_text
 from barcast.models.transfer.latent import around, dithered
-from barcast.models.transfer.network import PLAIN, guided, travel
+from barcast.models.transfer.network import FULL, guided, strength, travel
 from barcast.models.transfer.regimes import BARS, Ints, Measures, first_end, measured, regime_id, usable
 from barcast.models.transfer.trained import PROBABILITIES, Transfer
 from barcast.models.window import Window
@@ -29,7 +29,6 @@ FRESH = (0.1, 0.1, 0.1, 0.3)
 """The share of each channel's noise that is a scenario's own, not its source's; squared, of the variance."""
 SHARED = 0.5
 """How much of its ease all windows of a scenario have in common, of the variance."""
-FULL = 3.0  # guidance above which the volatility goes beyond the regime's, too
 MOST_SCENARIOS, MOST_GUIDANCE = 1_000, 6.0
 PIECE = 48  # windows that are brought into a regime at once
 RIDGE = 1e-3  # of independence: keeps the correlation of two equal symbols from being singular
@@ -169,7 +168,7 @@ class StressScenarioGenerator:
         with torch.inference_mode():
             for r, regime in zip(torch.split(returns, PIECE), torch.split(own, PIECE), strict=True):
                 x = dithered(self.trained.scale.encode(r), generator)
-                found.append(travel(guided(self._net, regime, PLAIN), x, 1.0, 0.0, c.sample_steps, c.solver))
+                found.append(travel(guided(self._net, regime, FULL), x, 1.0, 0.0, c.sample_steps, c.solver))
         return torch.cat(found)
 
     def _noise(self, w: Window, source: "_Source", seed: int) -> Tensor:
@@ -198,15 +197,14 @@ class StressScenarioGenerator:
     def _wanted(self, own: Array, target: Ints, z: Tensor, cfg_scale: float) -> Array:
         """The levels (B,) of windows whose sources have the levels `own` (B,), by normal scores z (B,).
 
-        It is that of a real window of the regime, at the quantile of its score among the middle nine in ten.
-        Below plain guidance it is a part of the way there, and from `FULL` on goes beyond.
+        They go the `strength` of the severity towards that of a real window of the regime, at the quantile of
+        the score among the middle nine in ten.
         """
         low, high = PROBABILITIES[0], PROBABILITIES[-1]
         p = low + (high - low) * torch.special.ndtr(z.double()).numpy()
         pairs = zip(p, self.trained.levels[target], strict=True)
         there = np.array([np.interp(x, PROBABILITIES, quantiles) for x, quantiles in pairs])
-        part = min(1.0, cfg_scale / PLAIN) + max(0.0, cfg_scale - FULL) / FULL
-        return np.asarray(own + part * (there - own))
+        return np.asarray(own + strength(cfg_scale) * (there - own))
 
     def _bars(
         self, w: Window, source: "_Source", z: Tensor, ease: Tensor, regime: int, cfg_scale: float

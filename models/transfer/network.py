@@ -20,7 +20,8 @@ from barcast.models.transfer.regimes import REGIMES
 
 NULL = len(REGIMES)
 """The token of no regime in particular."""
-PLAIN = 2.0  # the guidance that is none: the regime as it was learnt
+FULL = 3.0
+"""The severity that is the regime in full, as it was learnt."""
 WAVES = 16  # of the time's embedding
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -120,13 +121,19 @@ def _stretched(x: Tensor) -> Tensor:
     return x.repeat_interleave(4, 2)
 
 
+def strength(cfg_scale: float) -> float:
+    """How much of the way into a regime a severity goes: 0, 0.70, 0.96 and 1 at 0 to 3, beyond it above."""
+    part = cfg_scale / FULL
+    return 1 - (1 - part) ** 3 if part < 1 else part
+
+
 def guided(net: nn.Module, regime: Tensor, cfg_scale: float) -> Velocity:
     """The velocity towards regimes (B,), by classifier-free guidance (Ho and Salimans 2022).
 
-    With `cfg_scale` 2 it is that of the regime as it was learnt, with 0 that of no regime in particular, and
-    above 2 it goes beyond: the weight is half of it.
+    Its weight is the `strength` of `cfg_scale`: with 3 the velocity is that of the regime as it was learnt,
+    with 0 that of no regime in particular, and above 3 it goes beyond.
     """
-    null, weight = torch.full_like(regime, NULL), cfg_scale / PLAIN
+    null, weight = torch.full_like(regime, NULL), strength(cfg_scale)
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         if weight in (0, 1):

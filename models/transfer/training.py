@@ -28,7 +28,7 @@ from barcast.models.transfer.config import TransferConfig
 from barcast.models.transfer.dataset import FEWEST, References, RegimeLatentDataset, collected
 from barcast.models.transfer.latent import dithered
 from barcast.models.transfer.losses import divergence, self_similarity, texture_distance
-from barcast.models.transfer.network import NULL, TransferArchitecture, VelocityNetwork, guided, travel
+from barcast.models.transfer.network import FULL, NULL, TransferArchitecture, VelocityNetwork, guided, travel
 from barcast.models.transfer.regimes import REGIMES, RegimeRule
 from barcast.models.transfer.trained import PROBABILITIES, Transfer, TransferRecord
 from barcast.models.window import Window
@@ -247,7 +247,7 @@ class _Training:
         """Sources in the target regimes, and the mean square of the velocity on the way there."""
         c = self.config
         with torch.no_grad():
-            noise = travel(guided(self.net, own, 2.0), dithered(source, g), 1.0, 0.0, c.ode_steps, c.solver)
+            noise = travel(guided(self.net, own, FULL), dithered(source, g), 1.0, 0.0, c.ode_steps, c.solver)
         found = travel(guided(self.net, target, c.cfg_scale), noise, 0.0, 1.0, c.ode_steps, c.solver, keep)
         return self.learn.scale.consistent(found), (found - noise).square().mean()
 

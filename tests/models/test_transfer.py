@@ -179,7 +179,7 @@ def test_a_window_comes_back_from_its_noise(
 ) -> None:
     """To noise and back in its own regime, in 40 steps of Heun: 1 % of its size at most is lost."""
     x = generator.trained.scale.encode(windows[0][:4])
-    own = guided(generator.trained.net, torch.from_numpy(windows[1][:4]), 2.0)
+    own = guided(generator.trained.net, torch.from_numpy(windows[1][:4]), 3.0)
     with torch.no_grad():
         z = travel(own, x, 1, 0, 40, "heun")
         again = travel(own, z, 0, 1, 40, "heun")
