@@ -41,6 +41,11 @@ HISTORY = "history"
 REGIMES = ("volatile", "crisis")
 NOTE = "scenario, not forecast"
 INDEX = "stress.json"
+TOLD = (
+    *("warning", "model", "kind", "sampler", "steps", "samples", "fingerprint", "timeframe", "calendar"),
+    *("strategies", "execution", "periods_per_year"),
+)
+"""What the result says of all its backtests."""
 FRAMES = ("books", "scores", "equity", "prices")
 TOGETHER = 5  # scenarios of a job: what they share is found once
 MOST_DRAWN = 20  # scenarios of a regime whose prices are kept
@@ -228,7 +233,7 @@ def run_stress(
     return StressResult(
         **frames,
         meta={
-            "warning": warning.strip(),
+            "warning": "\n".join(filter(None, [warning.strip(), told.pop("warning")])),
             "note": NOTE,
             "generator": loaded.model,
             "regimes": regimes,
@@ -327,8 +332,7 @@ def _fill(part: _Part) -> None:
         empty = _prices([]).select(pl.lit("").alias("regime"), pl.lit(0, pl.Int64).alias("number"), pl.all())
         (pl.concat(frames) if frames else empty.clear()).write_parquet(part.file(name))
     if part.regime == HISTORY:
-        names = ("model", "kind", "sampler", "steps", "samples", "fingerprint", "timeframe", "calendar")
-        told = {name: result.meta[name] for name in (*names, "strategies", "execution", "periods_per_year")}
+        told = {name: result.meta[name] for name in TOLD}
         part.file("meta").write_text(json.dumps(told))
 
 
