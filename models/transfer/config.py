@@ -19,7 +19,7 @@ MOST = {"width": 1024, "code": 1024, "batch": 4096, "ode_steps": 100, "sample_st
 class TransferConfig:
     """Settings of a training; raises `ConfigError` for any that cannot be."""
 
-    steps: int = 1000  # of the flow, whose velocity is compared with that of real windows
+    steps: int = 4000  # of the flow, whose velocity is compared with that of real windows
     energy_steps: int = 24  # thereafter, of whole ways from sources to other regimes
     batch: int = 48
     rate: float = 2e-3  # of learning the flow
