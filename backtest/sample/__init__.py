@@ -24,6 +24,11 @@ def sample_checkpoint(kind: str = "sssd") -> Path:
     return Path(str(files(__name__) / CHECKPOINTS[kind]))
 
 
+def sample_generator() -> Path:
+    """The folder of the generator of stress scenarios that is shipped with the sample bars."""
+    return Path(str(files(__name__) / "stress"))
+
+
 def sample_strategy() -> Path:
     """The file with a strategy to begin with, of which a copy can be changed."""
     return Path(str(files(__name__) / "strategy.py"))

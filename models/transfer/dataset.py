@@ -29,7 +29,7 @@ MOST = 20_000
 """Windows that are learnt from: their latents take 80 MB."""
 STRIDE = 16
 """Bars from a window to the next, where there are no more than `MOST`."""
-FEWEST = 24
+FEWEST = 16
 """Windows of a regime, below which it is not learnt."""
 PIECE = 1024  # windows that are encoded at once
 

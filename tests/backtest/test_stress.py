@@ -12,7 +12,7 @@ from barcast.backtest import stress
 from barcast.backtest.cache import Remembered
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.report import html, write_stress
-from barcast.backtest.sample import sample_bars, sample_checkpoint
+from barcast.backtest.sample import sample_bars, sample_checkpoint, sample_generator
 from barcast.backtest.stress import StressResult, run_stress
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import read_windows, scan
@@ -283,6 +283,24 @@ def test_the_command_writes_a_report(run: Any, asked: dict[str, Any], tmp_path: 
     status, _, err = run("stress", str(asked["files"]), *options, "--out", str(tmp_path / "mine"))
     assert status == 2
     assert "holds no result of scenarios" in err
+
+
+def test_the_shipped_generator_makes_scenarios_of_the_sample_bars() -> None:
+    """It has learnt from bars before 2012 alone, and brings later ones into a crisis."""
+    generator = load_generator(sample_generator())
+    assert generator.trained.record.timeframe == "session"
+    begin = int(np.datetime64("2012-01-01", "ns").astype(np.int64))
+    assert generator.trained.record.validation_end < begin
+    frame = scan([sample_bars()], "close", Calendars("XNYS", Timeframe.parse("session")), ["MSFT", "IBM"])
+    windows = list(read_windows(frame).values())
+    made = generator.generate(windows, "crisis", 4, since=begin)
+    real = [np.diff(np.log(w.values[:, 3])) for w in windows]
+    sizes = [
+        np.std(np.diff(np.log(one.rows[-MADE:, 3]))) / r[1 - MADE :].std()
+        for s in made
+        for one, r in zip(s, real, strict=True)
+    ]
+    assert 1.5 < np.median(sizes) < 6
 
 
 def test_a_generator_is_one_by_its_bars(model: Path, windows: list[Window]) -> None:
