@@ -33,6 +33,8 @@ PARTS = ("vision", "frequency", "statistics")
 PATCH, STRIDE = 16, 8
 """Bars of a patch, and from one to the next."""
 HEADS = 4
+UNHEARD = -2.2
+"""The gate's bias before it has learnt: a tenth of what is published is sampled, and the rest the map's."""
 TOKENS = {"statistics": 8, "frequency": 4}
 """Tokens that features with statistics, and the spectrum, become."""
 BINS = 33
@@ -254,6 +256,7 @@ class LDM4TS(nn.Module):
         self.said = linear(a.text, a.width, generator) if a.text else None
         self.language: Language | None = None  # of `text`: no weights of a checkpoint
         self.gate = linear(told, a.horizons, None)
+        nn.init.constant_(self.gate.bias, UNHEARD)
         self.read = nn.Sequential(
             linear(size, 2 * a.hidden, generator), nn.SiLU(), linear(2 * a.hidden, a.path, generator)
         )

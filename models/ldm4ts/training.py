@@ -57,7 +57,7 @@ from barcast.models.paths import path_steps
 from barcast.models.scaling import CHANNELS, feature_names, layout_of, signed_features
 from barcast.models.sssd.marginal import PROBABILITIES, knot_scores, piecewise
 from barcast.models.trained import check_outputs
-from barcast.models.training import LEAST_STEPS, MOST_STEPS, SIGNED_CHANNELS, static_knots
+from barcast.models.training import LEAST_STEPS, MARGIN, MOST_STEPS, SIGNED_CHANNELS, static_knots
 from barcast.models.window import Window
 
 Array = NDArray[np.float64]
@@ -275,7 +275,9 @@ class _Training:
         if self.given:
             of["autoencoder"] = [net.read], self._read_loss, self._image_error, self._prepare_latents
         phases = [
-            Phase(name, modules, RATES[name], loss, look, prepare)
+            Phase(
+                name, modules, RATES[name], loss, look, prepare, margin=MARGIN if name == "gate" else 0.0
+            )
             for name, (modules, loss, look, prepare) in of.items()
         ]
         budget = Budget(self.steps, seconds, clock)
