@@ -275,9 +275,7 @@ class _Training:
         if self.given:
             of["autoencoder"] = [net.read], self._read_loss, self._image_error, self._prepare_latents
         phases = [
-            Phase(
-                name, modules, RATES[name], loss, look, prepare, margin=MARGIN if name == "gate" else 0.0
-            )
+            Phase(name, modules, RATES[name], loss, look, prepare, margin=MARGIN if name == "gate" else 0.0)
             for name, (modules, loss, look, prepare) in of.items()
         ]
         budget = Budget(self.steps, seconds, clock)
