@@ -177,7 +177,8 @@ class Seen:
             return Standing(WORDS[status.state], HALTS[status.state])
         silence, limit = at.seconds - self.heard, SILENT_INTERVALS * (status.interval or INTERVAL_SECONDS)
         if silence > limit:
-            return Standing("SILENT", f"no status for {silence:.0f} s, more than {limit:g}: the daemon hangs")
+            why = "the daemon hangs, or the broker is out of reach"
+            return Standing("SILENT", f"no status for {silence:.0f} s, more than {limit:g}: {why}")
         return Standing("PAUSED", PAUSED) if status.paused else Standing("LIVE", "")
 
     def _signal(self, row: Row) -> None:

@@ -1,12 +1,17 @@
 """How `barcast watch` looks and what keys do: lines of text from what is seen, the moment and the size."""
 
+import asyncio
+
 import pytest
 from rich.cells import cell_len
 
 from barcast.backtest.cli import screen
 from barcast.backtest.cli.screen import Sort, View, draw, keys, pressed, snapshot
 from barcast.backtest.cli.terminal import price
+from barcast.backtest.cli.watching import Watcher
+from barcast.daemon.config import load
 from barcast.daemon.watch import Row
+from barcast.models import ConfigError
 from tests.seen import CLOSE, HOUR, done, moment, notice, seen, signal, status, target
 
 SIZES = [(80, 24), (200, 50), (40, 8), (60, 12), (132, 17)]
@@ -96,7 +101,7 @@ def test_fan_is_drawn_to_scale():
     assert screen.fan(said, 100.0, 0.1, 13).plain == "───━━━┃━━━───"
     assert screen.fan(said, 100.0, 0.2, 13).plain == "   ─━━┃━━─   "
     body = signal(reference=100.0, quantiles=[[101.0, 102, 103, 104, 105, 106, 108]] * 2)
-    assert screen.fan(Row.of(body).figures[1], 100.0, 0.1, 21).plain == "          ┊─━━┃━━─── "
+    assert screen.fan(Row.of(body).figures[1], 100.0, 0.1, 21).plain == "          ┊──━┃━───  "
     bare = signal(levels=[0.1, 0.9], quantiles=[[99.0, 102.0]] * 2)
     assert screen.fan(Row.of(bare).figures[1], 100.5, 0.1, 5).plain == "  ┊  "
 
@@ -265,8 +270,24 @@ def test_unknown_sort_and_missing_instance_end_in_a_sentence(run, tmp_path, monk
     config = tmp_path / "barcast.toml"
     config.write_text('instance = "desk"\nstate_dir = "s"\ntimeframe = "1h"\n[mqtt]\nport = 1\n')
     status, _, err = run("watch", str(config), "--sort", "size")
-    assert (status, "none of name, width, skew, rise, staleness" in " ".join(err.replace("│", " ").split())) == (2, True)
+    assert (
+        status,
+        "none of name, width, skew, rise, staleness" in " ".join(err.replace("│", " ").split()),
+    ) == (2, True)
     monkeypatch.setattr("barcast.backtest.cli.watching.PATIENCE_SECONDS", 0.5)
     status, out, err = run("watch", str(config))
     assert (status, out) == (78, "")
     assert "error: desk: nothing came from 127.0.0.1:1 below barcast/v1 within 0 s (no broker: " in err
+
+
+def test_horizon_that_no_signal_has_is_named(tmp_path):
+    """It is not shown as another one: that ends with those that there are, once signals tell."""
+    config = tmp_path / "barcast.toml"
+    config.write_text('instance = "desk"\nstate_dir = "s"\ntimeframe = "1h"\n')
+    watcher = Watcher(load(config), View(horizon=7))
+    connection = asyncio.Future(loop=asyncio.new_event_loop())
+    assert not watcher._take(connection)
+    watcher.seen = seen(signal())
+    with pytest.raises(ConfigError, match="--horizon: 7 is none of 1, 4"):
+        watcher._take(connection)
+    connection.get_loop().close()

@@ -496,8 +496,11 @@ def _signed(share: float) -> Text:
 
 
 def _day(time: str, at: Moment) -> str:
-    """A time without its day, if that is today."""
-    return time[11:] if time[:10] == to_text(at.time)[:10] else time
+    """A time of today, a minute of this year, or the day of another one."""
+    today = to_text(at.time)
+    if time[:10] == today[:10]:
+        return time[11:]
+    return f"{time[5:10]} {time[11:16]}" if time[:4] == today[:4] else time[:10]
 
 
 def _cut(text: str, width: int, style: str = "") -> Text:

@@ -61,7 +61,11 @@ def watch(
 
 
 class Watcher:
-    """Follows one instance. The state is what is seen of it, and what a person asked for (None: the end)."""
+    """Follows one instance.
+
+    The state is what is seen of it, what a person asked for (None: the end), and the horizon that the command
+    line named, until it is known whether there is such a one.
+    """
 
     def __init__(self, settings: "Config", view: "View") -> None:
         from barcast.daemon.app import WallClock
@@ -71,6 +75,7 @@ class Watcher:
         self.clock = WallClock(settings)
         self.seen = Seen(settings.mqtt.root, settings.instance, settings.timeframe, self.now())
         self.view: View | None = view
+        self.named = view.horizon
         self.stirred = asyncio.Event()
         # Without a name of its own: that of the daemon would take its session.
         address = settings.mqtt.address("")
@@ -166,6 +171,13 @@ class Watcher:
             delivery = link.inbox.popleft()
             self.seen.take(delivery.topic, delivery.payload, at)
             link.ack([delivery])
+        if self.named is not None and (known := self.seen.horizons):
+            if self.named not in known:
+                there = ", ".join(map(str, known))
+                raise ConfigError(
+                    f"--horizon: {self.named} is none of {there}, which the signals have; name one"
+                )
+            self.named = None
         return news
 
     def _press(self) -> None:
