@@ -2,6 +2,7 @@
 
 import asyncio
 
+import msgspec
 import pytest
 from rich.cells import cell_len
 
@@ -12,7 +13,7 @@ from barcast.backtest.cli.watching import Watcher
 from barcast.daemon.config import load
 from barcast.daemon.watch import Row
 from barcast.models import ConfigError
-from tests.seen import CLOSE, HOUR, done, moment, notice, seen, signal, status, target
+from tests.seen import CLOSE, HOUR, done, moment, notice, seen, signal, status, target, topic
 
 SIZES = [(80, 24), (200, 50), (40, 8), (60, 12), (132, 17)]
 BROKER = "broker.example:8883"
@@ -152,6 +153,16 @@ def test_texts_of_messages_give_the_terminal_no_orders():
     every += [line.plain for line in snapshot(found, View(), moment(), BROKER, 100)]
     assert all(line.isprintable() for line in every)
     assert any("A?[2J" in line for line in every)
+
+
+def test_terminals_that_know_ascii_alone_get_no_more():
+    """Fans, arrows and what messages bring are written so; every line keeps its length."""
+    found = many(1)
+    found.take(topic(signal("Ä")), msgspec.json.encode(signal("Ä")), moment())
+    for line in draw(found, View(), moment(), BROKER, (200, 50)):
+        plain = screen.ascii_only(line).plain
+        assert plain.isascii()
+        assert len(plain) == len(line.plain)
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ WHY = 20
 GAP = 1
 SIGNS = {"!": "degraded", "w": "warming up", "x": "not tradable", "z": "stale: past its validity"}
 NOTHING = "·"
-ASCII = str.maketrans("─━┃┊·…↑↓←→", "-=|:.~^v<>")
-"""The signs of a screen for terminals that know no others."""
+_ASCII = str.maketrans("─━┃┊·…±↑↓←→", "-=|:.~=^v<>")
 CALM, LOUD = "bold green", "bold red"
 _S, _UNITS = 10**9, (("d", 86_400), ("h", 3600), ("m", 60))
 
@@ -454,6 +453,13 @@ def fan(figures: Figures | None, reference: float, reach: float, width: int) -> 
 
 
 # Texts.
+
+
+def ascii_only(line: Text) -> Text:
+    """A line for terminals that know ASCII alone."""
+    plain = line.copy()
+    plain.plain = line.plain.translate(_ASCII).encode("ascii", "replace").decode()
+    return plain
 
 
 def clean(text: str) -> str:

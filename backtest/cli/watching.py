@@ -212,12 +212,9 @@ class Watcher:
         )
 
     def _drawable(self, line: "Text") -> "Text":
-        from barcast.backtest.cli.screen import ASCII
+        from barcast.backtest.cli.screen import ascii_only
 
-        if out.options.ascii_only:
-            line = line.copy()
-            line.plain = line.plain.translate(ASCII)
-        return line
+        return ascii_only(line) if out.options.ascii_only else line
 
 
 class Terminal:
@@ -240,9 +237,11 @@ class Terminal:
 
     def leave(self) -> None:
         """Leave it as it was."""
-        self._live.stop()
-        if self._before is not None:
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+        try:
+            self._live.stop()
+        finally:
+            if self._before is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
 
 
 async def _nothing() -> None:
