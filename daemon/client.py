@@ -26,6 +26,7 @@ from barcast.daemon.wire import (
     UNDECODABLE,
     AnswerMessage,
     GroupDone,
+    ModelNotice,
     OrderMessage,
     Outgoing,
     Signal,
@@ -60,6 +61,8 @@ PAUSED = "an operator paused the daemon"
 log = structlog.get_logger()
 T = TypeVar("T")
 Message = Signal | Target
+Body = Message | GroupDone | Status | ModelNotice
+"""What a reader may have subscribed to."""
 
 
 TAKEN_SECONDS = 30.0
@@ -92,12 +95,36 @@ class _Version(msgspec.Struct):
 
 
 _version = msgspec.json.Decoder(_Version)
-_decoders: dict[str, msgspec.json.Decoder[Message | GroupDone | Status]] = {
+_decoders: dict[str, msgspec.json.Decoder[Body]] = {
     "signals": msgspec.json.Decoder(Signal),
     "targets": msgspec.json.Decoder(Target),
     "groups": msgspec.json.Decoder(GroupDone),
     "status": msgspec.json.Decoder(Status),
+    "models": msgspec.json.Decoder(ModelNotice),
 }
+
+
+def read(topic: str, payload: bytes, root: str) -> Body | None:
+    """What a message below a root topic says; None, and a line in the log, for bytes that are none.
+
+    Raise NewerSchemaError for one that only a newer client understands.
+    """
+    try:
+        version = _version.decode(payload).schema
+        if version > SCHEMA:
+            raise NewerSchemaError(
+                f"{topic}: the message has schema {version}, and this client reads up to {SCHEMA}; "
+                "install the barcast that the daemon has"
+            )
+        return _decoders[topic.removeprefix(f"{root}/").split("/")[0]].decode(payload)
+    except UNDECODABLE as error:
+        log.warning("message_unreadable", topic=topic, reason=str(error))
+        return None
+
+
+def outdated(status: Status, before: Status | None) -> bool:
+    """Whether a status is the last will of a start before the one that was heard of."""
+    return status.state == "lost" and before is not None and status.boot != before.boot
 
 
 class Client:
@@ -222,21 +249,11 @@ class Client:
         """Take a message. Raise NewerSchemaError for one that only a newer client understands."""
         if not payload:  # a retained message was taken back
             return
-        try:
-            version = _version.decode(payload).schema
-            if version > SCHEMA:
-                raise NewerSchemaError(
-                    f"{topic}: the message has schema {version}, and this client reads up to {SCHEMA}; "
-                    "install the barcast that the daemon has"
-                )
-            body = _decoders[topic.removeprefix(f"{self._root}/").split("/")[0]].decode(payload)
-        except UNDECODABLE as error:
-            log.warning("message_unreadable", topic=topic, reason=str(error))
-            return
+        body = read(topic, payload, self._root)
         if isinstance(body, Status):
             self._hear(body)
             return
-        if body.id in self._seen:
+        if body is None or isinstance(body, ModelNotice) or body.id in self._seen:
             return
         self._seen[body.id] = None
         if len(self._seen) > REMEMBERED:
@@ -320,8 +337,8 @@ class Client:
 
     def _hear(self, status: Status) -> None:
         """A sign of life, or of its end."""
-        if status.state == "lost" and self.status is not None and status.boot != self.status.boot:
-            return  # the last will of a start before this one
+        if outdated(status, self.status):
+            return
         self.status = status
         self._interval = status.interval or self._interval
         self._beat.set()

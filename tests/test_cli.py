@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from barcast.backtest import cli
-from barcast.backtest.cli import quants
+from barcast.backtest.cli import terminal
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.sample import sample_bars, sample_checkpoint
 from barcast.backtest.verify import read_capture
@@ -44,7 +44,7 @@ def short(tmp_path):
 )
 def test_prices_are_readable(price, said):
     """Five digits, all before the point, and no exponent."""
-    assert quants._price(price) == said
+    assert terminal.price(price) == said
 
 
 @pytest.mark.parametrize(

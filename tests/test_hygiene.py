@@ -19,7 +19,7 @@ SOURCES = {
 }
 ROOTS = {"daemon/app.py", "backtest/replay.py"}
 RIMS = {
-    *(name for name in SOURCES if name.startswith("backtest/cli/")),
+    *(name for name in SOURCES if name.startswith("backtest/cli/") and name != "backtest/cli/screen.py"),
     "backtest/demo.py",
     "daemon/client.py",
 }

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from barcast.backtest.cli import auditing, doctor, models, operators, quants, stressing, sweeps, training
+from barcast.backtest.cli import (
+    auditing,
+    doctor,
+    models,
+    operators,
+    quants,
+    stressing,
+    sweeps,
+    training,
+    watching,
+)
 from barcast.backtest.cli.terminal import app, err, out
 from barcast.models import BarcastError, DeposedError, DiskFullError, JournalLostError
 
@@ -21,6 +31,7 @@ __all__ = [
     "stressing",
     "sweeps",
     "training",
+    "watching",
 ]
 
 EX_CONFIG = 78

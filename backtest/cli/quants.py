@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
-from math import floor, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -69,6 +68,7 @@ from barcast.backtest.cli.terminal import (
     others_of,
     out,
     pairs_of,
+    price,
     progressing,
     resumable,
     there,
@@ -171,9 +171,9 @@ def forecast(
         table.add_column(column, justify="left" if column == "symbol" else "right", no_wrap=True)
     for f in forecasts:
         ends = closes.of(f.symbol).closes_after(f.close_time, max(f.horizons))
-        table.add_row(f.symbol, _price(f.reference), to_text(f.close_time)[:16])
+        table.add_row(f.symbol, price(f.reference), to_text(f.close_time)[:16])
         for bars, row in zip(f.horizons, f.reference * np.exp(f.quantiles), strict=True):
-            prices = [_price(row[card.levels.index(p)]) for p in shown]
+            prices = [price(row[card.levels.index(p)]) for p in shown]
             table.add_row("", f"+{bars}", to_text(ends[bars - 1])[:16], *prices)
     wide().print(table)
     if pairs:
@@ -187,7 +187,7 @@ def forecast(
             for pair in TouchOfSignal.of(said, f.reference):
                 chances = (pair.up_first, pair.down_first, 1 - pair.up_first - pair.down_first)
                 shares = [f"{100 * share:.1f} %" for share in (*chances, said.drawdown)]
-                firsts.add_row(f.symbol, _price(pair.up_price), _price(pair.down_price), *shares)
+                firsts.add_row(f.symbol, price(pair.up_price), price(pair.down_price), *shares)
         wide().print(firsts)
         wide().print(
             "Up and down are prices; touches include highs and lows. The drawdown is the expected maximum "
@@ -816,11 +816,6 @@ def _paths_table(paths: "pl.DataFrame", touch: "pl.DataFrame") -> Table:
             cells += [_gained(one, "own_gain") for one in found] or ["-"]
         table.add_row(*cells, f"{row['brier']:.4f}", _gained(row, "over_har"))
     return table
-
-
-def _price(price: float) -> str:
-    """Five digits that say something, all before the point, and no exponent."""
-    return f"{price:.{max(0, 4 - floor(log10(price)))}f}"
 
 
 def _gained(row: dict[str, Any], name: str) -> str:

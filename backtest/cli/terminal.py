@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from enum import StrEnum
+from math import floor, log10
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated
@@ -331,6 +332,11 @@ def resumable(folder: Path, address: str | None) -> Iterator[None]:
         tell(f"connecting to {address}")
     with interruptible(lambda: f"what is done is in {folder}, and the same command goes on from there"):
         yield
+
+
+def price(price: float) -> str:
+    """Five digits that say something, all before the point, and no exponent."""
+    return f"{price:.{max(0, 4 - floor(log10(price)))}f}"
 
 
 def wide() -> Console:
