@@ -22,8 +22,8 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from barcast.daemon.view import CrowdedError, View, event
 from barcast.models import ConfigError
 
-AT_ONCE = 128
-"""Connections at once; one more is answered with 503. A browser that looks on takes two, at first up to six."""
+AT_ONCE = 64
+"""Connections at once; one more is answered with 503. A browser that looks takes two, at first six."""
 IDLE_SECONDS = 30
 """How long a connection may take until its first or next request: longer than between two scrapes, mostly."""
 STALLED_SECONDS = 30
@@ -204,7 +204,7 @@ def page(
         return _fresh(await shown.activations())
 
     def local(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """Refuse who comes by another name: a page elsewhere could point a name of its own at this machine."""
+        """Refuse who comes by another name: a page elsewhere could point its own name at this machine."""
 
         async def asked(request: Request) -> Response:
             if shown.answers_to(_host(request.headers.get("host", ""))):
@@ -222,7 +222,7 @@ def page(
         found = files.get(request.path_params["name"])
         return _refused(404, "no such file") if found is None else found.answer(request)
 
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/metrics", scraped),
             Route("/healthz", healthz),
@@ -235,6 +235,8 @@ def page(
         ],
         middleware=[Middleware(_Headers)],
     )
+    app.router.redirect_slashes = False  # it reads queries of any bytes as text, and raises
+    return app
 
 
 class _Asset:

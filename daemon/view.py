@@ -26,7 +26,7 @@ GROUPS, GAPS = 20, 50
 """Groups in which something was not as it should be, and requests for missing bars, that are kept."""
 QUEUE = 8
 """Updates that wait for a viewer; one who is slower gets the whole state instead."""
-VIEWERS = 32
+VIEWERS = 16
 """Viewers at once."""
 REMEMBERED = 20_000
 """Newest messages of the outbox that a start looks for signals in."""
@@ -156,7 +156,7 @@ class View:
 
 
 class Viewer:
-    """What waits for one who looks: at first the whole, then updates, or the whole again if there are many."""
+    """What waits for one who looks: at first the whole, then updates; the whole again when there are many."""
 
     def __init__(self, view: View) -> None:
         self._view = view

@@ -1,6 +1,6 @@
 // The table of all symbols. Only the rows in sight are elements, so that a thousand symbols cost no more than forty.
 
-import { bars, element, percent, price, signed, span } from "./format.mjs";
+import { bars, element, price, signed, span } from "./format.mjs";
 
 const ROW = 32;
 const SPARE = 6;
@@ -10,9 +10,9 @@ const find = (id) => document.getElementById(id);
 const COLUMNS = [
   { key: "symbol", head: "Symbol", title: "" },
   { key: "last", head: "Last", title: "The close of the bar that was forecast from, in its unit", rest: true },
-  { key: "width", head: "Width", title: "The widest interval, as a share of the last price" },
+  { key: "width", head: "Width %", title: "The widest interval, in percent of the last price" },
   { key: "skew", head: "Skew", title: "How much further the interval reaches up than down: −1 to +1" },
-  { key: "rise", head: "Rise", title: "Probability of a price above the last one" },
+  { key: "rise", head: "Rise %", title: "Probability of a price above the last one" },
   { key: "age", head: "Age", title: "How long ago the bar closed" },
   { key: "state", head: "State", title: "What to mind" },
 ];
@@ -205,8 +205,8 @@ export class Market {
   _state(entry) {
     if (entry.trouble) return entry.trouble.kind;
     if (this.clock.now() > entry.until) return "stale";
-    if (entry.signal.flags.length) return entry.signal.flags.join(", ");
-    return entry.signal.tradable ? "" : "late";
+    if (!entry.signal.tradable) return "late";
+    return entry.signal.flags.at(-1) ?? "";
   }
 
   _rows() {
@@ -252,7 +252,7 @@ export class Market {
     const state = this._state(entry);
     const age = Number.isNaN(entry.close) || !this.clock.told ? "–" : span((this.clock.now() - entry.close) / 1000);
     const texts = "last" in told
-      ? [price(told.last), percent(told.width, 2), signed(told.skew), percent(told.rise, 0), age, state || "ok"]
+      ? [price(told.last), (100 * told.width).toFixed(2), signed(told.skew), (100 * told.rise).toFixed(0), age, state || "ok"]
       : ["–", "–", "–", "–", age, state || "ok"];
     texts.forEach((text, k) => {
       const cell = row.cells[k + 1];
