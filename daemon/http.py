@@ -28,6 +28,8 @@ IDLE_SECONDS = 30
 """How long a connection may take until its first or next request: longer than between two scrapes, mostly."""
 STALLED_SECONDS = 30
 """How long a client may take nothing of what is sent to it."""
+ENDING_SECONDS = 0.1
+"""How long answers under way have at the end to notice that nobody hears them any more."""
 BEAT_SECONDS = 5
 """How often a viewer is told the time, so that it knows whether it still hears."""
 
@@ -197,8 +199,8 @@ def page(
         return _Events(shown)
 
     async def symbol(request: Request) -> Response:
-        found = shown.chart(request.path_params["symbol"])
-        return _refused(404, "no bars of such a symbol") if found is None else _fresh(found)
+        # Without bars it is null and not an error, which a browser would put on its console.
+        return _fresh(shown.chart(request.path_params["symbol"]) or b"null")
 
     async def activations(_: Request) -> Response:
         return _fresh(await shown.activations())
@@ -288,6 +290,8 @@ async def _serve(listening: socket.socket, what: Starlette) -> None:
         for connection in list(server.server_state.connections):
             connection.transport.abort()
         listening.close()
+        if server.server_state.tasks:
+            await asyncio.wait(server.server_state.tasks, timeout=ENDING_SECONDS)
 
 
 def _answer(conditions: Mapping[str, bool]) -> Response:

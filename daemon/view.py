@@ -28,6 +28,8 @@ QUEUE = 8
 """Updates that wait for a viewer; one who is slower gets the whole state instead."""
 VIEWERS = 16
 """Viewers at once."""
+APART_SECONDS = 0.005
+"""How long one viewer is woken after another: what is sent to all of them at once holds up the event loop."""
 REMEMBERED = 20_000
 """Newest messages of the outbox that a start looks for signals in."""
 ACTIVATIONS = 50
@@ -151,8 +153,8 @@ class View:
         if self._viewers:
             parts = (group, _array(signals), _array(gaps))
             update = event("group", b'{"group":%b,"signals":%b,"gaps":%b}' % parts)
-            for viewer in self._viewers:
-                viewer.put(update)
+            for place, viewer in enumerate(self._viewers):
+                viewer.put(update, place * APART_SECONDS)
 
 
 class Viewer:
@@ -163,29 +165,26 @@ class Viewer:
         self._updates: deque[bytes] = deque()
         self._behind = True
         self._news = asyncio.Event()
-        self._news.set()
 
-    def put(self, update: bytes) -> None:
-        """Let an update wait, unless the whole is to be sent anyway."""
+    def put(self, update: bytes, after: float) -> None:
+        """Let an update wait, unless the whole is to be sent anyway; it is handed out `after` seconds."""
         if self._behind:
             return
         self._updates.append(update)
         if len(self._updates) > QUEUE:
             self._updates.clear()
             self._behind = True
-        self._news.set()
+        asyncio.get_running_loop().call_later(after, self._news.set)
 
     async def next(self) -> bytes:
         """The next event, as soon as there is one."""
-        await self._news.wait()
+        while not (self._behind or self._updates):
+            self._news.clear()
+            await self._news.wait()
         if self._behind:
             self._behind = False
-            found = self._view.whole()
-        else:
-            found = self._updates.popleft()
-        if not self._updates:
-            self._news.clear()
-        return found
+            return self._view.whole()
+        return self._updates.popleft()
 
 
 def event(name: str, data: bytes) -> bytes:

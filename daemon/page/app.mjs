@@ -36,12 +36,13 @@ let source = null;
 let heard = 0;
 let lost = null;
 let due = false;
+let drawn = 0;
 
 function draw() {
   if (due) return;
   due = true;
   requestAnimationFrame(() => {
-    due = false;
+    [due, drawn] = [false, performance.now()];
     for (const part of parts) part.draw();
   });
 }
@@ -127,7 +128,7 @@ setInterval(() => {
     connect();
   }
   find("now").textContent = clock.told ? utc(Math.floor(clock.now() / 1000) * 1000) : "";
-  draw();
+  if (performance.now() - drawn > 500) draw(); // what grows old, where nothing new has been drawn
 }, 1000);
 market.ondraw = draw;
 show();

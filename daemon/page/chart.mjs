@@ -10,6 +10,7 @@ const colour = (name) => getComputedStyle(document.documentElement).getPropertyV
 class Fans {
   constructor() {
     this.fans = [];
+    this.inks = [];
     const renderer = { draw: (target) => target.useMediaCoordinateSpace(({ context }) => this._draw(context)) };
     this._views = [{ zOrder: () => "bottom", renderer: () => renderer }];
   }
@@ -36,7 +37,7 @@ class Fans {
 
   _draw(context) {
     const scale = this._chart.timeScale();
-    const [ink, up, down] = [colour("fan"), colour("up"), colour("down")];
+    const [ink, up, down] = this.inks;
     for (const fan of this.fans) {
       const xs = [fan.from, ...fan.points.map((point) => fan.from + point.bars)].map((k) => scale.logicalToCoordinate(k));
       const y = (k, level) => this._series.priceToCoordinate(k ? fan.points[k - 1].prices[level] : fan.reference);
@@ -119,7 +120,8 @@ export class Chart {
     const { symbol } = this;
     try {
       const answer = await fetch(`/symbols/${encodeURIComponent(symbol)}`);
-      const found = answer.ok ? await answer.json() : null;
+      if (!answer.ok) throw new Error(String(answer.status));
+      const found = await answer.json();
       if (symbol === this.symbol) this._take(found);
     } catch {
       this.fault = "the daemon did not answer"; // that it is away is said on top
@@ -189,6 +191,7 @@ export class Chart {
   _paint() {
     const line = { color: colour("line") };
     const [up, down] = [colour("up"), colour("down")];
+    this.fans.inks = [colour("fan"), up, down];
     this.chart.applyOptions({
       layout: { background: { color: colour("panel") }, textColor: colour("quiet") },
       grid: { vertLines: line, horzLines: line },

@@ -42,6 +42,7 @@ export class Market {
     this.horizon = 0;
     this.chosen = null;
     this.loaded = false;
+    this.unsorted = true;
     this.ondraw = () => {};
     this.body = document.querySelector("#symbols tbody");
     this.above = element("tr", { className: "space", ariaHidden: "true" }, element("td", { colSpan: COLUMNS.length }));
@@ -51,11 +52,11 @@ export class Market {
     find("rows").addEventListener("scroll", () => this.ondraw(), { passive: true });
     find("rows").addEventListener("keydown", (event) => this._key(event));
     find("filter").addEventListener("submit", (event) => event.preventDefault());
-    find("search").addEventListener("input", () => this.ondraw());
+    find("search").addEventListener("input", () => this._again());
     find("horizon").addEventListener("change", (event) => {
       this.horizon = Number(event.target.value);
       for (const entry of this.entries.values()) entry.told = null;
-      this.ondraw();
+      this._again();
     });
     this.body.addEventListener("click", (event) => {
       const row = event.target.closest("tr[data-symbol]");
@@ -64,7 +65,7 @@ export class Market {
   }
 
   begin({ signals, groups, about }) {
-    this.loaded = true;
+    this.loaded = this.unsorted = true;
     this.about = about;
     this.entries.clear();
     for (const signal of signals) this._take(signal);
@@ -73,6 +74,7 @@ export class Market {
   }
 
   update({ group, signals }) {
+    this.unsorted = true;
     for (const signal of signals) this._take(signal);
     this._trouble(group);
     const touched = this.chosen && (group.symbols.includes(this.chosen) || this.chosen in group.withheld);
@@ -110,9 +112,14 @@ export class Market {
     }
     this._horizons();
     if (this.chosen === null) this.choose([...this.entries.keys()].sort()[0]);
-    this._sort();
+    if (this.unsorted || this.sorted.key === "state") this._sort(); // the state changes with the time alone
     this._rows();
     this.chart.draw(this.entries.get(this.chosen), this.horizon);
+  }
+
+  _again() {
+    this.unsorted = true;
+    this.ondraw();
   }
 
   _say(text) {
@@ -150,7 +157,7 @@ export class Market {
         for (const other of row.cells) other.removeAttribute("aria-sort");
         cell.setAttribute("aria-sort", down ? "descending" : "ascending");
         find("rows").scrollTop = 0;
-        this.ondraw();
+        this._again();
       });
       const cell = element("th", { scope: "col", className: rest ? "rest" : "" }, button);
       if (key === "symbol") cell.setAttribute("aria-sort", "ascending");
@@ -167,6 +174,7 @@ export class Market {
     if (!known.includes(this.horizon)) this.horizon = known[0] ?? 0;
     menu.replaceChildren(...known.map((count) => element("option", { value: count }, bars(count))));
     menu.value = this.horizon;
+    this.unsorted = true;
     for (const entry of this.entries.values()) entry.told = null;
   }
 
@@ -176,6 +184,7 @@ export class Market {
   }
 
   _sort() {
+    this.unsorted = false;
     const { key, down } = this.sorted;
     const wanted = find("search").value.trim().toUpperCase();
     const value = (entry) => {

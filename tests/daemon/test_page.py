@@ -80,7 +80,7 @@ def test_every_answer_has_the_headers():
         (200, "/activations"),
         (404, "/nothing"),
         (404, "/page/../http.py"),
-        (404, "/symbols/A"),
+        (200, "/symbols/A"),
     ]
     told = [(status, ask(app(), path)) for status, path in answers]
     told += [(405, ask(app(), path, "POST")) for path in ("/", "/events", "/symbols/A", "/metrics")]
@@ -174,6 +174,12 @@ def test_who_made_the_charts_is_said():
     assert "TradingView Lightweight Charts™, Copyright © 2023 TradingView, Inc." in footer
     assert "Apache License" in (ASSETS / "lightweight-charts-LICENSE.txt").read_text("utf-8")
     assert "TradingView, Inc." in (ASSETS / "lightweight-charts-NOTICE.txt").read_text("utf-8")
+
+
+def test_a_symbol_without_bars_is_null():
+    """Which is no error: it may be expected and not have come."""
+    assert ask(app(), "/symbols/A")[2] == b"null"
+    assert ask(app(showing(charts={"A": b"{}"})), "/symbols/A")[2] == b"{}"
 
 
 async def looking(port):

@@ -192,7 +192,7 @@ def test_nobody_waits_in_vain():
         with shown.watched() as viewer:
             await viewer.next()
             waiting = asyncio.create_task(viewer.next())
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
             assert not waiting.done()
             shown.told(seen(1, "A"))
             assert parsed(await waiting)[1]["signals"] == [["A", 1]]
