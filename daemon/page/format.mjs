@@ -16,7 +16,6 @@ export function utc(milliseconds) {
 
 /** Seconds as the two digits or so that matter of them. */
 export function span(seconds) {
-  if (seconds < 0) return `in ${span(-seconds)}`;
   if (seconds < 120) return `${Math.floor(seconds)} s`;
   if (seconds < 7200) return `${Math.floor(seconds / 60)} min`;
   if (seconds < 172800) return `${Math.floor(seconds / 3600)} h`;
@@ -36,7 +35,7 @@ export function element(name, properties = {}, ...content) {
   return made;
 }
 
-/** A table of texts; the cells may be elements. `exact` gives the number behind a cell. */
+/** A table of texts; the cells may be elements. */
 export function table(heads, rows, properties = {}) {
   const cell = (content) => (content instanceof HTMLTableCellElement ? content : element("td", {}, content));
   return element(

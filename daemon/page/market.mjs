@@ -259,7 +259,7 @@ export class Market {
   _fill(row, entry) {
     const told = this._told(entry);
     const state = this._state(entry);
-    const age = Number.isNaN(entry.close) || !this.clock.told ? "–" : span((this.clock.now() - entry.close) / 1000);
+    const age = Number.isNaN(entry.close) || !this.clock.told ? "–" : span(Math.max(0, this.clock.now() - entry.close) / 1000);
     const texts = "last" in told
       ? [price(told.last), (100 * told.width).toFixed(2), signed(told.skew), (100 * told.rise).toFixed(0), age, state || "ok"]
       : ["–", "–", "–", "–", age, state || "ok"];
