@@ -58,7 +58,8 @@ export class Trust {
   }
 
   _champion() {
-    if (!this.activations?.length) return quiet("The journal names no model yet.");
+    if (this.activations === null) return quiet("Loading…");
+    if (!this.activations.length) return quiet("The journal names no model yet.");
     const rows = this.activations.map(({ time, champion }) => [
       utc(Date.parse(time)),
       element("td", { className: "id" }, champion.model),
