@@ -89,6 +89,15 @@ def test_every_answer_has_the_headers():
     for status, (found, headers, _) in told:
         assert found == status
         assert HEADERS.items() <= {key.title(): value for key, value in headers.items()}.items()
+    assert HEADERS.keys() == {
+        "Content-Security-Policy",
+        "Cross-Origin-Opener-Policy",
+        "Cross-Origin-Resource-Policy",
+        "Permissions-Policy",
+        "Referrer-Policy",
+        "X-Content-Type-Options",
+        "X-Frame-Options",
+    }
     assert "'unsafe" not in HEADERS["Content-Security-Policy"]
     assert HEADERS["Content-Security-Policy"].startswith("default-src 'none';")
 
