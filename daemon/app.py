@@ -1,6 +1,7 @@
 """The live composition root: everything the daemon is made of is built here, and the clock is read here."""
 
 import asyncio
+import json
 import os
 import secrets
 import signal
@@ -10,16 +11,17 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import structlog
 
-from barcast.daemon import control, http, wire
-from barcast.daemon.config import Config, Rehearsal, Retrain
+from barcast.daemon import control, http, view, wire
+from barcast.daemon.config import Config, Rehearsal, Retrain, is_loopback
 from barcast.daemon.control import Order, Tell
 from barcast.daemon.desk import Desk
-from barcast.daemon.events import shed_groups
+from barcast.daemon.events import Champion, shed_groups
 from barcast.daemon.journal import Journal, Kind, Place
 from barcast.daemon.live import Clock, Courier, Decision, LiveSink, LiveSource, Scribe
 from barcast.daemon.lookout import Lookout
@@ -41,7 +43,7 @@ from barcast.daemon.succession import Succession
 from barcast.daemon.trainer import Run, children, worker
 from barcast.daemon.verification import Verification
 from barcast.daemon.vitals import Vitals
-from barcast.models import BarcastError, ConfigError
+from barcast.models import BarcastError, ConfigError, DataError
 
 FAREWELL_SECONDS = 5.0
 """How long a stopping daemon goes on delivering what is in its outbox."""
@@ -149,7 +151,9 @@ class Daemon:
         self.leadership: Leadership | None = None
         self.following: Following | None = None
         self.metrics = Metrics(config, self.clock)
+        self.view = view.View(config.mqtt.root, config.timeframe, _identity(config)) if config.http else None
         self._planner: Planner | None = None
+        self._told: tuple[Champion, bytes] | None = None
         self._reloading = asyncio.Lock()
 
     async def run(self) -> None:
@@ -174,7 +178,7 @@ class Daemon:
                 async with AsyncExitStack() as stack:
                     if config.http:
                         metrics = self.metrics
-                        page = http.page(metrics.text, metrics.alive, metrics.ready)
+                        page = http.page(metrics.text, metrics.alive, metrics.ready, self.shown())
                         listening = http.listen(config.http.host, config.http.port)
                         await stack.enter_async_context(http.serving(listening, page))
                     if self.leadership is None:
@@ -186,6 +190,13 @@ class Daemon:
                 self.scribe.close()
                 if self.leadership is not None:
                     await self.leadership.release()
+
+    def shown(self) -> http.Shown:
+        """What the page shows, where the configuration has [http]."""
+        assert self.config.http is not None
+        assert self.view is not None
+        names = is_loopback if is_loopback(self.config.http.host) else lambda _: True
+        return http.Shown(self.view, self._chart, self._activations, self._beat, names)
 
     def follow(self) -> Following:
         """Make the path, in the state of an empty journal."""
@@ -257,7 +268,12 @@ class Daemon:
             stamped=max(journal.last_time(), journal.progress().clock),
             shed=shed_groups(journal, journal.progress().seq),
         )
-        self.sink = LiveSink(self.scribe, self.source, self.courier)
+        if self.view is None:
+            self.sink = LiveSink(self.scribe, self.source, self.courier)
+        else:
+            sent = journal.sent(self.view.prefix, view.REMEMBERED)
+            await asyncio.to_thread(self.view.remember, sent)
+            self.sink = LiveSink(self.scribe, self.source, self.courier, self.view.told)
         self.vitals = Vitals(self.source, self.pipeline, self.notifier)
         self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)
         with handed_down(config):
@@ -387,6 +403,40 @@ class Daemon:
         if fault and self.link.connected.is_set():
             log.warning("status_not_published", reason=fault)
 
+    def _chart(self, symbol: str) -> bytes | None:
+        """What the page draws of a symbol; nothing while another thread reads the journal."""
+        if self.view is None or not self.metrics.serving:
+            return None
+        windows, signals = self.pipeline.windows, self.view.signals(symbol)
+        newest = windows.newest(symbol)
+        window = windows.cut(symbol, newest, view.CANDLES)
+        if window is None:
+            return None
+        ahead: tuple[int, ...] = ()
+        if signals:
+            with suppress(DataError):  # the calendar ends
+                ahead = self.pipeline.calendars.of(symbol).closes_after(newest, view.reach(signals[-1]))
+        return view.chart(window, ahead, signals)
+
+    async def _activations(self) -> bytes:
+        """Who served since when, as the journal has it; nothing before it is read."""
+        if not self.metrics.serving:
+            return b"[]"
+        if self._told is None or self._told[0] is not self.succession.champion:
+            champion = self.succession.champion
+            self._told = champion, await self.scribe(_activations, self.scribe.journal)
+        return self._told[1]
+
+    async def _beat(self) -> bytes:
+        """What time it is on the instance's clock, and what does not hold."""
+        ready = await self.metrics.ready()
+        said = {
+            "now": wire.to_text(self.clock.now()),
+            "not": [name for name, holds in ready.items() if not holds],
+            "paused": self.metrics.serving and self.pipeline.paused,
+        }
+        return json.dumps(said).encode()
+
     def _jobs(self) -> dict[str, tuple[str, Callable[[], Awaitable[None]]]]:
         """What is done by cron: of each table the expression, and what."""
         jobs: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = {}
@@ -511,3 +561,18 @@ class Daemon:
             self._planner.shutdown(wait=False)
         self._planner = scheduler(self._jobs())
         self._planner.start()
+
+
+def _activations(journal: Journal) -> bytes:
+    return view.activations(journal.of_kind(Kind.ACTIVATION))
+
+
+def _identity(config: Config) -> dict[str, object]:
+    """What the page says of itself."""
+    return {
+        "instance": config.instance,
+        "timeframe": config.timeframe,
+        "bars": f"{config.mqtt.root}/bars/{config.timeframe}",
+        "speed": config.rehearsal.speed if config.rehearsal else 1,
+        "version": version("barcast"),
+    }

@@ -464,7 +464,7 @@ class Verify(_Section):
 
 
 class Http(_Section):
-    """Where metrics and health are served. Whoever reaches the address may read them: there is no login."""
+    """Where the page, metrics and health are served. Who reaches it may read them: there is no login."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(gt=0, lt=65536)

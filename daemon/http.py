@@ -1,24 +1,78 @@
-"""What operators and their tools ask by HTTP: /metrics, /healthz, /readyz; in the daemon's own event loop."""
+"""What is asked by HTTP: /metrics, /healthz, /readyz, and the page; in the daemon's own event loop."""
 
 import asyncio
+import hashlib
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from barcast.daemon.view import CrowdedError, View, event
 from barcast.models import ConfigError
 
-AT_ONCE = 32
-"""Connections at once; one more is answered with 503."""
+AT_ONCE = 64
+"""Connections at once; one more is answered with 503. A browser that looks takes two, at first six."""
 IDLE_SECONDS = 30
 """How long a connection may take until its first or next request: longer than between two scrapes, mostly."""
+STALLED_SECONDS = 30
+"""How long a client may take nothing of what is sent to it."""
+ENDING_SECONDS = 0.1
+"""How long answers under way have at the end to notice that nobody hears them any more."""
+BEAT_SECONDS = 5
+"""How often a viewer is told the time, so that it knows whether it still hears."""
+
+ASSETS = Path(__file__).with_name("page")
+"""The files of the page."""
+KINDS = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".svg": "image/svg+xml",
+    ".txt": "text/plain",
+}
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+        "trusted-types 'none'"
+    ),
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""What every answer tells a browser: run only what is served here, ask nobody else, be shown in no frame."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What the page shows.
+
+    `chart` gives what is drawn of a symbol, None of one without bars; `activations` who served since when;
+    `beat` the time and what does not hold: all as JSON. `answers_to` says of a name in a Host header whether
+    it may stand for this machine.
+    """
+
+    view: View
+    chart: Callable[[str], bytes | None]
+    activations: Callable[[], Awaitable[bytes]]
+    beat: Callable[[], Awaitable[bytes]]
+    answers_to: Callable[[str], bool]
 
 
 class _Server(uvicorn.Server):
@@ -30,7 +84,12 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request does not come; uvicorn waits for the first one for good."""
+    """Closes a connection whose request does not come, or whose client does not read.
+
+    uvicorn waits for good for the first one, and for the second.
+    """
+
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -39,6 +98,15 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._await_request()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
 
     def _await_request(self) -> None:
         self.loop.call_later(IDLE_SECONDS, self._expire, self.cycle)
@@ -60,14 +128,60 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
+class _Headers:
+    """Puts `HEADERS` on every answer, also on those that nobody here wrote."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+
+class _Events(StreamingResponse):
+    """The state and then what changes, until the client goes."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, shown: Shown) -> None:
+        super().__init__(self._told(shown), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._view = shown.view
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._view.watched() as self._viewer:
+                await super().__call__(scope, receive, send)
+        except CrowdedError:
+            await _refused(429, "as many look on as may; try again later")(scope, receive, send)
+
+    async def _told(self, shown: Shown) -> AsyncIterator[bytes]:
+        yield await self._viewer.next()
+        loop, beat = asyncio.get_running_loop(), 0.0
+        while True:
+            try:
+                async with asyncio.timeout_at(beat):
+                    update = await self._viewer.next()
+            except TimeoutError:
+                update = event("beat", await shown.beat())
+                beat = loop.time() + BEAT_SECONDS
+            yield update
+
+
 def page(
     metrics: Callable[[], Awaitable[bytes]],
     alive: Callable[[], Mapping[str, bool]],
     ready: Callable[[], Awaitable[Mapping[str, bool]]],
+    shown: Shown,
 ) -> Starlette:
-    """The three addresses. `metrics` gives Prometheus' text.
+    """All addresses. `metrics` gives Prometheus' text.
 
-    The other two give conditions by name: 200 when all of them hold, else 503, and which do not.
+    `alive` and `ready` give conditions by name: 200 when all of them hold, else 503, and which do not. The
+    page and what it asks for is below `/`; none of it changes anything.
     """
 
     async def scraped(_: Request) -> Response:
@@ -79,9 +193,66 @@ def page(
     async def readyz(_: Request) -> Response:
         return _answer(await ready())
 
-    return Starlette(
-        routes=[Route("/metrics", scraped), Route("/healthz", healthz), Route("/readyz", readyz)],
+    async def events(request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
+        return _Events(shown)
+
+    async def symbol(request: Request) -> Response:
+        # Without bars it is null and not an error, which a browser would put on its console.
+        return _fresh(shown.chart(request.path_params["symbol"]) or b"null")
+
+    async def activations(_: Request) -> Response:
+        return _fresh(await shown.activations())
+
+    def local(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+        """Refuse who comes by another name: a page elsewhere could point its own name at this machine."""
+
+        async def asked(request: Request) -> Response:
+            if shown.answers_to(_host(request.headers.get("host", ""))):
+                return await endpoint(request)
+            return _refused(421, "ask for localhost or 127.0.0.1, or name this host in [http]")
+
+        return asked
+
+    files = {path.name: _Asset(path) for path in ASSETS.iterdir()}
+
+    async def index(request: Request) -> Response:
+        return files["index.html"].answer(request)
+
+    async def asset(request: Request) -> Response:
+        found = files.get(request.path_params["name"])
+        return _refused(404, "no such file") if found is None else found.answer(request)
+
+    app = Starlette(
+        routes=[
+            Route("/metrics", scraped),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/", local(index)),
+            Route("/page/{name}", local(asset)),
+            Route("/events", local(events)),
+            Route("/symbols/{symbol}", local(symbol)),
+            Route("/activations", local(activations)),
+        ],
+        middleware=[Middleware(_Headers)],
     )
+    app.router.redirect_slashes = False  # it reads queries of any bytes as text, and raises
+    return app
+
+
+class _Asset:
+    """A file of the page, read once."""
+
+    def __init__(self, path: Path) -> None:
+        self._content, self._kind = path.read_bytes(), KINDS[path.suffix]
+        self._tag = f'"{hashlib.sha256(self._content).hexdigest()[:16]}"'
+
+    def answer(self, request: Request) -> Response:
+        headers = {"Cache-Control": "no-cache", "ETag": self._tag}
+        if request.headers.get("if-none-match") == self._tag:
+            return Response(status_code=304, headers=headers)
+        return Response(self._content, headers=headers, media_type=self._kind)
 
 
 @asynccontextmanager
@@ -119,6 +290,8 @@ async def _serve(listening: socket.socket, what: Starlette) -> None:
         for connection in list(server.server_state.connections):
             connection.transport.abort()
         listening.close()
+        if server.server_state.tasks:
+            await asyncio.wait(server.server_state.tasks, timeout=ENDING_SECONDS)
 
 
 def _answer(conditions: Mapping[str, bool]) -> Response:
@@ -126,3 +299,16 @@ def _answer(conditions: Mapping[str, bool]) -> Response:
     reasons = [name for name, holds in conditions.items() if not holds]
     body = {"ok": held, "not": reasons, "conditions": dict(conditions)}
     return Response(json.dumps(body) + "\n", 200 if held else 503, media_type="application/json")
+
+
+def _host(header: str) -> str:
+    """The name or address in a Host header, without the port."""
+    return header[1:].partition("]")[0] if header.startswith("[") else header.partition(":")[0]
+
+
+def _fresh(body: bytes) -> Response:
+    return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
+
+
+def _refused(status: int, reason: str) -> Response:
+    return Response(json.dumps({"error": reason}) + "\n", status, media_type="application/json")

@@ -450,10 +450,17 @@ class LiveSink:
     The state is what was emitted and not committed yet, the number of the event settled last, and the newest
     close of which a group was emitted (nanoseconds, 0: none since the start); how many outcomes there were,
     how long they took from when they were due, and the newest coverage of each symbol, by the model that made
-    the last forecasts, over its `horizons`. `moved` is set when the path has gone on.
+    the last forecasts, over its `horizons`. `moved` is set when the path has gone on. `told` is given the
+    messages of each commit after it.
     """
 
-    def __init__(self, scribe: Scribe, source: LiveSource, courier: Courier) -> None:
+    def __init__(
+        self,
+        scribe: Scribe,
+        source: LiveSource,
+        courier: Courier,
+        told: Callable[[Sequence[Outgoing]], None] = lambda _messages: None,
+    ) -> None:
         self.processed = self.reached = 0
         self.moved = asyncio.Event()
         self.counts = Emitted()
@@ -461,7 +468,7 @@ class LiveSink:
         self.horizons: tuple[int, ...] = ()
         self.coverage: dict[str, Coverage] = {}
         self._model = ""
-        self._scribe, self._source, self._courier = scribe, source, courier
+        self._scribe, self._source, self._courier, self._told = scribe, source, courier, told
         self._batch: list[Outgoing] = []
         self._settled = source.position
 
@@ -521,3 +528,4 @@ class LiveSink:
             self._settled = position
             if batch:
                 self._courier.wake()
+                self._told(batch)

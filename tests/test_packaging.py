@@ -45,13 +45,16 @@ def test_it_installs_one_name(wheel: zipfile.ZipFile) -> None:
 
 
 def test_it_holds_every_module_and_all_data(wheel: zipfile.ZipFile) -> None:
-    """All modules of the four packages are in it, with their types, the sample bars and the checkpoint."""
+    """All modules of the four packages are in it, with their types, the page, sample bars and checkpoint."""
     names = set(wheel.namelist())
     for package in ("models", "strategies", "daemon", "backtest"):
         modules = {f"barcast/{path.relative_to(ROOT)}" for path in (ROOT / package).rglob("*.py")}
         assert modules
         assert modules <= names
         assert f"barcast/{package}/py.typed" in names
+    page = {f"barcast/{path.relative_to(ROOT)}" for path in (ROOT / "daemon/page").iterdir()}
+    assert "barcast/daemon/page/index.html" in page
+    assert page <= names
     sample = "barcast/backtest/sample"
     assert {
         f"{sample}/us_daily.parquet",

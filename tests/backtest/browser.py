@@ -47,14 +47,14 @@ class Page:
             raise AssertionError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, path: Path, width: int, height: int = 900) -> None:
-        """Load a file into a window of this size and wait until it has loaded and drawn."""
+    def open(self, path: Path | str, width: int, height: int = 900) -> None:
+        """Load a file, or an address, into a window of this size and wait until it has loaded and drawn."""
         self.faults.clear()
         self.requests.clear()
         self.loaded = False
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
-        self.call("Page.navigate", url=path.as_uri())
+        self.call("Page.navigate", url=path if isinstance(path, str) else path.as_uri())
         while not self.loaded:
             self._next()
         self.settle()

@@ -1,18 +1,21 @@
 """A daemon that is built and at work in this process, with a broker that is only pretended."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from barcast.daemon.app import Daemon, Outside
-from barcast.daemon.config import load
+from barcast.daemon.config import is_loopback, load
+from barcast.daemon.http import Shown
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Scribe
 from barcast.daemon.mqtt import Delivery
 from barcast.daemon.pipeline import run
+from barcast.daemon.view import View
 from barcast.daemon.wire import Outgoing
 from tests.rim import Message
 
@@ -74,6 +77,18 @@ async def at_work(made: Daemon) -> AsyncIterator[list[Outgoing]]:
     finally:
         made.forecasts.shutdown()
         made.scribe.close()
+
+
+def showing(view: View | None = None, charts: Mapping[str, bytes] = MappingProxyType({})) -> Shown:
+    """What a page shows without a daemon: a view, charts by symbol, and that all is well."""
+
+    async def activations() -> bytes:
+        return b"[]"
+
+    async def beat() -> bytes:
+        return b'{"now":"2023-11-14T22:20:00Z","not":[],"paused":false}'
+
+    return Shown(view or View("t", "1m", {}), charts.get, activations, beat, is_loopback)
 
 
 async def deliver(made: Daemon, *messages: Message) -> None:

@@ -13,6 +13,7 @@ import pytest
 from barcast.daemon import http
 from barcast.daemon.http import AT_ONCE, listen, page, serving
 from barcast.models import ConfigError
+from tests.daemon.living import showing
 from tests.rim import play
 
 WELL = {"moving": True}
@@ -29,7 +30,7 @@ def pages(alive=WELL, ready=WELL, metrics=text):
     async def is_ready():
         return ready
 
-    return page(metrics, lambda: alive, is_ready)
+    return page(metrics, lambda: alive, is_ready, showing())
 
 
 async def get(port, path):
@@ -59,7 +60,7 @@ def asked(what, *paths):
 
 def test_three_addresses_answer():
     """Metrics are Prometheus' text; health and readiness are JSON with conditions; the rest is not found."""
-    metrics, *conditions, other = asked(pages(), "/metrics", "/healthz", "/readyz", "/")
+    metrics, *conditions, other = asked(pages(), "/metrics", "/healthz", "/readyz", "/metric")
     assert metrics == (200, "text/plain; version=0.0.4; charset=utf-8", "barcast_ready 1\n")
     for status, kind, body in conditions:
         assert (status, kind) == (200, "application/json")

@@ -1,0 +1,133 @@
+// Why to believe it, or not: who serves, how often outcomes were inside its intervals, and what went wrong lately.
+
+import { bars, element, number, percent, table, utc } from "./format.mjs";
+
+const MOST = 50;
+
+const find = (id) => document.getElementById(id);
+const quiet = (text) => element("p", { className: "quiet" }, text);
+
+export class Trust {
+  constructor() {
+    this.signals = new Map();
+    this.events = [];
+    this.model = null;
+    this.loaded = false;
+    this.activations = null;
+    this.drawn = null;
+    this.changes = 0;
+  }
+
+  begin({ signals, groups, gaps }) {
+    this.loaded = true;
+    this.signals = new Map(signals.map((signal) => [signal.symbol, signal]));
+    this.events = [...groups.flatMap(told), ...gaps.map(lacks)].sort((a, b) => a.time - b.time);
+    this.changes++;
+    this._ask();
+  }
+
+  update({ group, signals, gaps }) {
+    for (const signal of signals) this.signals.set(signal.symbol, signal);
+    this.events.push(...told(group), ...gaps.map(lacks));
+    this.events.splice(0, Math.max(0, this.events.length - MOST));
+    this.changes++;
+    if (group.model !== this.model) {
+      this.model = group.model;
+      this._ask();
+    }
+  }
+
+  draw() {
+    if (!this.loaded || find("trust").hidden || this.drawn === this.changes) return;
+    this.drawn = this.changes;
+    find("champion").replaceChildren(this._champion());
+    find("coverage").replaceChildren(this._coverage());
+    find("faults").replaceChildren(this._faults());
+    find("events").replaceChildren(this._events());
+  }
+
+  async _ask() {
+    try {
+      const answer = await fetch("/activations");
+      if (!answer.ok) return;
+      this.activations = await answer.json();
+      this.changes++;
+    } catch {
+      this.model = null; // the daemon is away, which is said on top: with the next group it is asked again
+    }
+  }
+
+  _champion() {
+    if (this.activations === null) return quiet("Loading…");
+    if (!this.activations.length) return quiet("The journal names no model yet.");
+    const rows = this.activations.map(({ time, champion }) => [
+      utc(Date.parse(time)),
+      element("td", { className: "id" }, champion.model),
+      champion.reason,
+      champion.crps === null ? "–" : champion.crps.toPrecision(4),
+      champion.until ? utc(champion.until / 1e6) : "–",
+    ]);
+    return table(["Serves since", "Model", "Why", "CRPS / mean |outcome|", "Newest bar it learnt from"], rows, { className: "text" });
+  }
+
+  /** The coverage that the newest signals of the newest model tell, each weighed by its outcomes. */
+  _coverage() {
+    const all = [...this.signals.values()];
+    const newest = all.reduce((best, one) => (best && best.close_time >= one.close_time ? best : one), null);
+    const told = all.filter((one) => one.coverage && one.model === newest.model);
+    if (!told.length) {
+      return quiet("No signal tells any: the model is not calibrated online, or too few of its horizons have ended.");
+    }
+    const { horizons, coverage } = told[0];
+    const rows = horizons.map((one, h) => {
+      const outcomes = told.reduce((sum, signal) => sum + signal.coverage.outcomes[h], 0);
+      const share = (nominal) =>
+        told.reduce((sum, signal) => sum + signal.coverage.share[nominal][h] * signal.coverage.outcomes[h], 0) / outcomes;
+      return [
+        element("th", { scope: "row" }, bars(one.bars)),
+        ...Object.keys(coverage.share).map((nominal) => number(share(nominal), percent(share(nominal)))),
+        number(outcomes, String(outcomes)),
+      ];
+    });
+    const heads = ["Horizon", ...Object.keys(coverage.share).map((nominal) => `inside ${percent(Number(nominal), 0)}`), "Outcomes"];
+    return table(heads, rows);
+  }
+
+  _faults() {
+    const bad = [...this.signals.values()].filter((signal) => signal.flags.length);
+    if (!bad.length) return quiet("No newest signal is degraded or warming.");
+    const why = (signal) => signal.reasons.join("; ") || "too few bars yet to look back as far as it should";
+    const rows = bad.slice(0, MOST).map((signal) => [signal.symbol, signal.flags.join(", "), why(signal)]);
+    if (bad.length > MOST) rows.push([`and ${bad.length - MOST} more`, "", ""]);
+    return table(["Symbol", "Flag", "Reasons"], rows, { className: "text" });
+  }
+
+  _events() {
+    if (!this.events.length) return quiet("Nothing of late: every group was full, in time, and forecast.");
+    const rows = this.events.toReversed().map(({ time, kind, what }) => [utc(time), kind, what]);
+    return table(["Close", "What", "Who and why"], rows, { className: "text" });
+  }
+}
+
+/** What was not as it should be in a group, in lines. */
+function told(group) {
+  const time = Date.parse(group.close_time);
+  const line = (kind, what) => ({ time, kind, what });
+  const found = [];
+  if (group.straggler) found.push(line("late", `${names(group.symbols.concat(Object.keys(group.withheld)))}: after its group was sent`));
+  if (group.shed) found.push(line("shed", "nothing was forecast: signals would have come after their time"));
+  if (group.missing.length) found.push(line("missing", `${names(group.missing)}: not in time`));
+  const reasons = Map.groupBy(Object.entries(group.withheld), ([, why]) => why);
+  for (const [why, own] of reasons) found.push(line("withheld", `${names(own.map(([symbol]) => symbol))}: ${why}`));
+  for (const [strategy, why] of Object.entries(group.refused ?? {})) found.push(line("refused", `${strategy}: ${why}`));
+  return found;
+}
+
+function lacks(gap) {
+  const what = `${gap.symbol}: ${bars(gap.bars)} missing since ${utc(Date.parse(gap.after))}; asked for`;
+  return { time: Date.parse(gap.before), kind: "gap", what };
+}
+
+function names(symbols) {
+  return symbols.length > 8 ? `${symbols.slice(0, 8).join(", ")} and ${symbols.length - 8} more` : symbols.join(", ");
+}

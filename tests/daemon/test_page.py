@@ -1,0 +1,498 @@
+"""The page: what it answers and refuses, what it is told until when, and what a browser makes of it."""
+
+import asyncio
+import json
+import random
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from barcast.daemon import http, view
+from barcast.daemon.http import ASSETS, HEADERS, listen, page, serving
+from barcast.daemon.ports import Arrival
+from barcast.daemon.view import View, chart
+from barcast.models import Window
+from tests.backtest.browser import WIDE, chromium, find_chromium
+from tests.daemon.living import LEAST, at_work, daemon, deliver, showing, until
+from tests.daemon.test_view import empty, parsed, seen, signal
+from tests.fakes import MINUTE, START, bar, opening, outgoing
+from tests.rim import SECOND, Message, play
+
+HERE = ((b"host", b"127.0.0.1:9464"),)
+
+
+def app(shown=None):
+    """All addresses, with a daemon that is well."""
+
+    async def metrics():
+        return b"barcast_ready 1\n"
+
+    async def ready():
+        return {"moving": True}
+
+    return page(metrics, lambda: {"moving": True}, ready, shown or showing())
+
+
+async def request(what, path, method="GET", headers=HERE, query=b""):
+    """Status, headers and body of one request."""
+    sent = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode("utf-8", "surrogateescape"),
+        "query_string": query,
+        "root_path": "",
+        "headers": list(headers),
+        "server": ("127.0.0.1", 9464),
+        "client": ("127.0.0.1", 1),
+    }
+    await what(scope, receive, send)
+    found = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+    return sent[0]["status"], found, b"".join(message.get("body", b"") for message in sent[1:])
+
+
+def ask(*arguments, **options):
+    """The same, outside of a loop."""
+    return play(request(*arguments, **options))
+
+
+def test_every_answer_has_the_headers():
+    """Found or not, allowed or not, of the page or of the metrics: the policy is on each."""
+    answers = [
+        (200, "/"),
+        (200, "/page/app.mjs"),
+        (200, "/metrics"),
+        (200, "/activations"),
+        (404, "/nothing"),
+        (404, "/page/../http.py"),
+        (200, "/symbols/A"),
+    ]
+    told = [(status, ask(app(), path)) for status, path in answers]
+    told += [(405, ask(app(), path, "POST")) for path in ("/", "/events", "/symbols/A", "/metrics")]
+    told += [(421, ask(app(), "/", headers=((b"host", b"evil.example"),)))]
+    told += [(200, ask(app(), "/events", "HEAD"))]
+    for status, (found, headers, _) in told:
+        assert found == status
+        assert HEADERS.items() <= {key.title(): value for key, value in headers.items()}.items()
+    assert HEADERS.keys() == {
+        "Content-Security-Policy",
+        "Cross-Origin-Opener-Policy",
+        "Cross-Origin-Resource-Policy",
+        "Permissions-Policy",
+        "Referrer-Policy",
+        "X-Content-Type-Options",
+        "X-Frame-Options",
+    }
+    assert "'unsafe" not in HEADERS["Content-Security-Policy"]
+    assert HEADERS["Content-Security-Policy"].startswith("default-src 'none';")
+
+
+@pytest.mark.parametrize("path", ["/", "/page/style.css", "/events", "/activations"])
+def test_head_has_no_body(path):
+    """HEAD says what GET would, and ends."""
+    status, headers, _ = ask(app(), path, "HEAD")
+    assert status == 200
+    assert headers["content-type"].startswith(("text/", "application/json"))
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE", "XYZ"])
+def test_nothing_can_be_changed(method):
+    """Only what reads is allowed."""
+    for path in ("/", "/page/app.mjs", "/events", "/symbols/A", "/activations"):
+        assert ask(app(), path, method)[0] == 405
+
+
+def test_odd_requests_are_no_fault():
+    """Whatever is in path, query and headers, the answer is never a 5xx."""
+    draw = random.Random(7)
+    shown = app(showing(charts={"A": b"{}"}))
+    places = ["/", "/page/", "/symbols/", "/symbols/A", "/activations", "/events/"]
+
+    async def story():
+        for _ in range(500):
+            text = bytes(draw.randrange(256) for _ in range(draw.randrange(12)))
+            path = draw.choice(places) + draw.choice(["", "/", text.decode("utf-8", "surrogateescape")])
+            host = draw.choice([b"localhost", b"[::1]:1", b"[", b"", b":::", text])
+            headers = [(b"host", host), (b"if-none-match", text)][: draw.randrange(3)]
+            status, _, _ = await request(shown, path, "GET", headers, text)
+            assert status < 500, (path, headers)
+
+    play(story())
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("localhost:9464", 200),
+        ("127.0.0.1", 200),
+        ("[::1]:9464", 200),
+        ("evil.example", 421),
+        ("localhost.evil.example", 421),
+        ("", 421),
+    ],
+)
+def test_a_foreign_name_is_refused(host, status):
+    """On loopback only names of loopback are answered to; metrics are scraped by any name."""
+    headers = ((b"host", host.encode()),)
+    for path in ("/", "/page/app.mjs", "/activations"):
+        assert ask(app(), path, headers=headers)[0] == status
+    assert ask(app(), "/metrics", headers=headers)[0] == 200
+
+
+def test_a_file_that_is_known_is_not_sent_again():
+    """By its tag."""
+    status, headers, body = ask(app(), "/page/style.css")
+    assert (status, body) == (200, (ASSETS / "style.css").read_bytes())
+    again = ask(app(), "/page/style.css", headers=(*HERE, (b"if-none-match", headers["etag"].encode())))
+    assert (again[0], again[2]) == (304, b"")
+
+
+def test_it_needs_nothing_from_elsewhere():
+    """No script or style in the markup, no other host but in links, every file it names is there."""
+    text = (ASSETS / "index.html").read_text("utf-8")
+    assert not re.search(r"<script(?![^>]*\bsrc=)|<style|\sstyle=|\son\w+=", text)
+    links = set(re.findall(r'<a href="(https?:[^"]+)"', text))
+    assert set(re.findall(r'https?://[^"]+', text)) == links == {"https://www.tradingview.com/"}
+    named = set(re.findall(r'(?:href|src)="/page/([^"]+)"', text))
+    for path in ASSETS.glob("*.mjs"):
+        own = path.name != "lightweight-charts.mjs"
+        named |= set(re.findall(r'from "\./([^"]+)"', path.read_text("utf-8"))) if own else set()
+    assert named == {path.name for path in ASSETS.iterdir()} - {"index.html"}
+
+
+def test_who_made_the_charts_is_said():
+    """As their licence asks: the notice and a link are in sight, licence and notice are shipped."""
+    text = (ASSETS / "index.html").read_text("utf-8")
+    footer = text[text.index("<footer") :]
+    assert "TradingView Lightweight Charts™, Copyright © 2023 TradingView, Inc." in footer
+    assert "Apache License" in (ASSETS / "lightweight-charts-LICENSE.txt").read_text("utf-8")
+    assert "TradingView, Inc." in (ASSETS / "lightweight-charts-NOTICE.txt").read_text("utf-8")
+
+
+def test_a_symbol_without_bars_is_null():
+    """Which is no error: it may be expected and not have come."""
+    assert ask(app(), "/symbols/A")[2] == b"null"
+    assert ask(app(showing(charts={"A": b"{}"})), "/symbols/A")[2] == b"{}"
+
+
+async def looking(port):
+    """A connection that follows the events, past the headers."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n")
+    head = await reader.readuntil(b"\r\n\r\n")
+    return head, reader, writer
+
+
+async def chunk(reader):
+    """The next event."""
+    size = int(await reader.readline(), 16)
+    data = await reader.readexactly(size + 2)
+    return parsed(data[:-2])
+
+
+def test_events_begin_with_the_state_and_go_on():
+    """First all there is, then the time, then each group as it is told; all of it ends with the server."""
+
+    async def story():
+        shown = empty()
+        shown.told(seen(1, "A", "B"))
+        listening = listen("127.0.0.1", 0)
+        async with serving(listening, app(showing(shown))):
+            head, reader, writer = await looking(listening.getsockname()[1])
+            found = [await chunk(reader), await chunk(reader)]
+            shown.told(seen(2, "B"))
+            found.append(await chunk(reader))
+        rest = await reader.read()
+        writer.close()
+        await until(lambda: not shown._viewers)
+        left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        return head, found, rest, [task for task in left if "limited" not in repr(task)]
+
+    head, (state, beat, update), rest, left = play(story())
+    assert head.startswith(b"HTTP/1.1 200 ")
+    assert b"content-type: text/event-stream" in head
+    assert (state[0], state[1]["signals"]) == ("state", [["A", 1], ["B", 1]])
+    assert (beat[0], beat[1]["not"]) == ("beat", [])
+    assert (update[0], update[1]["signals"]) == ("group", [["B", 2]])
+    assert (rest, left) == (b"", [])
+
+
+def test_the_time_is_told_again_and_again(monkeypatch):
+    """So that silence means that nobody is there."""
+    monkeypatch.setattr(http, "BEAT_SECONDS", 0.02)
+
+    async def story():
+        listening = listen("127.0.0.1", 0)
+        async with serving(listening, app()):
+            _, reader, writer = await looking(listening.getsockname()[1])
+            found = [await chunk(reader) for _ in range(4)]
+            writer.close()
+        return found
+
+    assert [name for name, _ in play(story())] == ["state", "beat", "beat", "beat"]
+
+
+def test_who_goes_makes_room(monkeypatch):
+    """One viewer too many is refused until another one has gone."""
+    monkeypatch.setattr(view, "VIEWERS", 1)
+
+    async def story():
+        shown = empty()
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        async with serving(listening, app(showing(shown))):
+            first, _, writer = await looking(port)
+            second, _, other = await looking(port)
+            for one in (writer, other):
+                one.close()
+            await until(lambda: not shown._viewers)
+            third, _, last = await looking(port)
+            last.close()
+        return first, second, third
+
+    heads = play(story())
+    assert [head.split()[1] for head in heads] == [b"200", b"429", b"200"]
+
+
+def test_who_does_not_read_is_let_go(monkeypatch):
+    """A viewer that takes nothing holds what is on its way for a while, and is cut off then."""
+    monkeypatch.setattr(http, "STALLED_SECONDS", 0.1)
+
+    async def story():
+        shown = empty()
+        for name in "ABCD":
+            shown.told([signal(name, "x" * 5_000_000), *seen(1, "E")])
+        listening = listen("127.0.0.1", 0)
+        async with serving(listening, app(showing(shown))):
+            _, _, writer = await looking(listening.getsockname()[1])
+            assert shown._viewers
+            await until(lambda: not shown._viewers)
+            writer.close()
+
+    play(story())
+
+
+SERVED = LEAST.replace("[mqtt]", 'symbols = ["A"]\n[mqtt]') + "[http]\nport = 9\n"
+
+
+def test_it_shows_what_the_broker_gets(tmp_path):
+    """Of a daemon at work: each signal byte by byte, bars as they came, who serves; also after a restart."""
+    clock = START + 400 * MINUTE + SECOND
+    bars = [bar("A", minute) for minute in range(1, 401)]
+
+    async def story(made, *messages):
+        async with at_work(made) as sent:
+            await deliver(made, *messages)
+            shown = made.shown()
+            what = (shown.view.whole(), shown.chart("A"), await shown.activations(), await shown.beat())
+            assert shown.chart("B") is None
+            return what, sent
+
+    ours = (Message.of(*bars[:399]), Message.of(bars[399]))
+    (whole, drawn, served, beat), sent = play(story(daemon(tmp_path, SERVED, clock), *ours))
+    newest = [m.payload for m in sent if "/signals/" in m.topic][-1]
+    assert newest in whole
+    assert newest in drawn
+    plotted = json.loads(drawn)["bars"]
+    assert len(plotted) == view.CANDLES
+    assert plotted[-1] == [(START + 400 * MINUTE) // SECOND, *map(float, bars[-1].values)]
+    assert json.loads(drawn)["ahead"][0] == plotted[-1][0] + 60
+    [activation] = json.loads(served)
+    assert activation["champion"]["model"] == "fhs"
+    assert json.loads(beat)["not"] == []
+    (after, again, served_since, _), _ = play(story(daemon(tmp_path, SERVED, clock)))
+    assert newest in after
+    assert json.loads(again)["bars"][-1] == plotted[-1]
+    assert served_since == served
+
+
+def test_what_is_not_committed_is_not_shown(tmp_path):
+    """The view is told after the journal has it."""
+    made, before = daemon(tmp_path, SERVED, START + 400 * MINUTE + SECOND), []
+
+    async def story():
+        async with at_work(made):
+            shown, settle = made.view, made.scribe.journal.settle
+
+            def settled(progress, messages):
+                before.append((len(shown.signals("A")), len(messages)))
+                settle(progress, messages)
+
+            made.scribe.journal.settle = settled
+            await deliver(made, Message.of(*(bar("A", minute) for minute in range(1, 400))))
+            await deliver(made, Message.of(bar("A", 400)))
+            return len(shown.signals("A"))
+
+    assert play(story()) > 0
+    first = next(known for known, messages in before if messages)
+    assert first == 0
+
+
+def test_a_daemon_that_is_not_ready_shows_that(tmp_path):
+    """While it recovers or stands by there are no bars, nobody serves, and the beat says why."""
+    made = daemon(tmp_path, SERVED, START)
+
+    async def story():
+        shown = made.shown()
+        return shown.chart("A"), await shown.activations(), json.loads(await shown.beat())
+
+    nothing, nobody, beat = play(story())
+    assert (nothing, nobody) == (None, b"[]")
+    assert "recovered" in beat["not"]
+
+
+NAMES = tuple(f"S{number:02}" for number in range(40))
+
+
+class Stage:
+    """A page in a thread of its own, which is told what is said minute by minute."""
+
+    def __init__(self) -> None:
+        self.view = View(
+            "t", "1m", {"instance": "me", "timeframe": "1m", "bars": "t/bars/1m", "speed": 1, "version": "1"}
+        )
+        self._events = opening(NAMES)
+        self.bars: dict[str, list] = {name: [] for name in NAMES}
+        self.said: list = []
+        self.minute = 0
+        self.port = 0
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Serve it, again on the same port."""
+        ready, loop = threading.Event(), asyncio.new_event_loop()
+        end = asyncio.Event()
+
+        async def story():
+            listening = listen("127.0.0.1", self.port)
+            self.port = listening.getsockname()[1]
+            async with serving(listening, app(showing(self.view, self))):
+                ready.set()
+                await end.wait()
+
+        thread = threading.Thread(target=loop.run_until_complete, args=(story(),))
+        thread.start()
+        ready.wait()
+        self._loop = loop
+        try:
+            yield
+        finally:
+            loop.call_soon_threadsafe(end.set)
+            thread.join()
+            loop.close()
+
+    def get(self, symbol):
+        """The chart of a symbol."""
+        own = self.bars.get(symbol)
+        if not own:
+            return None
+        window = Window(
+            symbol, np.array([b.close_time for b in own]), np.array([list(map(float, b.values)) for b in own])
+        )
+        ahead = [own[-1].close_time + k * MINUTE for k in (1, 2)]
+        return chart(window, ahead, self.view.signals(symbol))
+
+    def play(self, minutes=1):
+        """Let minutes pass; give the newest signals by symbol."""
+        for _ in range(minutes):
+            self.minute += 1
+            found = tuple(bar(name, self.minute, 100 + self.minute + k / 7) for k, name in enumerate(NAMES))
+            for one in found:
+                self.bars[one.symbol].append(one)
+            self._events.append(Arrival(START + self.minute * MINUTE + 1, found))
+        messages = outgoing(self._events)
+        fresh, self.said = messages[len(self.said) :], messages
+        told = threading.Event()
+        self._loop.call_soon_threadsafe(lambda: (self.view.told(fresh), told.set()))
+        told.wait()
+        signals = (json.loads(m.payload) for m in fresh if "/signals/" in m.topic)
+        return {found["symbol"]: found for found in signals}
+
+
+def until_true(tab, condition):
+    """Wait until a condition holds on the page, at most ten seconds; it is asked for once a frame."""
+    script = (
+        "new Promise(done => { const end = performance.now() + 10000; const look = () => "
+        f"({condition}) ? done(1) : performance.now() > end ? done(0) : setTimeout(look, 16); look(); }})"
+    )
+    assert tab.run(script), (condition, tab.faults)
+
+
+CELLS = "Object.fromEntries([...document.querySelectorAll('#symbols tr[data-symbol]')].map(row => "
+CELLS += "[row.dataset.symbol, [...row.cells].slice(1, 5).map(cell => Number(cell.dataset.value))]))"
+
+
+SEARCH = "(s => {{ s.value = '{}'; s.dispatchEvent(new Event('input')) }})(document.getElementById('search'))"
+
+
+@pytest.mark.browser
+def test_a_browser_follows_it(tmp_path):
+    """Rows, chart, numbers of the messages, updates, search, sorting, keys, and the server gone."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium is installed: how the page looks was not looked at")
+    stage = Stage()
+    with chromium(program, tmp_path) as tab:
+        with stage.served():
+            tab.open(f"http://127.0.0.1:{stage.port}/", 1280)
+            until_true(tab, "document.getElementById('link').dataset.state === 'live'")
+            until_true(tab, "document.getElementById('empty').textContent.startsWith('No signal yet')")
+            signals = stage.play(20)
+            until_true(tab, f"document.getElementById('symbols').ariaRowCount == {len(NAMES) + 1}")
+            until_true(tab, "document.querySelector('#quantiles td')")
+            assert tab.run("document.getElementById('count').textContent") == f"{len(NAMES)} symbols"
+            assert 10 < tab.run("document.querySelectorAll('#symbols tr[data-symbol]').length") < len(NAMES)
+            for symbol, (last, width, skew, rise) in tab.run(CELLS).items():
+                low, middle, high = signals[symbol]["quantiles"][0]
+                assert (last, rise) == (signals[symbol]["reference"], signals[symbol]["rise"][0])
+                assert width == pytest.approx((high - low) / last)
+                assert skew == pytest.approx((high + low - 2 * middle) / (high - low), abs=1e-6)
+            shown = "[...document.querySelectorAll('#quantiles td')].map(cell => Number(cell.dataset.value))"
+            first = signals[NAMES[0]]
+            rows = zip(first["quantiles"], first["rise"], strict=True)
+            assert tab.run(shown) == [value for row, rise in rows for value in (*row, rise)]
+
+            after = stage.play()
+            until_true(tab, f"({CELLS}).S00[0] === {after['S00']['reference']}")
+            until_true(tab, f"({shown})[0] === {after['S00']['quantiles'][0][0]}")
+
+            tab.run(SEARCH.format("s1"))
+            until_true(tab, "document.getElementById('count').textContent === '10 of 40 symbols'")
+            tab.run(SEARCH.format(""))
+            tab.run("document.querySelectorAll('#symbols th button')[1].click()")
+            until_true(tab, "document.querySelector('#symbols tr[data-symbol]').dataset.symbol === 'S39'")
+            tab.run("document.querySelector('#symbols tr[data-symbol] button').focus()")
+            for key in ("ArrowDown", "ArrowDown"):
+                tab.call("Input.dispatchKeyEvent", type="keyDown", key=key)
+            until_true(tab, "document.getElementById('chart-title').textContent === 'S37'")
+            until_true(tab, "document.activeElement.textContent === 'S37'")
+            tab.run("location.hash = '#trust'")
+            until_true(tab, "document.getElementById('coverage').textContent.startsWith('No signal tells')")
+
+            tab.open(f"http://127.0.0.1:{stage.port}/?phone#market/S03", 390, 844)
+            until_true(tab, "document.querySelector('#quantiles td')")
+            assert tab.run("document.getElementById('chart-title').textContent") == "S03"
+            assert tab.run(WIDE) <= 390
+            assert tab.faults == []
+            assert all(url.startswith(f"http://127.0.0.1:{stage.port}/") for url in tab.requests)
+        until_true(tab, "!document.getElementById('alert').hidden")
+        assert tab.run("document.getElementById('link').dataset.state") == "lost"
+        with stage.served():
+            until_true(tab, "document.getElementById('alert').hidden")
+            until_true(tab, "document.getElementById('link').dataset.state === 'live'")
