@@ -6,7 +6,6 @@ nothing about how likely they are.
 """
 
 import json
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -205,12 +204,11 @@ def run_stress(
                 "baselines": False,
             },
         )
-        with writing_in(None):
-            (folder / "asked").write_bytes(pickle.dumps(asked))
-        parts = [_Part(folder, HISTORY, (0,))]
+        parts = [_Part(asked, folder, HISTORY, (0,))]
         for regime in regimes:
             parts += [
-                _Part(folder, regime, tuple(range(k, min(k + TOGETHER, n)))) for k in range(0, n, TOGETHER)
+                _Part(asked, folder, regime, tuple(range(k, min(k + TOGETHER, n))))
+                for k in range(0, n, TOGETHER)
             ]
         over = 0
 
@@ -291,6 +289,7 @@ class _Asked:
 class _Part:
     """Some scenarios of a regime, which one worker goes through."""
 
+    asked: _Asked
     folder: Path
     regime: str
     numbers: tuple[int, ...]
@@ -301,16 +300,17 @@ class _Part:
 
 
 @lru_cache(1)
-def _opened(folder: Path) -> "tuple[_Asked, StressScenarioGenerator, Remembered]":
+def _opened(_run: Path, generator: Path, since: int) -> "tuple[StressScenarioGenerator, Remembered]":
+    """What a worker has for all parts of a run."""
     from barcast.models.transfer import load_generator
 
-    asked: _Asked = pickle.loads((folder / "asked").read_bytes())
-    return asked, load_generator(asked.generator), Remembered(asked.since)
+    return load_generator(generator), Remembered(since)
 
 
 def _fill(part: _Part) -> None:
     """Backtest the scenarios of a part and write what came of them."""
-    asked, generator, remembered = _opened(part.folder)
+    asked = part.asked
+    generator, remembered = _opened(part.folder, asked.generator, asked.since)
     made: Iterable[Sequence[Scenario]] = [_as_it_was(asked)]
     if part.regime != HISTORY:
         made = generator.scenarios(
