@@ -434,7 +434,7 @@ def run_backtest(
                 "trials": trials,
                 "retraining": _asked(retrain, training_time),
                 "files": [path.name for path in paths],
-                "files_sha256": digest(paths),
+                "files_sha256": None if scenario is not None else digest(paths),  # none of them was read
                 "jumps": [msgspec.to_builtins(jump) | {"close_time": iso(jump.close_time)} for jump in jumps],
                 "decisions_sha256": decisions.sha256.hexdigest(),
                 "bars": asdict(pipeline.counts),

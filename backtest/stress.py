@@ -48,14 +48,14 @@ TOLD = (
 FRAMES = ("books", "scores", "equity", "prices")
 TOGETHER = 5  # scenarios of a job: what they share is found once
 MOST_DRAWN = 20  # scenarios of a regime whose prices are kept
-WORST = 0.05
-"""Share of the scenarios that value at risk and expected shortfall are of."""
+WORST, TAIL = 0.05, 20
+"""Share of the scenarios that value at risk and expected shortfall are of: one in so many."""
 
 DEFINITIONS = {
     "scenarios": "backtests; of history there is one",
     "median_return": "median over the scenarios of last equity / first equity - 1, after costs and carry",
     "worst_return": "5 % quantile over the scenarios of that return, linear in between: value at risk",
-    "shortfall": "mean of that return over the worst 5 % of the scenarios: expected shortfall",
+    "shortfall": "mean of the lowest 1 + floor((scenarios - 1) / 20) of these returns: expected shortfall",
     "losing": "share of the scenarios whose return is below 0",
     "median_drawdown": "median over the scenarios of the maximum drawdown: lowest / highest before - 1",
     "worst_drawdown": "5 % quantile over the scenarios of the maximum drawdown",
@@ -87,7 +87,7 @@ class StressResult:
     def summary(self) -> pl.DataFrame:
         """A row for each regime and strategy; what its columns are is in `DEFINITIONS`."""
         total, fall = pl.col("total_return"), pl.col("max_drawdown")
-        worst = (WORST * pl.len()).ceil().cast(pl.Int64)
+        worst = 1 + (pl.len() - 1) // TAIL
         return self.books.group_by("regime", "strategy", maintain_order=True).agg(
             scenarios=pl.len(),
             median_return=total.median(),

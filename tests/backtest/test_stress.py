@@ -203,6 +203,11 @@ def test_the_summary_is_by_hand(result: StressResult) -> None:
     assert row["median_return"] == np.median(returns)
     assert row["losing"] == (returns < 0).mean()
     assert set(row) - {"regime", "strategy"} == set(stress.DEFINITIONS)
+    many = pl.concat([result.books.head(1)] * 140).with_columns(
+        number=pl.int_range(140), total_return=pl.int_range(140) / 100
+    )
+    [row] = StressResult(many, result.scores, result.equity, result.prices, {}).summary.iter_rows(named=True)
+    assert row["shortfall"] == pytest.approx(0.03)  # of the lowest 7
 
 
 def test_a_scenario_is_not_learnt_from(asked: dict[str, Any], model: Path) -> None:

@@ -57,6 +57,13 @@ def dataset() -> RegimeLatentDataset:
     return RegimeLatentDataset.of(windows, RegimeRule.fit([windows.measures]))
 
 
+def test_windows_are_bounded() -> None:
+    """However many bars there are, about so many windows are held, spread over all of them."""
+    some = collected([HISTORY, HISTORY], most=20)
+    assert 10 <= len(some) <= 22
+    assert some.end.max() - some.end.min() > 0.8 * (len(HISTORY) - first_end())
+
+
 def test_a_label_depends_on_no_later_bar() -> None:
     """Whatever stands after a bar, measures and regime of the window that ends there keep their bits."""
     ends = np.arange(first_end(), len(HISTORY), 7)
