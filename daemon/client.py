@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
@@ -32,7 +31,7 @@ from barcast.daemon.wire import (
     Signal,
     Status,
     Target,
-    to_ns,
+    from_text,
 )
 from barcast.models import BarcastError, ConfigError
 
@@ -187,7 +186,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         """Begin to connect. Nothing is lost before the first reader asks."""
-        for work in (self._link.run(_nothing), self._receive(), self._watch()):
+        for work in (self._link.run(nothing), self._receive(), self._watch()):
             task = asyncio.create_task(work)
             task.add_done_callback(self._ended)
             self._tasks.append(task)
@@ -267,7 +266,7 @@ class Client:
 
     def _may_act(self, message: Message) -> bool:
         """Whether a message may be acted on now; if not, tell of it."""
-        fresh = _ns(message.valid_until) > self._clock() and (message.tradable or self._untradable)
+        fresh = from_text(message.valid_until) > self._clock() and (message.tradable or self._untradable)
         if not fresh:
             self._on_stale(message)
         return fresh
@@ -286,9 +285,9 @@ class Client:
 
     def _follow(self, done: GroupDone) -> None:
         """Notice groups that were missed, and wait for the signals of this one."""
-        close, newest = _ns(done.close_time), self._newest.get(done.timeframe)
+        close, newest = from_text(done.close_time), self._newest.get(done.timeframe)
         if not done.straggler:
-            if newest is not None and done.previous is not None and _ns(done.previous) > newest:
+            if newest is not None and done.previous is not None and from_text(done.previous) > newest:
                 self._on_gap(Gap(done.timeframe, done.previous))
             self._newest[done.timeframe] = max(close, newest or 0)
         if done.shed:
@@ -511,9 +510,5 @@ class _Talk:
             )
 
 
-def _ns(text: str) -> int:
-    return to_ns(datetime.fromisoformat(text))
-
-
-async def _nothing() -> None:
+async def nothing() -> None:
     """There is nothing to say to the broker when it is there."""

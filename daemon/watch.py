@@ -5,10 +5,9 @@ It connects to nothing, draws nothing and reads no clock: whoever does tells it 
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
 
 from barcast.daemon.client import HALTS, INTERVAL_SECONDS, PAUSED, SILENT_INTERVALS, Body, outdated, read
-from barcast.daemon.wire import GroupDone, ModelNotice, Signal, Status, Target, to_ns
+from barcast.daemon.wire import GroupDone, ModelNotice, Signal, Status, Target, from_text
 
 HALF, NINE_TENTHS = (0.25, 0.75), (0.05, 0.95)
 """The levels of the central intervals that hold 50 and 90 % of what comes."""
@@ -62,7 +61,24 @@ class Row:
         if not min(signal.reference, *(price for row in signal.quantiles for price in row)) > 0:
             raise ValueError(f"{signal.symbol}: a price is not above 0")
         figures = {horizon.bars: _figures(signal, i) for i, horizon in enumerate(signal.horizons)}
-        return cls(signal, _ns(signal.close_time), _ns(signal.valid_until), figures)
+        for each in figures.values():
+            if not all(math.isfinite(x) for x in (each.move, each.width, each.skew) if x is not None):
+                raise ValueError(f"{signal.symbol}: prices are too far apart")
+        return cls(signal, from_text(signal.close_time), from_text(signal.valid_until), figures)
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """The newest target of a strategy: when its bar closed, and until when it is valid (nanoseconds)."""
+
+    target: Target
+    close: int
+    until: int
+
+    @classmethod
+    def of(cls, target: Target) -> "Aim":
+        """A target with its times. Raise ValueError for what are none."""
+        return cls(target, from_text(target.close_time), from_text(target.valid_until))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +93,16 @@ class Seen:
     """What an instance has said since somebody looks, and whether there is a broker.
 
     The state is the newest signal of each symbol; by symbol the newest target of each strategy; the newest
-    status and when it came (real seconds); the newest notice of the model; the newest close with a signal,
-    the symbols whose signals of it have come and how many there will be; the newest complete group and how
-    long after its close that was told (nanoseconds); the id of what was last told of a group; how many groups
-    and stragglers were told of and how many groups were shed; messages that could not be read; whether there
-    is a broker, since when that is so, and why there is none.
+    status, when it came and when it was said (real seconds); the newest notice of the model; the newest close
+    with a signal, the symbols whose signals of it have come and how many there will be; the newest complete
+    group and how long after its close that was told (nanoseconds); the id of what was last told of a group;
+    how many groups and stragglers were told of and how many groups were shed; messages that could not be
+    read; whether there is a broker, since when that is so, and why there is none.
     """
 
-    def __init__(self, root: str, instance: str, timeframe: str, at: Moment) -> None:
-        self.root, self.instance, self.timeframe = root, instance, timeframe
+    def __init__(self, root: str, instance: str, timeframe: str, at: Moment, speed: float = 1.0) -> None:
+        """`speed` is how many seconds of the instance's clock pass in a real one."""
+        self.root, self.instance, self.timeframe, self.speed = root, instance, timeframe, speed
         self.subscriptions = [
             f"{root}/signals/{timeframe}/+",
             f"{root}/targets/+/{timeframe}/+",
@@ -94,9 +111,9 @@ class Seen:
             f"{root}/status/{instance}",
         ]
         self.rows: dict[str, Row] = {}
-        self.targets: dict[str, dict[str, Target]] = {}
+        self.targets: dict[str, dict[str, Aim]] = {}
         self.status: Status | None = None
-        self.heard = at.seconds
+        self.heard = self.said = at.seconds
         self.model: ModelNotice | None = None
         self.close: int | None = None
         self.came: set[str] = set()
@@ -151,16 +168,19 @@ class Seen:
         elif isinstance(body, Signal):
             self._signal(Row.of(body))
         elif isinstance(body, Target):
-            own = self.targets.setdefault(body.symbol, {})
+            aim, own = Aim.of(body), self.targets.setdefault(body.symbol, {})
             before = own.get(body.strategy)
-            if before is None or _ns(before.close_time) <= _ns(body.close_time):
-                own[body.strategy] = body
+            if before is None or before.close <= aim.close:
+                own[body.strategy] = aim
         elif isinstance(body, GroupDone):
             self._group(body, at)
         elif isinstance(body, ModelNotice):
             self.model = body
         elif not outdated(body, self.status):
-            self.status, self.heard = body, at.seconds
+            # the first may be one that the broker has kept since the daemon went without a word
+            again = self.status is not None and self.status.boot == body.boot and self.heard >= self.since
+            age = 0.0 if again or body.time is None else (at.time - from_text(body.time)) / 1e9 / self.speed
+            self.status, self.heard, self.said = body, at.seconds, at.seconds - max(0.0, age)
 
     def standing(self, at: Moment) -> Standing:
         """Whether the instance is at work; what is known of it counts only while there is a broker."""
@@ -175,7 +195,7 @@ class Seen:
             return Standing("NO STATUS", f"{passed}: has {name} ever run, and may this user read {where}?")
         if status.state in WORDS:
             return Standing(WORDS[status.state], HALTS[status.state])
-        silence, limit = at.seconds - self.heard, SILENT_INTERVALS * (status.interval or INTERVAL_SECONDS)
+        silence, limit = at.seconds - self.said, SILENT_INTERVALS * (status.interval or INTERVAL_SECONDS)
         if silence > limit:
             why = "the daemon hangs, or the broker is out of reach"
             return Standing("SILENT", f"no status for {silence:.0f} s, more than {limit:g}: {why}")
@@ -194,7 +214,7 @@ class Seen:
             self.due = max(self.due, signal.group.signals, len(self.came))
 
     def _group(self, done: GroupDone, at: Moment) -> None:
-        took = at.time - _ns(done.close_time)
+        took = at.time - from_text(done.close_time)
         if done.id == self.told:
             return
         self.told = done.id
@@ -243,7 +263,3 @@ def _figures(signal: Signal, i: int) -> Figures:
         inside=share[i] if share else None,
         outcomes=signal.coverage.outcomes[i] if signal.coverage else 0,
     )
-
-
-def _ns(text: str) -> int:
-    return to_ns(datetime.fromisoformat(text))

@@ -60,6 +60,12 @@ def to_ns(time: datetime) -> int:
 
 
 @lru_cache(1024)  # the messages of a close say the same few times over and over
+def from_text(text: str) -> int:
+    """Nanoseconds since 1970 of a time in a message. Raise ValueError for what is no time."""
+    return to_ns(datetime.fromisoformat(text))
+
+
+@lru_cache(1024)
 def to_text(ns: int) -> str:
     """RFC 3339 in UTC, with as many decimals of a second as are needed."""
     seconds, rest = divmod(ns, _SECOND)

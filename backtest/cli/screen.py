@@ -6,7 +6,6 @@ Nothing here reads the clock or the terminal. Every number is one of a message, 
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from enum import StrEnum
 from textwrap import wrap
 
@@ -14,8 +13,8 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from barcast.backtest.cli.terminal import price
-from barcast.daemon.watch import Figures, Moment, Row, Seen
-from barcast.daemon.wire import to_ns, to_text
+from barcast.daemon.watch import Aim, Figures, Moment, Row, Seen
+from barcast.daemon.wire import from_text, to_text
 
 LEAST = (40, 8)
 """Columns and rows below which there is no room for anything."""
@@ -217,7 +216,7 @@ def _head(seen: Seen, at: Moment, broker: str, width: int) -> list[Text]:
         served += [] if status.waiting is None else [f"waiting {status.waiting}"]
     served += [f"unreadable {seen.unreadable}"] if seen.unreadable else []
     group = ["no group yet"]
-    if done is not None and _ns(done.close_time) >= (seen.close or 0):
+    if done is not None and from_text(done.close_time) >= (seen.close or 0):
         told = "SHED" if done.shed else f"{len(done.symbols)} after {span(seen.took, True)}"
         group = [f"group {_day(done.close_time, at)}: {told}"]
         group += [f"missing {len(done.missing)}", f"withheld {len(done.withheld)}"]
@@ -288,7 +287,7 @@ def _below(seen: Seen, row: Row, at: Moment, width: int) -> list[str]:
     own = seen.targets.get(row.signal.symbol, {})
     lines = []
     if own:
-        told = [f"{name} {t.target:+.3g}{' z' * _past(t.valid_until, at)}" for name, t in sorted(own.items())]
+        told = [f"{name} {t.target.target:+.3g} {_stale(t, at)}".rstrip() for name, t in sorted(own.items())]
         lines.append("targets " + "  ".join(told))
     wrong = [SIGNS[sign] for sign in _signs(row, at) if sign != "!"]
     if row.signal.reasons or wrong:
@@ -398,7 +397,7 @@ def _columns(seen: Seen, view: View, at: Moment, page: Sequence[Row], name: int)
     ]
     for i, strategy in enumerate(seen.strategies):
         own = [seen.targets.get(row.signal.symbol, {}).get(strategy) for row in page]
-        cells = [NOTHING if t is None else f"{t.target:+.2f}{'z' * _past(t.valid_until, at)}" for t in own]
+        cells = [NOTHING if t is None else f"{t.target.target:+.2f}{_stale(t, at)}" for t in own]
         found.append(plain(12 + i, _cut(strategy, 7).plain, cells))
     last = 12 + len(seen.strategies)
     skew = figure(10, "SKEW", lambda f: None if f.skew is None else f"{f.skew:+z.2f}")
@@ -483,12 +482,8 @@ def _signs(row: Row, at: Moment) -> str:
     return "!" * ("degraded" in flags) + "w" * ("warming" in flags) + "x" * untradable + "z" * stale
 
 
-def _past(valid_until: str, at: Moment) -> bool:
-    return _ns(valid_until) <= at.time
-
-
-def _ns(text: str) -> int:
-    return to_ns(datetime.fromisoformat(text))
+def _stale(target: Aim, at: Moment) -> str:
+    return "z" * (target.until <= at.time)
 
 
 def _percent(share: float, digits: int = 0) -> str:

@@ -73,7 +73,8 @@ class Watcher:
         from barcast.daemon.watch import Seen
 
         self.clock = WallClock(settings)
-        self.seen = Seen(settings.mqtt.root, settings.instance, settings.timeframe, self.now())
+        speed = settings.rehearsal.speed if settings.rehearsal else 1.0
+        self.seen = Seen(settings.mqtt.root, settings.instance, settings.timeframe, self.now(), speed)
         self.view: View | None = view
         self.named = view.horizon
         self.stirred = asyncio.Event()
@@ -152,7 +153,9 @@ class Watcher:
     @contextmanager
     def _following(self) -> "Iterator[asyncio.Task[None]]":
         """The connection, kept."""
-        connection = asyncio.create_task(self.link.run(_nothing), name="link")
+        from barcast.daemon.client import nothing
+
+        connection = asyncio.create_task(self.link.run(nothing), name="link")
         try:
             yield connection
         finally:
@@ -242,7 +245,3 @@ class Terminal:
         finally:
             if self._before is not None:
                 termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
-
-
-async def _nothing() -> None:
-    """There is nothing to say to the broker when it is there."""

@@ -5,8 +5,9 @@ import math
 import msgspec
 import pytest
 
+from barcast.daemon import wire
 from barcast.daemon.client import NewerSchemaError
-from barcast.daemon.watch import Moment, Row
+from barcast.daemon.watch import Moment, Row, Seen
 from tests.seen import CLOSE, HOUR, SECOND, done, moment, notice, seen, signal, status, target, topic
 
 
@@ -40,7 +41,7 @@ def test_newest_of_each_symbol_and_strategy_counts():
     old, new = CLOSE, CLOSE + HOUR
     found = seen(signal(close=new), signal(close=old), target(close=new, target=0.5), target(close=old))
     assert found.rows["BTCUSD"].close == new
-    assert found.targets["BTCUSD"]["drift"].target == 0.5
+    assert found.targets["BTCUSD"]["drift"].target.target == 0.5
     assert found.strategies == ["drift"]
     assert found.horizons == [1, 4]
 
@@ -91,7 +92,8 @@ def test_connection_comes_before_what_is_known():
     found.link(True, "", moment(4))
     assert found.standing(moment(5)).word == "NO STATUS"
     assert "barcast/v1/status/desk" in found.standing(moment(5)).why
-    found.take(topic(status()), msgspec.json.encode(status()), moment(6))
+    said = status(time=wire.to_text(CLOSE + 6 * SECOND))
+    found.take(topic(said), msgspec.json.encode(said), moment(6))
     assert found.standing(moment(36)).word == "LIVE"
     assert found.standing(moment(36.5)).word == "SILENT"
     found.link(False, "refused", moment(40))
@@ -99,6 +101,19 @@ def test_connection_comes_before_what_is_known():
     assert (standing.word, standing.why[:18]) == ("NO BROKER", "for 12 s: refused;")
     found.link(True, "", moment(60))
     assert found.standing(moment(61)).word == "NO STATUS"  # what was known before may be long over
+
+
+def test_a_status_that_the_broker_kept_is_as_old_as_it_says():
+    """A daemon that went without a last will is silent; where a clock is wrong, the second one tells."""
+    kept = status(time=wire.to_text(CLOSE - 40 * SECOND))
+    found = seen(kept)
+    assert found.standing(moment()).word == "SILENT"
+    found.take(topic(kept), msgspec.json.encode(kept), moment(13))
+    assert found.standing(moment(14)).word == "LIVE"
+    rehearsal = Seen("barcast/v1", "desk", "1h", moment(0), speed=3600.0)
+    rehearsal.link(True, "", moment(0))
+    rehearsal.take(topic(kept), msgspec.json.encode(kept), moment(1))
+    assert rehearsal.standing(moment(2)).word == "LIVE"
 
 
 def test_last_will_of_an_earlier_start_says_nothing():
@@ -121,6 +136,7 @@ def test_silence_is_in_real_seconds():
         b"[" * 100_000,
         msgspec.json.encode(signal(reference=0.0)),
         msgspec.json.encode(signal(quantiles=[[-1.0] * 7] * 2)),
+        msgspec.json.encode(signal(reference=1e-300, quantiles=[[1e-300, 1, 2, 3, 4, 5, 1e308]] * 2)),
         msgspec.json.encode(signal(rise=[0.5])),
         msgspec.json.encode(signal(valid_until="soon")),
         msgspec.json.encode(signal(close_time="2026-01-05T15:00:00")),
@@ -131,6 +147,15 @@ def test_bad_messages_are_counted_and_change_nothing(payload):
     found = seen(signal("A"))
     found.take(topic(signal()), payload, moment())
     assert (list(found.rows), found.unreadable) == (["A"], 1)
+
+
+@pytest.mark.parametrize("wrong", [{"close_time": "soon"}, {"valid_until": "soon"}])
+def test_a_target_without_times_is_none(wrong):
+    """Neither is it drawn, nor does it stand in the way of the next one."""
+    found = seen(signal(), target(**wrong))
+    assert (found.targets.get("BTCUSD", {}), found.unreadable) == ({}, 1)
+    found.take(topic(target()), msgspec.json.encode(target()), moment())
+    assert found.targets["BTCUSD"]["drift"].target == target()
 
 
 def test_newer_messages_end_it():

@@ -83,9 +83,8 @@ class Mosquitto:
 
     def allow(self, acl: str) -> None:
         """Replace the access list while the broker runs."""
-        assert self.process is not None
         self._give(self.acl, acl)
-        self.process.send_signal(signal.SIGHUP)
+        self._signal(signal.SIGHUP)
 
     def start(self) -> None:
         """Start and wait until it takes connections."""
@@ -111,6 +110,24 @@ class Mosquitto:
     def kill(self) -> None:
         """End it as a power failure would."""
         self._end("kill")
+
+    def freeze(self) -> None:
+        """Let it do nothing until `thaw` or `kill`; what it wrote is still delivered."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._signal(signal.SIGCONT)
+
+    def undelivered(self) -> int:
+        """Bytes that it wrote and that are not yet with the machine of who is to read them."""
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        own = [row for row in rows if row[1].endswith(f":{self.port:04X}") and row[3] == "01"]
+        return sum(int(row[4].split(":")[0], 16) for row in own)
+
+    def _signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
 
     def _end(self, how: str) -> None:
         if self.process is not None:

@@ -36,7 +36,7 @@ def desk(broker, tmp_path):
     reasons = {"flags": ["degraded"], "reasons": ["2 of the last 85 bars are missing"]}
     bodies = [seen.signal("BTCUSD", close), seen.signal("ETHUSD", close, reference=99.25, **reasons)]
     bodies += [target("BTCUSD", close=close, target=-0.4), notice()]
-    bodies += [status(time=to_text(close), processed=to_text(close))]
+    bodies += [status(time=to_text(time.time_ns()), interval=600.0, processed=to_text(close))]
     tell(broker, bodies)
     return [sys.executable, "-m", "barcast.backtest.cli", "watch", str(config)], bodies
 
