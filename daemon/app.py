@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AsyncExitStack, nullcontext, suppress
@@ -14,12 +15,13 @@ from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import structlog
 
-from barcast.daemon import control, http, view, wire
+from barcast.daemon import control, http, reports, view, wire
 from barcast.daemon.config import Config, Rehearsal, Retrain, is_loopback
-from barcast.daemon.control import Order, Tell
+from barcast.daemon.control import Answer, Order, Tell
 from barcast.daemon.desk import Desk
 from barcast.daemon.events import Champion, shed_groups
 from barcast.daemon.journal import Journal, Kind, Place
@@ -29,11 +31,12 @@ from barcast.daemon.metrics import Metrics, Parts
 from barcast.daemon.mqtt import Canary, Link
 from barcast.daemon.newcomers import Newcomers
 from barcast.daemon.notify import Notifier
+from barcast.daemon.panel import Board, Choices
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Pause
 from barcast.daemon.postgres import Lease, Server
 from barcast.daemon.retention import daily
-from barcast.daemon.retraining import Result, Retraining, Serving
+from barcast.daemon.retraining import WORDS, Result, Retraining, Serving
 from barcast.daemon.room import check_room, room
 from barcast.daemon.schedule import Planner, scheduler
 from barcast.daemon.standby import Leadership, Standby
@@ -79,7 +82,7 @@ def rehearsal(start: datetime, speed: float, delay: float = 0.0) -> Rehearsal:
 
 
 Commands = Mapping[str, Sequence[str]]
-"""The argument list that begins each subprocess: `train`, `gate`, `compact` and `verify`."""
+"""The argument list that begins each subprocess: `train`, `gate`, `choices`, `compact` and `verify`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,9 @@ class Daemon:
         self.view = view.View(config.mqtt.root, config.timeframe, _identity(config)) if config.http else None
         self._planner: Planner | None = None
         self._told: tuple[Champion, bytes] | None = None
-        self._reloading = asyncio.Lock()
+        self.board = Board(self.clock.now, self.view.training if self.view else lambda _: None)
+        self._choices: Choices | None = None
+        self._reloading, self._choosing = asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
@@ -196,7 +201,19 @@ class Daemon:
         assert self.config.http is not None
         assert self.view is not None
         names = is_loopback if is_loopback(self.config.http.host) else lambda _: True
-        return http.Shown(self.view, self._chart, self._activations, self._beat, names)
+        return http.Shown(
+            self.view,
+            self._chart,
+            self._activations,
+            self._trust,
+            self._beat,
+            self._choosable,
+            self._backtests,
+            self._report,
+            names,
+            self._ordered,
+            self.config.http.token(),
+        )
 
     def follow(self) -> Following:
         """Make the path, in the state of an empty journal."""
@@ -299,6 +316,7 @@ class Daemon:
             stall,
             self.succession.promote,
             self.succession.refuse,
+            self.board,
         )
         verify = config.verify
         self.verification = Verification(self.children, self.clock, verify.since if verify else None)
@@ -427,6 +445,64 @@ class Daemon:
             self._told = champion, await self.scribe(_activations, self.scribe.journal)
         return self._told[1]
 
+    def _trust(self) -> bytes:
+        """What was verified last, and how far the signals drifted from what they promise."""
+        if not self.metrics.serving:
+            return b"{}"
+        verification, reading = self.verification, self.lookout.reading
+        told = {
+            "verify": None if verification.last is None else msgspec.to_builtins(verification.last),
+            "verified": wire.to_text(verification.ended) if verification.ended else None,
+            "verifies": None if self.config.verify is None else self.config.verify.cron,
+            "drift": None if reading is None else reading.plain(),
+            "drifts": bool(self.config.retrain and self.config.retrain.drift),
+        }
+        return msgspec.json.encode(told)
+
+    async def _choosable(self) -> bytes:
+        """What can be set of a training, and of which symbols. Raise BarcastError where none can be."""
+        choices = await self._chosen_from()
+        symbols = sorted(self.pipeline.windows.symbols)
+        told = msgspec.to_builtins(choices) | {"symbols": symbols, "orders": self._takes_orders()}
+        return msgspec.json.encode(told)
+
+    def _takes_orders(self) -> bool:
+        return self.config.http is not None and self.config.http.token_file is not None
+
+    async def _chosen_from(self) -> Choices:
+        """What whoever trains offers; it is asked once."""
+        if not self.metrics.serving:
+            raise ConfigError("the daemon is not serving yet; ask again")
+        if self.config.retrain is None:
+            raise ConfigError("the configuration has no [retrain]: add it, and order `reload`")
+        async with self._choosing:
+            if self._choices is None:
+                words = deque[str](maxlen=WORDS)
+                process, _, stall = self._trainer()
+                try:
+                    async with asyncio.timeout(stall):
+                        _, out = await process("choices", [], words.append)
+                    self._choices = msgspec.json.decode(out, type=Choices)
+                except (TimeoutError, OSError, msgspec.DecodeError) as error:
+                    log.error("choices_failed", reason=str(error), last_words="\n".join(words))
+                    raise ConfigError(f"whoever trains does not say what it can: {error}") from error
+            return self._choices
+
+    async def _backtests(self) -> bytes:
+        """Those in the folder of reports; none where there is no folder."""
+        folder = self.config.http and self.config.http.reports
+        return await asyncio.to_thread(reports.listed, folder) if folder else b"null"
+
+    async def _report(self, name: str) -> bytes | None:
+        folder = self.config.http and self.config.http.reports
+        return await asyncio.to_thread(reports.report, folder, name) if folder else None
+
+    async def _ordered(self, order: Order) -> Answer:
+        """What came by the page of somebody who knows the token."""
+        if not self.metrics.serving:
+            return Answer(refused="the daemon is not serving; order again when it is")
+        return await self.desk.order(order, "page", lambda _line: None)
+
     async def _beat(self) -> bytes:
         """What time it is on the instance's clock, and what does not hold."""
         ready = await self.metrics.ready()
@@ -492,12 +568,16 @@ class Daemon:
                 return await self._reload()
             case "rollback":
                 return await self.succession.rollback(order.to)
+            case "stop":
+                return self.retraining.stop()
         if self.config.retrain is None:
             raise ConfigError("the configuration has no [retrain]: add it, and order `reload`")
+        if order.training is not None:
+            (await self._chosen_from()).check(order.training, self.pipeline.windows.symbols)
         if not order.wait:
-            self.retraining.ask(ASKED)
+            self.retraining.ask(ASKED, order.training)
             return "asked for; the log and the model's topic will say what comes of it"
-        result = await self.retraining.follow(ASKED, tell)
+        result = await self.retraining.follow(ASKED, tell, order.training)
         said = f"{result}; {self.succession.champion.model} serves"
         if result is Result.failed:
             raise BarcastError(f"{said}; the log says why, and `retrain` tries again")

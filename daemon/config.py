@@ -57,6 +57,8 @@ _UNITS = {"ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9, "d": 86_4
 
 
 POSTGRESQL = "write postgresql://USER@HOST:PORT/DATABASE, or postgresql://USER@/DATABASE?host=/FOLDER"
+LEAST_TOKEN = 16
+"""Characters of a token, at least: 64 bits where they are hexadecimal."""
 LONGEST_INSTANCE = 55
 """Characters of an instance whose name is part of a schema's: PostgreSQL cuts names after 63."""
 
@@ -240,20 +242,25 @@ Zoned = Annotated[datetime, AfterValidator(_zoned)]
 
 def _password(table: str, file: Path | None) -> str | None:
     """The password in a file that a table names."""
+    return _secret(f"{table}.password_file", "password", file)
+
+
+def _secret(key: str, what: str, file: Path | None) -> str | None:
+    """What is in a file that a key names."""
     if file is None:
         return None
-    key = f"{table}.password_file: {file}"
+    key = f"{key}: {file}"
     _check_there(key, file)
     try:
-        password = file.read_text("utf-8").strip()
+        secret = file.read_text("utf-8").strip()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{key} cannot be read ({type(error).__name__}); write the password as UTF-8 text that this user "
+            f"{key} cannot be read ({type(error).__name__}); write the {what} as UTF-8 text that this user "
             "may read"
         ) from error
-    if not password:
-        raise ConfigError(f"{key} is empty; write the password into it")
-    return password
+    if not secret:
+        raise ConfigError(f"{key} is empty; write the {what} into it")
+    return secret
 
 
 def _check_there(key: str, file: Path) -> None:
@@ -464,10 +471,37 @@ class Verify(_Section):
 
 
 class Http(_Section):
-    """Where the page, metrics and health are served. Who reaches it may read them: there is no login."""
+    """Where the page, metrics and health are served. Who reaches it may read them: there is no login.
+
+    Orders it takes of those who know the token in `token_file`; without one it takes none. It is served on
+    this machine alone then, as it would go in the clear. `reports` is a folder of backtests, each a folder.
+    """
 
     host: str = Field(default="127.0.0.1", min_length=1)
     port: int = Field(gt=0, lt=65536)
+    token_file: Path | None = None
+    reports: Path | None = None
+
+    @field_validator("token_file")
+    @classmethod
+    def _stays_here(cls, file: Path | None, info: ValidationInfo) -> Path | None:
+        host = info.data.get("host", "localhost")
+        if file is not None and not is_loopback(host):
+            raise ValueError(
+                f"the token would go to {host} in the clear; leave http.host on this machine, and let a "
+                "proxy with TLS pass on what comes from elsewhere"
+            )
+        return file
+
+    def token(self) -> str | None:
+        """The token in the file. Raise ConfigError for one that could be guessed."""
+        token = _secret("http.token_file", "token", self.token_file)
+        if token is not None and not (len(token) >= LEAST_TOKEN and token.isascii() and token.isprintable()):
+            raise ConfigError(
+                f"http.token_file: {self.token_file} holds no {LEAST_TOKEN} printable ASCII characters or "
+                f"more; write one with `openssl rand -hex {LEAST_TOKEN}`"
+            )
+        return token
 
 
 class Rehearsal(_Section):
@@ -740,9 +774,10 @@ def load(path: Path) -> Config:
         for key in ("password_file", "ca_file"):
             if isinstance(table, dict) and isinstance(table.get(key), str):
                 table[key] = base / table[key]
-    retrain = values.get("retrain")
-    if isinstance(retrain, dict) and isinstance(retrain.get("socket"), str):
-        retrain["socket"] = base / retrain["socket"]
+    for section, key in (("retrain", "socket"), ("http", "token_file"), ("http", "reports")):
+        table = values.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            table[key] = base / table[key]
     strategies = values.get("strategy")
     for table in strategies if isinstance(strategies, list) else ():
         if isinstance(table, dict) and isinstance(kind := table.get("kind"), str) and PATH.fullmatch(kind):

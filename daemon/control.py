@@ -14,12 +14,13 @@ from pathlib import Path
 import msgspec
 import structlog
 
+from barcast.daemon.panel import TrainingSettings
 from barcast.daemon.retraining import tried
 from barcast.daemon.worker import LINE_BYTES, receive, send, user_of
 from barcast.models import BarcastError, ConfigError
 
 NAME = "control"
-VERBS = ("state", "retrain", "reload", "pause", "resume", "rollback")
+VERBS = ("state", "retrain", "stop", "reload", "pause", "resume", "rollback")
 """What an operator may order."""
 MOST_TEXT = 500
 """Characters of a reason or a model's name, at most."""
@@ -30,14 +31,15 @@ log = structlog.get_logger()
 
 
 class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """What is wanted: one of `VERBS`; `retrain` and `reload` with `wait` to the end of it, `rollback` `to` a
-    model; and the `reason`, for the journal.
+    """What is wanted: one of `VERBS`; `retrain` and `reload` with `wait` to the end of it, `retrain` by the
+    settings of a `training`, `rollback` `to` a model; and the `reason`, for the journal.
     """
 
     verb: str
     wait: bool = False
     to: str | None = None
     reason: str | None = None
+    training: TrainingSettings | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for what would be ignored."""
@@ -45,6 +47,8 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
             raise ValueError(f"`wait` goes with the verbs retrain and reload, not {self.verb}")
         if self.to is not None and self.verb != "rollback":
             raise ValueError(f"`to` goes with the verb rollback, not {self.verb}")
+        if self.training is not None and self.verb != "retrain":
+            raise ValueError(f"`training` goes with the verb retrain, not {self.verb}")
         for name, text in (("to", self.to), ("reason", self.reason)):
             if text is not None and len(text) > MOST_TEXT:
                 raise ValueError(f"`{name}` has {len(text)} characters, more than {MOST_TEXT}; say less")

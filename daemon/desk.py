@@ -274,7 +274,8 @@ class Desk:
 
 
 def _said(order: Order) -> dict[str, Any]:
-    return {"verb": order.verb, "wait": order.wait, "to": order.to, "reason": order.reason}
+    names = ("verb", "wait", "to", "reason", "training")
+    return {name: getattr(order, name) for name in names}
 
 
 def _read(verb: str, payload: bytes, request: Request) -> Order:

@@ -8,6 +8,7 @@ import msgspec
 from barcast.daemon import wire
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.journal import Journal, Kind, Progress, Record
+from barcast.daemon.panel import TrainingSettings
 from barcast.daemon.pipeline import Pipeline, PipelineState, Settings
 from barcast.daemon.ports import (
     Activation,
@@ -161,6 +162,7 @@ class Ordered(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str | None = None
     answers: str = ""
     correlation: str = ""
+    training: TrainingSettings | None = None
 
     def encode(self) -> bytes:
         """As JSON."""

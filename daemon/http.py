@@ -1,14 +1,16 @@
-"""What is asked by HTTP: /metrics, /healthz, /readyz, and the page; in the daemon's own event loop."""
+"""What is asked by HTTP: /metrics, /healthz, /readyz, the page and orders; in the daemon's own event loop."""
 
 import asyncio
 import hashlib
 import json
+import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
@@ -19,8 +21,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from barcast.daemon.control import VERBS, Answer, Order
+from barcast.daemon.panel import TrainingSettings
 from barcast.daemon.view import CrowdedError, View, event
-from barcast.models import ConfigError
+from barcast.daemon.wire import UNDECODABLE
+from barcast.models import BarcastError, ConfigError
 
 AT_ONCE = 64
 """Connections at once; one more is answered with 503. A browser that looks takes two, at first six."""
@@ -57,6 +62,14 @@ HEADERS = {
     "X-Frame-Options": "DENY",
 }
 """What every answer tells a browser: run only what is served here, ask nobody else, be shown in no frame."""
+REPORT_POLICY = (
+    "sandbox allow-scripts; default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""What a browser is told of a backtest's report, which has its scripts in itself: it is of no origin, so that
+it knows nothing of the page, and asks nobody."""
+MOST_BODY, SHOWN = 200_000, 100
+"""The longest body of an order, in bytes, and characters of it that are shown where it is wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +77,25 @@ class Shown:
     """What the page shows.
 
     `chart` gives what is drawn of a symbol, None of one without bars; `activations` who served since when;
-    `beat` the time and what does not hold: all as JSON. `answers_to` says of a name in a Host header whether
-    it may stand for this machine.
+    `trust` what was verified and how far forecasts drifted; `beat` the time and what does not hold; `choices`
+    what can be set of a training; `backtests` those in the folder of reports: all as JSON. `report` is the
+    page of a backtest, None of one that is not there. `answers_to` says of a name in a Host header whether it
+    may stand for this machine.
+
+    `order` carries out what somebody orders who knows the `token`; without one nobody may.
     """
 
     view: View
     chart: Callable[[str], bytes | None]
     activations: Callable[[], Awaitable[bytes]]
+    trust: Callable[[], bytes]
     beat: Callable[[], Awaitable[bytes]]
+    choices: Callable[[], Awaitable[bytes]]
+    backtests: Callable[[], Awaitable[bytes]]
+    report: Callable[[str], Awaitable[bytes | None]]
     answers_to: Callable[[str], bool]
+    order: Callable[[Order], Awaitable[Answer]]
+    token: str | None
 
 
 class _Server(uvicorn.Server):
@@ -137,7 +160,9 @@ class _Headers:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
+                own = MutableHeaders(scope=message)
+                for name, value in HEADERS.items():
+                    own.setdefault(name, value)
             await send(message)
 
         await self._app(scope, receive, answer)
@@ -181,7 +206,7 @@ def page(
     """All addresses. `metrics` gives Prometheus' text.
 
     `alive` and `ready` give conditions by name: 200 when all of them hold, else 503, and which do not. The
-    page and what it asks for is below `/`; none of it changes anything.
+    page and what it asks for is below `/`; what changes anything is below `/orders/`.
     """
 
     async def scraped(_: Request) -> Response:
@@ -202,8 +227,44 @@ def page(
         # Without bars it is null and not an error, which a browser would put on its console.
         return _fresh(shown.chart(request.path_params["symbol"]) or b"null")
 
+    async def told(what: Awaitable[bytes]) -> Response:
+        try:
+            return _fresh(await what)
+        except BarcastError as error:
+            return _fresh(msgspec.json.encode({"error": str(error)}))
+
     async def activations(_: Request) -> Response:
         return _fresh(await shown.activations())
+
+    async def trust(_: Request) -> Response:
+        return _fresh(shown.trust())
+
+    async def training(_: Request) -> Response:
+        return await told(shown.choices())
+
+    async def backtests(_: Request) -> Response:
+        return await told(shown.backtests())
+
+    async def report(request: Request) -> Response:
+        found = await shown.report(request.path_params["name"])
+        if found is None:
+            return _refused(404, "no such backtest")
+        return Response(found, headers={"Content-Security-Policy": REPORT_POLICY}, media_type="text/html")
+
+    async def orders(request: Request) -> Response:
+        if shown.token is None:
+            return _refused(403, "no orders are taken here: name a token_file in [http]")
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not secrets.compare_digest(given, f"Bearer {shown.token}".encode()):
+            return _refused(401, "orders need the token of [http]", {"WWW-Authenticate": "Bearer"})
+        try:
+            order = await _ordered(request)
+        except ValueError as error:
+            return _refused(400, str(error))
+        answer = await shown.order(order)
+        if answer.refused is not None:
+            return _refused(409, answer.refused)
+        return _fresh(msgspec.json.encode({"done": answer.done}))
 
     def local(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Refuse who comes by another name: a page elsewhere could point its own name at this machine."""
@@ -234,6 +295,11 @@ def page(
             Route("/events", local(events)),
             Route("/symbols/{symbol}", local(symbol)),
             Route("/activations", local(activations)),
+            Route("/trust", local(trust)),
+            Route("/training", local(training)),
+            Route("/backtests", local(backtests)),
+            Route("/backtests/{name}", local(report)),
+            Route("/orders/{verb}", local(orders), methods=["POST"]),
         ],
         middleware=[Middleware(_Headers)],
     )
@@ -310,5 +376,29 @@ def _fresh(body: bytes) -> Response:
     return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
 
 
-def _refused(status: int, reason: str) -> Response:
-    return Response(json.dumps({"error": reason}) + "\n", status, media_type="application/json")
+def _refused(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(json.dumps({"error": reason}) + "\n", status, headers, media_type="application/json")
+
+
+async def _ordered(request: Request) -> Order:
+    """The order of a request. Raise ValueError for what is none."""
+    verb, body = request.path_params["verb"], b""
+    if verb not in VERBS:
+        raise ValueError(f"verb {verb[:SHOWN]!r} is none of {', '.join(VERBS)}")
+    async for part in request.stream():
+        body += part
+        if len(body) > MOST_BODY:
+            raise ValueError(f"the body has more than {MOST_BODY} bytes; say less")
+    try:
+        wanted = msgspec.json.decode(body or b"{}", type=_Wanted)
+    except UNDECODABLE as error:
+        raise ValueError(f"{error}; send an object such as {{}}") from error
+    return Order(verb, to=wanted.to, reason=wanted.reason, training=wanted.training)
+
+
+class _Wanted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of an order, see `Order`."""
+
+    to: str | None = None
+    reason: str | None = None
+    training: TrainingSettings | None = None

@@ -15,9 +15,10 @@ import msgspec
 import structlog
 
 from barcast.daemon.gate import Verdict
+from barcast.daemon.panel import Board, TrainingSettings
 from barcast.daemon.room import is_full
 from barcast.daemon.trainer import Run
-from barcast.models import DataError, DiskFullError
+from barcast.models import ConfigError, DataError, DiskFullError
 
 RETRY_SECONDS = (60.0, 300.0, 1500.0)
 """Pauses after which a run that failed is tried again; after the last it waits for the next reason."""
@@ -34,6 +35,7 @@ class Result(StrEnum):
     promoted = "promoted"
     refused = "refused"
     failed = "failed"
+    stopped = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,14 @@ class _FailedError(Exception):
 
 @dataclass(slots=True)
 class _Job:
-    """One run: why, which of those judged were accepted, and whether the trained one was judged."""
+    """One run: why and how, which of those judged were accepted, and whether the trained one was judged.
+
+    Settings that somebody wants are for bars of now: what an earlier run has trained is not judged for it.
+    """
 
     reasons: tuple[str, ...]
+    settings: TrainingSettings | None = None
+    begun: bool = False
     accepted: list[bool] = field(default_factory=list)
     trained: bool = False
 
@@ -73,8 +80,9 @@ class Retraining:
     begin with a dot are left alone: they are not complete.
 
     `process` runs the verbs `train` and `gate`. One is killed `timeout` seconds after its start, and after
-    `stall` seconds without a word. The state is the two folders, the reasons that wait, whether a run is
-    under way, and what metrics are made of: `runs` by result, the `seconds` of the last (0: none yet).
+    `stall` seconds without a word. The `board` hears of all of it. The state is the two folders, the reasons
+    that wait and the settings that were wanted last, whether a run is under way, its process and whether it
+    is to stop, and what metrics are made of: `runs` by result, the `seconds` of the last (0: none yet).
     """
 
     def __init__(
@@ -86,14 +94,18 @@ class Retraining:
         stall: float,
         promote: Callable[[Path, Verdict, str], Awaitable[bool]],
         refuse: Callable[[Verdict], Awaitable[None]],
+        board: Board,
     ) -> None:
         self.inbox, self.refused = state_dir / "challengers", state_dir / "refused"
         self.running = False
         self.runs: Counter[Result] = Counter()
         self.seconds = 0.0
         self.configure(process, timeout, stall)
-        self._serving, self._promote, self._refuse = serving, promote, refuse
+        self._serving, self._promote, self._refuse, self._board = serving, promote, refuse, board
         self._reasons: list[str] = []
+        self._settings: TrainingSettings | None = None
+        self._child: asyncio.Future[tuple[int, bytes]] | None = None
+        self._stopping = False
         self._asked = asyncio.Event()
         self._pausing = False
         self._listeners: set[Callable[[str | Result], None]] = set()
@@ -102,20 +114,43 @@ class Retraining:
         """Run what is run from now on in another way, or with other limits."""
         self._process, self._timeout, self._stall = process, timeout, stall
 
-    def ask(self, reason: str) -> None:
-        """Want a training, for a reason; a run that waits to try again does so at once."""
+    def ask(self, reason: str, settings: TrainingSettings | None = None) -> None:
+        """Want a training, for a reason; a run that waits to try again does so at once.
+
+        With `settings` it is by these; of two that wait, by those that were wanted last.
+        """
         log.info("retrain_asked", reason=reason, running=self.running)
+        self._settings = settings or self._settings
         if reason not in self._reasons:
             self._reasons.append(reason)
         self._asked.set()
 
-    async def follow(self, reason: str, on_line: Callable[[str], None]) -> Result:
+    def stop(self) -> str:
+        """End the run under way, and what waits for it; return a sentence. Raise ConfigError where none can.
+
+        A model that is being put into service is not held up.
+        """
+        if self._child is None and not self._pausing:
+            why = "what it trained is about to take over" if self.running else "no training is under way"
+            raise ConfigError(f"{why}: there is nothing to stop")
+        self._stopping = True
+        self._take()
+        self._settings = None
+        if self._child is not None:
+            self._child.cancel()
+        else:
+            self._asked.set()
+        return "the training ends; what it has learnt so far is kept for one by the same settings and bars"
+
+    async def follow(
+        self, reason: str, on_line: Callable[[str], None], settings: TrainingSettings | None = None
+    ) -> Result:
         """Want a training and follow it to its end; the lines are those of its processes and verdicts."""
         said: asyncio.Queue[str | Result] = asyncio.Queue()
         before = self.running and not self._pausing  # the run under way is not the one that is asked for
         self._listeners.add(said.put_nowait)
         try:
-            self.ask(reason)
+            self.ask(reason, settings)
             while True:
                 word = await said.get()
                 if not isinstance(word, Result):
@@ -135,17 +170,20 @@ class Retraining:
     async def run(self, reasons: Sequence[str]) -> Result:
         """Judge what is offered, train, judge that; try again where a process failed. Raises nothing."""
         loop = asyncio.get_running_loop()
-        began, self.running = loop.time(), True
+        began, self.running, self._stopping = loop.time(), True, False
         log.info("retrain_started", reasons=list(reasons))
-        job = _Job(tuple(reasons))
+        job = _Job(tuple(reasons), self._settings)
+        self._settings = None
+        self._board.begin(reasons, job.settings)
         try:
             await self._attempts(job)
         finally:
             self.running, self._pausing, self.seconds = False, False, loop.time() - began
-        ended = Result.refused if job.trained else Result.failed
+        ended = Result.refused if job.trained else Result.stopped if self._stopping else Result.failed
         result = Result.promoted if any(job.accepted) else ended
         self.runs[result] += 1
         self._tell(result)
+        self._board.end(result)
         return result
 
     def _take(self) -> tuple[str, ...]:
@@ -154,6 +192,8 @@ class Retraining:
         return reasons
 
     def _tell(self, word: str | Result) -> None:
+        if not isinstance(word, Result):
+            self._board.hear(word)
         for listener in list(self._listeners):
             listener(word)
 
@@ -172,6 +212,10 @@ class Retraining:
                 async with asyncio.timeout(pause):
                     await self._asked.wait()
             self._pausing = False
+            if self._stopping:
+                if not self._reasons:
+                    self._asked.clear()
+                return
             job.reasons = tuple(dict.fromkeys([*job.reasons, *self._take()]))
 
     async def _attempt(self, job: _Job) -> None:
@@ -181,10 +225,18 @@ class Retraining:
             try:
                 await self._judge(challenger, job)
             except _FailedError as error:  # a fault of the history or the champion leaves it where it is
+                if self._stopping:
+                    raise
                 failed = failed if error.final else error
         if not job.trained:
+            wanted = [] if job.settings is None else ["--settings", job.settings.encode()]
+            if wanted and not job.begun:
+                shutil.rmtree(trained, ignore_errors=True)
+            job.begun = True
             if not (trained / "model.json").is_file():
-                await self._call("train", ["--champion", self._serving().model, "--out", str(trained)])
+                await self._call(
+                    "train", ["--champion", self._serving().model, "--out", str(trained), *wanted]
+                )
             await self._judge(trained, job)
             job.trained = True
         if failed is not None:
@@ -286,7 +338,8 @@ class Retraining:
                     blamed |= judged is not None and str(judged) in line
                     self._tell(line)
 
-                status, out = await self._process(verb, arguments, on_line)
+                self._child = asyncio.ensure_future(self._process(verb, arguments, on_line))
+                status, out = await self._child
         except TimeoutError as error:
             if loop.time() >= end:
                 log.error(f"{verb}_timed_out", seconds=self._timeout)
@@ -297,6 +350,16 @@ class Retraining:
             log.error(f"{verb}_failed", reason=str(error), last_words="\n".join(words))
             self._tell(f"{verb} failed: {error}")
             raise _FailedError(final=False) from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if not self._stopping or (task is not None and task.cancelling()):
+                raise
+            log.info(f"{verb}_stopped")
+            raise _FailedError(final=True) from error
+        finally:
+            if self._child is not None:
+                self._child.cancel()
+            self._child = None
         last_words = "\n".join(words)
         if status == 0:
             if words:

@@ -52,8 +52,8 @@ class View:
     """The newest signal of each symbol and some before it, and what was wrong with the last groups.
 
     All of it is bounded, and so is what waits for a viewer. `about` says whose view it is. The state is the
-    signals, the groups and requests worth a word, who looks, and the whole as an event, made when somebody
-    needs it.
+    signals, the groups and requests worth a word, how the training stands, who looks, and the whole as an
+    event, made when somebody needs it.
     """
 
     def __init__(self, root: str, timeframe: str, about: Mapping[str, object]) -> None:
@@ -65,6 +65,7 @@ class View:
         self._count: dict[str, int] = {}
         self._troubled: deque[bytes] = deque(maxlen=GROUPS)
         self._lacking: deque[bytes] = deque(maxlen=GAPS)
+        self._training = b"null"
         self._viewers: set[Viewer] = set()
         self._whole: bytes | None = None
 
@@ -112,9 +113,10 @@ class View:
         if self._whole is None:
             self._whole = event(
                 "state",
-                b'{"about":%b,"signals":%b,"groups":%b,"gaps":%b}'
+                b'{"about":%b,"training":%b,"signals":%b,"groups":%b,"gaps":%b}'
                 % (
                     self._about,
+                    self._training,
                     _array(self._newest.values()),
                     _array(self._troubled),
                     _array(self._lacking),
@@ -134,6 +136,11 @@ class View:
         finally:
             self._viewers.remove(viewer)
 
+    def training(self, stand: bytes) -> None:
+        """Tell how a training stands, as JSON."""
+        self._training, self._whole = stand, None
+        self._spread(event("training", stand))
+
     def _take(self, topic: str, payload: bytes) -> None:
         symbol = topic.removeprefix(self._signals)
         before = self._newest.pop(symbol, None)
@@ -152,9 +159,11 @@ class View:
         self._whole = None
         if self._viewers:
             parts = (group, _array(signals), _array(gaps))
-            update = event("group", b'{"group":%b,"signals":%b,"gaps":%b}' % parts)
-            for place, viewer in enumerate(self._viewers):
-                viewer.put(update, place * APART_SECONDS)
+            self._spread(event("group", b'{"group":%b,"signals":%b,"gaps":%b}' % parts))
+
+    def _spread(self, update: bytes) -> None:
+        for place, viewer in enumerate(self._viewers):
+            viewer.put(update, place * APART_SECONDS)
 
 
 class Viewer:

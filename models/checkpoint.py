@@ -235,8 +235,16 @@ def _body(trained: Trained | LatentTrained) -> dict[str, Any]:
         "architecture": asdict(trained.net.architecture),
         "features": feature_names(s.timeframe, s.horizons),
         "scaling": _scaling_body(s),
-        "record": asdict(trained.record),
+        "record": _record(trained.record),
     }
+
+
+def _record(record: Record) -> dict[str, Any]:
+    """As JSON; a rate that was not given is left out, as ids are older than it is."""
+    told = asdict(record)
+    if record.rate is None:
+        del told["rate"]
+    return told
 
 
 def _latent_body(trained: LatentTrained) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Record(Past):
     accumulate: int = 1  # parts of a batch in each process
     stopped: tuple[str, ...] = ()  # phases that ended early, as no look was better any more
     steps: int = 0  # that each phase was to take at most; 0 where an older record does not say
+    rate: float | None = None  # of learning in the phase of the diffusion, where it was given
 
 
 class Model(Protocol):

@@ -74,6 +74,7 @@ def train(
     preset: str | None = None,
     precision: str = "fp32",
     accumulate: int = 1,
+    rate: float | None = None,
     state: Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> Trained:
@@ -86,7 +87,8 @@ def train(
     weights; what that model has learnt from, the record counts as learnt from. Each member then begins with
     weights that have seen the block it leaves out, so that its CRPS there flatters it. `preset` names the
     sizes of the network, by default those of the starting model. `precision` is fp32 or bf16, of the losses
-    only; `accumulate` is the number of parts in which a process computes a batch.
+    only; `accumulate` is the number of parts in which a process computes a batch. `rate` is the denoiser's
+    highest rate of learning.
 
     `state` is a file that is written at the end of each epoch. Where it is already there, of the same bars,
     options and version, the training goes on from it, to the bits of one that was not interrupted; whoever
@@ -104,7 +106,7 @@ def train(
     data = split(histories, timeframe, tuple(horizons), until, folder, validation=0.0, hold_out=hold_out)
     if preset is None:
         preset = (init_from and init_from[1].net.architecture.preset) or PRESET
-    training = _Training(data, tuple(levels), seed, steps, state, preset)
+    training = _Training(data, tuple(levels), seed, steps, state, preset, rate)
     cap = inf if seconds is None else seconds / 2
     trained = training.run(accelerator, cap, None if seconds is None else clock, init_from, progress)
     accelerator.end_training()
@@ -135,8 +137,9 @@ class _Training:
         steps: int | None,
         state: Path | None,
         preset: str = PRESET,
+        rate: float | None = None,
     ) -> None:
-        self.data, self.seed, self.state = data, seed, state
+        self.data, self.seed, self.state, self.rate = data, seed, state, rate
         self.levels = torch.tensor(levels, dtype=torch.float64)
         self.learn = data.learn
         self.steps = steps or min(max(len(self.learn) // 60, LEAST_STEPS), MOST_STEPS)
@@ -174,6 +177,7 @@ class _Training:
             "precision": "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
             "processes": accelerator.num_processes,
             "accumulate": accelerator.gradient_accumulation_steps,
+            "rate": self.rate,
         }
         file = None if self.state is None else StateFile(self.state, self._key(options, seconds))
         phases = [
@@ -189,7 +193,7 @@ class _Training:
             Phase(
                 name="denoiser",
                 modules=[net.encoder, net.denoiser],
-                rate=DENOISER_RATE,
+                rate=DENOISER_RATE if self.rate is None else self.rate,
                 loss=self._denoiser_loss,
                 look=self._denoiser_energy,
                 prepare=self._prepare_denoiser,

@@ -149,13 +149,18 @@ def state_directory(case: Case) -> Found:
 def passwords(case: Case) -> Found:
     """Their files are for those alone who need them."""
     settings, found = case.settings, False
-    for table, given in (("mqtt", settings.mqtt), ("journal", settings.journal)):
-        if given is None or (file := given.password_file) is None:
+    files = {"mqtt.password_file": settings.mqtt.password_file}
+    if settings.journal:
+        files["journal.password_file"] = settings.journal.password_file
+    if settings.http:
+        files["http.token_file"] = settings.http.token_file
+    for key, file in files.items():
+        if file is None:
             continue
         mode = stat.S_IMODE(file.stat().st_mode)
         if mode & stat.S_IROTH:
             found = True
-            said = f"{table}.password_file: {file} has mode {mode:o}: every user may read it"
+            said = f"{key}: {file} has mode {mode:o}: every user may read it"
             yield "warn", said, f"chmod o= {file}"
     if not found:
         yield "ok", "none that every user may read", ""

@@ -75,7 +75,7 @@ def worker(config: ConfigFile) -> None:
         listening = 0
     if not listening:
         raise ConfigError("standard input is no listening socket; let systemd start barcast-retrain@.socket")
-    work(listener, {verb: _children(config)[verb] for verb in ("train", "gate")})
+    work(listener, {verb: _children(config)[verb] for verb in ("train", "gate", "choices")})
 
 
 @app.command(rich_help_panel=LIVE)
@@ -276,7 +276,7 @@ def publish(
 @app.command(rich_help_panel=LIVE)
 def ctl(
     config: ConfigFile,
-    verb: Annotated[str, typer.Argument(help="state, retrain, reload, pause, resume or rollback.")],
+    verb: Annotated[str, typer.Argument(help="state, retrain, stop, reload, pause, resume or rollback.")],
     wait: Annotated[
         bool, typer.Option("--wait", help="Of retrain and reload: follow it, and say what came of it.")
     ] = False,
@@ -366,6 +366,10 @@ def train_challenger(
     config: ConfigFile,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory to write the challenger into.")],
     champion: Annotated[str, typer.Option(help="Model id in the instance's store, or a baseline.")],
+    wanted: Annotated[
+        str | None,
+        typer.Option("--settings", help="JSON of `daemon.panel.TrainingSettings`."),
+    ] = None,
     parent: Parent = None,
 ) -> None:
     """Train a challenger on all bars that an instance knows. The daemon runs this.
@@ -373,6 +377,7 @@ def train_challenger(
     It has the champion's horizons, so that the gate can compare them.
     """
     from barcast.daemon import challenger
+    from barcast.daemon.panel import TrainingSettings
     from barcast.daemon.store import ModelStore
 
     settings, histories = _known(config, parent)
@@ -381,9 +386,26 @@ def train_challenger(
     steps = settings.retrain.steps if settings.retrain else None
     with epochs() as stand:
         model, trained = challenger.train_challenger(
-            histories, out_dir, settings.timeframe, card, store.path(champion), steps, stand
+            histories,
+            out_dir,
+            settings.timeframe,
+            card,
+            store.path(champion),
+            steps,
+            stand,
+            None if wanted is None else TrainingSettings.decode(wanted),
         )
     tell_model(model, trained, out_dir)
+
+
+@app.command(hidden=True)
+def train_choices(config: ConfigFile, parent: Parent = None) -> None:
+    """Say as JSON what can be chosen of a training here, and what that takes. The daemon runs this."""
+    import json
+
+    from barcast.models.choices import choices
+
+    print(json.dumps(choices(_giving_way(config, parent).timeframe)))
 
 
 @app.command(rich_help_panel=LIVE)
@@ -537,11 +559,8 @@ def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]
     """The settings of an instance and all bars that it knows, in a process that gives way to all others."""
     from barcast.daemon.app import WallClock
     from barcast.daemon.bars import known_bars
-    from barcast.daemon.config import Retrain, load
-    from barcast.daemon.trainer import give_way
 
-    settings = load(config)
-    give_way((settings.retrain or Retrain()).nice, parent)
+    settings = _giving_way(config, parent)
     say = now_and_then()
     histories = known_bars(
         settings.state_dir,
@@ -553,8 +572,19 @@ def _known(config: Path, parent: int | None) -> "tuple[Config, dict[str, Window]
     return settings, histories
 
 
+def _giving_way(config: Path, parent: int | None) -> "Config":
+    """The settings of an instance, in a process that gives way to all others."""
+    from barcast.daemon.config import Retrain, load
+    from barcast.daemon.trainer import give_way
+
+    settings = load(config)
+    give_way((settings.retrain or Retrain()).nice, parent)
+    return settings
+
+
 def _children(config: Path) -> dict[str, list[str]]:
     """Verbs of the daemon's processes about an instance, and the argument list that begins each."""
-    names = {"train": "train-challenger", "gate": "gate", "compact": "compact", "verify": "verify"}
+    names = {verb: verb for verb in ("gate", "compact", "verify")}
+    names |= {"train": "train-challenger", "choices": "train-choices"}
     me = [sys.executable, "-m", "barcast.backtest.cli"]
     return {verb: [*me, name, str(config)] for verb, name in names.items()}

@@ -135,6 +135,12 @@ def train(
     accumulate: Annotated[
         int, typer.Option(help="Parts in which a batch is computed, one after another.", min=1)
     ] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Highest rate of learning in the phase of the diffusion. \\[default: 0.001]", min=1e-6, max=1
+        ),
+    ] = None,
     image_size: Annotated[
         int | None,
         typer.Option(help="Pixels of a side of an ldm4ts's images: 64, 128, 224 or 256. \\[default: 64]"),
@@ -172,8 +178,8 @@ def train(
     """Train a model on bars closed before --until and write a checkpoint.
 
     An ensemble averages the quantiles of its members, with weights for each horizon that the validation part
-    of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --preset,
-    --precision and --accumulate go with sssd and ldm4ts alone, --init-from with sssd; --image-size,
+    of the bars chose; it holds copies of members that are checkpoints. --steps, --minutes, --rate,
+    --preset, --precision and --accumulate go with sssd and ldm4ts alone, --init-from with sssd; --image-size,
     --vae, --text, --attention and --checkpoint-gradients with ldm4ts.
 
     The same command again goes on with a training that was interrupted. Several processes share a training
@@ -181,7 +187,7 @@ def train(
     """
     wrong: dict[str, object] = {"--seed": seed} if kind == Kind.ensemble else {"--member": member}
     if kind not in DIFFUSED:
-        wrong |= {"--steps": steps, "--minutes": minutes, "--preset": preset}
+        wrong |= {"--steps": steps, "--minutes": minutes, "--preset": preset, "--rate": rate}
         wrong |= {"--precision": precision != Precision.fp32, "--accumulate": accumulate > 1}
     wrong |= {"--init-from": init_from} if kind != Kind.sssd else {}
     if kind != Kind.ldm4ts:
@@ -225,6 +231,7 @@ def train(
             preset=preset,
             precision=precision,
             accumulate=accumulate,
+            rate=rate,
             latent_options={
                 "image": image_size,
                 "vae": vae,
@@ -379,6 +386,7 @@ def _train(
     preset: str | None,
     precision: str,
     accumulate: int,
+    rate: float | None,
     latent_options: Mapping[str, Any],
 ) -> bool:
     """Train, or go on with what was interrupted, and write the model; False in processes that only help."""
@@ -401,7 +409,7 @@ def _train(
     if kind in DIFFUSED:
         seconds = None if minutes is None else 60 * minutes
         outputs |= {"steps": steps, "seconds": seconds, "clock": time.monotonic, "seed": seed, "state": state}
-        outputs |= {"precision": precision, "accumulate": accumulate}
+        outputs |= {"precision": precision, "accumulate": accumulate, "rate": rate}
         with epochs() as stand:
             if kind == Kind.sssd:
                 trained = training.train(bars, **outputs, init_from=start, preset=preset, progress=stand)
@@ -479,7 +487,8 @@ def epochs() -> "Iterator[Callable[[Stand], None]]":
         if p.note:
             logger.info("training", note=p.note)
         if p.crps is not None:
-            logger.info("epoch", phase=p.phase, step=p.step, steps=p.steps, loss=p.loss, crps=p.crps)
+            stand = {"phase": p.phase, "step": p.step, "steps": p.steps, "done": p.done, "total": p.total}
+            logger.info("epoch", **stand, loss=p.loss, crps=p.crps)
 
     yield line
 

@@ -100,6 +100,7 @@ def train(
     checkpoint_gradients: bool = False,
     precision: str = "fp32",
     accumulate: int = 1,
+    rate: float | None = None,
     state: Path | None = None,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> LatentTrained:
@@ -153,7 +154,7 @@ def train(
 
     def begin(size: int) -> _Training:
         a = replace(asked, image=size)
-        return _Training(data, tuple(levels), seed, steps, state, a, given, language)
+        return _Training(data, tuple(levels), seed, steps, state, a, given, language, rate)
 
     training = begin(asked.image)
 
@@ -191,8 +192,11 @@ class _Training:
         a: LatentArchitecture,
         given: nn.Module | None = None,
         language: Language | None = None,
+        rate: float | None = None,
     ) -> None:
         self.data, self.seed, self.state = data, seed, state
+        self.rates = RATES if rate is None else RATES | {"diffusion": rate}
+        self.rate = rate
         self.memory, self.key = StateMemory(), ""
         self.piece = PIECE
         self.learn = data.learn
@@ -260,6 +264,7 @@ class _Training:
             "accumulate": accelerator.gradient_accumulation_steps,
             "attention": str(plan.backend),
             "checkpointed": plan.gradient_checkpointing,
+            "rate": self.rate,
         }
         self.key = self.key or self._key(options, seconds)  # by what was asked for, wherever it leads
         file: StateFile | StateMemory = self.memory
@@ -275,7 +280,9 @@ class _Training:
         if self.given:
             of["autoencoder"] = [net.read], self._read_loss, self._image_error, self._prepare_latents
         phases = [
-            Phase(name, modules, RATES[name], loss, look, prepare, margin=MARGIN if name == "gate" else 0.0)
+            Phase(
+                name, modules, self.rates[name], loss, look, prepare, margin=MARGIN if name == "gate" else 0.0
+            )
             for name, (modules, loss, look, prepare) in of.items()
         ]
         budget = Budget(self.steps, seconds, clock)

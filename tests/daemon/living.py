@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from barcast.daemon.app import Daemon, Outside
 from barcast.daemon.config import is_loopback, load
+from barcast.daemon.control import Answer, Order
 from barcast.daemon.http import Shown
 from barcast.daemon.journal import Journal
 from barcast.daemon.live import Scribe
@@ -79,8 +80,13 @@ async def at_work(made: Daemon) -> AsyncIterator[list[Outgoing]]:
         made.scribe.close()
 
 
-def showing(view: View | None = None, charts: Mapping[str, bytes] = MappingProxyType({})) -> Shown:
-    """What a page shows without a daemon: a view, charts by symbol, and that all is well."""
+def showing(
+    view: View | None = None,
+    charts: Mapping[str, bytes] = MappingProxyType({}),
+    reports: Mapping[str, bytes] = MappingProxyType({}),
+    token: str | None = None,
+) -> Shown:
+    """What a page shows without a daemon: a view, charts by symbol, reports, and that all is well."""
 
     async def activations() -> bytes:
         return b"[]"
@@ -88,7 +94,28 @@ def showing(view: View | None = None, charts: Mapping[str, bytes] = MappingProxy
     async def beat() -> bytes:
         return b'{"now":"2023-11-14T22:20:00Z","not":[],"paused":false}'
 
-    return Shown(view or View("t", "1m", {}), charts.get, activations, beat, is_loopback)
+    async def order(given: Order) -> Answer:
+        return Answer(refused=f"{given.verb}: nobody is at work")
+
+    async def nothing() -> bytes:
+        return b"null"
+
+    async def report(name: str) -> bytes | None:
+        return reports.get(name)
+
+    return Shown(
+        view or View("t", "1m", {}),
+        charts.get,
+        activations,
+        lambda: b"{}",
+        beat,
+        nothing,
+        nothing,
+        report,
+        is_loopback,
+        order,
+        token,
+    )
 
 
 async def deliver(made: Daemon, *messages: Message) -> None:

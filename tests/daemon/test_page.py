@@ -37,12 +37,12 @@ def app(shown=None):
     return page(metrics, lambda: {"moving": True}, ready, shown or showing())
 
 
-async def request(what, path, method="GET", headers=HERE, query=b""):
+async def request(what, path, method="GET", headers=HERE, query=b"", body=b""):
     """Status, headers and body of one request."""
     sent = []
 
     async def receive():
-        return {"type": "http.request", "body": b"", "more_body": False}
+        return {"type": "http.request", "body": body, "more_body": False}
 
     async def send(message):
         sent.append(message)

@@ -16,9 +16,10 @@ from structlog.testing import capture_logs
 
 from barcast.daemon import retraining
 from barcast.daemon.gate import Verdict
+from barcast.daemon.panel import Board, TrainingSettings
 from barcast.daemon.retraining import Result, Retraining, Serving
 from barcast.daemon.trainer import children
-from barcast.models import DataError, DiskFullError
+from barcast.models import ConfigError, DataError, DiskFullError
 
 TRAINS = (
     "import pathlib, sys; out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
@@ -49,14 +50,21 @@ class Job:
         self.promoted, self.refused, self.champion = [], [], "old"
         self.train, self.gate = train, gate
         self.left, self.margin, self.folder = left, 0.0, folder
-        self.limits = timeout, stall
+        self.limits, self.told = (timeout, stall), []
 
-    def start(self):
-        """The retraining, as it is after a start."""
+    def start(self, listen=None):
+        """The retraining, as it is after a start, and who listens to its board."""
         commands = Commands(self)
         run = children(commands, dict(os.environ))
+        board = Board(lambda: 7, listen or (lambda stand: self.told.append(json.loads(stand))))
         return Retraining(
-            self.folder, run, self._serving, *self.limits, lambda *given: self.promote(*given), self._refuse
+            self.folder,
+            run,
+            self._serving,
+            *self.limits,
+            lambda *given: self.promote(*given),
+            self._refuse,
+            board,
         )
 
     def _serving(self):
@@ -586,3 +594,82 @@ def test_long_lines_and_no_last_newline_are_heard(tmp_path):
     lines = []
     asyncio.run(children({"train": python(program)}, dict(os.environ))("train", [], lines.append))
     assert [line[:3] for line in lines] == ["xxx", "end"]
+
+
+TELLS = TRAINS.replace("write_text('{}')", "write_text(repr(sys.argv))")
+"""A training whose model is its own command line."""
+
+
+def test_settings_are_handed_to_the_training(tmp_path):
+    """They go with the training that was asked for, and with none after it; the board tells them."""
+    job, wanted = Job(tmp_path, TELLS, says(REFUSED)), TrainingSettings(kind="ldm4ts", image=128, rate=0.01)
+
+    async def main():
+        made = job.start()
+        found = []
+        for settings in (wanted, None):
+            made.ask("asked for", settings)
+            await made.run(await made.wanted())
+            found.append((tmp_path / "refused" / "trained" / "model.json").read_text())
+        return found
+
+    first, second = asyncio.run(main())
+    assert repr(wanted.encode()) in first
+    assert "--settings" not in second
+    assert job.told[0]["settings"] == {"kind": "ldm4ts", "image": 128, "rate": 0.01}
+    assert job.told[-1]["settings"] is None
+    assert (job.told[-1]["running"], job.told[-1]["result"]) == (False, "refused")
+    assert job.told[-1]["lines"][-1] == "challenger new: refused; worse"
+
+
+def test_what_was_left_by_another_training_is_not_judged_for_settings(tmp_path):
+    """A model that an earlier run could not have judged makes way for the one that is wanted now."""
+    offer(tmp_path, "trained")
+    job = Job(tmp_path, TELLS, says(REFUSED))
+
+    async def main():
+        made = job.start()
+        made.ask("asked for", TrainingSettings())
+        await made.run(await made.wanted())
+
+    asyncio.run(main())
+    assert "--settings" in (tmp_path / "refused" / "trained" / "model.json").read_text()
+
+
+HANGS = "import sys, time; print('at it', file=sys.stderr, flush=True); time.sleep(60)"
+
+
+@pytest.mark.parametrize("train", [HANGS, EXITS.replace("78", "1")], ids=["at work", "between two tries"])
+def test_training_can_be_stopped(tmp_path, monkeypatch, train):
+    """Its process is gone, it is not tried again, what waited for it is over; the next one works."""
+    monkeypatch.setattr(retraining, "RETRY_SECONDS", (60.0,))
+    job, heard = Job(tmp_path, train, says(ACCEPTED)), asyncio.Event()
+
+    def listen(stand):
+        job.told.append(json.loads(stand))
+        if any("at it" in line or "next try" in line for line in job.told[-1]["lines"]):
+            heard.set()
+
+    async def main():
+        made = job.start(listen)
+        with pytest.raises(ConfigError, match="no training is under way: there is nothing to stop"):
+            made.stop()
+        made.ask("first")
+        run = asyncio.ensure_future(made.run(await made.wanted()))
+        await heard.wait()
+        made.ask("second")
+        said = made.stop()
+        result = await run
+        assert not made.running
+        job.train = TRAINS
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(made.wanted(), 0.05)
+        made.ask("third")
+        return said, result, await made.run(await made.wanted())
+
+    began = time.monotonic()
+    said, result, after = asyncio.run(main())
+    assert time.monotonic() - began < 30
+    assert said.startswith("the training ends")
+    assert (result, after) == (Result.stopped, Result.promoted)
+    assert "stopped" in [each.get("result") for each in job.told]
