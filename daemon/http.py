@@ -2,8 +2,8 @@
 
 import asyncio
 import hashlib
+import hmac
 import json
-import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -255,7 +255,7 @@ def page(
         if shown.token is None:
             return _refused(403, "no orders are taken here: name a token_file in [http]")
         given = request.headers.get("authorization", "").encode("latin-1")
-        if not secrets.compare_digest(given, f"Bearer {shown.token}".encode()):
+        if not hmac.compare_digest(given, f"Bearer {shown.token}".encode()):
             return _refused(401, "orders need the token of [http]", {"WWW-Authenticate": "Bearer"})
         try:
             order = await _ordered(request)

@@ -162,7 +162,7 @@ def raw(folder, payload):
     [
         (b"{}\n", b"refused"),
         (b"state\n", b"send one line such as"),
-        (b'{"verb": "stop"}\n', b"none of state, retrain, reload, pause, resume, rollback"),
+        (b'{"verb": "dance"}\n', b"none of state, retrain, stop, reload, pause, resume, rollback"),
         (b'{"verb": "state", "now": 1}\n', b"unknown field"),
         (b"x" * (worker.LINE_BYTES + 2), b"refused"),
         (b'{"verb": "state", "to": "fhs"}\n', b"`to` goes with the verb rollback, not state"),
