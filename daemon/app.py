@@ -288,8 +288,7 @@ class Daemon:
         if self.view is None:
             self.sink = LiveSink(self.scribe, self.source, self.courier)
         else:
-            sent = journal.sent(self.view.prefix, view.REMEMBERED)
-            await asyncio.to_thread(self.view.remember, sent)
+            self.view.remember(await asyncio.to_thread(list, journal.sent(self.view.prefix, view.REMEMBERED)))
             self.sink = LiveSink(self.scribe, self.source, self.courier, self.view.told)
         self.vitals = Vitals(self.source, self.pipeline, self.notifier)
         self.newcomers = Newcomers(config, self.clock, self.pipeline, self.source)

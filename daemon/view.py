@@ -52,8 +52,9 @@ class View:
     """The newest signal of each symbol and some before it, and what was wrong with the last groups.
 
     All of it is bounded, and so is what waits for a viewer. `about` says whose view it is. The state is the
-    signals, the groups and requests worth a word, how the training stands, who looks, and the whole as an
-    event, made when somebody needs it.
+    signals, the groups and requests worth a word, the close of the first group that was told (None: none was
+    yet, and nothing is known of those before), how the training stands, who looks, and the whole as an event,
+    made when somebody needs it. It belongs to the event loop.
     """
 
     def __init__(self, root: str, timeframe: str, about: Mapping[str, object]) -> None:
@@ -66,6 +67,7 @@ class View:
         self._troubled: deque[bytes] = deque(maxlen=GROUPS)
         self._lacking: deque[bytes] = deque(maxlen=GAPS)
         self._training = b"null"
+        self._since: str | None = None
         self._viewers: set[Viewer] = set()
         self._whole: bytes | None = None
 
@@ -74,11 +76,16 @@ class View:
         """What the topics of signals begin with."""
         return self._signals
 
-    def remember(self, sent: Iterable[tuple[str, bytes]]) -> None:
-        """Take signals of before, topic and payload, the newest first, as the journal gives them."""
-        for topic, payload in reversed(list(sent)):
+    def remember(self, sent: Sequence[tuple[str, bytes]]) -> None:
+        """Take signals of before, topic and payload, the newest first, as the journal gives them.
+
+        Who looks already, as one may while the journal is read, is sent the whole again.
+        """
+        for topic, payload in reversed(sent):
             self._take(topic, payload)
         self._whole = None
+        for viewer in self._viewers:
+            viewer.begin_again()
 
     def told(self, messages: Sequence[Outgoing]) -> None:
         """Take messages that were committed, group by group, and hand them on to who looks."""
@@ -94,8 +101,9 @@ class View:
                 self._take(topic, payload)
                 signals.append(payload)
             elif topic == self._groups:
-                group = payload
-                if _is_troubled(payload):
+                group, found = payload, _group.decode(payload)
+                self._since = self._since or found.close_time
+                if found.straggler or found.withheld or found.missing or found.refused or found.shed:
                     self._troubled.append(payload)
             elif topic.startswith(self._gaps):
                 self._lacking.append(payload)
@@ -113,10 +121,11 @@ class View:
         if self._whole is None:
             self._whole = event(
                 "state",
-                b'{"about":%b,"training":%b,"signals":%b,"groups":%b,"gaps":%b}'
+                b'{"about":%b,"training":%b,"since":%b,"signals":%b,"groups":%b,"gaps":%b}'
                 % (
                     self._about,
                     self._training,
+                    msgspec.json.encode(self._since),
                     _array(self._newest.values()),
                     _array(self._troubled),
                     _array(self._lacking),
@@ -185,6 +194,12 @@ class Viewer:
             self._behind = True
         asyncio.get_running_loop().call_later(after, self._news.set)
 
+    def begin_again(self) -> None:
+        """Let the whole be sent, and nothing that waits."""
+        self._updates.clear()
+        self._behind = True
+        self._news.set()
+
     async def next(self) -> bytes:
         """The next event, as soon as there is one."""
         while not (self._behind or self._updates):
@@ -229,11 +244,6 @@ def activations(records: Iterable[Record]) -> bytes:
     return msgspec.json.encode(
         [{"time": wire.to_text(record.time), "champion": msgspec.Raw(record.payload)} for record in newest]
     )
-
-
-def _is_troubled(group: bytes) -> bool:
-    found = _group.decode(group)
-    return bool(found.straggler or found.withheld or found.missing or found.refused or found.shed)
 
 
 def _array(parts: Iterable[bytes]) -> bytes:

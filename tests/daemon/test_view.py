@@ -35,14 +35,13 @@ def done(*symbols, **fields):
         schema=1,
         id="",
         timeframe="1m",
-        close_time="2026-11-22T10:00:00Z",
         previous=None,
         straggler=False,
         symbols=list(symbols),
         model="m",
         valid_until="2026-11-22T10:02:00Z",
         tradable=True,
-        **{"withheld": {}, "missing": []} | fields,
+        **{"close_time": "2026-11-22T10:00:00Z", "withheld": {}, "missing": []} | fields,
     )
     return Outgoing("", "t/groups/1m", view.msgspec.json.encode(group), False, None)
 
@@ -80,7 +79,8 @@ def test_viewers_get_the_bytes_of_the_messages():
     signals = [m for m in messages if "/signals/" in m.topic]
     shown = empty()
     first, update = play(followed(shown, messages[-4:]))
-    assert parsed(first) == ("state", {"about": {"instance": "me"}, "signals": [], "groups": [], "gaps": []})
+    nothing = {"training": None, "since": None, "signals": [], "groups": [], "gaps": []}
+    assert parsed(first) == ("state", {"about": {"instance": "me"}, **nothing})
     assert parsed(update)[0] == "group"
     assert all(m.payload in update for m in messages[-4:] if "/targets/" not in m.topic)
     shown.told(messages)
@@ -117,9 +117,36 @@ def test_some_earlier_signals_are_kept():
             shown.told(seen(number, "A"))
     numbers = [json.loads(payload)[1] for payload in shown.signals("A")]
     assert numbers == [48, 56, 64, 72, 80, 88, 96, 99][-view.FANS - 1 :]
-    again.remember((m.topic, m.payload) for m in (signal("A", number) for number in reversed(range(100))))
+    again.remember([(m.topic, m.payload) for m in (signal("A", number) for number in reversed(range(100)))])
     assert again.signals("A") == shown.signals("A")
     assert again.signals("B") == []
+
+
+def test_who_looked_before_is_told_what_is_remembered():
+    """A page is served while the journal is read: who has the empty state already gets the whole of it."""
+
+    async def story():
+        shown = empty()
+        with shown.watched() as viewer:
+            await viewer.next()
+            waiting = asyncio.create_task(viewer.next())
+            await asyncio.sleep(0)
+            shown.remember([(m.topic, m.payload) for m in (signal("B", 1), signal("A", 1))])
+            async with asyncio.timeout(10):
+                return parsed(await waiting)
+
+    name, state = play(story())
+    assert (name, state["signals"]) == ("state", [["A", 1], ["B", 1]])
+
+
+def test_since_when_groups_are_known_is_said():
+    """From the first that was told: of those before a start nothing is known, well or not."""
+    shown = empty()
+    shown.remember([(signal("A", 1).topic, signal("A", 1).payload)])
+    assert parsed(shown.whole())[1]["since"] is None
+    shown.told([done("A", close_time="2026-11-22T10:00:00Z")])
+    shown.told([done("A", close_time="2026-11-22T10:01:00Z")])
+    assert parsed(shown.whole())[1]["since"] == "2026-11-22T10:00:00Z"
 
 
 def test_symbols_are_bounded(monkeypatch):
