@@ -14,7 +14,6 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
-from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -152,7 +151,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Headers:
-    """Puts `HEADERS` on every answer, also on those that nobody here wrote."""
+    """Puts `HEADERS` on every answer, also on those that nobody here wrote, and on faults."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -202,7 +201,7 @@ def page(
     alive: Callable[[], Mapping[str, bool]],
     ready: Callable[[], Awaitable[Mapping[str, bool]]],
     shown: Shown,
-) -> Starlette:
+) -> ASGIApp:
     """All addresses. `metrics` gives Prometheus' text.
 
     `alive` and `ready` give conditions by name: 200 when all of them hold, else 503, and which do not. The
@@ -301,10 +300,9 @@ def page(
             Route("/backtests/{name}", local(report)),
             Route("/orders/{verb}", local(orders), methods=["POST"]),
         ],
-        middleware=[Middleware(_Headers)],
     )
     app.router.redirect_slashes = False  # it reads queries of any bytes as text, and raises
-    return app
+    return _Headers(app)  # not as its middleware, which an answer to a fault does not pass
 
 
 class _Asset:
@@ -322,7 +320,7 @@ class _Asset:
 
 
 @asynccontextmanager
-async def serving(listening: socket.socket, what: Starlette) -> AsyncIterator[None]:
+async def serving(listening: socket.socket, what: ASGIApp) -> AsyncIterator[None]:
     """Answer as long as the body runs; then close at once, whoever is still asking."""
     task = asyncio.create_task(_serve(listening, what), name="http")
     try:
@@ -333,7 +331,7 @@ async def serving(listening: socket.socket, what: Starlette) -> AsyncIterator[No
             await task
 
 
-async def _serve(listening: socket.socket, what: Starlette) -> None:
+async def _serve(listening: socket.socket, what: ASGIApp) -> None:
     server = _Server(
         uvicorn.Config(
             what,

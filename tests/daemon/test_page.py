@@ -6,7 +6,9 @@ import random
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
@@ -72,22 +74,38 @@ def ask(*arguments, **options):
 
 
 def test_every_answer_has_the_headers():
-    """Found or not, allowed or not, of the page or of the metrics: the policy is on each."""
-    answers = [
-        (200, "/"),
-        (200, "/page/app.mjs"),
-        (200, "/metrics"),
-        (200, "/activations"),
-        (404, "/nothing"),
-        (404, "/page/../http.py"),
-        (200, "/symbols/A"),
+    """Found or not, allowed or not, of page or metrics, or a fault: the policy is on each."""
+    evil = {"Host": "evil.example"}
+    faulty = replace(showing(), chart=lambda symbol: b"{}" if symbol == "A" else 1 / 0)
+    asked = [
+        (200, "GET", "/", {}),
+        (200, "GET", "/page/app.mjs", {}),
+        (200, "GET", "/metrics", {}),
+        (200, "GET", "/activations", {}),
+        (404, "GET", "/nothing", {}),
+        (404, "GET", "/page/../http.py", {}),
+        (200, "GET", "/symbols/A", {}),
+        *((405, "POST", path, {}) for path in ("/", "/events", "/symbols/A", "/metrics")),
+        (421, "GET", "/", evil),
+        (200, "HEAD", "/events", {}),
+        (500, "GET", "/symbols/B", {}),
     ]
-    told = [(status, ask(app(), path)) for status, path in answers]
-    told += [(405, ask(app(), path, "POST")) for path in ("/", "/events", "/symbols/A", "/metrics")]
-    told += [(421, ask(app(), "/", headers=((b"host", b"evil.example"),)))]
-    told += [(200, ask(app(), "/events", "HEAD"))]
-    for status, (found, headers, _) in told:
-        assert found == status
+
+    def answered(port, method, path, headers):
+        with closing(HTTPConnection("127.0.0.1", port, timeout=10)) as connection:
+            connection.request(method, path, headers=headers)
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders())
+
+    async def story():
+        listening = listen("127.0.0.1", 0)
+        port = listening.getsockname()[1]
+        async with serving(listening, app(faulty)):
+            return [await asyncio.to_thread(answered, port, *what) for _, *what in asked]
+
+    told = play(story())
+    assert [status for status, _ in told] == [status for status, *_ in asked]
+    for _, headers in told:
         assert HEADERS.items() <= {key.title(): value for key, value in headers.items()}.items()
     assert HEADERS.keys() == {
         "Content-Security-Policy",
