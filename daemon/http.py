@@ -30,19 +30,20 @@ AT_ONCE = 64
 """Connections at once; one more is answered with 503. A browser that looks takes two, at first six."""
 IDLE_SECONDS = 30
 """How long a connection may take until its first or next request: longer than between two scrapes, mostly."""
-STALLED_SECONDS = 30
-"""How long a client may take nothing of what is sent to it."""
+STALLED_SECONDS = 60
+"""How long a client may take less than `LEAST_TAKEN` of what waits for it."""
+LEAST_TAKEN = 16_384
+"""Bytes: slower than the slowest line of a phone, faster than who only wants to hold memory."""
 ENDING_SECONDS = 0.1
 """How long answers under way have at the end to notice that nobody hears them any more."""
 BEAT_SECONDS = 5
 """How often a viewer is told the time, so that it knows whether it still hears."""
 
 ASSETS = Path(__file__).with_name("page")
-"""The files of the page."""
+"""Where the files of the page are, of these kinds; what else lies there is none of them."""
 KINDS = {
     ".html": "text/html",
     ".css": "text/css",
-    ".js": "text/javascript",
     ".mjs": "text/javascript",
     ".svg": "image/svg+xml",
     ".txt": "text/plain",
@@ -106,9 +107,10 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose request does not come, or whose client does not read.
+    """Closes a connection whose request does not come, or whose client hardly reads.
 
-    uvicorn waits for good for the first one, and for the second.
+    uvicorn waits for good for the first one, and for the second. What waits for a client is one answer or
+    event at most: nothing is written while the transport is full.
     """
 
     _stalled: asyncio.TimerHandle | None = None
@@ -123,12 +125,23 @@ class _Protocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._stalled = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+        self._allow(self.transport.get_write_buffer_size())
 
     def resume_writing(self) -> None:
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def _allow(self, waiting: int) -> None:
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self._look, waiting)
+
+    def _look(self, before: int) -> None:
+        """Give a client that reads slowly more time, for as long as it does."""
+        waiting = self.transport.get_write_buffer_size()
+        if before - waiting < LEAST_TAKEN:
+            self.transport.abort()
+        else:
+            self._allow(waiting)
 
     def _await_request(self) -> None:
         self.loop.call_later(IDLE_SECONDS, self._expire, self.cycle)
@@ -275,7 +288,7 @@ def page(
 
         return asked
 
-    files = {path.name: _Asset(path) for path in ASSETS.iterdir()}
+    files = {path.name: _Asset(path) for path in ASSETS.iterdir() if path.suffix in KINDS}
 
     async def index(request: Request) -> Response:
         return files["index.html"].answer(request)

@@ -7,8 +7,11 @@ import socket
 import urllib.error
 import urllib.request
 from contextlib import suppress
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
 from barcast.daemon import http
 from barcast.daemon.http import AT_ONCE, listen, page, serving
@@ -168,3 +171,61 @@ def test_a_crowd_is_turned_away():
             return status
 
     assert play(story()) == 503
+
+
+class Line:
+    """A transport to a client that takes so many bytes in each span, and the loop that lets these pass."""
+
+    def __init__(self, waiting, *taken):
+        self.waiting, self._taken, self.aborted, self._calls = waiting, list(taken), False, []
+
+    def get_write_buffer_size(self):
+        """What waits."""
+        return self.waiting
+
+    def get_extra_info(self, _name):
+        """Nothing is known of it."""
+
+    def abort(self):
+        """It is cut."""
+        self.aborted = True
+
+    def call_later(self, seconds, call, *arguments):
+        """What is to be done after a span."""
+        handle = SimpleNamespace(cancel=lambda: self._calls.remove(what))
+        if seconds == http.STALLED_SECONDS:
+            self._calls.append(what := (call, arguments))
+        return handle
+
+    def run(self):
+        """Let all spans pass; give how many did."""
+        spans = 0
+        while self._calls:
+            self.waiting -= self._taken[spans]
+            spans += 1
+            call, arguments = self._calls.pop()
+            call(*arguments)
+        return spans
+
+
+@pytest.mark.parametrize(
+    ("taken", "spans"),
+    [((0,), 1), ((100,), 1), ((http.LEAST_TAKEN,) * 5 + (0,), 6), ((10**6, 10**6, http.LEAST_TAKEN - 1), 3)],
+)
+def test_who_reads_slowly_is_given_time(taken, spans):
+    """As long as something worth it is taken in each span; who takes nothing, or bytes, is cut off."""
+    line = Line(3_000_000, *taken)
+    protocol = http._Protocol(uvicorn.Config(pages()), ServerState(), {}, line)
+    protocol.connection_made(line)
+    protocol.pause_writing()
+    assert (line.run(), line.aborted) == (spans, True)
+
+
+def test_who_has_read_all_is_not_cut_off():
+    """The span ends with what waited."""
+    line = Line(100)
+    protocol = http._Protocol(uvicorn.Config(pages()), ServerState(), {}, line)
+    protocol.connection_made(line)
+    protocol.pause_writing()
+    protocol.resume_writing()
+    assert (line.run(), line.aborted) == (0, False)

@@ -181,6 +181,15 @@ def test_a_file_that_is_known_is_not_sent_again():
     assert (again[0], again[2]) == (304, b"")
 
 
+def test_a_stray_file_is_no_fault(tmp_path, monkeypatch):
+    """What an editor or a system leaves among the files of the page is not served, and stops nothing."""
+    for name in ("index.html", "app.mjs~", ".DS_Store", "README"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "__pycache__").mkdir()
+    monkeypatch.setattr(http, "ASSETS", tmp_path)
+    assert [ask(app(), f"/page/{path.name}")[0] for path in sorted(tmp_path.iterdir())] == [404] * 4 + [200]
+
+
 def test_it_needs_nothing_from_elsewhere():
     """No script or style in the markup, no other host but in links, every file it names is there."""
     text = (ASSETS / "index.html").read_text("utf-8")
