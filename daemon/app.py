@@ -504,7 +504,7 @@ class Daemon:
 
     async def _beat(self) -> bytes:
         """What time it is on the instance's clock, and what does not hold."""
-        ready = await self.metrics.ready()
+        ready = await self.metrics.lately()
         said = {
             "now": wire.to_text(self.clock.now()),
             "not": [name for name, holds in ready.items() if not holds],

@@ -37,6 +37,8 @@ from barcast.models import DataError
 
 ANSWER_SECONDS = 1.0
 """How long the journal's thread may be busy until its disk is taken to stand still."""
+LOOK_SECONDS = 4.0
+"""How long all who look on make do with one answer of the journal's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,8 @@ class Metrics(Collector):
     """Says how the daemon is: to a scrape in numbers, to those who ask whether it is well by conditions.
 
     The state is the standby that it is (None: it is none), the parts (None until the daemon has recovered),
-    what they had counted until then, the moment of it, what was last known of the disk, and whether the
-    journal's thread answered in time.
+    what they had counted until then, the moment of it, what was last known of the disk, whether the journal's
+    thread answered in time, and when it is asked again for those who look on.
     """
 
     def __init__(self, config: Config, clock: Clock) -> None:
@@ -80,6 +82,7 @@ class Metrics(Collector):
         self._parts: Parts | None = None
         self._storage = Storage(0, 0, 0)
         self._answered = False
+        self._looking, self._due = asyncio.Lock(), 0.0
         self._registry = CollectorRegistry()
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -105,6 +108,15 @@ class Metrics(Collector):
     async def ready(self) -> dict[str, bool]:
         """What must hold for bars to be processed."""
         await self._ask()
+        return self._conditions()
+
+    async def lately(self) -> dict[str, bool]:
+        """The same, however many ask: the journal's thread is asked once in a while for all of them."""
+        loop = asyncio.get_running_loop()
+        async with self._looking:
+            if self._parts is not None and loop.time() >= self._due:
+                await self._ask()
+                self._due = loop.time() + LOOK_SECONDS
         return self._conditions()
 
     def describe(self) -> Iterable[Metric]:
@@ -141,14 +153,14 @@ class Metrics(Collector):
         if self._parts is None:
             return
         scribe, state_dir = self._parts.scribe, self._config.state_dir
-        self._answered = False
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 pending = await scribe(scribe.journal.waiting)
                 self._storage = await scribe(_storage, pending, scribe.journal, state_dir)
-            self._answered = True
         except TimeoutError:
-            pass
+            self._answered = False
+        else:
+            self._answered = True
 
     def _conditions(self) -> dict[str, bool]:
         p = self._parts

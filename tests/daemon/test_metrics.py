@@ -1,5 +1,6 @@
 """What /metrics says is what happened: in this process, with a broker that is only pretended."""
 
+import asyncio
 import errno
 import os
 import threading
@@ -271,6 +272,25 @@ def test_a_disk_that_stands_still_is_no_journal(tmp_path, monkeypatch):
 
     before, during, said = play(story())
     assert (before["journal"], during["journal"], said["barcast_ready",]) == (True, False, 0)
+
+
+def test_who_looks_on_does_not_busy_the_journal(tmp_path, monkeypatch):
+    """However many pages are told how things stand, its thread is asked once for all, and again later."""
+    made, asked = daemon(tmp_path, TWO, START), []
+
+    async def story():
+        async with at_work(made):
+            waiting = made.scribe.journal.waiting
+            monkeypatch.setattr(made.scribe.journal, "waiting", lambda: (asked.append(0), waiting())[1])
+            found = await asyncio.gather(*(made.metrics.lately() for _ in range(16)))
+            once = len(asked)
+            made.metrics._due = 0.0
+            await made.metrics.lately()
+            return found, once
+
+    found, once = play(story())
+    assert all(all(conditions.values()) for conditions in found)
+    assert (once, len(asked)) == (1, 2)
 
 
 def test_no_label_is_a_symbol(tmp_path):
