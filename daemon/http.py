@@ -194,7 +194,7 @@ class _Events(StreamingResponse):
             with self._view.watched() as self._viewer:
                 await super().__call__(scope, receive, send)
         except CrowdedError:
-            await _refused(429, "as many look on as may; try again later")(scope, receive, send)
+            await _crowded()(scope, receive, send)
 
     async def _told(self, shown: Shown) -> AsyncIterator[bytes]:
         yield await self._viewer.next()
@@ -231,8 +231,8 @@ def page(
         return _answer(await ready())
 
     async def events(request: Request) -> Response:
-        if request.method == "HEAD":
-            return Response(media_type="text/event-stream")
+        if request.method == "HEAD":  # a browser does not tell a page why it was refused: it asks this
+            return _crowded() if shown.view.crowded else Response(media_type="text/event-stream")
         return _Events(shown)
 
     async def symbol(request: Request) -> Response:
@@ -385,6 +385,10 @@ def _host(header: str) -> str:
 
 def _fresh(body: bytes) -> Response:
     return Response(body, headers={"Cache-Control": "no-store"}, media_type="application/json")
+
+
+def _crowded() -> Response:
+    return _refused(429, "as many look on as may; try again later")
 
 
 def _refused(status: int, reason: str, headers: Mapping[str, str] | None = None) -> Response:

@@ -76,6 +76,11 @@ class View:
         """What the topics of signals begin with."""
         return self._signals
 
+    @property
+    def crowded(self) -> bool:
+        """Whether as many look on as may."""
+        return len(self._viewers) >= VIEWERS
+
     def remember(self, sent: Sequence[tuple[str, bytes]]) -> None:
         """Take signals of before, topic and payload, the newest first, as the journal gives them.
 
@@ -136,7 +141,7 @@ class View:
     @contextmanager
     def watched(self) -> "Iterator[Viewer]":
         """A viewer for as long as the body runs. Raise CrowdedError when there are too many."""
-        if len(self._viewers) >= VIEWERS:
+        if self.crowded:
             raise CrowdedError
         viewer = Viewer(self)
         self._viewers.add(viewer)

@@ -276,7 +276,7 @@ def test_the_time_is_told_again_and_again(monkeypatch):
 
 
 def test_who_goes_makes_room(monkeypatch):
-    """One viewer too many is refused until another one has gone."""
+    """One viewer too many is refused until another one has gone; who only asks is told the same."""
     monkeypatch.setattr(view, "VIEWERS", 1)
 
     async def story():
@@ -286,6 +286,7 @@ def test_who_goes_makes_room(monkeypatch):
         async with serving(listening, app(showing(shown))):
             first, _, writer = await looking(port)
             second, _, other = await looking(port)
+            assert (await request(app(showing(shown)), "/events", "HEAD"))[0] == 429
             for one in (writer, other):
                 one.close()
             await until(lambda: not shown._viewers)
