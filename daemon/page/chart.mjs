@@ -2,6 +2,7 @@
 
 import { CandlestickSeries, createChart } from "./lightweight-charts.mjs";
 import { bars, element, number, percent, price, span, table, utc } from "./format.mjs";
+import { spread } from "./signal.mjs";
 
 const find = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -41,20 +42,19 @@ class Fans {
     for (const fan of this.fans) {
       const xs = [fan.from, ...fan.points.map((point) => fan.from + point.bars)].map((k) => scale.logicalToCoordinate(k));
       const y = (k, level) => this._series.priceToCoordinate(k ? fan.points[k - 1].prices[level] : fan.reference);
-      const levels = fan.points[0].prices.length;
       context.fillStyle = context.strokeStyle = ink;
-      for (let level = 0; level < levels >> 1; level++) {
+      for (const [low, high] of fan.pairs) {
         context.globalAlpha = fan.newest ? 0.2 : 0.06;
         context.beginPath();
-        xs.forEach((x, k) => context.lineTo(x, y(k, level)));
-        for (let k = xs.length - 1; k >= 0; k--) context.lineTo(xs[k], y(k, levels - 1 - level));
+        xs.forEach((x, k) => context.lineTo(x, y(k, low)));
+        for (let k = xs.length - 1; k >= 0; k--) context.lineTo(xs[k], y(k, high));
         context.fill();
       }
       context.globalAlpha = fan.newest ? 0.9 : 0.35;
       context.lineWidth = fan.newest ? 1.5 : 1;
       context.setLineDash(fan.newest ? [] : [3, 3]);
       context.beginPath();
-      xs.forEach((x, k) => context.lineTo(x, y(k, levels >> 1)));
+      if (fan.median >= 0) xs.forEach((x, k) => context.lineTo(x, y(k, fan.median)));
       context.stroke();
       context.setLineDash([]);
       fan.points.forEach(({ outcome, prices }, k) => {
@@ -216,10 +216,11 @@ export class Chart {
       signals.flatMap((signal, k) => {
         const from = places.get(Date.parse(signal.close_time) / 1000);
         if (from === undefined) return [];
+        // A horizon counts the symbol's own bars, over holes too: so do the calibration and the backtest.
         const points = signal.horizons.map((one, h) => ({
           bars: one.bars, prices: signal.quantiles[h], outcome: rows[from + one.bars]?.[4],
         }));
-        return [{ from, reference: signal.reference, points, newest: k === signals.length - 1 }];
+        return [{ from, reference: signal.reference, points, newest: k === signals.length - 1, ...spread(signal.levels) }];
       }),
     );
     this._scroll(before, range, rows, ahead);

@@ -1,7 +1,10 @@
 // Numbers and times as people read them: every time in UTC, every number with its unit.
 
-const significant = new Intl.NumberFormat("en", { maximumSignificantDigits: 6, useGrouping: false });
+const significant = new Intl.NumberFormat("en", {
+  maximumSignificantDigits: 6, maximumFractionDigits: 0, roundingPriority: "morePrecision", useGrouping: false,
+});
 
+/** Six digits, and more where there are more before the point. */
 export const price = (value) => significant.format(value);
 
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;

@@ -1,6 +1,7 @@
 // The table of all symbols. Only the rows in sight are elements, so that a thousand symbols cost no more than forty.
 
 import { bars, element, price, signed, span } from "./format.mjs";
+import { figures } from "./signal.mjs";
 
 const ROW = 32;
 const SPARE = 6;
@@ -10,27 +11,12 @@ const find = (id) => document.getElementById(id);
 const COLUMNS = [
   { key: "symbol", head: "Symbol", title: "" },
   { key: "last", head: "Last", title: "The close of the bar that was forecast from, in its unit", rest: true },
-  { key: "width", head: "Width %", title: "The widest interval, in percent of the last price" },
-  { key: "skew", head: "Skew", title: "How much further the interval reaches up than down: −1 to +1" },
+  { key: "width", head: "Width %", title: "The 90 % interval, in percent of the last price" },
+  { key: "skew", head: "Skew", title: "How much further the 90 % interval reaches up than down, in logs: −1 to +1" },
   { key: "rise", head: "Rise %", title: "Probability of a price above the last one" },
   { key: "age", head: "Age", title: "How long ago the bar closed" },
   { key: "state", head: "State", title: "What to mind" },
 ];
-
-/** What the table says of a signal for one horizon, numbers as they come in the message or follow from it. */
-export function figures(signal, horizon) {
-  const row = signal.horizons.findIndex((one) => one.bars === horizon);
-  if (row < 0) return null;
-  const prices = signal.quantiles[row];
-  const [low, high] = [prices[0], prices[prices.length - 1]];
-  const middle = prices[signal.levels.indexOf(0.5)] ?? (low + high) / 2;
-  return {
-    last: signal.reference,
-    width: (high - low) / signal.reference,
-    skew: high > low ? (high + low - 2 * middle) / (high - low) : 0,
-    rise: signal.rise[row],
-  };
-}
 
 export class Market {
   constructor(clock, chart) {
@@ -261,12 +247,15 @@ export class Market {
     const state = this._state(entry);
     const age = Number.isNaN(entry.close) || !this.clock.told ? "–" : span(Math.max(0, this.clock.now() - entry.close) / 1000);
     const texts = "last" in told
-      ? [price(told.last), (100 * told.width).toFixed(2), signed(told.skew), (100 * told.rise).toFixed(0), age, state || "ok"]
+      ? [
+        price(told.last), told.width === null ? "–" : (100 * told.width).toFixed(2),
+        told.skew === null ? "–" : signed(told.skew), (100 * told.rise).toFixed(0), age, state || "ok",
+      ]
       : ["–", "–", "–", "–", age, state || "ok"];
     texts.forEach((text, k) => {
       const cell = row.cells[k + 1];
       if (cell.firstChild?.data !== text) cell.textContent = text;
-      if (k < 4 && "last" in told) cell.dataset.value = told[COLUMNS[k + 1].key];
+      if (k < 4 && "last" in told) cell.dataset.value = told[COLUMNS[k + 1].key] ?? "";
     });
     const why = entry.trouble?.why ?? entry.signal?.reasons.join("; ") ?? "";
     if (row.lastChild.title !== why) row.lastChild.title = why;

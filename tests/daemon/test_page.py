@@ -10,19 +10,23 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
 
+import msgspec
 import numpy as np
 import pytest
 
-from barcast.daemon import http, view
+from barcast.daemon import http, view, wire
 from barcast.daemon.http import ASSETS, HEADERS, listen, page, serving
 from barcast.daemon.ports import Arrival
 from barcast.daemon.view import View, chart
+from barcast.daemon.watch import Row
 from barcast.models import Window
 from tests.backtest.browser import WIDE, chromium, find_chromium
 from tests.daemon.living import LEAST, at_work, daemon, deliver, showing, until
 from tests.daemon.test_view import empty, parsed, seen, signal
 from tests.fakes import MINUTE, START, bar, opening, outgoing
 from tests.rim import SECOND, Message, play
+from tests.seen import LEVELS
+from tests.seen import signal as said_signal
 
 HERE = ((b"host", b"127.0.0.1:9464"),)
 
@@ -469,6 +473,36 @@ CELLS += "[row.dataset.symbol, [...row.cells].slice(1, 5).map(cell => Number(cel
 SEARCH = "(s => {{ s.value = '{}'; s.dispatchEvent(new Event('input')) }})(document.getElementById('search'))"
 
 
+def check_texts_and_figures(tab):
+    """What is written of prices; width and skew as `barcast watch` has them; where the median is."""
+
+    def told(module, what):
+        return tab.run(f"import('/page/{module}.mjs').then(own => {what})")
+
+    prices = [1234567.89, 15123456, 65432.15, 1.5, 0.000123456789]
+    texts = ["1234568", "15123456", "65432.2", "1.5", "0.000123457"]
+    assert told("format", f"{prices}.map(own.price)") == texts
+    for levels, median, pairs in [
+        (LEVELS, 3, [[0, 6], [1, 5], [2, 4]]),
+        ((0.1, 0.9), -1, [[0, 1]]),
+        ((0.1, 0.5, 0.8), 1, [[0, 2]]),
+        ((0.05, 0.25, 0.5, 0.6, 0.75, 0.95), 2, [[0, 5], [1, 4]]),
+    ]:
+        assert told("signal", f"own.spread({list(levels)})") == {"median": median, "pairs": pairs}
+    for own in (
+        {},
+        {"levels": [0.1, 0.9], "quantiles": [[99.0, 102.0]] * 2},
+        {"levels": [0.05, 0.5, 0.9, 0.95], "quantiles": [[90.0, 101.0, 109.0, 130.0]] * 2},
+        {"quantiles": [[100.5] * 7] * 2},
+    ):
+        body = said_signal(**own)
+        said = Row.of(body).figures[4]
+        found = told("signal", f"own.figures({msgspec.json.encode(body).decode()}, 4)")
+        assert (found["last"], found["rise"]) == (body.reference, said.rise)
+        for name, value in (("width", said.width), ("skew", said.skew)):
+            assert found[name] == (None if value is None else pytest.approx(value))
+
+
 @pytest.mark.browser
 def test_a_browser_follows_it(tmp_path):
     """Rows, chart, numbers of the messages, updates, search, sorting, keys, and the server gone."""
@@ -487,10 +521,10 @@ def test_a_browser_follows_it(tmp_path):
             assert tab.run("document.getElementById('count').textContent") == f"{len(NAMES)} symbols"
             assert 10 < tab.run("document.querySelectorAll('#symbols tr[data-symbol]').length") < len(NAMES)
             for symbol, (last, width, skew, rise) in tab.run(CELLS).items():
-                low, middle, high = signals[symbol]["quantiles"][0]
-                assert (last, rise) == (signals[symbol]["reference"], signals[symbol]["rise"][0])
-                assert width == pytest.approx((high - low) / last)
-                assert skew == pytest.approx((high + low - 2 * middle) / (high - low), abs=1e-6)
+                said = Row.of(msgspec.convert(signals[symbol], wire.Signal)).figures[1]
+                assert (last, rise) == (signals[symbol]["reference"], said.rise)
+                assert (width, skew) == pytest.approx((said.width, said.skew))
+            check_texts_and_figures(tab)
             shown = "[...document.querySelectorAll('#quantiles td')].map(cell => Number(cell.dataset.value))"
             first = signals[NAMES[0]]
             rows = zip(first["quantiles"], first["rise"], strict=True)
