@@ -9,7 +9,7 @@ export const price = (value) => significant.format(value);
 
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
-export const signed = (value, digits = 2) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
+export const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
 
 /** Milliseconds since 1970 as 2026-11-22 10:00 UTC, with seconds where there are some. */
 export function utc(milliseconds) {
