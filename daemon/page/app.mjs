@@ -3,9 +3,11 @@
 import { Chart } from "./chart.mjs";
 import { Market } from "./market.mjs";
 import { Trust } from "./trust.mjs";
+import { ask } from "./ask.mjs";
 import { utc } from "./format.mjs";
 
 const SILENT_MS = 12000; // the daemon says something every five seconds
+const STATE_MS = 120000; // what it says first may be long, and the line slow
 const AGAIN_MS = 2000;
 const WRONG = {
   leading: "another instance serves, this one stands by",
@@ -33,8 +35,11 @@ const trust = new Trust();
 const parts = [market, trust];
 
 let source = null;
+let again = 0;
 let heard = 0;
+let patience = 0;
 let lost = null;
+let serving = true;
 let due = false;
 let drawn = 0;
 
@@ -48,22 +53,33 @@ function draw() {
 }
 
 function hear() {
-  heard = performance.now();
+  [heard, patience] = [performance.now(), SILENT_MS];
   if (lost === null) return;
   lost = null;
   document.body.classList.remove("lost");
   find("alert").hidden = true;
 }
 
-function lose() {
-  if (lost !== null) return;
-  lost = Date.now();
+/** Say that nothing is heard, since when, and why. */
+function lose(why) {
+  lost ??= Date.now();
   document.body.classList.add("lost");
   tell("lost", "Disconnected");
-  find("alert").textContent =
-    `No connection to the daemon since ${utc(lost)}, by this machine's clock. ` +
-    "What is shown is from before; it is asked again every two seconds.";
+  const text =
+    `Not connected since ${utc(lost)}, by this machine's clock: ${why}. ` +
+    `${clock.told ? "What is shown is from before. " : ""}It is tried again every two seconds.`;
+  if (find("alert").textContent !== text) find("alert").textContent = text;
   find("alert").hidden = false;
+}
+
+/** Why there are no events, which a browser does not tell. */
+async function explain() {
+  try {
+    await ask("/events", "HEAD");
+    return "the connection broke";
+  } catch (error) {
+    return error.message;
+  }
 }
 
 function tell(state, text) {
@@ -84,11 +100,12 @@ function begin(state) {
 }
 
 function connect() {
-  source?.close();
-  heard = performance.now();
-  source = new EventSource("/events");
+  leave();
+  [heard, patience] = [performance.now(), SILENT_MS];
+  const own = (source = new EventSource("/events"));
+  own.addEventListener("open", () => { patience = STATE_MS; });
   const on = (name, take) =>
-    source.addEventListener(name, (event) => {
+    own.addEventListener(name, (event) => {
       hear();
       take(JSON.parse(event.data));
       draw();
@@ -97,39 +114,70 @@ function connect() {
   on("group", (update) => { for (const part of parts) part.update(update); });
   on("beat", (beat) => {
     clock.set(beat.now);
+    serve(!beat.not.includes("serving"));
     if (beat.not.length) tell("ill", `Not ready: ${beat.not.map((name) => WRONG[name] ?? name).join("; ")}`);
     else if (beat.paused) tell("ill", "Paused: nothing is forecast");
     else tell("live", "Live");
   });
-  source.addEventListener("error", () => {
-    lose();
-    source.close();
-    setTimeout(connect, AGAIN_MS);
+  own.addEventListener("error", async () => {
+    own.close();
+    if (lost === null) lose("the connection broke");
+    const why = await explain();
+    if (source !== own) return;
+    lose(why);
+    again = setTimeout(connect, AGAIN_MS);
   });
 }
 
+function leave() {
+  clearTimeout(again);
+  source?.close();
+  source = null;
+}
+
+/** Before it serves the daemon has read neither bars nor models. */
+function serve(serves) {
+  if (serves === serving) return;
+  serving = serves;
+  for (const part of parts) part.serve(serves);
+}
+
+/** The part and the symbol that the address names. */
+function named() {
+  const text = location.hash.slice(1);
+  try {
+    return decodeURIComponent(text).split("/");
+  } catch {
+    return text.split("/"); // it is not encoded as it should be
+  }
+}
+
 function show() {
-  const [part, symbol] = decodeURIComponent(location.hash.slice(1)).split("/");
-  const chosen = part === "trust" ? "trust" : "market";
-  for (const link of document.querySelectorAll("nav a")) {
+  const [part, symbol] = named();
+  const links = [...document.querySelectorAll("nav a")];
+  const chosen = links.some((link) => link.hash === `#${part}`) ? part : "market";
+  for (const link of links) {
     const name = link.hash.slice(1);
     find(name).hidden = name !== chosen;
     if (name === chosen) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  if (symbol) market.choose(symbol);
+  if (symbol && chosen === "market") market.choose(symbol);
   draw();
 }
 
 addEventListener("hashchange", show);
+// A browser opens six connections to a host at most, for all tabs: one that nobody sees takes none.
+document.addEventListener("visibilitychange", () => (document.hidden ? leave() : connect()));
 setInterval(() => {
-  if (lost === null && performance.now() - heard > SILENT_MS) {
-    lose();
+  if (document.hidden) return;
+  if (performance.now() - heard > patience) {
+    lose("the daemon says nothing");
     connect();
   }
   find("now").textContent = clock.told ? utc(Math.floor(clock.now() / 1000) * 1000) : "";
   if (performance.now() - drawn > 500) draw(); // what grows old, where nothing new has been drawn
 }, 1000);
 market.ondraw = draw;
+if (!document.hidden) connect();
 show();
-connect();

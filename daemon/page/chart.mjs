@@ -1,8 +1,11 @@
 // The chart of one symbol: its candles, the fan of the newest signal ahead of them, and how earlier ones went.
 
 import { CandlestickSeries, createChart } from "./lightweight-charts.mjs";
+import { ask } from "./ask.mjs";
 import { bars, element, number, percent, price, span, table, utc } from "./format.mjs";
 import { spread } from "./signal.mjs";
+
+const AGAIN_MS = 5000;
 
 const find = (id) => document.getElementById(id);
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -12,6 +15,7 @@ class Fans {
   constructor() {
     this.fans = [];
     this.inks = [];
+    this.fresh = true;
     const renderer = { draw: (target) => target.useMediaCoordinateSpace(({ context }) => this._draw(context)) };
     this._views = [{ zOrder: () => "bottom", renderer: () => renderer }];
   }
@@ -22,10 +26,15 @@ class Fans {
 
   paneViews() { return this._views; }
 
-  updateAllViews() {}
-
   set(fans) {
     this.fans = fans;
+    this._request?.();
+  }
+
+  /** Whether the newest fan may be acted on: else it is drawn as one of before. */
+  freshen(fresh) {
+    if (fresh === this.fresh) return;
+    this.fresh = fresh;
     this._request?.();
   }
 
@@ -40,19 +49,20 @@ class Fans {
     const scale = this._chart.timeScale();
     const [ink, up, down] = this.inks;
     for (const fan of this.fans) {
+      const strong = fan.newest && this.fresh;
       const xs = [fan.from, ...fan.points.map((point) => fan.from + point.bars)].map((k) => scale.logicalToCoordinate(k));
       const y = (k, level) => this._series.priceToCoordinate(k ? fan.points[k - 1].prices[level] : fan.reference);
       context.fillStyle = context.strokeStyle = ink;
       for (const [low, high] of fan.pairs) {
-        context.globalAlpha = fan.newest ? 0.2 : 0.06;
+        context.globalAlpha = strong ? 0.2 : 0.06;
         context.beginPath();
         xs.forEach((x, k) => context.lineTo(x, y(k, low)));
         for (let k = xs.length - 1; k >= 0; k--) context.lineTo(xs[k], y(k, high));
         context.fill();
       }
-      context.globalAlpha = fan.newest ? 0.9 : 0.35;
-      context.lineWidth = fan.newest ? 1.5 : 1;
-      context.setLineDash(fan.newest ? [] : [3, 3]);
+      context.globalAlpha = strong ? 0.9 : 0.35;
+      context.lineWidth = strong ? 1.5 : 1;
+      context.setLineDash(strong ? [] : [3, 3]);
       context.beginPath();
       if (fan.median >= 0) xs.forEach((x, k) => context.lineTo(x, y(k, fan.median)));
       context.stroke();
@@ -93,6 +103,7 @@ export class Chart {
     this.fault = "";
     this.asking = false;
     this.again = false;
+    this.later = 0;
   }
 
   about({ timeframe }) {
@@ -118,15 +129,20 @@ export class Chart {
     }
     [this.asking, this.again] = [true, false];
     const { symbol } = this;
+    let [found, fault] = [null, ""];
     try {
-      const answer = await fetch(`/symbols/${encodeURIComponent(symbol)}`);
-      if (!answer.ok) throw new Error(String(answer.status));
-      const found = await answer.json();
-      if (symbol === this.symbol) this._take(found);
-    } catch {
-      this.fault = "the daemon did not answer"; // that it is away is said on top
+      found = await ask(`/symbols/${encodeURIComponent(symbol)}`);
+      if (found === null) fault = "no bars of this symbol are known yet";
+    } catch (error) {
+      fault = error.message;
+      clearTimeout(this.later);
+      this.later = setTimeout(() => this.ask(), AGAIN_MS);
     } finally {
       this.asking = false;
+    }
+    if (symbol === this.symbol) {
+      this.fault = fault;
+      if (found !== null) this._take(found);
     }
     if (this.again || symbol !== this.symbol) await this.ask();
   }
@@ -139,6 +155,7 @@ export class Chart {
     const said = find("chart-state");
     if (said.textContent !== text) said.textContent = text;
     said.dataset.state = state;
+    this.fans?.freshen(!this.fault && this.clock.now() <= this.drawn?.until);
     const told = this._told(entry?.signal, horizon);
     if (find("chart-told").textContent !== told) find("chart-told").textContent = told;
   }
@@ -200,8 +217,6 @@ export class Chart {
   }
 
   _take(found) {
-    this.fault = found === null ? "no bars of this symbol are known yet" : "";
-    if (found === null) return;
     const { bars: rows, ahead, signals } = found;
     const before = this.drawn;
     const range = before && this.chart.timeScale().getVisibleLogicalRange();
@@ -224,7 +239,8 @@ export class Chart {
       }),
     );
     this._scroll(before, range, rows, ahead);
-    this.drawn = { rows, total: rows.length + ahead.length };
+    const until = signals.length ? Date.parse(signals.at(-1).valid_until) : 0;
+    this.drawn = { rows, until, total: rows.length + ahead.length };
     this._table(signals.at(-1));
   }
 

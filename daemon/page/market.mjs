@@ -67,6 +67,10 @@ export class Market {
     if (touched) this.chart.ask();
   }
 
+  serve(serves) {
+    if (serves) this.chart.ask();
+  }
+
   /** Show a symbol's chart, and say so in the address. */
   pick(symbol) {
     history.replaceState(null, "", `#market/${encodeURIComponent(symbol)}`);
@@ -76,7 +80,7 @@ export class Market {
   choose(symbol) {
     if (symbol === this.chosen) return;
     this.chosen = symbol;
-    this.chart.show(symbol, this.entries.get(symbol));
+    this.chart.show(symbol);
     this.ondraw();
   }
 

@@ -1,5 +1,6 @@
 // Why to believe it, or not: who serves, how often outcomes were inside its intervals, and what went wrong lately.
 
+import { ask } from "./ask.mjs";
 import { bars, element, number, percent, table, utc } from "./format.mjs";
 
 const MOST = 50;
@@ -14,12 +15,16 @@ export class Trust {
     this.model = null;
     this.loaded = false;
     this.activations = null;
+    this.fault = "";
+    this.serving = true;
+    this.since = null;
     this.drawn = null;
     this.changes = 0;
   }
 
-  begin({ signals, groups, gaps }) {
+  begin({ since, signals, groups, gaps }) {
     this.loaded = true;
+    this.since = since;
     this.signals = new Map(signals.map((signal) => [signal.symbol, signal]));
     this.events = [...groups.flatMap(told), ...gaps.map(lacks)].sort((a, b) => a.time - b.time);
     this.changes++;
@@ -27,6 +32,7 @@ export class Trust {
   }
 
   update({ group, signals, gaps }) {
+    this.since ??= group.close_time;
     for (const signal of signals) this.signals.set(signal.symbol, signal);
     this.events.push(...told(group), ...gaps.map(lacks));
     this.events.splice(0, Math.max(0, this.events.length - MOST));
@@ -35,6 +41,12 @@ export class Trust {
       this.model = group.model;
       this._ask();
     }
+  }
+
+  serve(serves) {
+    this.serving = serves;
+    this.changes++;
+    if (serves) this._ask();
   }
 
   draw() {
@@ -48,17 +60,16 @@ export class Trust {
 
   async _ask() {
     try {
-      const answer = await fetch("/activations");
-      if (!answer.ok) return;
-      this.activations = await answer.json();
-      this.changes++;
-    } catch {
-      this.model = null; // the daemon is away, which is said on top: with the next group it is asked again
+      [this.activations, this.fault] = [await ask("/activations"), ""];
+    } catch (error) {
+      [this.model, this.fault] = [null, error.message]; // with the next group it is asked again
     }
+    this.changes++;
   }
 
   _champion() {
-    if (this.activations === null) return quiet("Loading…");
+    if (!this.serving) return quiet("Not known yet: the daemon is not serving.");
+    if (this.activations === null) return quiet(this.fault ? `Not known: ${this.fault}.` : "Loading…");
     if (!this.activations.length) return quiet("The journal names no model yet.");
     const rows = this.activations.map(({ time, champion }) => [
       utc(Date.parse(time)),
@@ -73,6 +84,7 @@ export class Trust {
   /** The coverage that the newest signals of the newest model tell, each weighed by its outcomes. */
   _coverage() {
     const all = [...this.signals.values()];
+    if (!all.length) return quiet("Not known yet: there is no signal.");
     const newest = all.reduce((best, one) => (best && best.close_time >= one.close_time ? best : one), null);
     const told = all.filter((one) => one.coverage && one.model === newest.model);
     if (!told.length) {
@@ -94,6 +106,7 @@ export class Trust {
   }
 
   _faults() {
+    if (!this.signals.size) return quiet("Not known yet: there is no signal.");
     const bad = [...this.signals.values()].filter((signal) => signal.flags.length);
     if (!bad.length) return quiet("No newest signal is degraded or warming.");
     const why = (signal) => signal.reasons.join("; ") || "too few bars yet to look back as far as it should";
@@ -103,7 +116,9 @@ export class Trust {
   }
 
   _events() {
-    if (!this.events.length) return quiet("Nothing of late: every group was full, in time, and forecast.");
+    if (this.since === null) return quiet("Not known yet: no group has ended since the daemon started.");
+    const since = utc(Date.parse(this.since));
+    if (!this.events.length) return quiet(`Nothing since the close of ${since}: every group was full, in time, and forecast.`);
     const rows = this.events.toReversed().map(({ time, kind, what }) => [utc(time), kind, what]);
     return table(["Close", "What", "Who and why"], rows, { className: "text" });
   }

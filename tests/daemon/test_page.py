@@ -404,6 +404,8 @@ class Stage:
         self.said: list = []
         self.minute = 0
         self.port = 0
+        self.now = START
+        self.well = True
 
     @contextmanager
     def served(self) -> Iterator[None]:
@@ -414,7 +416,8 @@ class Stage:
         async def story():
             listening = listen("127.0.0.1", self.port)
             self.port = listening.getsockname()[1]
-            async with serving(listening, app(showing(self.view, self))):
+            shown = replace(showing(self.view, self), beat=self.beat, activations=self.activations)
+            async with serving(listening, app(shown)):
                 ready.set()
                 await end.wait()
 
@@ -428,6 +431,17 @@ class Stage:
             loop.call_soon_threadsafe(end.set)
             thread.join()
             loop.close()
+
+    async def beat(self):
+        """The time, and whether it serves."""
+        said = {"now": wire.to_text(self.now), "not": [] if self.well else ["serving"], "paused": False}
+        return json.dumps(said).encode()
+
+    async def activations(self):
+        """One, once it serves."""
+        champion = {"model": "first", "reason": "start", "crps": None, "until": None}
+        told = [{"time": wire.to_text(START), "champion": champion}]
+        return json.dumps(told if self.well else []).encode()
 
     def get(self, symbol):
         """The chart of a symbol."""
@@ -447,7 +461,8 @@ class Stage:
             found = tuple(bar(name, self.minute, 100 + self.minute + k / 7) for k, name in enumerate(NAMES))
             for one in found:
                 self.bars[one.symbol].append(one)
-            self._events.append(Arrival(START + self.minute * MINUTE + 1, found))
+            self.now = START + self.minute * MINUTE + 1
+            self._events.append(Arrival(self.now, found))
         messages = outgoing(self._events)
         fresh, self.said = messages[len(self.said) :], messages
         told = threading.Event()
@@ -558,3 +573,53 @@ def test_a_browser_follows_it(tmp_path):
         with stage.served():
             until_true(tab, "document.getElementById('alert').hidden")
             until_true(tab, "document.getElementById('link').dataset.state === 'live'")
+
+
+FILLS = "(own => { const fill = own.fill; window.fills = []; "
+FILLS += "own.fill = function () { if (this.globalAlpha < 0.3) window.fills.push(this.globalAlpha); "
+FILLS += "fill.call(this); } })"
+FILLS += "(CanvasRenderingContext2D.prototype)"
+HIDE = "Object.defineProperty(document, 'hidden', {{ value: {}, configurable: true }}); "
+HIDE += "document.dispatchEvent(new Event('visibilitychange'))"
+
+
+@pytest.mark.browser
+def test_a_browser_says_what_it_does_not_know(tmp_path, monkeypatch):
+    """Before it serves, of a stale fan, in a hidden tab, when too many look on, and when nobody answers."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium is installed: what the page says was not looked at")
+    monkeypatch.setattr(http, "BEAT_SECONDS", 0.1)
+    stage = Stage()
+    stage.well = False
+
+    def says(tab, name, text):
+        until_true(tab, f"document.getElementById('{name}').textContent.includes({text!r})")
+
+    with chromium(program, tmp_path) as tab:
+        with stage.served():
+            tab.open(f"http://127.0.0.1:{stage.port}/#trust/%", 1280)  # what is no address is none
+            says(tab, "champion", "Not known yet: the daemon is not serving")
+            for name in ("coverage", "faults", "events"):
+                says(tab, name, "Not known yet")
+            stage.well = True
+            says(tab, "champion", "first")
+            stage.play(5)
+            says(tab, "events", "withheld")
+
+            tab.run(FILLS)
+            tab.run("location.hash = '#market/S03'")
+            says(tab, "chart-state", "valid until")
+            until_true(tab, "fills.at(-1) > 0.15")  # the newest fan is drawn last
+            stage.now += 1000 * MINUTE
+            says(tab, "chart-state", "stale")
+            until_true(tab, "fills.at(-1) < 0.1")
+
+            tab.run(HIDE.format("true"))
+            play(until(lambda: not stage.view._viewers))
+            monkeypatch.setattr(view, "VIEWERS", 0)
+            tab.run(HIDE.format("false"))
+            says(tab, "alert", "the daemon refused: as many look on as may")
+            monkeypatch.setattr(view, "VIEWERS", 1)
+            until_true(tab, "document.getElementById('alert').hidden")
+        says(tab, "alert", "no connection to the daemon")
