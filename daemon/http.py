@@ -119,6 +119,11 @@ class _Protocol(H11Protocol):
         super().connection_made(transport)
         self._await_request()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._stalled is not None:
+            self._stalled.cancel()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._await_request()

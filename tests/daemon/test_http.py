@@ -221,11 +221,12 @@ def test_who_reads_slowly_is_given_time(taken, spans):
     assert (line.run(), line.aborted) == (spans, True)
 
 
-def test_who_has_read_all_is_not_cut_off():
-    """The span ends with what waited."""
+@pytest.mark.parametrize("then", [lambda p: p.resume_writing(), lambda p: p.connection_lost(OSError())])
+def test_who_has_read_all_or_gone_is_not_looked_at(then):
+    """The span ends with what waited, and with the connection."""
     line = Line(100)
     protocol = http._Protocol(uvicorn.Config(pages()), ServerState(), {}, line)
     protocol.connection_made(line)
     protocol.pause_writing()
-    protocol.resume_writing()
+    then(protocol)
     assert (line.run(), line.aborted) == (0, False)
