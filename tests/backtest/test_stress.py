@@ -222,6 +222,24 @@ def test_a_scenario_is_not_learnt_from(asked: dict[str, Any], model: Path) -> No
             run_backtest(asked["files"], **{name: value}, **settings)
     with pytest.raises(ConfigError, match="scenario is empty"):
         run_backtest(asked["files"], **settings | {"scenario": []})
+    with pytest.raises(ConfigError, match=r"scenario\[0\] is \[Scenario.* give one of the lists that generate"):
+        run_backtest(asked["files"], **settings | {"scenario": [scenario]})
+    with pytest.raises(ConfigError, match="scenario is 'crisis', of type str"):
+        run_backtest(asked["files"], **settings | {"scenario": "crisis"})
+
+
+def test_a_hole_in_the_first_symbol_shortens_no_test(asked: dict[str, Any], model: Path) -> None:
+    """What is tested begins with the first bar that is made up of any symbol."""
+    long, pair = _windows(asked)
+    kept = np.delete(np.arange(len(long)), np.s_[-MADE : 10 - MADE])
+    holed = Window("LONG", long.close_times[kept], long.values[kept])
+    since = asked["since"]
+    [scenario] = load_generator(model).generate([holed, pair], "crisis", since=since)
+    assert scenario[0].since > scenario[1].since == since
+    one = run_backtest(
+        asked["files"], stamp="close", timeframe="1h", model="hs", scenario=scenario, baselines=False
+    )
+    assert one.equity["close_time"].dt.epoch("ns").min() == since
 
 
 @pytest.mark.parametrize(
