@@ -229,6 +229,16 @@ def test_a_scenario_is_said_by_its_seed(generator: StressScenarioGenerator, bars
         assert first[k].rows.tobytes() != other[k].rows.tobytes()
 
 
+def test_a_number_of_numpy_is_the_same_number(generator: StressScenarioGenerator, bars: list[Window]) -> None:
+    """Seeds and numbers key the noise by their value, not by their type."""
+    plain = generator.generate(bars[0], "volatile", 2, seed=5)
+    numbers: Any = np.arange(2)
+    made = generator.scenarios(bars[0], "volatile", numbers, np.int64(5))  # type: ignore[arg-type]
+    for [one], [other] in zip(plain, made, strict=True):
+        assert one.rows.tobytes() == other.rows.tobytes()
+        assert (type(other.seed), type(other.number)) == (int, int)
+
+
 def test_a_portfolio_keeps_the_ranks_of_its_correlations(generator: StressScenarioGenerator) -> None:
     """Which pairs of symbols move together more, and which less, is so in a scenario, too."""
     rng, n = np.random.default_rng(1), LEAST + 1 + 4 * BARS
@@ -256,6 +266,8 @@ def test_a_portfolio_keeps_the_ranks_of_its_correlations(generator: StressScenar
         ({"cfg_scale": 7.0}, "cfg_scale = 7.0 cannot be"),
         ({"cfg_scale": float("nan")}, "cfg_scale = nan cannot be"),
         ({"seed": -1}, "seed = -1 cannot be"),
+        ({"seed": 1.5}, "seed = 1.5 is no whole number"),
+        ({"n": 2.0}, "n = 2.0 is no whole number"),
     ],
 )
 def test_a_wrong_wish_is_one_sentence(
@@ -275,6 +287,8 @@ def test_histories_that_do_not_suffice_are_named(
         generator.generate(w, "crisis", since=int(w.close_times[10]))
     with pytest.raises(DataError, match="no history to make scenarios of"):
         generator.generate([], "crisis")
+    with pytest.raises(DataError, match="SYM0 has no bars to make scenarios of: leave the symbol out"):
+        generator.generate([bars[1], w.part(0, 0)], "crisis")
     with pytest.raises(DataError, match="SYM0 has 100 bars to make up"):
         generator.generate(w, "crisis", since=int(w.close_times[-100]))
     still = w.values.copy()
