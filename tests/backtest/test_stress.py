@@ -17,7 +17,8 @@ from barcast.backtest.stress import StressResult, run_stress
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import read_windows, scan
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Adjustment, ConfigError, DataError, Window, optimiser
+from barcast.daemon.wire import to_text
+from barcast.models import Adjustment, ConfigError, DataError, Window, open_model, optimiser
 from barcast.models.transfer import (
     StressScenarioGenerator,
     TransferConfig,
@@ -174,9 +175,20 @@ def test_what_came_before_is_asked_once(model: Path) -> None:
     remembered = Remembered(since)
     run_backtest(**settings, scenario=first, cache=remembered)
     assert len(remembered._said) > 1000
-    assert all(close < since for _, close in remembered._said)
+    assert all(close < since for _, _, close in remembered._said)
     plain, kept = (run_backtest(**settings, scenario=second, cache=cache) for cache in (None, remembered))
     assert kept.meta["decisions_sha256"] == plain.meta["decisions_sha256"]
+
+
+def test_what_one_model_said_is_not_anothers(windows: list[Window]) -> None:
+    """Two models that share a memory keep their own answers."""
+    remembered = Remembered(windows[0].close_time + 1)
+    for _ in range(2):
+        for name in ("hs", "ewma"):
+            model = open_model(name, "1h", None, None)
+            [found] = remembered.of(model).forecast([windows[0]])
+            assert found.quantiles.tobytes() == model.forecast([windows[0]])[0].quantiles.tobytes()
+    assert len(remembered._said) == 2
 
 
 def test_a_symbol_without_a_past_is_left_out_by_name(result: StressResult) -> None:
