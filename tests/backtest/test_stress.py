@@ -257,10 +257,11 @@ def test_a_hole_in_the_first_symbol_shortens_no_test(asked: dict[str, Any], mode
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
-        ({"regimes": ["panic"]}, ConfigError, "regime 'panic' is unknown: take one of calm"),
+        ({"regimes": ["panic"], "files": "none.parquet"}, ConfigError, "regime 'panic' is unknown: take one"),
         ({"regimes": ["calm", "calm"]}, ConfigError, "name each once"),
-        ({"n": 0}, ConfigError, "n = 0 scenarios cannot be"),
-        ({"seed": -1}, ConfigError, "seed = -1 cannot be"),
+        ({"n": 0, "files": "none.parquet"}, ConfigError, "n = 0 scenarios cannot be"),
+        ({"jobs": 0, "files": "none.parquet"}, ConfigError, "jobs = 0: take 1 or more, or -1"),
+        ({"seed": -1, "files": "none.parquet"}, ConfigError, "seed = -1 cannot be"),
         ({"cfg_scale": 9.0}, ConfigError, "cfg_scale = 9.0 cannot be"),
         ({"since": 0}, DataError, "no symbol has a past long enough"),
         ({"symbols": ["YOUNG"]}, DataError, "no symbol has a past long enough"),
@@ -317,7 +318,9 @@ def test_the_command_writes_a_report(run: Any, asked: dict[str, Any], tmp_path: 
     (tmp_path / "mine" / "letter.txt").write_text("x")
     status, _, err = run("stress", str(asked["files"]), *options, "--out", str(tmp_path / "mine"))
     assert status == 2
-    assert "holds no result of scenarios" in err
+    assert "letter.txt" in err
+    status, _, err = run("stress", "none.parquet", *options, "--jobs", "0")
+    assert (status, "jobs = 0: take 1 or more" in err) == (78, True)
 
 
 def test_the_shipped_generator_makes_scenarios_of_the_sample_bars() -> None:
