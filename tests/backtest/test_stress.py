@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from barcast.backtest import stress
+from barcast.backtest import plot, stress, workers
 from barcast.backtest.cache import Remembered
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.report import html, write_stress
@@ -197,10 +197,98 @@ def test_a_symbol_without_a_past_is_left_out_by_name(result: StressResult) -> No
     assert "YOUNG" in result.meta["warning"]
 
 
-def test_without_since_all_begin_together(asked: dict[str, Any], windows: list[Window]) -> None:
-    """The first close at which every symbol that can be made up has a past."""
-    found = run_stress(**asked | {"since": None, "n": 1, "regimes": ["calm"]})
-    assert found.prices["close_time"].dt.epoch("ns").min() == windows[0].close_times[LEAST_BEFORE - 1]
+def test_without_since_all_begin_together(
+    asked: dict[str, Any], windows: list[Window], tmp_path: Path
+) -> None:
+    """The first close at which every symbol that can be made up has a past, also where bars are missing."""
+    times, k = windows[0].close_times, LEAST_BEFORE + 20
+    holes = {"LONG": times[100:120], "PAIR": times[k - 5 : k + 5]}
+    at = pl.col("close_time").dt.epoch("ns")
+    missing = [(pl.col("symbol") == name) & at.is_between(*t[[0, -1]]) for name, t in holes.items()]
+    pl.read_parquet(asked["files"]).filter(~pl.any_horizontal(missing)).write_parquet(
+        tmp_path / "bars.parquet"
+    )
+    own = {"files": tmp_path / "bars.parquet", "since": None, "until": int(times[k + 400])}
+    found = run_stress(**asked | own | {"n": 1, "regimes": ["calm"]})
+    assert found.meta["since"] == to_text(int(times[k]))
+    for regime in ("history", "calm"):
+        assert found.equity.filter(regime=regime).select(at.min()).item() == times[k]
+        for name, first in (("LONG", k - 1), ("PAIR", k - 6)):
+            prices = found.prices.filter(regime=regime, symbol=name)
+            assert prices.select(at.min()).item() == times[first]
+
+
+def test_what_is_kept_does_not_grow_with_the_bars(
+    result: StressResult, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equity and prices some closes, the same in all scenarios, and of few symbols; their numbers stay."""
+    monkeypatch.setattr(stress, "CLOSES", 40)
+    monkeypatch.setattr(stress, "SYMBOLS_DRAWN", 1)
+    few = run_stress(**asked | {"n": 1, "regimes": "crisis"})
+    assert few.equity["close_time"].n_unique() == 40
+    for regime in ("history", "crisis"):
+        whole, some = (each.equity.filter(regime=regime, number=0) for each in (result, few))
+        same = whole.join(some, on=["strategy", "close_time"], how="semi", maintain_order="left")
+        assert same.equals(some)
+        ends = [(each["close_time"].min(), each["close_time"].max()) for each in (whole, some)]
+        assert ends[0] == ends[1]
+        assert few.books.filter(regime=regime).equals(result.books.filter(regime=regime, number=0))
+    assert few.prices["symbol"].unique().to_list() == ["LONG"]
+    assert few.prices.filter(regime="crisis").height == 40
+    with pytest.raises(ConfigError, match="symbol 'PAIR' has no prices here: take one of LONG"):
+        plot.stress_prices(few, "PAIR")
+    write_stress(few, tmp_path / "report.html")
+
+
+def test_a_result_is_whole_or_none(
+    result: StressResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that is interrupted leaves nothing that passes for a result, and may be done again."""
+    result.save(tmp_path)
+
+    def full(path: Path, content: bytes) -> None:
+        if path.stem == "prices":
+            raise ConfigError("full")
+        workers.write_whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stress, "write_whole", full)
+        with pytest.raises(ConfigError, match="full"):
+            result.save(tmp_path)
+    with pytest.raises(DataError, match="holds no whole result"):
+        StressResult.load(tmp_path)
+    result.save(tmp_path)
+    assert StressResult.load(tmp_path).prices.equals(result.prices)
+    (tmp_path / "letter.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds letter\.txt, which is no result of scenarios"):
+        result.save(tmp_path)
+
+
+def test_bars_that_the_generator_knows_are_named(result: StressResult) -> None:
+    """It has learnt from the very time that is tested."""
+    assert "The generator has learnt from bars up to 2024-0" in result.meta["warning"]
+
+
+def test_warnings_of_scenarios_are_counted(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, with how often it came; what history says, too, is not said again."""
+    said = iter(["old", "old\nnew", "old\nnew", "rare", "new"])
+    plain = run_backtest(
+        asked["files"],
+        stamp="close",
+        timeframe="1h",
+        model="hs",
+        symbols="LONG",
+        since=asked["since"],
+        baselines=False,
+    )
+
+    def warned(*_: Any, **__: Any) -> Any:
+        plain.meta["warning"] = next(said)
+        return plain
+
+    monkeypatch.setattr(stress, "run_backtest", warned)
+    lines = run_stress(**asked | {"n": 2}).meta["warning"].split("\n")
+    assert lines[-3:] == ["old", "Of 4 scenarios 3: new", "Of 4 scenarios 1: rare"]
 
 
 def test_the_summary_is_by_hand(result: StressResult) -> None:
@@ -234,7 +322,9 @@ def test_a_scenario_is_not_learnt_from(asked: dict[str, Any], model: Path) -> No
             run_backtest(asked["files"], **{name: value}, **settings)
     with pytest.raises(ConfigError, match="scenario is empty"):
         run_backtest(asked["files"], **settings | {"scenario": []})
-    with pytest.raises(ConfigError, match=r"scenario\[0\] is \[Scenario.* give one of the lists that generate"):
+    with pytest.raises(
+        ConfigError, match=r"scenario\[0\] is \[Scenario.* give one of the lists that generate"
+    ):
         run_backtest(asked["files"], **settings | {"scenario": [scenario]})
     with pytest.raises(ConfigError, match="scenario is 'crisis', of type str"):
         run_backtest(asked["files"], **settings | {"scenario": "crisis"})
