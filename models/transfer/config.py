@@ -11,6 +11,7 @@ from typing import Any
 from barcast.models.errors import ConfigError
 
 SOLVERS = ("euler", "heun")
+MAX_SAMPLES, MAX_POSITIONS = 8192, 256
 MOST = {"width": 1024, "code": 1024, "batch": 4096, "ode_steps": 100, "sample_steps": 400}
 """Of whole numbers that memory and time grow with."""
 
@@ -32,8 +33,8 @@ class TransferConfig:
     sample_steps: int = 8  # of a way in a scenario
     solver: str = "heun"
     use_gradient_checkpointing: bool = True
-    max_samples: int = 8192  # patches of a texture's distance
-    max_spatial_samples: int = 256  # positions of a self-similarity
+    max_samples: int = MAX_SAMPLES  # patches on each side of a texture's distance
+    max_spatial_samples: int = MAX_POSITIONS  # of a self-similarity
     texture: float = 1.0  # weights of the energies, and of the flow beside them
     content: float = 1.0
     anchor: float = 1.0
