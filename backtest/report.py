@@ -502,8 +502,8 @@ def _stress_sections(result: StressResult) -> Iterator[str]:
     }
     yield _section(
         "Equity",
-        "The middle 90 % and 50 % of the scenarios at each close, and their median. Dark: the bars as they "
-        "were.",
+        "The middle 90 % and 50 % of the scenarios at each close that is kept, and their median. Dark: the "
+        "bars as they were.",
         _choice("Strategy", panes),
     )
     yield _section(
