@@ -107,14 +107,14 @@ class ForecastCache:
 
 
 class Remembered:
-    """What a model said of windows that close before a moment, where these hold the same in all runs.
+    """What models said of windows that close before a moment, where these hold the same in all runs.
 
-    The state is what it has said, by symbol and close.
+    The state is what they have said, by model, symbol and close.
     """
 
     def __init__(self, before: int) -> None:
         self._before = before
-        self._said: dict[tuple[str, int], Forecast] = {}
+        self._said: dict[tuple[str, str, int], Forecast] = {}
 
     def of(self, forecaster: Forecaster) -> Forecaster:
         """The same forecaster, whose model is asked once about each of them."""
@@ -126,18 +126,18 @@ class Remembered:
 class _Recalled:
     """A model that is asked once about each window before a moment."""
 
-    def __init__(self, model: Forecaster, before: int, said: dict[tuple[str, int], Forecast]) -> None:
+    def __init__(self, model: Forecaster, before: int, said: dict[tuple[str, str, int], Forecast]) -> None:
         self.card = model.card
         self._model, self._before, self._said = model, before, said
 
     def forecast(self, windows: Sequence[Window]) -> list[Forecast]:
         """See `Forecaster.forecast`."""
-        keys = [(w.symbol, w.close_times.item(-1)) for w in windows]
+        keys = [(self.card.model, w.symbol, w.close_times.item(-1)) for w in windows]
         found = [self._said.get(key) for key in keys]
         new = [w for w, forecast in zip(windows, found, strict=True) if forecast is None]
         made = iter(self._model.forecast(new) if new else ())
         all_of = [next(made) if forecast is None else forecast for forecast in found]
-        self._said |= {key: f for key, f in zip(keys, all_of, strict=True) if key[1] < self._before}
+        self._said |= {key: f for key, f in zip(keys, all_of, strict=True) if key[2] < self._before}
         return all_of
 
 

@@ -575,15 +575,18 @@ def touches(result: Evaluation, model: str) -> go.Figure:
 
 
 def stress_growth(result: StressResult, strategy: str) -> go.Figure:
-    """A book's equity over its first: the middle 90 and 50 % of the scenarios, their median, and history."""
+    """A book's equity over its first: the middle 90 and 50 % of the scenarios, their median, and history.
+
+    They are drawn at the closes that the result has kept.
+    """
     regimes, rows = result.meta["regimes"], result.equity.filter(strategy=strategy)
     figure = _side_by_side(regimes, "multiple of the first equity", "~g")
-    past = _every(rows.filter(regime=HISTORY).sort("close_time"), _MOST_POINTS)
+    past = rows.filter(regime=HISTORY).sort("close_time")
     for column, regime in enumerate(regimes, 1):
         closes = rows.filter(regime=regime).group_by("close_time")
         levels = (0.05, 0.25, 0.5, 0.75, 0.95)
         some = closes.agg(pl.col("growth").quantile(p, "linear").alias(f"{p}") for p in levels)
-        some = _every(some.sort("close_time"), _MOST_POINTS)
+        some = some.sort("close_time")
         line, at = _line(column - 1), {"row": 1, "col": column}
         for low, high in (("0.05", "0.95"), ("0.25", "0.75")):
             edge = {"x": _x(some["close_time"]), "mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
@@ -617,8 +620,14 @@ def stress_coverage(result: StressResult) -> go.Figure:
 
 
 def stress_prices(result: StressResult, symbol: str) -> go.Figure:
-    """The closes of some scenarios, over the last before them, and as they were."""
+    """The closes of some scenarios, over the last before them, and as they were.
+
+    Raise ConfigError for a symbol whose prices are not kept.
+    """
     regimes, rows = result.meta["regimes"], result.prices.filter(symbol=symbol)
+    if not rows.height:
+        known = ", ".join(result.prices["symbol"].unique(maintain_order=True)) or "none"
+        raise ConfigError(f"symbol {symbol!r} has no prices here: take one of {known}")
     figure = _side_by_side(regimes, "multiple of the last close before", "~g")
     past = {"name": "as it was", "legendgroup": HISTORY, "line": {"color": INK, "width": 2}}
     for column, regime in enumerate(regimes, 1):

@@ -20,6 +20,7 @@ from barcast.backtest.arguments import (
     Moment,
     check_adjustments,
     check_execution,
+    listed,
     nanoseconds,
     paths_of,
     settings_of,
@@ -285,7 +286,8 @@ def run_backtest(
     long as the result is there. A copy by pickle holds all rows.
 
     A `scenario` of `StressScenarioGenerator` has its bars in place of those of the files, and is tested from
-    where it is made up. It has its symbols, its end and its price basis, and nothing is learnt from it.
+    where the first of its symbols is made up. It has its symbols, its end and its price basis, and nothing
+    is learnt from it.
 
     With `retrain`, a cron expression or the table of a daemon's configuration, challengers are trained when
     they would be live, of which `cron`, `max_age`, `drift`, `steps` and `margin` count. Each learns from the
@@ -308,8 +310,8 @@ def run_backtest(
     cache = ForecastCache(cache) if isinstance(cache, Path | str) else cache
     if scenario is not None:
         told = {"adjustments": adjustments, "symbols": symbols, "until": until, "retrain": retrain}
-        _check_scenario(scenario, [name for name, given in told.items() if given])
-        since = scenario[0].since if since is None else since
+        scenario = _check_scenario(scenario, [name for name, given in told.items() if given])
+        since = min(one.since for one in scenario) if since is None else since
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     if isinstance(retrain, str):
         retrain = cron_schedule(retrain, None)
@@ -444,14 +446,22 @@ def run_backtest(
         )
 
 
-def _check_scenario(scenario: "Sequence[Scenario]", given: Sequence[str]) -> None:
-    """Raise ConfigError for a scenario without a symbol, and for arguments that go with history alone."""
+def _check_scenario(scenario: "Sequence[Scenario]", given: Sequence[str]) -> "Sequence[Scenario]":
+    """The scenario of each symbol.
+
+    Raise ConfigError for anything else, also for none, and for arguments that go with history alone.
+    """
+    from barcast.models.transfer.generator import Scenario
+
+    remedy = "one of the lists that generate returns, such as generate(...)[0]"
+    scenario = listed(scenario, "scenario", (Scenario,), remedy)
     if not scenario:
         raise ConfigError("scenario is empty: give the bars of one symbol at least, as generate returns them")
     if "retrain" in given:
         raise ConfigError("retrain: a scenario is made up, and nothing is learnt from it: leave retrain out")
     if given:
         raise ConfigError(f"{given[0]} is for history: give it to what the scenario is made of")
+    return scenario
 
 
 @dataclass(frozen=True, slots=True)

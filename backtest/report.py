@@ -488,7 +488,7 @@ def _stress_head(result: StressResult) -> str:
 
 
 def _stress_sections(result: StressResult) -> Iterator[str]:
-    symbols, books = result.meta["symbols"], result.books["strategy"].unique(maintain_order=True).to_list()
+    books = result.books["strategy"].unique(maintain_order=True).to_list()
     yield _section(
         "Outcomes",
         "Every scenario is one backtest on the live path. A box holds the middle half of the scenarios, its "
@@ -502,8 +502,8 @@ def _stress_sections(result: StressResult) -> Iterator[str]:
     }
     yield _section(
         "Equity",
-        "The middle 90 % and 50 % of the scenarios at each close, and their median. Dark: the bars as they "
-        "were.",
+        "The middle 90 % and 50 % of the scenarios at each close that is kept, and their median. Dark: the "
+        "bars as they were.",
         _choice("Strategy", panes),
     )
     yield _section(
@@ -514,11 +514,11 @@ def _stress_sections(result: StressResult) -> Iterator[str]:
     )
     panes = {
         name: _draw(plot.stress_prices(result, name), f"prices-{k}", PANELS)
-        for k, name in enumerate(symbols[:FANS])
+        for k, name in enumerate(result.prices["symbol"].unique(maintain_order=True))
     }
     yield _section(
         "Scenarios",
-        "The first scenarios of each regime: closes over the last one before them.",
+        "The first scenarios of each regime: closes over the last one before them, of the first symbols.",
         _choice("Symbol", panes),
     )
     yield _section("What was asked", "", _meta(result.meta))

@@ -6,16 +6,20 @@ nothing about how likely they are.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from barcast.backtest import caveats
 from barcast.backtest.arguments import Moment, check_adjustments, listed, nanoseconds, paths_of
 from barcast.backtest.cache import Remembered
 from barcast.backtest.ledger import Execution
@@ -23,7 +27,7 @@ from barcast.backtest.replay import found_timeframe, run_backtest
 from barcast.backtest.result import json_rows
 from barcast.backtest.scoring import POOLED
 from barcast.backtest.tables import scratch_in
-from barcast.backtest.workers import open_workers, run_jobs, write_whole, writing_in
+from barcast.backtest.workers import check_jobs, is_partial, open_workers, run_jobs, write_whole, writing_in
 from barcast.daemon import wire
 from barcast.daemon.adjustments import adjusted
 from barcast.daemon.calendar import Calendars
@@ -34,6 +38,7 @@ from barcast.models import Adjustment, ConfigError, DataError, Window
 
 if TYPE_CHECKING:
     from barcast.models.transfer import Scenario, StressScenarioGenerator
+    from barcast.models.transfer.trained import TransferRecord
 
 HISTORY = "history"
 """What the bars as they were are called among the regimes."""
@@ -46,8 +51,14 @@ TOLD = (
 )
 """What the result says of all its backtests."""
 FRAMES = ("books", "scores", "equity", "prices")
+REPORT = "report.html"
+OWN = {INDEX, REPORT, *(f"{name}.parquet" for name in FRAMES)}
+"""What lies in the folder of a result."""
 TOGETHER = 5  # scenarios of a job: what they share is found once
 MOST_DRAWN = 20  # scenarios of a regime whose prices are kept
+SYMBOLS_DRAWN = 6  # symbols whose prices are kept
+CLOSES = 2_000
+"""At which equity and prices are kept, at most, evenly: what is kept does not grow with the bars."""
 WORST, TAIL = 0.05, 20
 """Share of the scenarios that value at risk and expected shortfall are of: one in so many."""
 
@@ -73,8 +84,10 @@ class StressResult:
     `books` has `regime`, `number`, `strategy` and the columns of `BacktestResult.portfolio`; `scores` has
     `regime`, `number` and the columns of `BacktestResult.scores` of all symbols together; `equity` has
     `regime`, `number`, `strategy`, `close_time` and `growth`, the equity over the first; `prices` has
-    `regime`, `number`, `symbol`, `close_time` and `close`, of the first scenarios. The bars as they were
-    stand there as the regime `history`. `meta` says what was asked for, and holds `warning`.
+    `regime`, `number`, `symbol`, `close_time` and `close`, of the first scenarios and symbols. Both have
+    `CLOSES` closes at most, the same ones in all scenarios. The bars as they were stand there as the regime
+    `history`. `meta` says what was asked for, and holds `warning`, which also says what is true of some
+    scenarios, and of how many.
     """
 
     books: pl.DataFrame
@@ -102,13 +115,17 @@ class StressResult:
     def save(self, folder: Path | str) -> None:
         """Write each frame to NAME.parquet of the folder, meta and summary to `stress.json`.
 
-        Raise ConfigError where the folder cannot be written.
+        A result that was in the folder is replaced. Raise ConfigError for a folder with anything else, and
+        where it cannot be written.
         """
         folder = Path(folder)
+        check_folder(folder)
         with writing_in(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in FRAMES:
-                getattr(self, name).write_parquet(folder / f"{name}.parquet")
+            (folder / INDEX).unlink(missing_ok=True)  # until all is there, the folder holds no whole result
+        for name in FRAMES:
+            rows = BytesIO()
+            getattr(self, name).write_parquet(rows)
+            write_whole(folder / f"{name}.parquet", rows.getvalue())
         told = {"note": NOTE, "meta": self.meta, "summary": json_rows(self.summary)}
         text = json.dumps(told | {"definitions": DEFINITIONS}, indent=1, allow_nan=False, ensure_ascii=False)
         write_whole(folder / INDEX, (text + "\n").encode())
@@ -162,11 +179,14 @@ def run_stress(
     Raise ConfigError, DataError and CheckpointError as `run_backtest` and the generator do.
     """
     from barcast.models.transfer import load_generator
-    from barcast.models.transfer.generator import MOST_SCENARIOS
+    from barcast.models.transfer.generator import check_count, check_seed
+    from barcast.models.transfer.regimes import regime_id
 
     paths, generator = paths_of(files), Path(generator)
+    n, seed = check_count(n), check_seed(seed)
+    check_jobs(jobs)
     regimes = listed(regimes, "regimes", (str,), f"names such as {REGIMES}")
-    if len(set(regimes)) < len(regimes):
+    if len(set(map(regime_id, regimes))) < len(regimes):
         raise ConfigError(f"regimes = {', '.join(regimes)}: name each once")
     timeframe = timeframe or found_timeframe(paths, stamp, calendar, symbols)[0]
     closes = Calendars(calendar, Timeframe.parse(timeframe), calendars)
@@ -177,17 +197,14 @@ def run_stress(
             (folder / "bars").mkdir()
             history = History(paths, stamp, closes, symbols, nanoseconds(until, "until"), folder / "bars")
         known = adjusted(history, check_adjustments(adjustments))
-        kept, start, warning = _able(known, begun)
-        if (learnt := loaded.trained.record.timeframe) != timeframe:
-            warning += f" The generator has learnt from bars of {learnt}, and these are of {timeframe}."
-        if not 1 <= n <= MOST_SCENARIOS:
-            raise ConfigError(f"n = {n} scenarios cannot be: take 1 to {MOST_SCENARIOS}")
+        kept, start, left_out = _able(known, begun)
         for regime in regimes:  # what cannot be is said here, not by a worker
             next(loaded.scenarios(kept, regime, (0,), seed, since=start, cfg_scale=cfg_scale))
         asked = _Asked(
             generator,
             kept,
             start,
+            _closes(kept, start),
             seed,
             cfg_scale,
             {
@@ -228,10 +245,14 @@ def run_stress(
             for name in FRAMES
         }
         told = json.loads(parts[0].file("meta").read_text())
+        warnings = [
+            *filter(None, [left_out, *_learnt(loaded.trained.record, timeframe, start), told.pop("warning")]),
+            *_of_scenarios(parts, n * len(regimes)),
+        ]
     return StressResult(
         **frames,
         meta={
-            "warning": "\n".join(filter(None, [warning.strip(), told.pop("warning")])),
+            "warning": "\n".join(warnings),
             "note": NOTE,
             "generator": loaded.model,
             "regimes": regimes,
@@ -249,11 +270,14 @@ def run_stress(
 
 
 def check_folder(folder: Path) -> None:
-    """Raise ConfigError for a folder in which something lies, and no result of scenarios."""
+    """Raise ConfigError for a folder in which anything lies that is no part of a result of scenarios."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX).exists():
-        raise ConfigError(f"{folder} is not empty, and holds no result of scenarios: name a new folder")
+    found = folder.iterdir() if folder.is_dir() else ()
+    if foreign := {each.name for each in found if not is_partial(each)} - OWN:
+        raise ConfigError(
+            f"{folder} holds {min(foreign)}, which is no result of scenarios: name a new folder"
+        )
 
 
 def _able(history: Mapping[str, Window], since: int | None) -> tuple[list[Window], int, str]:
@@ -273,6 +297,45 @@ def _able(history: Mapping[str, Window], since: int | None) -> tuple[list[Window
     return [history[symbol] for symbol in able if symbol not in out], since, warning
 
 
+def _learnt(record: "TransferRecord", timeframe: str, start: int) -> list[str]:
+    """What of a generator's training does not go with the bars that scenarios are made of."""
+    found = []
+    if record.timeframe != timeframe:
+        found.append(
+            f"The generator has learnt from bars of {record.timeframe}, and these are of {timeframe}."
+        )
+    if record.validation_end > start:
+        found.append(
+            f"The generator has learnt from bars up to {wire.to_text(record.validation_end)[:10]}, and "
+            f"scenarios begin at {wire.to_text(start)[:10]}: what they are like was learnt in part from what "
+            "came then. Train it with --until, or begin later."
+        )
+    return found
+
+
+def _closes(windows: Sequence[Window], since: int) -> NDArray[np.int64]:
+    """Some of the closes from one on, `CLOSES` of them at most."""
+    times = [w.close_times[np.searchsorted(w.close_times, since) :] for w in windows]
+    every = np.unique(np.concatenate(times))
+    return every[_evenly(len(every))]
+
+
+def _evenly(count: int) -> NDArray[np.int64]:
+    """Some of so many places, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, CLOSES)).round().astype(np.int64)
+
+
+def _of_scenarios(parts: "Sequence[_Part]", count: int) -> list[str]:
+    """What was to be said of some of so many scenarios, and not of history: the most frequent first."""
+    said, *others = (json.loads(part.file("said").read_text()) for part in parts)
+    total: Counter[str] = Counter()
+    for each in others:
+        total.update(each)
+    often = sorted((-times, text) for text, times in total.items() if text not in said)
+    found = [f"Of {count} scenarios {-times}: {text}" for times, text in often]
+    return [caveats.few(found, "\n")] if found else []
+
+
 @dataclass(frozen=True)
 class _Asked:
     """What all scenarios share."""
@@ -280,6 +343,7 @@ class _Asked:
     generator: Path
     windows: Sequence[Window]
     since: int
+    closes: NDArray[np.int64]  # at which equity is kept
     seed: int
     cfg_scale: float | None
     settings: Mapping[str, Any]
@@ -317,20 +381,26 @@ def _fill(part: _Part) -> None:
             asked.windows, part.regime, part.numbers, asked.seed, since=asked.since, cfg_scale=asked.cfg_scale
         )
     found: dict[str, list[pl.DataFrame]] = {name: [] for name in FRAMES}
+    said: Counter[str] = Counter()
+    some = pl.from_epoch(pl.Series("close_time", asked.closes), "ns").dt.replace_time_zone("UTC").to_frame()
     for number, scenario in zip(part.numbers, made, strict=True):
         result = run_backtest(**asked.settings, scenario=scenario, cache=remembered)
         key = pl.lit(part.regime).alias("regime"), pl.lit(number, pl.Int64).alias("number")
         growth = (pl.col("equity") / pl.col("equity").first()).over("strategy").alias("growth")
         pooled = result.scores.filter(symbol=POOLED).drop("symbol")
-        equity = result.equity.select("strategy", "close_time", growth)
+        equity = result.equity.select("strategy", "close_time", growth).join(
+            some, on="close_time", how="semi", maintain_order="left"
+        )
+        said.update(filter(None, result.meta["warning"].split("\n")))
         rows = {"books": result.portfolio, "scores": pooled, "equity": equity}
         if number < MOST_DRAWN:
-            rows["prices"] = _prices(scenario)
+            rows["prices"] = _prices(scenario[:SYMBOLS_DRAWN])
         for name, frame in rows.items():
             found[name].append(frame.select(*key, pl.all()))
     for name, frames in found.items():
         empty = _prices([]).select(pl.lit("").alias("regime"), pl.lit(0, pl.Int64).alias("number"), pl.all())
         (pl.concat(frames) if frames else empty.clear()).write_parquet(part.file(name))
+    part.file("said").write_text(json.dumps(said))
     if part.regime == HISTORY:
         told = {name: result.meta[name] for name in TOLD}
         part.file("meta").write_text(json.dumps(told))
@@ -347,12 +417,13 @@ def _as_it_was(asked: _Asked) -> "list[Scenario]":
 
 
 def _prices(scenario: Sequence["Scenario"]) -> pl.DataFrame:
-    """The closes from the one before a scenario on."""
+    """Closes from the one before a scenario on, `CLOSES` of each symbol at most."""
     close_time = pl.from_epoch("close_time", "ns").dt.replace_time_zone("UTC")
     parts = [pl.DataFrame(schema={"symbol": pl.String(), "close_time": pl.Int64(), "close": pl.Float64()})]
     for one in scenario:
         k = max(0, int(np.searchsorted(one.times, one.since)) - 1)
+        at = k + _evenly(len(one.times) - k)
         parts.append(
-            pl.DataFrame({"symbol": one.symbol, "close_time": one.times[k:], "close": one.rows[k:, 3]})
+            pl.DataFrame({"symbol": one.symbol, "close_time": one.times[at], "close": one.rows[at, 3]})
         )
     return pl.concat(parts).with_columns(close_time)

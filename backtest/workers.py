@@ -35,8 +35,7 @@ def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]
 
     if backend not in BACKENDS:
         raise ConfigError(f"backend = {backend!r}: take one of {', '.join(BACKENDS)}")
-    if jobs == 0 or jobs < -1:
-        raise ConfigError(f"jobs = {jobs}: take 1 or more, or -1 for one a core")
+    check_jobs(jobs)
     if address is not None and backend == "loky":
         raise ConfigError(f"address = {address!r}: loky has no cluster; name the backend ray or dask")
     with ExitStack() as stack:
@@ -60,6 +59,12 @@ def open_workers(backend: str, jobs: int, address: str | None) -> Iterator[None]
             else parallel_config(backend, n_jobs=-1)
         )
         yield
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise ConfigError for a number of jobs at a time that there cannot be."""
+    if jobs == 0 or jobs < -1:
+        raise ConfigError(f"jobs = {jobs}: take 1 or more, or -1 for one a core")
 
 
 def run_jobs(function: Callable[[Any], None], jobs: Iterable[Any], done: Callable[[int], None]) -> None:

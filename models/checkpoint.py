@@ -30,7 +30,7 @@ from barcast.models.errors import BarcastError, CheckpointError, ConfigError
 from barcast.models.forecast import Forecaster
 from barcast.models.gbm import Boosted, Trees, TreesRecord
 from barcast.models.ldm4ts.autoencoder import installed
-from barcast.models.ldm4ts.language import Language, digest_of, open_language
+from barcast.models.ldm4ts.language import Language, digest_of, open_language, required
 from barcast.models.ldm4ts.network import LDM4TS, PARTS, LatentArchitecture
 from barcast.models.ldm4ts.trained import LatentRecord, LatentTrained
 from barcast.models.paths import path_steps
@@ -362,6 +362,7 @@ def _language(path: Path, body: dict[str, Any], timeframe: str, width: int) -> L
         named = msgspec.convert(body["text"], dict[str, str])
         folder, digest = Path(named["folder"]), named["sha256"]
     remedy = f"put the folder that it was trained with at {str(folder)!r}, or train again"
+    required()  # that it is missing is no fault of the file
     try:
         found = digest_of(folder)
         if found != digest:

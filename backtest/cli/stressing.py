@@ -48,7 +48,7 @@ from barcast.backtest.cli.terminal import (
     progressing,
     wide,
 )
-from barcast.backtest.workers import ONE_THREAD
+from barcast.backtest.workers import ONE_THREAD, check_jobs
 from barcast.models import BASELINES
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ def stress(
     went. The same seed gives the same bytes.
     """
     os.environ.update(ONE_THREAD)
+    check_jobs(jobs)
     read = [*files, generator, *([adjustments] if adjustments else [])]
     check_stress_folder(out_dir, [*read, *([Path(model)] if model and model not in BASELINES else [])])
     from barcast.backtest.ledger import Execution
     from barcast.backtest.report import write_stress
-    from barcast.backtest.stress import REGIMES, run_stress
+    from barcast.backtest.stress import REGIMES, REPORT, run_stress
     from barcast.daemon.adjustments import read_adjustments
 
     regimes = regime or list(REGIMES)
@@ -164,8 +165,8 @@ def stress(
         err.print(result.meta["warning"], style="yellow", markup=False)
     with in_folder("--out", out_dir):
         result.save(out_dir)
-        write_stress(result, out_dir / "report.html")
-    out.print(f"report: {(out_dir / 'report.html').absolute()}", soft_wrap=True)
+        write_stress(result, out_dir / REPORT)
+    out.print(f"report: {(out_dir / REPORT).absolute()}", soft_wrap=True)
 
 
 def _print(result: "StressResult") -> None:

@@ -47,7 +47,7 @@ def open_autoencoder(folder: Path) -> nn.Module:
     about = f"vae = {str(folder)!r}"
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{about}: config.json cannot be read ({error}); name the folder `vae` of a Stable Diffusion "
             "model in diffusers' layout, or leave it out: a small one is trained"

@@ -94,6 +94,18 @@ def digest_of(folder: Path) -> str:
     return whole.hexdigest()
 
 
+def required() -> Any:
+    """The package transformers; raises `ConfigError` where it is missing."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigError(
+            f"transformers cannot be imported ({error}); install barcast with its extra text: "
+            "pip install '.[text]'"
+        ) from error
+    return transformers
+
+
 def open_language(folder: Path, timeframe: str) -> Language:
     """The model and tokenizer of a local folder, as transformers writes them.
 
@@ -108,13 +120,7 @@ def open_language(folder: Path, timeframe: str) -> Language:
             f"{about}: there are no safetensors, and pickles are not opened, as they can run a program; take "
             "the folder with model.safetensors"
         )
-    try:
-        import transformers
-    except ImportError as error:
-        raise ConfigError(
-            f"transformers cannot be imported ({error}); install barcast with its extra text: "
-            "pip install '.[text]'"
-        ) from error
+    transformers = required()
     of: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _quiet(transformers):

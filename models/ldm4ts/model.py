@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from barcast.models import samplers
 from barcast.models.catalog import MOST_STEPS, SAMPLERS, check_sampler
+from barcast.models.checkpoint import fill
 from barcast.models.errors import CheckpointError, ConfigError
 from barcast.models.ldm4ts import attention, vision
 from barcast.models.ldm4ts.autoencoder import LATENT
@@ -384,22 +385,13 @@ class LDM4TSModel(nn.Module):
         try:
             options = json.loads(told["options"])
             Options(**options)
-        except (KeyError, ValueError, TypeError, ConfigError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError, ConfigError) as error:
             raise CheckpointError(
                 f"{path}: its options are not of this version ({error}); train again"
             ) from error
         model = cls(device=device, **(options | how))
-        own = model.state_dict()
-        if odd := sorted(own.keys() ^ weights.keys()):
-            raise CheckpointError(f"{path}: {odd[0]} is missing or unknown; train again with this version")
-        for name, x in weights.items():
-            if x.shape != own[name].shape or not torch.isfinite(x).all():
-                raise CheckpointError(
-                    f"{path}: {name} is {tuple(x.shape)}, not {tuple(own[name].shape)} finite numbers; train "
-                    "again with this version"
-                )
-        model.load_state_dict(weights)
-        return model.eval()
+        fill(model, weights, Path(path))
+        return model
 
     def _trained(
         self, rows: Seen, targets: Tensor, generator: Generator, return_all: bool

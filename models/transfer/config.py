@@ -4,15 +4,18 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from math import isfinite
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from barcast.models.errors import ConfigError
 
 SOLVERS = ("euler", "heun")
+MAX_SAMPLES, MAX_POSITIONS = 8192, 256
 MOST = {"width": 1024, "code": 1024, "batch": 4096, "ode_steps": 100, "sample_steps": 400}
 """Of whole numbers that memory and time grow with."""
+SHOWN = 60
+"""Characters of a wrong value that a sentence shows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ class TransferConfig:
     sample_steps: int = 8  # of a way in a scenario
     solver: str = "heun"
     use_gradient_checkpointing: bool = True
-    max_samples: int = 8192  # patches of a texture's distance
-    max_spatial_samples: int = 256  # positions of a self-similarity
+    max_samples: int = MAX_SAMPLES  # patches on each side of a texture's distance
+    max_spatial_samples: int = MAX_POSITIONS  # of a self-similarity
     texture: float = 1.0  # weights of the energies, and of the flow beside them
     content: float = 1.0
     anchor: float = 1.0
@@ -47,14 +50,13 @@ class TransferConfig:
             value = getattr(self, field.name)
             kind = type(field.default)
             fits = type(value) is kind or (kind is float and type(value) is int)
+            said = f"{field.name} = {value!r:.{SHOWN}}"
             if not fits:
-                raise ConfigError(f"{field.name} = {value!r} is no {_KINDS[kind]}: write one")
+                raise ConfigError(f"{said} is no {_KINDS[kind]}: write one")
             if kind is int and not 1 <= value <= MOST.get(field.name, 10**6):
-                raise ConfigError(
-                    f"{field.name} = {value} cannot be: take 1 to {MOST.get(field.name, 10**6)}"
-                )
-            if kind is float and not (isfinite(value) and value >= 0):
-                raise ConfigError(f"{field.name} = {value} cannot be: take a number from 0 on")
+                raise ConfigError(f"{said} cannot be: take 1 to {MOST.get(field.name, 10**6)}")
+            if kind is float and not 0 <= value <= float_info.max:
+                raise ConfigError(f"{said} cannot be: take a number from 0 on")
         if self.solver not in SOLVERS:
             raise ConfigError(f"solver = {self.solver!r} is unknown: choose one of {', '.join(SOLVERS)}")
         if self.label_drop_prob >= 1:

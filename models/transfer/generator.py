@@ -6,6 +6,7 @@ A scenario is made up. It is no `Window`, and nothing that learns, calibrates or
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import index
 
 import numpy as np
 import torch
@@ -79,9 +80,8 @@ class StressScenarioGenerator:
         cfg_scale: float | None = None,
     ) -> list[list[Scenario]]:
         """`n` scenarios of the symbols of a portfolio; see `scenarios`."""
-        if not 1 <= n <= MOST_SCENARIOS:
-            raise ConfigError(f"n = {n} scenarios cannot be: take 1 to {MOST_SCENARIOS}")
-        return list(self.scenarios(bars, target_regime, range(n), seed, since=since, cfg_scale=cfg_scale))
+        numbers = range(check_count(n))
+        return list(self.scenarios(bars, target_regime, numbers, seed, since=since, cfg_scale=cfg_scale))
 
     def scenarios(
         self,
@@ -107,11 +107,12 @@ class StressScenarioGenerator:
         """
         use_one_thread()
         regime, scale = regime_id(target_regime), self._severity(cfg_scale)
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"seed = {seed} cannot be: take a number from 0 on")
+        seed, numbers = check_seed(seed), [_whole(number, "number") for number in numbers]
         histories = [bars] if isinstance(bars, Window) else list(bars)
         if not histories:
             raise DataError("there is no history to make scenarios of: give one at least")
+        if empty := [w.symbol for w in histories if not len(w)]:
+            raise DataError(f"{empty[0]} has no bars to make scenarios of: leave the symbol out")
         if since is None:
             since = max(int(w.close_times[min(_first(w, None), len(w) - 1)]) for w in histories)
         sources = [_Source.of(w, since) for w in histories]
@@ -141,6 +142,7 @@ class StressScenarioGenerator:
         """Windows of the regimes (B,) in the target regimes (B,): returns over what is usual, (B, BARS)."""
         use_one_thread()
         scale = self._severity(cfg_scale)
+        seed = check_seed(seed)
         r = self.made(self.noise(returns, own, seed), target, scale)
         z = torch.randn(len(returns), generator=_stream(seed, "levels"))
         level = self._wanted(_level(returns).numpy(), target.numpy(), z, scale)
@@ -148,7 +150,7 @@ class StressScenarioGenerator:
 
     def noise(self, returns: Tensor, own: Tensor, seed: int) -> Tensor:
         """The noise (B, 4, H, W) of one scenario for windows (B, BARS) of the regimes (B,)."""
-        generator = Generator().manual_seed(seed)
+        generator = Generator().manual_seed(check_seed(seed))
         [z] = self._mixed([self._inverted(returns, own, generator)], [generator])
         return z
 
@@ -286,6 +288,22 @@ LEAST_BEFORE = first_end() - BARS + 1
 """Bars before a scenario, at least."""
 
 
+def check_count(n: int) -> int:
+    """A number of scenarios; raise `ConfigError` for one that cannot be."""
+    n = _whole(n, "n")
+    if not 1 <= n <= MOST_SCENARIOS:
+        raise ConfigError(f"n = {n} scenarios cannot be: take 1 to {MOST_SCENARIOS}")
+    return n
+
+
+def check_seed(seed: int) -> int:
+    """A seed as Python's own whole number, by which streams are keyed; raise `ConfigError` for any other."""
+    seed = _whole(seed, "seed")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"seed = {seed} cannot be: take a number from 0 on")
+    return seed
+
+
 def spans(w: Window) -> tuple[int, int] | None:
     """The first and the last close that a scenario may begin with; None for a history that is too short."""
     if len(w) < LEAST_BEFORE + BARS:
@@ -303,6 +321,14 @@ def _first(w: Window, since: int | None) -> int:
             "is usual: begin later, or give a longer history"
         )
     return first
+
+
+def _whole(value: object, name: str) -> int:
+    """Python's own whole number, also of numpy's; raise `ConfigError` for what is none."""
+    try:
+        return int(index(value))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ConfigError(f"{name} = {value!r} is no whole number: write one") from error
 
 
 def _text(w: Window, k: int) -> str:

@@ -7,14 +7,11 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional
 
+from barcast.models.transfer.config import MAX_POSITIONS, MAX_SAMPLES
 from barcast.models.transfer.network import Velocity
 
 PATCH = 3  # positions of a patch's side
 PROJECTIONS = 64
-MAX_SAMPLES = 8192
-"""Patches on each side of a distance, at most."""
-MAX_POSITIONS = 256
-"""Positions of a self-similarity, at most."""
 NUDGE = 1e-2  # deviations: how far the divergence looks
 
 

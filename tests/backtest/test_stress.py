@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from barcast.backtest import stress
+from barcast.backtest import plot, stress, workers
 from barcast.backtest.cache import Remembered
 from barcast.backtest.replay import run_backtest
 from barcast.backtest.report import html, write_stress
@@ -17,7 +17,8 @@ from barcast.backtest.stress import StressResult, run_stress
 from barcast.daemon.calendar import Calendars
 from barcast.daemon.history import read_windows, scan
 from barcast.daemon.timeframe import Timeframe
-from barcast.models import Adjustment, ConfigError, DataError, Window, optimiser
+from barcast.daemon.wire import to_text
+from barcast.models import Adjustment, ConfigError, DataError, Window, open_model, optimiser
 from barcast.models.transfer import (
     StressScenarioGenerator,
     TransferConfig,
@@ -174,9 +175,20 @@ def test_what_came_before_is_asked_once(model: Path) -> None:
     remembered = Remembered(since)
     run_backtest(**settings, scenario=first, cache=remembered)
     assert len(remembered._said) > 1000
-    assert all(close < since for _, close in remembered._said)
+    assert all(close < since for _, _, close in remembered._said)
     plain, kept = (run_backtest(**settings, scenario=second, cache=cache) for cache in (None, remembered))
     assert kept.meta["decisions_sha256"] == plain.meta["decisions_sha256"]
+
+
+def test_what_one_model_said_is_not_anothers(windows: list[Window]) -> None:
+    """Two models that share a memory keep their own answers."""
+    remembered = Remembered(windows[0].close_time + 1)
+    for _ in range(2):
+        for name in ("hs", "ewma"):
+            model = open_model(name, "1h", None, None)
+            [found] = remembered.of(model).forecast([windows[0]])
+            assert found.quantiles.tobytes() == model.forecast([windows[0]])[0].quantiles.tobytes()
+    assert len(remembered._said) == 2
 
 
 def test_a_symbol_without_a_past_is_left_out_by_name(result: StressResult) -> None:
@@ -185,10 +197,98 @@ def test_a_symbol_without_a_past_is_left_out_by_name(result: StressResult) -> No
     assert "YOUNG" in result.meta["warning"]
 
 
-def test_without_since_all_begin_together(asked: dict[str, Any], windows: list[Window]) -> None:
-    """The first close at which every symbol that can be made up has a past."""
-    found = run_stress(**asked | {"since": None, "n": 1, "regimes": ["calm"]})
-    assert found.prices["close_time"].dt.epoch("ns").min() == windows[0].close_times[LEAST_BEFORE - 1]
+def test_without_since_all_begin_together(
+    asked: dict[str, Any], windows: list[Window], tmp_path: Path
+) -> None:
+    """The first close at which every symbol that can be made up has a past, also where bars are missing."""
+    times, k = windows[0].close_times, LEAST_BEFORE + 20
+    holes = {"LONG": times[100:120], "PAIR": times[k - 5 : k + 5]}
+    at = pl.col("close_time").dt.epoch("ns")
+    missing = [(pl.col("symbol") == name) & at.is_between(*t[[0, -1]]) for name, t in holes.items()]
+    pl.read_parquet(asked["files"]).filter(~pl.any_horizontal(missing)).write_parquet(
+        tmp_path / "bars.parquet"
+    )
+    own = {"files": tmp_path / "bars.parquet", "since": None, "until": int(times[k + 400])}
+    found = run_stress(**asked | own | {"n": 1, "regimes": ["calm"]})
+    assert found.meta["since"] == to_text(int(times[k]))
+    for regime in ("history", "calm"):
+        assert found.equity.filter(regime=regime).select(at.min()).item() == times[k]
+        for name, first in (("LONG", k - 1), ("PAIR", k - 6)):
+            prices = found.prices.filter(regime=regime, symbol=name)
+            assert prices.select(at.min()).item() == times[first]
+
+
+def test_what_is_kept_does_not_grow_with_the_bars(
+    result: StressResult, asked: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of equity and prices some closes, the same in all scenarios, and of few symbols; their numbers stay."""
+    monkeypatch.setattr(stress, "CLOSES", 40)
+    monkeypatch.setattr(stress, "SYMBOLS_DRAWN", 1)
+    few = run_stress(**asked | {"n": 1, "regimes": "crisis"})
+    assert few.equity["close_time"].n_unique() == 40
+    for regime in ("history", "crisis"):
+        whole, some = (each.equity.filter(regime=regime, number=0) for each in (result, few))
+        same = whole.join(some, on=["strategy", "close_time"], how="semi", maintain_order="left")
+        assert same.equals(some)
+        ends = [(each["close_time"].min(), each["close_time"].max()) for each in (whole, some)]
+        assert ends[0] == ends[1]
+        assert few.books.filter(regime=regime).equals(result.books.filter(regime=regime, number=0))
+    assert few.prices["symbol"].unique().to_list() == ["LONG"]
+    assert few.prices.filter(regime="crisis").height == 40
+    with pytest.raises(ConfigError, match="symbol 'PAIR' has no prices here: take one of LONG"):
+        plot.stress_prices(few, "PAIR")
+    write_stress(few, tmp_path / "report.html")
+
+
+def test_a_result_is_whole_or_none(
+    result: StressResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A save that is interrupted leaves nothing that passes for a result, and may be done again."""
+    result.save(tmp_path)
+
+    def full(path: Path, content: bytes) -> None:
+        if path.stem == "prices":
+            raise ConfigError("full")
+        workers.write_whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stress, "write_whole", full)
+        with pytest.raises(ConfigError, match="full"):
+            result.save(tmp_path)
+    with pytest.raises(DataError, match="holds no whole result"):
+        StressResult.load(tmp_path)
+    result.save(tmp_path)
+    assert StressResult.load(tmp_path).prices.equals(result.prices)
+    (tmp_path / "letter.txt").write_text("x")
+    with pytest.raises(ConfigError, match=r"holds letter\.txt, which is no result of scenarios"):
+        result.save(tmp_path)
+
+
+def test_bars_that_the_generator_knows_are_named(result: StressResult) -> None:
+    """It has learnt from the very time that is tested."""
+    assert "The generator has learnt from bars up to 2024-0" in result.meta["warning"]
+
+
+def test_warnings_of_scenarios_are_counted(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each once, with how often it came; what history says, too, is not said again."""
+    said = iter(["old", "old\nnew", "old\nnew", "rare", "new"])
+    plain = run_backtest(
+        asked["files"],
+        stamp="close",
+        timeframe="1h",
+        model="hs",
+        symbols="LONG",
+        since=asked["since"],
+        baselines=False,
+    )
+
+    def warned(*_: Any, **__: Any) -> Any:
+        plain.meta["warning"] = next(said)
+        return plain
+
+    monkeypatch.setattr(stress, "run_backtest", warned)
+    lines = run_stress(**asked | {"n": 2}).meta["warning"].split("\n")
+    assert lines[-3:] == ["old", "Of 4 scenarios 3: new", "Of 4 scenarios 1: rare"]
 
 
 def test_the_summary_is_by_hand(result: StressResult) -> None:
@@ -222,15 +322,36 @@ def test_a_scenario_is_not_learnt_from(asked: dict[str, Any], model: Path) -> No
             run_backtest(asked["files"], **{name: value}, **settings)
     with pytest.raises(ConfigError, match="scenario is empty"):
         run_backtest(asked["files"], **settings | {"scenario": []})
+    with pytest.raises(
+        ConfigError, match=r"scenario\[0\] is \[Scenario.* give one of the lists that generate"
+    ):
+        run_backtest(asked["files"], **settings | {"scenario": [scenario]})
+    with pytest.raises(ConfigError, match="scenario is 'crisis', of type str"):
+        run_backtest(asked["files"], **settings | {"scenario": "crisis"})
+
+
+def test_a_hole_in_the_first_symbol_shortens_no_test(asked: dict[str, Any], model: Path) -> None:
+    """What is tested begins with the first bar that is made up of any symbol."""
+    long, pair = _windows(asked)
+    kept = np.delete(np.arange(len(long)), np.s_[-MADE : 10 - MADE])
+    holed = Window("LONG", long.close_times[kept], long.values[kept])
+    since = asked["since"]
+    [scenario] = load_generator(model).generate([holed, pair], "crisis", since=since)
+    assert scenario[0].since > scenario[1].since == since
+    one = run_backtest(
+        asked["files"], stamp="close", timeframe="1h", model="hs", scenario=scenario, baselines=False
+    )
+    assert one.equity["close_time"].dt.epoch("ns").min() == since
 
 
 @pytest.mark.parametrize(
     ("wrong", "error", "words"),
     [
-        ({"regimes": ["panic"]}, ConfigError, "regime 'panic' is unknown: take one of calm"),
+        ({"regimes": ["panic"], "files": "none.parquet"}, ConfigError, "regime 'panic' is unknown: take one"),
         ({"regimes": ["calm", "calm"]}, ConfigError, "name each once"),
-        ({"n": 0}, ConfigError, "n = 0 scenarios cannot be"),
-        ({"seed": -1}, ConfigError, "seed = -1 cannot be"),
+        ({"n": 0, "files": "none.parquet"}, ConfigError, "n = 0 scenarios cannot be"),
+        ({"jobs": 0, "files": "none.parquet"}, ConfigError, "jobs = 0: take 1 or more, or -1"),
+        ({"seed": -1, "files": "none.parquet"}, ConfigError, "seed = -1 cannot be"),
         ({"cfg_scale": 9.0}, ConfigError, "cfg_scale = 9.0 cannot be"),
         ({"since": 0}, DataError, "no symbol has a past long enough"),
         ({"symbols": ["YOUNG"]}, DataError, "no symbol has a past long enough"),
@@ -287,7 +408,9 @@ def test_the_command_writes_a_report(run: Any, asked: dict[str, Any], tmp_path: 
     (tmp_path / "mine" / "letter.txt").write_text("x")
     status, _, err = run("stress", str(asked["files"]), *options, "--out", str(tmp_path / "mine"))
     assert status == 2
-    assert "holds no result of scenarios" in err
+    assert "letter.txt" in err
+    status, _, err = run("stress", "none.parquet", *options, "--jobs", "0")
+    assert (status, "jobs = 0: take 1 or more" in err) == (78, True)
 
 
 def test_the_shipped_generator_makes_scenarios_of_the_sample_bars() -> None:

@@ -221,7 +221,7 @@ def _generator(
     config: TransferConfig,
     tell: Callable[[str], None],
 ) -> StressScenarioGenerator:
-    sources = sorted((Path(models.__file__).parent / "transfer").rglob("*.py"))
+    sources = sorted(Path(models.__file__).parent.rglob("*.py"))
     told = f"{digest([path])} {since} {asdict(config)}".encode()
     code = hashlib.sha256(b"".join(p.read_bytes() for p in sources) + told).hexdigest()[:12]
     folder = FOLDER / f"{path.stem}-{code}"

@@ -135,6 +135,9 @@ def test_a_folder_is_opened_as_it_is(folder: Path, tmp_path: Path) -> None:
     assert all(torch.equal(x, weights[name].half().float()) for name, x in again.items())
 
 
+DEEP = 100_000 * "[" + 100_000 * "]"
+
+
 def config(**changed: Any) -> Any:
     def change(folder: Path) -> None:
         path = folder / "config.json"
@@ -159,6 +162,7 @@ def pickled(folder: Path) -> None:
     [
         (shutil.rmtree, "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json cannot be read"),
+        (lambda folder: (folder / "config.json").write_text(DEEP), "config.json cannot be read"),
         (lambda folder: (folder / "config.json").write_text("[]"), "config.json holds no object"),
         (config(_class_name="UNet2DModel"), "_class_name is 'UNet2DModel', not 'AutoencoderKL'"),
         (config(latent_channels=16), "latent_channels is 16, not 4"),

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Generator
 
-from barcast.models import CheckpointError, ConfigError, Window
+from barcast.models import CheckpointError, ConfigError, Window, checkpoint
 from barcast.models.checkpoint import learner_like, load, save
 from barcast.models.description import describe
 from barcast.models.ldm4ts import language, training
@@ -332,11 +333,12 @@ def test_a_language_folder_that_cannot_be_used(bert: Path, tmp_path: Path, chang
 
 
 def test_without_transformers_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extra that is missing is named."""
-    import sys
-
+    """The extra that is missing is named, also where a checkpoint wants it, and not to train again."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConfigError, match=r"transformers cannot be imported .* pip install '\.\[text\]'"):
         language.open_language(tmp_path, "1h")
+    named = {"text": {"folder": str(tmp_path), "sha256": language.digest_of(tmp_path)}}
+    with pytest.raises(ConfigError, match=r"^transformers cannot be imported .* pip install '\.\[text\]'$"):
+        checkpoint._language(tmp_path / "model.json", named, "1h", 8)

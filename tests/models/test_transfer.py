@@ -229,6 +229,16 @@ def test_a_scenario_is_said_by_its_seed(generator: StressScenarioGenerator, bars
         assert first[k].rows.tobytes() != other[k].rows.tobytes()
 
 
+def test_a_number_of_numpy_is_the_same_number(generator: StressScenarioGenerator, bars: list[Window]) -> None:
+    """Seeds and numbers key the noise by their value, not by their type."""
+    plain = generator.generate(bars[0], "volatile", 2, seed=5)
+    numbers: Any = np.arange(2)
+    made = generator.scenarios(bars[0], "volatile", numbers, np.int64(5))  # type: ignore[arg-type]
+    for [one], [other] in zip(plain, made, strict=True):
+        assert one.rows.tobytes() == other.rows.tobytes()
+        assert (type(other.seed), type(other.number)) == (int, int)
+
+
 def test_a_portfolio_keeps_the_ranks_of_its_correlations(generator: StressScenarioGenerator) -> None:
     """Which pairs of symbols move together more, and which less, is so in a scenario, too."""
     rng, n = np.random.default_rng(1), LEAST + 1 + 4 * BARS
@@ -256,6 +266,8 @@ def test_a_portfolio_keeps_the_ranks_of_its_correlations(generator: StressScenar
         ({"cfg_scale": 7.0}, "cfg_scale = 7.0 cannot be"),
         ({"cfg_scale": float("nan")}, "cfg_scale = nan cannot be"),
         ({"seed": -1}, "seed = -1 cannot be"),
+        ({"seed": 1.5}, "seed = 1.5 is no whole number"),
+        ({"n": 2.0}, "n = 2.0 is no whole number"),
     ],
 )
 def test_a_wrong_wish_is_one_sentence(
@@ -275,6 +287,8 @@ def test_histories_that_do_not_suffice_are_named(
         generator.generate(w, "crisis", since=int(w.close_times[10]))
     with pytest.raises(DataError, match="no history to make scenarios of"):
         generator.generate([], "crisis")
+    with pytest.raises(DataError, match="SYM0 has no bars to make scenarios of: leave the symbol out"):
+        generator.generate([bars[1], w.part(0, 0)], "crisis")
     with pytest.raises(DataError, match="SYM0 has 100 bars to make up"):
         generator.generate(w, "crisis", since=int(w.close_times[-100]))
     still = w.values.copy()
@@ -314,9 +328,10 @@ def test_kinds_do_not_mix(generator: StressScenarioGenerator, trained: Trained, 
         ("scale", {"mean": [0, 0], "deviation": [1, 1]}, "scale is no finite mean"),
         ("regimes", ["calm"], "regimes is"),
         ("latent", {"channels": []}, "latent is"),
-        ("rule", {"busy": 1.0}, "rule|missing"),
-        ("config", {"width": 1024, "code": 1024}, "architecture needs|weights"),
-        ("elasticity", None, "train again"),
+        ("rule", {"busy": 1.0}, "missing required field `wild`; train again"),
+        ("config", {"width": 1024, "code": 1024}, r"architecture needs \d+ weights or more, and .* copy the"),
+        ("config", {"rate": 10**400}, r"config: rate = 10+ cannot be: take a number from 0 on; train again"),
+        ("elasticity", None, "Expected `float`, got `null`; train again"),
         ("levels", [[0.0]], "levels are no rising quantiles"),
     ],
 )
@@ -389,7 +404,7 @@ def test_a_training_is_a_function_of_its_seed_and_goes_on(bars: list[Window], tm
 
     def weights(seed: int, **options: Any) -> bytes:
         made = train(bars[:3], timeframe="1h", config=FEW, seed=seed, **options)
-        return b"".join(p.detach().numpy().tobytes() for p in made.net.parameters())
+        return b"".join(x.numpy().tobytes() for x in made.net.state_dict().values())
 
     def stop(p: Any) -> None:
         if (p.phase, p.step) == ("energy", 1):
@@ -418,6 +433,10 @@ def test_later_bars_are_not_learnt_from(bars: list[Window]) -> None:
         made.append(train(late, timeframe="1h", config=FEW, until=until))
     assert made[0].record == made[1].record
     assert made[0].rule == made[1].rule
+    for name in ("mean", "deviation"):
+        assert torch.equal(*(getattr(each.scale, name) for each in made))
+    assert made[0].levels.tobytes() == made[1].levels.tobytes()
+    assert made[0].elasticity == made[1].elasticity > 0
     pairs = zip(made[0].net.parameters(), made[1].net.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -375,6 +375,9 @@ def test_checkpointing_keeps_gradients_and_memory() -> None:
         ("width = 12", "take multiples of 8"),
         ("use_velocity_reg = 1", "is no true or false"),
         ("steps =", "not valid TOML"),
+        (f"rate = 1{400 * '0'}", f"rate = 1{59 * '0'} cannot be: take a number from 0 on"),
+        ("rate = inf", "rate = inf cannot be: take a number from 0 on"),
+        ("rate = nan", "rate = nan cannot be: take a number from 0 on"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence(tmp_path: Path, given: str, said: str) -> None:
