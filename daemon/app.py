@@ -462,11 +462,7 @@ class Daemon:
         """What can be set of a training, and of which symbols. Raise BarcastError where none can be."""
         choices = await self._chosen_from()
         symbols = sorted(self.pipeline.windows.symbols)
-        told = msgspec.to_builtins(choices) | {"symbols": symbols, "orders": self._takes_orders()}
-        return msgspec.json.encode(told)
-
-    def _takes_orders(self) -> bool:
-        return self.config.http is not None and self.config.http.token_file is not None
+        return msgspec.json.encode(msgspec.to_builtins(choices) | {"symbols": symbols})
 
     async def _chosen_from(self) -> Choices:
         """What whoever trains offers; it is asked once."""
@@ -654,4 +650,5 @@ def _identity(config: Config) -> dict[str, object]:
         "bars": f"{config.mqtt.root}/bars/{config.timeframe}",
         "speed": config.rehearsal.speed if config.rehearsal else 1,
         "version": version("barcast"),
+        "orders": config.http is not None and config.http.token_file is not None,
     }

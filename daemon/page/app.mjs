@@ -1,7 +1,9 @@
 // The connection to the daemon: what it tells goes to the parts of the page, and so does that it is silent.
 
+import { Backtests } from "./backtests.mjs";
 import { Chart } from "./chart.mjs";
 import { Market } from "./market.mjs";
+import { Training } from "./training.mjs";
 import { Trust } from "./trust.mjs";
 import { ask } from "./ask.mjs";
 import { utc } from "./format.mjs";
@@ -32,7 +34,9 @@ const clock = {
 const chart = new Chart(clock);
 const market = new Market(clock, chart);
 const trust = new Trust();
-const parts = [market, trust];
+const training = new Training(clock);
+const backtests = new Backtests();
+const parts = [market, trust, training, backtests];
 
 let source = null;
 let again = 0;
@@ -111,6 +115,7 @@ function connect() {
       draw();
     });
   on("state", begin);
+  on("training", (stand) => training.stands(stand));
   on("group", (update) => { for (const part of parts) part.update(update); });
   on("beat", (beat) => {
     clock.set(beat.now);
@@ -178,6 +183,6 @@ setInterval(() => {
   find("now").textContent = clock.told ? utc(Math.floor(clock.now() / 1000) * 1000) : "";
   if (performance.now() - drawn > 500) draw(); // what grows old, where nothing new has been drawn
 }, 1000);
-market.ondraw = draw;
+for (const part of parts) part.ondraw = draw;
 if (!document.hidden) connect();
 show();

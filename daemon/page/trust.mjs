@@ -2,8 +2,10 @@
 
 import { ask } from "./ask.mjs";
 import { bars, element, number, percent, table, utc } from "./format.mjs";
+import { order } from "./orders.mjs";
 
 const MOST = 50;
+const AGAIN_MS = 60000; // verifications and looks for drift are rarer
 
 const find = (id) => document.getElementById(id);
 const quiet = (text) => element("p", { className: "quiet" }, text);
@@ -15,6 +17,11 @@ export class Trust {
     this.model = null;
     this.loaded = false;
     this.activations = null;
+    this.checked = null;
+    this.orders = false;
+    this.asked = 0;
+    this.said = "";
+    this.ondraw = () => {};
     this.fault = "";
     this.serving = true;
     this.since = null;
@@ -22,8 +29,9 @@ export class Trust {
     this.changes = 0;
   }
 
-  begin({ since, signals, groups, gaps }) {
+  begin({ about, since, signals, groups, gaps }) {
     this.loaded = true;
+    this.orders = about.orders;
     this.since = since;
     this.signals = new Map(signals.map((signal) => [signal.symbol, signal]));
     this.events = [...groups.flatMap(told), ...gaps.map(lacks)].sort((a, b) => a.time - b.time);
@@ -50,35 +58,95 @@ export class Trust {
   }
 
   draw() {
-    if (!this.loaded || find("trust").hidden || this.drawn === this.changes) return;
+    if (!this.loaded || find("trust").hidden) return;
+    if (performance.now() - this.asked > AGAIN_MS) this._ask();
+    if (this.drawn === this.changes) return;
     this.drawn = this.changes;
     find("champion").replaceChildren(this._champion());
+    find("checked").replaceChildren(...this._checked());
     find("coverage").replaceChildren(this._coverage());
     find("faults").replaceChildren(this._faults());
     find("events").replaceChildren(this._events());
   }
 
   async _ask() {
+    this.asked = performance.now();
     try {
-      [this.activations, this.fault] = [await ask("/activations"), ""];
+      [this.activations, this.checked] = await Promise.all([ask("/activations"), ask("/trust")]);
+      this.fault = "";
     } catch (error) {
       [this.model, this.fault] = [null, error.message]; // with the next group it is asked again
     }
     this.changes++;
+    this.ondraw();
+  }
+
+  async _back(model, serving) {
+    const text =
+      `From the next group on the forecasts are those of ${model}. ${serving} is left behind: no training brings it ` +
+      "back, only another order does.";
+    try {
+      const done = await order("rollback", { to: model }, { title: `Let ${model} serve again?`, text, action: "Roll back" });
+      if (done !== null) this.said = `Done: ${done}.`;
+    } catch (error) {
+      this.said = `Not done: ${error.message}.`;
+    }
+    this._ask();
+  }
+
+  /** What was computed again and compared, and how far outcomes are from what was promised. */
+  _checked() {
+    if (!this.serving || !this.checked) return [quiet(this.fault ? `Not known: ${this.fault}.` : "Not known yet.")];
+    const { verify, verified, verifies, drift, drifts } = this.checked;
+    const made = [];
+    if (verify) {
+      const result = verify.agrees
+        ? `Agrees: ${verify.signals} signals computed again are the same, byte by byte.`
+        : `Differs: ${verify.differing} of ${verify.signals} signals computed again, ${verify.missing} are missing.`;
+      made.push(element("p", { className: verify.agrees ? "good" : "bad" }, result), quiet(`Verified ${utc(Date.parse(verified))}, in ${verify.seconds.toFixed(0)} s.`));
+      for (const { topic, symbol, close_time, what } of verify.places) made.push(quiet(`${topic} ${symbol}, close ${close_time}: ${what}`));
+    } else if (verifies) made.push(quiet(`Not verified yet since the daemon started; it is at ${verifies} (cron, UTC).`));
+    else made.push(quiet("Nothing is verified: the configuration has no [verify]."));
+    if (!drift) {
+      made.push(quiet(drifts ? "Drift: too few outcomes yet." : "Drift is not looked for: the configuration has no [retrain.drift]."));
+      return made;
+    }
+    const nominals = Object.keys(drift).filter((name) => name.startsWith("in_"));
+    const rows = Object.keys(drift[nominals[0]]).map((horizon) => [
+      element("th", { scope: "row" }, bars(Number(horizon))),
+      ...nominals.map((name) => number(drift[name][horizon], percent(drift[name][horizon]))),
+    ]);
+    made.push(
+      quiet(`The last ${drift.closes} closes with outcomes, ${drift.signals} signals; CRPS over mean |outcome| ${drift.crps.toPrecision(4)}`),
+      table(["Horizon", ...nominals.map((name) => `inside ${name.slice(3)} %`)], rows),
+    );
+    return made;
   }
 
   _champion() {
     if (!this.serving) return quiet("Not known yet: the daemon is not serving.");
     if (this.activations === null) return quiet(this.fault ? `Not known: ${this.fault}.` : "Loading…");
     if (!this.activations.length) return quiet("The journal names no model yet.");
+    const serving = this.activations[0].champion.model;
+    const shown = new Set([serving]);
+    const back = (model) => {
+      if (!this.orders || shown.has(model)) return "";
+      shown.add(model);
+      const button = element("button", { type: "button" }, "Serve again");
+      button.setAttribute("aria-label", `Let ${model} serve again`);
+      button.addEventListener("click", () => this._back(model, serving));
+      return button;
+    };
     const rows = this.activations.map(({ time, champion }) => [
       utc(Date.parse(time)),
       element("td", { className: "id" }, champion.model),
       champion.reason,
       champion.crps === null ? "–" : champion.crps.toPrecision(4),
       champion.until ? utc(champion.until / 1e6) : "–",
+      back(champion.model),
     ]);
-    return table(["Serves since", "Model", "Why", "CRPS / mean |outcome|", "Newest bar it learnt from"], rows, { className: "text" });
+    const heads = ["Serves since", "Model", "Why", "CRPS / mean |outcome|", "Newest bar it learnt from", "Rollback"];
+    return element("div", {}, element("p", { role: "status" }, this.said), table(heads, rows, { className: "text" }));
   }
 
   /** The coverage that the newest signals of the newest model tell, each weighed by its outcomes. */
