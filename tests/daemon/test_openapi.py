@@ -6,12 +6,16 @@ A new address is entered in deploy/openapi.json, and here only when it needs som
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import schemathesis
 from hypothesis import settings
+from referencing import Registry, Resource
 
 from barcast.daemon.http import Shown, page
+from barcast.daemon.view import event
 from tests.daemon.living import LEAST, at_work, daemon, deliver
+from tests.daemon.test_view import parsed
 from tests.fakes import MINUTE, START, bar
 from tests.rim import SECOND, Message, play
 
@@ -33,20 +37,31 @@ schema = schemathesis.openapi.from_path(
 
 
 @pytest.fixture(scope="module")
-def app(tmp_path_factory):
-    """All addresses, with what a daemon had to show after 400 bars of EURUSD."""
+def told(tmp_path_factory):
+    """What a daemon had to show after 400 bars of EURUSD, and the events of a viewer of the last two."""
     text = LEAST.replace("[mqtt]", 'symbols = ["EURUSD"]\n[mqtt]') + "[http]\nport = 9\n"
     made = daemon(tmp_path_factory.mktemp("daemon"), text, START + 400 * MINUTE + SECOND)
 
     async def story():
         async with at_work(made):
             await deliver(made, Message.of(*(bar("EURUSD", minute) for minute in range(1, 400))))
-            await deliver(made, Message.of(bar("EURUSD", 400)))
             shown = made.shown()
-            told = await shown.activations(), await shown.beat(), await made.metrics.text()
-            return shown, shown.chart("EURUSD"), told, made.metrics.alive(), await made.metrics.ready()
+            with shown.view.watched() as viewer:
+                events = [await viewer.next()]
+                await deliver(made, Message.of(bar("EURUSD", 400)))
+                events.append(await viewer.next())
+            events.append(event("beat", await shown.beat()))
+            answers = await shown.activations(), await made.metrics.text(), await made.metrics.ready()
+            return shown, events, shown.chart("EURUSD"), made.metrics.alive(), answers
 
-    shown, chart, (activations, beat, metrics), alive, ready = play(story())
+    return play(story())
+
+
+@pytest.fixture(scope="module")
+def app(told):
+    """All addresses of that daemon."""
+    shown, events, chart, alive, (activations, metrics, ready) = told
+    beat = events[-1].split(b"data: ")[1]
 
     def saying(what):
         async def said():
@@ -81,3 +96,19 @@ def test_answers_are_as_documented(case, app):
     """Status, kind and content of every answer are in the document, whatever is asked; none is a fault."""
     case.operation.schema.app = app
     case.call_and_validate(app=app)
+
+
+def test_events_are_as_documented(told):
+    """What is in each kind of event, which a validator of the answer takes for mere text."""
+    files = [DOCUMENT, DOCUMENT.with_name("asyncapi.json")]
+    documents = [(path.name, Resource.opaque(json.loads(path.read_text()))) for path in files]
+    registry = Registry().with_resources(documents)
+    found = []
+    for name, body in map(parsed, told[1]):
+        kind = {"state": "State", "group": "Update", "beat": "Beat"}[name]
+        where = {"$ref": f"{DOCUMENT.name}#/components/schemas/{kind}"}
+        jsonschema.Draft202012Validator(where, registry=registry).validate(body)
+        found.append((name, body))
+    (_, state), (_, update), _ = found
+    assert [name for name, _ in found] == ["state", "group", "beat"]
+    assert all((state["signals"], update["signals"], update["group"]))

@@ -19,6 +19,10 @@ from tests.integration.test_metrics import scrape
 
 MINUTE = 60 * 10**9
 NAMES = ["AA", "BB", "CC"]
+YOUNG = 300
+"""Bars of the last symbol's history: of a calibrated model it has no coverage yet."""
+CALIBRATED = 2200
+"""Bars after which a model that is calibrated online says how often it was right."""
 SPEED = 20
 WAIT_SECONDS = 15 / SPEED
 """How long a group waits for a symbol, in real seconds."""
@@ -81,7 +85,7 @@ def holds(tab, state):
 class Market:
     """An instance with a page, and bars that close by its clock."""
 
-    def __init__(self, broker, folder, model, history, bars=60):
+    def __init__(self, broker, folder, model, history, bars=200):
         self.windows = [simulate(name, history + bars, seed=3, step=MINUTE).window for name in NAMES]
         self.next = history
         begin = int(self.windows[0].close_times[history - 1])
@@ -89,12 +93,13 @@ class Market:
         self.instance = Instance(folder, broker.port, NAMES, model, begin, SPEED, http=self.http)
         if model == "hs":
             self.instance.sampler = None
-        write_history(self.windows, history, self.instance.state / "history")
+        write_history(self.windows[:2], history, self.instance.state / "history")
+        write_history(self.windows[2:], history, self.instance.state / "history", history - YOUNG)
         self.feed = client("feed", broker.port)
         self.feed.loop_start()
         self.instance.launch()
         self.instance.wait_for("broker_connected")
-        self.instance.wait_for("prepared")
+        self.instance.wait_for("prepared", 240)
 
     def close(self):
         """End it all."""
@@ -199,7 +204,7 @@ def test_numbers_are_those_of_messages_and_metrics(broker, checkpoints, market, 
     Each part is looked at by axe, in the light and in the dark, on a screen and on a phone.
     """
     heard = Subscriber(broker.port)
-    played = market(str(checkpoints / "good"), 1450)
+    played = market(str(checkpoints / "good"), CALIBRATED)
     tab = look(played.http)
     played.catch_up()
     played.publish()
