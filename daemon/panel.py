@@ -128,8 +128,7 @@ def _is_of(usage: Usage, s: TrainingSettings) -> bool:
     return (usage.batch, usage.image, usage.attention, usage.checkpoint_gradients) == mine
 
 
-class _Epoch(msgspec.Struct, frozen=True):
-    event: Literal["epoch"]
+class _Epoch(msgspec.Struct, frozen=True, tag_field="event", tag="epoch"):
     phase: str
     step: int
     steps: int
@@ -139,7 +138,12 @@ class _Epoch(msgspec.Struct, frozen=True):
     crps: float | None
 
 
-_epoch = msgspec.json.Decoder(_Epoch)
+class _Note(msgspec.Struct, frozen=True, tag_field="event", tag="training"):
+    note: str
+
+
+_told = msgspec.json.Decoder(_Epoch | _Note)
+"""Lines of a training, see `backtest.cli.training.epochs`; what else it says is for people."""
 
 
 class Board:
@@ -166,9 +170,11 @@ class Board:
     def hear(self, line: str) -> None:
         """A line of it."""
         try:
-            self._epochs.append(_epoch.decode(line))
+            told = _told.decode(line)
         except msgspec.DecodeError:
             self._lines.append(line)
+        else:
+            self._epochs.append(told) if isinstance(told, _Epoch) else self._lines.append(told.note)
         self._tell()
 
     def end(self, result: str) -> None:

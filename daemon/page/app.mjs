@@ -115,7 +115,7 @@ function connect() {
       draw();
     });
   on("state", begin);
-  on("training", (stand) => training.stands(stand));
+  on("training", (stand) => { for (const part of [training, trust]) part.stands(stand); });
   on("group", (update) => { for (const part of parts) part.update(update); });
   on("beat", (beat) => {
     clock.set(beat.now);

@@ -112,19 +112,19 @@ export class Backtests {
     if (two.length < MOST) return quiet("Choose two backtests in the list.");
     const [one, other] = two;
     const heads = ["", one.name, other.name];
-    const title = (text) => element("h4", {}, text);
+    const sheet = (title, rows, properties) => element("div", {}, element("h4", {}, title), table(heads, rows, properties));
     const row = (name, values, write = String) => [
       element("th", { scope: "row" }, name),
       ...values.map((value) => (value == null || value === "" ? "–" : typeof value === "number" ? number(value, write(value)) : write(value))),
     ];
-    const made = [title("What they were of"), table(heads, SETTINGS.map(([key, name, write]) => row(name, [one[key], other[key]], write)), { className: "text" })];
+    const made = [sheet("What they were of", SETTINGS.map(([key, name, write]) => row(name, [one[key], other[key]], write)), { className: "text" })];
     for (const strategy of new Set([...one.portfolio, ...other.portfolio].map((book) => book.strategy))) {
       const books = two.map((each) => each.portfolio.find((book) => book.strategy === strategy));
-      made.push(title(strategy), table(heads, FIGURES.map(([key, name, write]) => row(name, books.map((book) => book?.[key]), write))));
+      made.push(sheet(strategy, FIGURES.map(([key, name, write]) => row(name, books.map((book) => book?.[key]), write))));
     }
     for (const horizon of new Set([...one.scores, ...other.scores].map((score) => score.horizon))) {
       const scores = two.map((each) => each.scores.find((score) => score.horizon === horizon));
-      made.push(title(`Forecasts over ${bars(horizon)}`), table(heads, SCORES.map(([key, name, write]) => row(name, scores.map((score) => score?.[key]), write))));
+      made.push(sheet(`Forecasts over ${bars(horizon)}`, SCORES.map(([key, name, write]) => row(name, scores.map((score) => score?.[key]), write))));
     }
     return element("div", { className: "sheets" }, ...made);
   }

@@ -149,7 +149,7 @@ export class Training {
     told.dataset.state = fits ? (saved ? "good" : "plain") : "bad";
     const budget = find("set-budget").valueAsNumber;
     const largest = Math.max(0, ...alike.filter((one) => one.needs <= budget).map((one) => one.batch));
-    most.textContent = Number.isNaN(budget) ? "" : largest ? `Largest batch for it: ${largest}` : "No batch fits into it";
+    most.textContent = Number.isNaN(budget) ? "" : largest ? `The largest batch for the budget: ${largest}` : "No batch fits into the budget";
     most.dataset.value = largest;
   }
 

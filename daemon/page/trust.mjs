@@ -51,6 +51,11 @@ export class Trust {
     }
   }
 
+  /** How the training stands: at its end another model may serve. */
+  stands({ running }) {
+    if (!running) this._ask();
+  }
+
   serve(serves) {
     this.serving = serves;
     this.changes++;

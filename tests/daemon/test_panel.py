@@ -103,6 +103,7 @@ def test_board_tells_how_a_training_stands():
     for _ in range(LINES + 5):
         board.hear("reading the bars")
     board.hear(json.dumps(epoch | {"timestamp": "now"}))
+    board.hear('{"event": "training", "note": "reading the bars", "level": "info"}')
     assert told[-1]["epochs"] == [epoch]
     assert told[-1]["lines"] == ["reading the bars"] * LINES
     assert (told[-1]["running"], told[-1]["began"]) == (True, 5)
