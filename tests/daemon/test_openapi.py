@@ -4,6 +4,7 @@ A new address is entered in deploy/openapi.json, and here only when it needs som
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
@@ -12,7 +13,8 @@ import schemathesis
 from hypothesis import settings
 from referencing import Registry, Resource
 
-from barcast.daemon.http import Shown, page
+from barcast.daemon.control import Answer
+from barcast.daemon.http import page
 from barcast.daemon.view import event
 from tests.daemon.living import LEAST, at_work, daemon, deliver
 from tests.daemon.test_view import parsed
@@ -20,7 +22,7 @@ from tests.fakes import MINUTE, START, bar
 from tests.rim import SECOND, Message, play
 
 DOCUMENT = Path(__file__).parents[2] / "deploy" / "openapi.json"
-HERE = "http://localhost"
+HERE, TOKEN = "http://localhost", "0123456789abcdef"
 CASES = 25
 """Requests that are drawn for an address, at most, beside the examples."""
 schema = schemathesis.openapi.from_path(
@@ -30,7 +32,11 @@ schema = schemathesis.openapi.from_path(
             "base-url": HERE,
             "max-stream-events": 2,
             "generation": {"deterministic": True, "database": "none"},
-            "checks": {"not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503"]}},
+            "checks": {
+                "not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503"]},
+                # Which fields go together no schema says.
+                "positive_data_acceptance": {"expected-statuses": ["2xx", "4xx"]},
+            },
         }
     ),
 )
@@ -51,8 +57,9 @@ def told(tmp_path_factory):
                 await deliver(made, Message.of(bar("EURUSD", 400)))
                 events.append(await viewer.next())
             events.append(event("beat", await shown.beat()))
-            answers = await shown.activations(), await made.metrics.text(), await made.metrics.ready()
-            return shown, events, shown.chart("EURUSD"), made.metrics.alive(), answers
+            answers = shown.trust(), await made.metrics.text(), await made.metrics.ready()
+            served = await shown.activations()
+            return shown, events, shown.chart("EURUSD"), made.metrics.alive(), (served, *answers)
 
     return play(story())
 
@@ -60,7 +67,7 @@ def told(tmp_path_factory):
 @pytest.fixture(scope="module")
 def app(told):
     """All addresses of that daemon."""
-    shown, events, chart, alive, (activations, metrics, ready) = told
+    shown, events, chart, alive, (activations, trust, metrics, ready) = told
     beat = events[-1].split(b"data: ")[1]
 
     def saying(what):
@@ -69,8 +76,22 @@ def app(told):
 
         return said
 
-    held = Shown(
-        shown.view, {"EURUSD": chart}.get, saying(activations), saying(beat), answers_to=shown.answers_to
+    async def report(name):
+        return b"<p>" if name == "drift" else None
+
+    async def order(given):
+        return Answer(refused="nothing to stop") if given.verb == "stop" else Answer(done="done so")
+
+    held = replace(
+        shown,
+        chart={"EURUSD": chart}.get,
+        activations=saying(activations),
+        trust=lambda: trust,
+        beat=saying(beat),
+        backtests=saying(b"null"),
+        report=report,
+        order=order,
+        token=TOKEN,
     )
     return page(saying(metrics), lambda: alive, saying(ready), held)
 
@@ -95,7 +116,7 @@ def test_document_has_every_address(app):
 def test_answers_are_as_documented(case, app):
     """Status, kind and content of every answer are in the document, whatever is asked; none is a fault."""
     case.operation.schema.app = app
-    case.call_and_validate(app=app)
+    case.call_and_validate(app=app, headers={"Authorization": f"Bearer {TOKEN}"})
 
 
 def test_events_are_as_documented(told):
