@@ -164,6 +164,7 @@ def test_it_follows_and_says_who_is_away(broker, market, look):
     played = market("hs", 400)
     tab = look(played.http)
     played.catch_up()
+    played.publish()
     tab.wait_for_selector("#symbols tr[data-symbol]", timeout=30_000)
     tab.evaluate(SEEN)
     took = []
@@ -256,7 +257,7 @@ def test_numbers_are_those_of_messages_and_metrics(broker, checkpoints, market, 
             told = metrics["barcast_coverage_ratio", str(horizon), f"{float(interval):g}"]
             assert cell[0] == pytest.approx(told, abs=1e-8)  # messages round
             assert_rounded(cell, 100, 1)
-    [model] = {key[1] for key in metrics if key[0] == "barcast_model_info"}
+    [(_, _, model)] = {key for key in metrics if key[0] == "barcast_model_info"}
     assert tab.text_content("#champion tbody tr .id") == model
     name, timeframe, version = next(key[1:] for key in metrics if key[0] == "barcast_info")
     assert tab.text_content("#instance") == f"{name}, {timeframe} bars"
