@@ -103,7 +103,7 @@ def test_document_is_valid_openapi():
 
 def test_document_has_every_address(app):
     """What is served is in it, and nothing else."""
-    served = {(route.path, method) for route in app.routes for method in route.methods - {"HEAD"}}
+    served = {(route.path, method) for route in app._app.routes for method in route.methods - {"HEAD"}}
     assert served == {
         (path, method.upper())
         for path, item in json.loads(DOCUMENT.read_text())["paths"].items()
