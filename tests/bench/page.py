@@ -107,7 +107,7 @@ def measure(seconds: float, browsed: float, folder: Path) -> Section:
         publisher = Raw(broker.port, "feed")
         symbols = [name(s) for s in range(SYMBOLS)]
         table = f"{clock.table()}[http]\nport = {port}\n"
-        with Daemon(folder, broker, symbols=symbols, model="hs", max_wait="15s", clock=table) as daemon:
+        with Daemon(folder, broker, symbols=symbols, model="hs", clock=table) as daemon:
             daemon.settle()
             if clock.late:
                 raise RuntimeError("it was ready after its clock had begun to run: the machine is too busy")
@@ -209,7 +209,7 @@ def _browsed(port: int, seconds: float) -> tuple[dict[str, float], dict[str, flo
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
         tab.add_init_script(TIMED)
         tab.goto(f"http://127.0.0.1:{port}/")
-        tab.wait_for_function("window.took.length > 0", timeout=PATIENCE_MS)
+        tab.wait_for_function("() => window.took.length > 0", timeout=PATIENCE_MS)
         tab.evaluate("window.took.length = window.longest = 0")
         tab.wait_for_timeout(1e3 * seconds)
         took = [ms / 1e3 for ms in tab.evaluate("window.took")]

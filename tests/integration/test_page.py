@@ -4,6 +4,7 @@ import json
 import re
 import time
 from contextlib import contextmanager
+from math import log
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -270,9 +271,9 @@ def test_numbers_are_those_of_messages_and_metrics(broker, checkpoints, market, 
 
 def same_row(cells, body, row):
     """What the table of symbols says of a signal and a horizon."""
-    low, *_, high = body["quantiles"][row]
-    middle, last = body["quantiles"][row][body["levels"].index(0.5)], body["reference"]
-    skew = (high + low - 2 * middle) / (high - low) if high > low else 0
+    low, middle, high = (body["quantiles"][row][body["levels"].index(level)] for level in (0.05, 0.5, 0.95))
+    last, (down, centre, up) = body["reference"], map(log, (low, middle, high))
+    skew = (up + down - 2 * centre) / (up - down)
     values = [last, (high - low) / last, skew, body["rise"][row]]
     assert [value for value, _ in cells] == pytest.approx(values, rel=1e-12, abs=1e-9)
     assert [cells[0][0], cells[3][0]] == [last, body["rise"][row]]
