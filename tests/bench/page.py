@@ -55,6 +55,8 @@ UPDATE_MS, PAGE_MB, GROWTH_MS = 200.0, 300.0, 10.0
 """The aims: from an event to the drawn frame (95 %), the renderer's memory, how much later the loop wakes."""
 PATIENCE_MS = 60_000
 RESULT = Path("page.json")
+WIDTH = 150
+"""Columns where there is no terminal to ask."""
 TIMED = """
 window.took = [];
 window.longest = 0;
@@ -237,6 +239,8 @@ def main() -> None:
     if executable() is None or find_chromium() is None:
         parser.error("mosquitto or Chromium is missing: .ci/tools installs them")
     out, facts = Console(), machine()
+    if not out.is_terminal:
+        out = Console(width=WIDTH)
     out.print(sentence(facts))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="barcast-bench-") as folder:
