@@ -46,11 +46,10 @@ def _told(path: Path, time: int) -> dict[str, Any]:
             raise ValueError(f"more than {MOST_BYTES} bytes")
         told = json.loads(path.read_bytes(), parse_constant=lambda name: None)
         meta = told["meta"]
-        about |= {name: meta[name] for name in TOLD}
-        about["strategies"] = [each["name"] for each in meta["strategies"]]
-        about["execution"] = meta["execution"]
+        about |= {name: meta.get(name) for name in TOLD}  # an older one lacks some
+        about["strategies"] = [book["strategy"] for book in told["portfolio"]]
         about["portfolio"] = told["portfolio"]
         about["scores"] = [row for row in told["scores"] if row["symbol"] == ALL]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         return about | {"fault": f"{path.name} cannot be read: {error}"}
     return about | {"report": (path.parent / REPORT).is_file()}

@@ -453,7 +453,12 @@ def test_orders_without_a_daemon_are_refused(run, tmp_path):
     for words in (["state"], ["retrain"], ["retrain", "--wait"], ["pause", "--reason", "rest"], ["reload"]):
         status, _, err = run("ctl", str(config), *words)
         assert (status, "no daemon runs on" in err) == (78, True)
-    for words in (["pause", "--wait"], ["stop"], ["resume", "--to", "fhs"], ["state", "--reason", "x" * 501]):
+    for words in (
+        ["pause", "--wait"],
+        ["dance"],
+        ["resume", "--to", "fhs"],
+        ["state", "--reason", "x" * 501],
+    ):
         assert run("ctl", str(config), *words)[0] == 2
     status, _, err = run("ctl", str(config), "rollback")
     assert status == 78, err

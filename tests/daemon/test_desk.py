@@ -224,7 +224,7 @@ def test_order_that_a_crash_interrupted_is_not_begun_again(tmp_path, made):
 @pytest.mark.parametrize(
     ("verb", "body", "how", "said"),
     [
-        ("stop", b"", {}, "verb 'stop' is none of state, retrain, reload"),
+        ("dance", b"", {}, "verb 'dance' is none of state, retrain, stop, reload"),
         ("pause/now", b"", {}, "verb 'pause/now' is none of"),
         ("pause", b"now", {}, "send an object such as"),
         ("pause", b'{"now": 1}', {}, "unknown field `now`"),
@@ -510,7 +510,7 @@ def test_children_are_given_what_is_in_force(made, monkeypatch):
     monkeypatch.setattr(app, "serve", lambda _config, commands: given.update(commands))
     operators.run(made.config._file)
     assert {verb: command[4] for verb, command in given.items()} == dict.fromkeys(
-        ("train", "gate", "compact", "verify"), str(made.config.in_force)
+        ("train", "choices", "gate", "compact", "verify"), str(made.config.in_force)
     )
 
 

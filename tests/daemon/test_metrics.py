@@ -203,7 +203,7 @@ def test_a_retraining_that_dies_is_counted(tmp_path, monkeypatch):
 
     before, after = play(story())
     runs = {key[1]: value for key, value in after.items() if key[0] == "barcast_retrain_runs_total"}
-    assert runs == {"promoted": 0, "refused": 0, "failed": 1}
+    assert runs == {"promoted": 0, "refused": 0, "failed": 1, "stopped": 0}
     assert ("barcast_retrain_seconds",) not in before
     assert after["barcast_retrain_seconds",] > 0
     assert (before["barcast_retrain_scheduled",], after["barcast_retrain_scheduled",]) == (1, 1)

@@ -13,7 +13,7 @@ def backtest(folder, name, time, **meta):
     """A folder as `barcast backtest` writes it, as far as it is told."""
     (folder / name).mkdir()
     row = {"strategy": "drift", "sharpe": 1.5}
-    about = dict.fromkeys(TOLD) | {"strategies": [{"name": "drift", "band": 1}], "execution": {}} | meta
+    about = dict.fromkeys(TOLD[1:]) | meta
     scores = [{"symbol": symbol, "horizon": 1, "crps": 0.1} for symbol in ("A", ALL)]
     told = {"meta": about, "portfolio": [row], "scores": scores}
     (folder / name / "result.json").write_text(json.dumps(told))

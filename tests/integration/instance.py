@@ -95,6 +95,7 @@ class Instance:
     retrain: str = ""
     user: str | None = None
     http: int | None = None
+    page: str = ""
     server: Server | None = None
     command: Sequence[str] = BARCAST
     process: subprocess.Popen[bytes] | None = None
@@ -131,7 +132,7 @@ class Instance:
                 if self.cron
                 else self.retrain
             )
-            + (f"[http]\nport = {self.http}\n" if self.http else "")
+            + (f"[http]\nport = {self.http}\n{self.page}" if self.http else "")
             + (f'[journal]\nurl = "{url(self.server)}"\n' if self.server else "")
         )
         return path

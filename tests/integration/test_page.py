@@ -5,6 +5,7 @@ import re
 import time
 from contextlib import contextmanager
 from math import log
+from urllib.request import urlopen
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -13,6 +14,7 @@ from playwright.sync_api import sync_playwright
 from barcast.daemon.wire import encode_bars
 from barcast.models import Bar
 from tests.backtest.browser import WIDE, find_chromium
+from tests.backtest.results import made_up, sessions
 from tests.garch import simulate
 from tests.integration.broker import free_port
 from tests.integration.instance import Instance, Subscriber, client, until, write_history
@@ -86,12 +88,12 @@ def holds(tab, state):
 class Market:
     """An instance with a page, and bars that close by its clock."""
 
-    def __init__(self, broker, folder, model, history, bars=200):
+    def __init__(self, broker, folder, model, history, bars=200, **more):
         self.windows = [simulate(name, history + bars, seed=3, step=MINUTE).window for name in NAMES]
         self.next = history
         begin = int(self.windows[0].close_times[history - 1])
         self.http = free_port()
-        self.instance = Instance(folder, broker.port, NAMES, model, begin, SPEED, http=self.http)
+        self.instance = Instance(folder, broker.port, NAMES, model, begin, SPEED, http=self.http, **more)
         if model == "hs":
             self.instance.sampler = None
         write_history(self.windows[:2], history, self.instance.state / "history")
@@ -131,8 +133,8 @@ def market(broker, tmp_path):
     """Starts an instance."""
     begun = []
 
-    def begin(model, history):
-        begun.append(Market(broker, tmp_path / "instance", model, history))
+    def begin(model, history, **more):
+        begun.append(Market(broker, tmp_path / "instance", model, history, **more))
         return begun[-1]
 
     yield begin
@@ -188,7 +190,7 @@ def test_it_follows_and_says_who_is_away(broker, market, look):
         played.instance.kill()
         holds(tab, "lost")
         assert tab.text_content("#link") == "Disconnected"
-        assert tab.text_content("#alert").startswith("No connection to the daemon since ")
+        assert tab.text_content("#alert").startswith("Not connected since ")
         assert tab.is_visible("#alert")
         played.instance.launch()
         holds(tab, "live")
@@ -267,6 +269,147 @@ def test_numbers_are_those_of_messages_and_metrics(broker, checkpoints, market, 
 
     assert faults_of_parts(tab) == []
     assert tab.faults == []
+
+
+TOKEN = "0123456789abcdef"
+UNAUTHORISED = "Failed to load resource: the server responded with a status of 401 (Unauthorized)"
+
+
+def order(tab, press, token=None):
+    """Press what orders something, and answer the question that comes, where it does."""
+    tab.click(press)
+    if token is not None:
+        tab.fill("#order-token", token)
+        tab.click("#order-do")
+
+
+@pytest.mark.browser
+def test_trainings_rollbacks_and_backtests(market, look, tmp_path):
+    """A training is set, started, stopped and judged; its model is left again; reports are compared."""
+    folder = tmp_path / "instance"
+    (folder / "reports").mkdir(parents=True)
+    (folder / "token").write_text(TOKEN)
+    for name, closes in (("one", 100), ("other", 120)):
+        made_up(closes=sessions(closes)).save(folder / "reports" / name)
+    (folder / "reports" / "one" / "report.html").write_text("<script>document.title = origin</script>")
+    page = 'token_file = "token"\nreports = "reports"\n'
+    retrain = "[retrain]\nsteps = 12\nmargin = 0.0\nnice = 0\n"
+    played = market("hs", 1500, page=page, retrain=retrain)
+    tab = look(played.http)
+    tab.click("nav a[href='#training']")
+    tab.wait_for_selector("#settings:not([hidden])", timeout=60_000)
+    told = requests(played.http, "/training")
+
+    tab.select_option("#set-kind", "ldm4ts")
+    for image, checkpointed in (("64", False), ("128", False), ("128", True), ("256", True)):
+        tab.select_option("#set-image", image)
+        tab.set_checked("#set-checkpoint_gradients", checkpointed)
+        [usage] = [
+            each
+            for each in told["usages"]
+            if (each["batch"], each["attention"]) == (64, "sdpa")
+            and (each["image"], each["checkpoint_gradients"]) == (int(image), checkpointed)
+        ]
+        said = tab.text_content("#memory")
+        assert float(tab.get_attribute("#memory", "data-value")) == usage["gb"]
+        assert said.startswith(f"{usage['gb']:.2f} GB at the peak")
+        assert ("% less than plain" in said) == checkpointed
+        state = "bad" if usage["needs"] > told["memory"] else "good" if checkpointed else "plain"
+        assert tab.get_attribute("#memory", "data-state") == state
+    tab.select_option("#set-image", "64")
+    tab.fill("#set-budget", "0.1")
+    fitting = [
+        each["batch"]
+        for each in told["usages"]
+        if (each["image"], each["attention"], each["checkpoint_gradients"]) == (64, "sdpa", True)
+        and each["needs"] <= 0.1
+    ]
+    assert tab.text_content("#largest") == f"The largest batch for the budget: {max(fitting)}"
+    tab.select_option("#set-kind", "sssd")
+    tab.select_option("#set-preset", "tiny")
+
+    order(tab, "#start", "wrong")
+    tab.wait_for_selector("#ordered[data-state=refused]")
+    assert tab.text_content("#ordered") == "Not done: orders need the token of [http]."
+    assert tab.faults == [UNAUTHORISED]
+    tab.faults.clear()
+    tab.fill("#set-symbols", "AA, XX")
+    order(tab, "#start", TOKEN)
+    tab.wait_for_selector("#ordered:has-text('has no bars here')")
+    assert tab.faults.pop().endswith("409 (Conflict)")
+    tab.fill("#set-symbols", "")
+    tab.fill("#set-steps", "2000")
+    order(tab, "#start")
+    tab.wait_for_selector("#progress[max]:not([hidden])", timeout=60_000)
+    assert tab.is_disabled("#start")
+    order(tab, "#stop")
+    tab.wait_for_selector(".result:has-text('The training was stopped.')", timeout=30_000)
+    assert tab.is_disabled("#stop")
+
+    tab.fill("#set-steps", "12")
+    order(tab, "#start")
+    tab.wait_for_selector(".result:has-text('The challenger ')", timeout=120_000)
+    verdict = tab.text_content("#verdict")
+    assert verdict.startswith("The gate: challenger ")
+    promoted = "accepted" in verdict
+    became = "The challenger took over." if promoted else "The challenger was refused."
+    assert tab.text_content(".result").startswith(became)
+    metrics = scrape(played.http)
+    runs = {key[1]: value for key, value in metrics.items() if key[0] == "barcast_retrain_runs_total"}
+    assert runs == {"promoted": promoted, "refused": not promoted, "failed": 0, "stopped": 1}
+    if not promoted:  # then by hand: any model of the store or a baseline may serve
+        assert played.instance.order("rollback", "--to", "fhs").returncode == 0
+        tab.reload()
+
+    tab.click("nav a[href='#trust']")
+    tab.wait_for_selector("#champion button", timeout=30_000)
+    assert tab.text_content("#champion button") == "Serve again"
+    before = tab.text_content("#champion tbody tr .id")
+    tab.click("#champion button")
+    assert tab.text_content("#order-title") == "Let hs serve again?"
+    assert tab.locator("#order-do").text_content() == "Roll back"
+    tab.click("#order-cancel")
+    assert tab.text_content("#champion tbody tr .id") == before
+    order(tab, "#champion button")
+    if tab.is_visible("#order-token"):
+        tab.fill("#order-token", TOKEN)
+    tab.click("#order-do")
+    tab.wait_for_selector("#champion tbody tr:first-child .id:text-is('hs')", timeout=60_000)
+    assert f"hs serves again; {before} is left behind" in tab.text_content("#champion")
+
+    tab.click("nav a[href='#backtests']")
+    for name in ("one", "other"):
+        tab.check(f"input[aria-label='Compare {name}']")
+    tab.wait_for_selector("#compared table")
+    told = {each["name"]: each for each in requests(played.http, "/backtests")}
+    strategies = [book["strategy"] for book in told["one"]["portfolio"]]
+    for strategy in strategies:
+        rows = tab.eval_on_selector_all(
+            "#compared div div",
+            "(sheets, name) => [...sheets.find(sheet => sheet.firstChild.textContent === name)"
+            ".querySelectorAll('tbody tr')].map(row => [...row.cells].slice(1)"
+            ".map(cell => cell.dataset.value === undefined ? null : Number(cell.dataset.value)))",
+            strategy,
+        )
+        keys = ["total_return", "cagr", "volatility", "sharpe", "dsr", "max_drawdown", "exposure", "turnover"]
+        for key, shown_ in zip([*keys, "costs", "fills"], rows, strict=True):
+            books = [
+                next(book for book in told[name]["portfolio"] if book["strategy"] == strategy)
+                for name in ("one", "other")
+            ]
+            assert shown_ == [book[key] for book in books], key
+    assert faults_of_parts(tab) == []
+    tab.set_viewport_size({"width": WIDTHS[0], "height": 900})
+    with tab.expect_popup() as opened:
+        tab.click("#backtest-list a")
+    assert opened.value.title() == "null"  # it is of no origin
+    assert tab.faults == []
+
+
+def requests(port, path):
+    """What the daemon answers, from JSON."""
+    with urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+        return json.load(answer)
 
 
 def same_row(cells, body, row):
