@@ -155,7 +155,7 @@ class Retraining:
                 word = await said.get()
                 if not isinstance(word, Result):
                     on_line(word)
-                elif not before:
+                elif not before or word is Result.stopped:  # what waited is over, too
                     return word
                 else:
                     before = False

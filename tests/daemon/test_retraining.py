@@ -657,9 +657,11 @@ def test_training_can_be_stopped(tmp_path, monkeypatch, train):
         made.ask("first")
         run = asyncio.ensure_future(made.run(await made.wanted()))
         await heard.wait()
-        made.ask("second")
+        follower = asyncio.ensure_future(made.follow("second", lambda _: None))
+        await asyncio.sleep(0)
         said = made.stop()
         result = await run
+        assert await follower is Result.stopped
         assert not made.running
         job.train = TRAINS
         with pytest.raises(TimeoutError):
