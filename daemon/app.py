@@ -157,7 +157,9 @@ class Daemon:
         self.view = view.View(config.mqtt.root, config.timeframe, _identity(config)) if config.http else None
         self._planner: Planner | None = None
         self._told: tuple[Champion, bytes] | None = None
-        self.board = Board(self.clock.now, self.view.training if self.view else lambda _: None)
+        self.board = Board(self.clock.now, self.view.train if self.view else lambda: None)
+        if self.view:
+            self.view.training = self.board.encode
         self._choices: Choices | None = None
         self._reloading, self._choosing = asyncio.Lock(), asyncio.Lock()
 
@@ -472,15 +474,20 @@ class Daemon:
             raise ConfigError("the configuration has no [retrain]: add it, and order `reload`")
         async with self._choosing:
             if self._choices is None:
+                if self.retraining.running:  # whoever trains may do one thing at a time
+                    raise ConfigError("a training is under way: ask what can be set when it has ended")
                 words = deque[str](maxlen=WORDS)
                 process, _, stall = self._trainer()
                 try:
                     async with asyncio.timeout(stall):
-                        _, out = await process("choices", [], words.append)
+                        status, out = await process("choices", [], words.append)
+                    if status:
+                        raise OSError(f"exit status {status}")
                     self._choices = msgspec.json.decode(out, type=Choices)
                 except (TimeoutError, OSError, msgspec.DecodeError) as error:
                     log.error("choices_failed", reason=str(error), last_words="\n".join(words))
-                    raise ConfigError(f"whoever trains does not say what it can: {error}") from error
+                    reason = words[-1] if words else str(error) or "it says nothing"
+                    raise ConfigError(f"whoever trains does not say what it can: {reason}") from error
             return self._choices
 
     async def _backtests(self) -> bytes:
@@ -618,6 +625,7 @@ class Daemon:
             self.metrics.configure(config)
             if "retrain" in changed:
                 self.retraining.configure(*self._trainer())
+                self._choices = None
                 self.lookout.configure(config)
             if "verify" in changed:
                 self.verification.since = config.verify.since if config.verify else None

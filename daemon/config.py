@@ -493,6 +493,12 @@ class Http(_Section):
             )
         return file
 
+    def check(self) -> None:
+        """Raise ConfigError for a token that is none, and for a folder that is none."""
+        self.token()
+        if self.reports is not None and not _is_dir(self.reports):
+            raise ConfigError(f"http.reports: {self.reports} is no folder; create it or drop the key")
+
     def token(self) -> str | None:
         """The token in the file. Raise ConfigError for one that could be guessed."""
         token = _secret("http.token_file", "token", self.token_file)

@@ -68,7 +68,7 @@ REPORT_POLICY = (
 )
 """What a browser is told of a backtest's report, which has its scripts in itself: it is of no origin, so that
 it knows nothing of the page, and asks nobody."""
-MOST_BODY, SHOWN = 200_000, 100
+MOST_BODY, SHOWN = 100_000, 100
 """The longest body of an order, in bytes, and characters of it that are shown where it is wrong."""
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from barcast.daemon.wire import UNDECODABLE
 from barcast.models import ConfigError
 
 LINES = 100
@@ -149,14 +150,15 @@ _told = msgspec.json.Decoder(_Epoch | _Note)
 class Board:
     """How the training stands, for who looks; `news` is called whenever that has changed.
 
-    The state is whether one is under way, why and by which settings, when it began and ended (nanoseconds of
-    the instance's clock), where it is, its last lines, and how it ended.
+    The state is whether one is under way, why and by which settings, what it does, when it began and ended
+    (nanoseconds of the instance's clock), the epochs of the try under way with their times, the last lines,
+    and how it ended.
     """
 
-    def __init__(self, now: Callable[[], int], news: Callable[[bytes], None]) -> None:
+    def __init__(self, now: Callable[[], int], news: Callable[[], None]) -> None:
         self._now, self._news = now, news
-        self._about: dict[str, Any] = {"running": False}
-        self._epochs: list[_Epoch] = []
+        self._about: dict[str, Any] | None = None
+        self._epochs: list[dict[str, Any]] = []
         self._lines = deque[str](maxlen=LINES)
 
     def begin(self, reasons: Collection[str], settings: TrainingSettings | None) -> None:
@@ -165,26 +167,35 @@ class Board:
         self._about = {"running": True, "reasons": list(reasons), "settings": told, "began": self._now()}
         self._epochs.clear()
         self._lines.clear()
-        self._tell()
+        self._news()
+
+    def does(self, what: str) -> None:
+        """It begins to `train`, to judge (`gate`), or to wait until it is tried again (`waits`)."""
+        self._about = (self._about or {}) | {"does": what}
+        if what == "train":
+            self._epochs.clear()
+        self._news()
 
     def hear(self, line: str) -> None:
         """A line of it."""
         try:
             told = _told.decode(line)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             self._lines.append(line)
         else:
-            self._epochs.append(told) if isinstance(told, _Epoch) else self._lines.append(told.note)
-        self._tell()
+            if isinstance(told, _Epoch):
+                self._epochs.append(msgspec.structs.asdict(told) | {"at": self._now()})
+            else:
+                self._lines.append(told.note)
+        self._news()
 
     def end(self, result: str) -> None:
         """It ended."""
-        self._about |= {"running": False, "ended": self._now(), "result": result}
-        self._tell()
+        self._about = (self._about or {}) | {"running": False, "ended": self._now(), "result": result}
+        self._news()
 
     def encode(self) -> bytes:
-        """All of it, as JSON."""
+        """All of it, as JSON; null before the first."""
+        if self._about is None:
+            return b"null"
         return msgspec.json.encode({**self._about, "epochs": self._epochs, "lines": list(self._lines)})
-
-    def _tell(self) -> None:
-        self._news(self.encode())

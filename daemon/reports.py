@@ -1,20 +1,31 @@
 """Backtests in a folder, for the page: what each was of, and its figures."""
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from barcast.daemon.wire import to_text
 from barcast.models import DataError
 
 INDEX, REPORT = "result.json", "report.html"
 """What `barcast backtest --out FOLDER` writes into it."""
-MOST, MOST_BYTES = 200, 20_000_000
-"""Backtests that are listed, the newest ones, and bytes of an index that is read."""
+MOST, MOST_BYTES, MOST_REPORT = 200, 2_000_000, 100_000_000
+"""Backtests that are listed, the newest ones, and bytes of an index and of a report that are read."""
 ALL = "all"
 """How an index calls the scores of all symbols together."""
 TOLD = ("model", "kind", "sampler", "steps", "timeframe", "calendar", "files", "trials", "warning")
 """What is told of a backtest's meta."""
+
+
+class _Index(msgspec.Struct):
+    meta: dict[str, Any]
+    portfolio: list[dict[str, Any]]
+    scores: list[dict[str, Any]]
+
+
+_index = msgspec.json.Decoder(_Index)
 
 
 def listed(folder: Path) -> bytes:
@@ -22,21 +33,24 @@ def listed(folder: Path) -> bytes:
 
     Raise DataError where the folder cannot be read.
     """
+    times: dict[Path, int] = {}
     try:
-        found = [path / INDEX for path in folder.iterdir() if (path / INDEX).is_file()]
-        times = {path: path.stat().st_mtime_ns for path in found}
+        for path in folder.iterdir():
+            with suppress(FileNotFoundError, NotADirectoryError):  # there is none, or none any more
+                times[path / INDEX] = (path / INDEX).stat().st_mtime_ns
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; name a folder that the daemon may read") from error
-    newest = sorted(found, key=lambda path: (-times[path], path))[:MOST]
-    return json.dumps([_told(path, times[path]) for path in newest], allow_nan=False).encode()
+    newest = sorted(times, key=lambda path: (-times[path], path))[:MOST]
+    return msgspec.json.encode([_told(path, times[path]) for path in newest])
 
 
 def report(folder: Path, name: str) -> bytes | None:
-    """The page of a backtest, None where there is none of this name."""
-    found = next((path for path in folder.iterdir() if path.name == name), None)
-    if found is None or not (found / REPORT).is_file():
-        return None
-    return (found / REPORT).read_bytes()
+    """The page of a backtest, None where there is none of this name that can be read."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if path.name == name and (path / REPORT).stat().st_size <= MOST_REPORT:
+                return (path / REPORT).read_bytes()
+    return None
 
 
 def _told(path: Path, time: int) -> dict[str, Any]:
@@ -44,12 +58,11 @@ def _told(path: Path, time: int) -> dict[str, Any]:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise ValueError(f"more than {MOST_BYTES} bytes")
-        told = json.loads(path.read_bytes(), parse_constant=lambda name: None)
-        meta = told["meta"]
-        about |= {name: meta.get(name) for name in TOLD}  # an older one lacks some
-        about["strategies"] = [book["strategy"] for book in told["portfolio"]]
-        about["portfolio"] = told["portfolio"]
-        about["scores"] = [row for row in told["scores"] if row["symbol"] == ALL]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        told = _index.decode(path.read_bytes())
+        about |= {name: told.meta.get(name) for name in TOLD}  # an older one lacks some
+        about["strategies"] = [book["strategy"] for book in told.portfolio]
+        about["portfolio"] = told.portfolio
+        about["scores"] = [row for row in told.scores if row.get("symbol") == ALL]
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         return about | {"fault": f"{path.name} cannot be read: {error}"}
     return about | {"report": (path.parent / REPORT).is_file()}

@@ -81,8 +81,9 @@ class Retraining:
 
     `process` runs the verbs `train` and `gate`. One is killed `timeout` seconds after its start, and after
     `stall` seconds without a word. The `board` hears of all of it. The state is the two folders, the reasons
-    that wait and the settings that were wanted last, whether a run is under way, its process and whether it
-    is to stop, and what metrics are made of: `runs` by result, the `seconds` of the last (0: none yet).
+    that wait and the settings that were wanted last, how many asked and how many of them were taken, whether
+    a run is under way, its process and whether it is to stop, and what metrics are made of: `runs` by result,
+    the `seconds` of the last (0: none yet).
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Retraining:
         self._serving, self._promote, self._refuse, self._board = serving, promote, refuse, board
         self._reasons: list[str] = []
         self._settings: TrainingSettings | None = None
+        self._asks = self._taken = 0
         self._child: asyncio.Future[tuple[int, bytes]] | None = None
         self._stopping = False
         self._asked = asyncio.Event()
@@ -120,6 +122,7 @@ class Retraining:
         With `settings` it is by these; of two that wait, by those that were wanted last.
         """
         log.info("retrain_asked", reason=reason, running=self.running)
+        self._asks += 1
         self._settings = settings or self._settings
         if reason not in self._reasons:
             self._reasons.append(reason)
@@ -128,7 +131,7 @@ class Retraining:
     def stop(self) -> str:
         """End the run under way, and what waits for it; return a sentence. Raise ConfigError where none can.
 
-        A model that is being put into service is not held up.
+        A model that is being put into service is not held up; one that is being judged is dropped.
         """
         if self._child is None and not self._pausing:
             why = "what it trained is about to take over" if self.running else "no training is under way"
@@ -140,25 +143,23 @@ class Retraining:
             self._child.cancel()
         else:
             self._asked.set()
-        return "the training ends; what it has learnt so far is kept for one by the same settings and bars"
+        return "the training ends, and what waited for it; nothing of it takes over"
 
     async def follow(
         self, reason: str, on_line: Callable[[str], None], settings: TrainingSettings | None = None
     ) -> Result:
         """Want a training and follow it to its end; the lines are those of its processes and verdicts."""
         said: asyncio.Queue[str | Result] = asyncio.Queue()
-        before = self.running and not self._pausing  # the run under way is not the one that is asked for
         self._listeners.add(said.put_nowait)
         try:
             self.ask(reason, settings)
+            mine = self._asks
             while True:
                 word = await said.get()
                 if not isinstance(word, Result):
                     on_line(word)
-                elif not before or word is Result.stopped:  # what waited is over, too
+                elif mine <= self._taken:  # else it is of the run before the one that is asked for
                     return word
-                else:
-                    before = False
         finally:
             self._listeners.discard(said.put_nowait)
 
@@ -188,6 +189,7 @@ class Retraining:
 
     def _take(self) -> tuple[str, ...]:
         reasons, self._reasons = tuple(self._reasons), []
+        self._taken = self._asks
         self._asked.clear()
         return reasons
 
@@ -207,14 +209,15 @@ class Retraining:
                 return
             log.warning("retrain_waits", seconds=pause)
             self._tell(f"failed; the next try is in {pause:g} s")
+            self._board.does("waits")
             self._pausing = True
             with suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._asked.wait()
             self._pausing = False
-            if self._stopping:
-                if not self._reasons:
-                    self._asked.clear()
+            if self._stopping and not self._reasons:
+                self._asked.clear()
+            if self._stopping or self._settings:  # those are of a run of their own
                 return
             job.reasons = tuple(dict.fromkeys([*job.reasons, *self._take()]))
 
@@ -237,7 +240,11 @@ class Retraining:
                 await self._call(
                     "train", ["--champion", self._serving().model, "--out", str(trained), *wanted]
                 )
-            await self._judge(trained, job)
+            try:
+                await self._judge(trained, job)
+            finally:
+                if self._stopping:
+                    shutil.rmtree(trained, ignore_errors=True)
             job.trained = True
         if failed is not None:
             raise failed
@@ -325,6 +332,7 @@ class Retraining:
         A fault names its file: where that is the `judged` one, it is set aside, as the next run would find it
         the same, and nothing is returned.
         """
+        self._board.does(verb)
         loop = asyncio.get_running_loop()
         end, words, blamed = loop.time() + self._timeout, deque[str](maxlen=WORDS), False
         try:
@@ -340,11 +348,15 @@ class Retraining:
 
                 self._child = asyncio.ensure_future(self._process(verb, arguments, on_line))
                 status, out = await self._child
+            if self._stopping:  # as it ended at that moment
+                raise _FailedError(final=True)
         except TimeoutError as error:
             if loop.time() >= end:
                 log.error(f"{verb}_timed_out", seconds=self._timeout)
+                self._tell(f"{verb} was killed: it took more than the timeout of {self._timeout:g} s")
             else:
                 log.error(f"{verb}_stalled", seconds=self._stall, last_words="\n".join(words))
+                self._tell(f"{verb} was killed: it said nothing for {self._stall:g} s, its `stall`")
             raise _FailedError(final=False) from error
         except OSError as error:  # no worker listens, or it ended first; or no process can be started
             log.error(f"{verb}_failed", reason=str(error), last_words="\n".join(words))

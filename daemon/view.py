@@ -5,7 +5,7 @@ Nothing is computed anew: viewers are handed the very bytes that subscribers get
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 
@@ -53,8 +53,8 @@ class View:
 
     All of it is bounded, and so is what waits for a viewer. `about` says whose view it is. The state is the
     signals, the groups and requests worth a word, the close of the first group that was told (None: none was
-    yet, and nothing is known of those before), how the training stands, who looks, and the whole as an event,
-    made when somebody needs it. It belongs to the event loop.
+    yet, and nothing is known of those before), who looks, and the whole as an event, made when somebody needs
+    it. How a training stands is asked of `training`, as JSON. It belongs to the event loop.
     """
 
     def __init__(self, root: str, timeframe: str, about: Mapping[str, object]) -> None:
@@ -66,7 +66,7 @@ class View:
         self._count: dict[str, int] = {}
         self._troubled: deque[bytes] = deque(maxlen=GROUPS)
         self._lacking: deque[bytes] = deque(maxlen=GAPS)
-        self._training = b"null"
+        self.training: Callable[[], bytes] = lambda: b"null"
         self._since: str | None = None
         self._viewers: set[Viewer] = set()
         self._whole: bytes | None = None
@@ -129,7 +129,7 @@ class View:
                 b'{"about":%b,"training":%b,"since":%b,"signals":%b,"groups":%b,"gaps":%b}'
                 % (
                     self._about,
-                    self._training,
+                    self.training(),
                     msgspec.json.encode(self._since),
                     _array(self._newest.values()),
                     _array(self._troubled),
@@ -150,10 +150,11 @@ class View:
         finally:
             self._viewers.remove(viewer)
 
-    def training(self, stand: bytes) -> None:
-        """Tell how a training stands, as JSON."""
-        self._training, self._whole = stand, None
-        self._spread(event("training", stand))
+    def train(self) -> None:
+        """Let who looks hear how a training stands: once, however often that changes before."""
+        self._whole = None
+        for place, viewer in enumerate(self._viewers):
+            viewer.train(place * APART_SECONDS)
 
     def _take(self, topic: str, payload: bytes) -> None:
         symbol = topic.removeprefix(self._signals)
@@ -173,11 +174,9 @@ class View:
         self._whole = None
         if self._viewers:
             parts = (group, _array(signals), _array(gaps))
-            self._spread(event("group", b'{"group":%b,"signals":%b,"gaps":%b}' % parts))
-
-    def _spread(self, update: bytes) -> None:
-        for place, viewer in enumerate(self._viewers):
-            viewer.put(update, place * APART_SECONDS)
+            update = event("group", b'{"group":%b,"signals":%b,"gaps":%b}' % parts)
+            for place, viewer in enumerate(self._viewers):
+                viewer.put(update, place * APART_SECONDS)
 
 
 class Viewer:
@@ -186,8 +185,13 @@ class Viewer:
     def __init__(self, view: View) -> None:
         self._view = view
         self._updates: deque[bytes] = deque()
-        self._behind = True
+        self._behind, self._training = True, False
         self._news = asyncio.Event()
+
+    def train(self, after: float) -> None:
+        """Let how a training stands be handed out, `after` seconds."""
+        self._training = True
+        asyncio.get_running_loop().call_later(after, self._news.set)
 
     def put(self, update: bytes, after: float) -> None:
         """Let an update wait, unless the whole is to be sent anyway; it is handed out `after` seconds."""
@@ -207,13 +211,16 @@ class Viewer:
 
     async def next(self) -> bytes:
         """The next event, as soon as there is one."""
-        while not (self._behind or self._updates):
+        while not (self._behind or self._updates or self._training):
             self._news.clear()
             await self._news.wait()
         if self._behind:
-            self._behind = False
+            self._behind = self._training = False
             return self._view.whole()
-        return self._updates.popleft()
+        if self._updates:
+            return self._updates.popleft()
+        self._training = False
+        return event("training", self._view.training())
 
 
 def event(name: str, data: bytes) -> bytes:

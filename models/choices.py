@@ -1,6 +1,5 @@
 """What can be chosen of a training on this machine, and what that takes: for who asks from elsewhere."""
 
-import os
 from itertools import product
 from typing import Any
 
@@ -12,11 +11,12 @@ from barcast.models.scaling import layout_of
 WHOLE = BATCHES["diffusion"]
 
 
-def choices(timeframe: str) -> dict[str, Any]:
+def choices(timeframe: str, memory: int) -> dict[str, Any]:
     """Images, batches and attention backends, and the estimate of each combination of them, as plain values.
 
     A batch is what the U-Net computes at once of its `BATCHES`, and the autoencoder as large a part of its
-    own. `memory` is that of the machine in units of 10^9 bytes, `window` what the network sees, in bars.
+    own. `memory`, bytes that a training may take, is told in units of 10^9; `window` is what the network
+    sees, in bars.
     """
     batches = [WHOLE >> k for k in range(6)]
     usages = []
@@ -44,7 +44,7 @@ def choices(timeframe: str) -> dict[str, Any]:
         "batches": batches,
         "backends": backends,
         "usages": usages,
-        "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB,
+        "memory": memory / GB,
         "window": layout_of(timeframe).context,
     }
 

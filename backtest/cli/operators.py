@@ -85,6 +85,8 @@ def check(config: ConfigFile) -> None:
 
     settings = load(config)
     settings.mqtt.address("check")
+    if settings.http:
+        settings.http.check()
     place = settings.journal_place
     if settings.model.touch:
         _check_paths(settings)
@@ -405,7 +407,7 @@ def train_choices(config: ConfigFile, parent: Parent = None) -> None:
 
     from barcast.models.choices import choices
 
-    print(json.dumps(choices(_giving_way(config, parent).timeframe)))
+    print(json.dumps(choices(_giving_way(config, parent).timeframe, _memory())))
 
 
 @app.command(rich_help_panel=LIVE)
@@ -580,6 +582,18 @@ def _giving_way(config: Path, parent: int | None) -> "Config":
     settings = load(config)
     give_way((settings.retrain or Retrain()).nice, parent)
     return settings
+
+
+def _memory() -> int:
+    """Bytes that this process may take: those of the machine, or of the tightest of its control groups."""
+    least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    group = Path("/sys/fs/cgroup") / own
+    for folder in (group, *group.parents):
+        limit = folder / "memory.max"
+        if limit.is_file() and (said := limit.read_text().strip()).isdigit():
+            least = min(least, int(said))
+    return least
 
 
 def _children(config: Path) -> dict[str, list[str]]:

@@ -18,7 +18,12 @@ export async function ask(path, method = "GET") {
 /** What comes of an order. Throws an Error in the daemon's words, with the status of the answer. */
 export async function post(path, body, token) {
   const headers = { Authorization: `Bearer ${token}`, "Content-Type": "application/json" };
-  const answer = await heard(path, { method: "POST", headers, body: JSON.stringify(body) }, ORDER_MS);
+  let answer;
+  try {
+    answer = await heard(path, { method: "POST", headers, body: JSON.stringify(body) }, ORDER_MS);
+  } catch (error) {
+    throw new Error(`it is not known whether it was done, ${error.message}; look before you order again`);
+  }
   if (answer.ok) return answer.json();
   const told = await answer.json().catch(() => ({}));
   const error = new Error(told.error ?? REFUSED[answer.status] ?? `status ${answer.status}`);

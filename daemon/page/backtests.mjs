@@ -86,12 +86,12 @@ export class Backtests {
         : one.name;
       const box = element("input", { type: "checkbox", checked: this.picked.includes(one.name), disabled: Boolean(one.fault), ariaLabel: `Compare ${one.name}` });
       box.addEventListener("change", () => this._pick(one.name, box.checked));
-      const best = (one.portfolio ?? []).reduce((a, b) => (a && a.sharpe >= (b.sharpe ?? -Infinity) ? a : b), null);
+      const best = (one.portfolio ?? []).filter(({ sharpe }) => sharpe != null).sort((a, b) => b.sharpe - a.sharpe)[0];
       return [
         box, element("th", { scope: "row" }, name), utc(Date.parse(one.written)),
         one.fault ?? one.kind, element("td", { className: "id" }, one.model ?? ""), one.timeframe ?? "",
         (one.strategies ?? []).join(", "),
-        best?.sharpe == null ? "–" : number(best.sharpe, `${signed(best.sharpe)} ${best.strategy}`),
+        best === undefined ? "–" : number(best.sharpe, `${signed(best.sharpe)} ${best.strategy}`),
       ];
     });
     return table(["Compare", "Name", "Written", "Kind", "Model", "Timeframe", "Strategies", "Best Sharpe"], rows, { className: "text" });

@@ -11,6 +11,7 @@ const RESULTS = {
   promoted: "The challenger took over.", refused: "The challenger was refused.",
   failed: "The training failed.", stopped: "The training was stopped.",
 };
+const DOES = { train: "It learns", gate: "The gate judges", waits: "It failed, and is tried again later" };
 const EPOCHS = 12;
 
 export class Training {
@@ -43,6 +44,7 @@ export class Training {
 
   /** How the training stands now. */
   stands(training) {
+    if (this.stand?.running && !training.running) this.fault = ""; // whoever trains has time to answer again
     this.stand = training;
     this.changes++;
   }
@@ -166,12 +168,15 @@ export class Training {
     }
   }
 
+  /** What it does, for how long, and how much longer at the pace of the try under way. */
   _left() {
-    const { epochs, began } = this.stand;
-    const newest = epochs.at(-1);
-    const seconds = (this.clock.now() - began / 1e6) / 1000 / this.clock.speed;
-    const left = newest?.done ? `, about ${span((seconds * (newest.total - newest.done)) / newest.done)} left` : "";
-    const text = `Under way for ${span(Math.max(0, seconds))}${left}`;
+    const { does, epochs, began } = this.stand;
+    const [first, newest] = [epochs[0], epochs.at(-1)];
+    const seconds = (nanoseconds) => nanoseconds / 1e9 / this.clock.speed;
+    const steps = newest ? newest.done - first.done : 0;
+    const left = does === "train" && steps > 0 ? (seconds(newest.at - first.at) * (newest.total - newest.done)) / steps : 0;
+    const passed = Math.max(0, seconds(this.clock.now() * 1e6 - began));
+    const text = `${DOES[does] ?? "Begins"}; under way for ${span(passed)}${left > 0 ? `, about ${span(left)} of learning left` : ""}`;
     if (find("left").textContent !== text) find("left").textContent = text;
   }
 
@@ -183,6 +188,7 @@ export class Training {
     find("left").hidden = !running;
     if (!reasons) {
       box.replaceChildren(quiet("No training since the daemon started."));
+      find("lines").hidden = true;
       return;
     }
     const newest = epochs.at(-1);
@@ -192,9 +198,11 @@ export class Training {
     const said = [element("p", {}, `Begun ${utc(began / 1e6)}: ${reasons.join("; ")}`)];
     if (!running) said.unshift(element("p", { className: "result" }, `${RESULTS[result]} ${utc(ended / 1e6)}`));
     if (verdict) said.push(element("p", { id: "verdict" }, `The gate: ${verdict}`));
-    if (epochs.length) said.push(curve(epochs), this._epochs(epochs));
-    if (lines.length) said.push(element("h4", {}, "Last lines"), element("pre", { tabIndex: 0, role: "region", ariaLabel: "Last lines" }, lines.slice(-20).join("\n")));
+    if (epochs.length) said.push(...curve(epochs), this._epochs(epochs));
     box.replaceChildren(...said);
+    const [pre, text] = [find("lines"), lines.join("\n")];
+    pre.hidden = !lines.length;
+    if (pre.textContent !== text) pre.textContent = text;
   }
 
   _epochs(epochs) {
@@ -209,19 +217,20 @@ export class Training {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** How the score on unseen bars went in the phase under way. */
+/** How the score on unseen bars went in the phase under way; nothing of one look. */
 function curve(epochs) {
   const { phase } = epochs.at(-1);
   const own = epochs.filter((one) => one.phase === phase && one.crps !== null);
+  if (own.length < 2) return [];
   const [low, high] = [Math.min(...own.map((one) => one.crps)), Math.max(...own.map((one) => one.crps))];
   const made = document.createElementNS(SVG, "svg");
   made.setAttribute("viewBox", "0 0 300 60");
   made.setAttribute("role", "img");
-  made.setAttribute("aria-label", `Score on unseen bars in the phase ${phase}: from ${own[0]?.crps.toPrecision(4)} to ${own.at(-1)?.crps.toPrecision(4)}`);
+  made.setAttribute("aria-label", `Score on unseen bars in the phase ${phase}: from ${own[0].crps.toPrecision(4)} to ${own.at(-1).crps.toPrecision(4)}`);
   const line = document.createElementNS(SVG, "polyline");
   const x = (one) => 5 + (290 * one.step) / Math.max(1, one.steps);
   const y = (one) => 55 - (50 * (one.crps - low)) / (high - low || 1);
   line.setAttribute("points", own.map((one) => `${x(one).toFixed(1)},${y(one).toFixed(1)}`).join(" "));
   made.append(line);
-  return made;
+  return [made];
 }

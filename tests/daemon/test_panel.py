@@ -94,27 +94,27 @@ def test_what_can_be_trained_here_is_not(settings):
 
 
 def test_board_tells_how_a_training_stands():
-    """Epochs apart from what else is said, the last lines alone, and nothing of the one before."""
-    told = []
-    board = Board(lambda: 5, lambda stand: told.append(json.loads(stand)))
-    epoch = {"event": "epoch", "phase": "map", "step": 10, "steps": 40, "done": 10, "total": 160}
-    epoch |= {"loss": None, "crps": 0.5}
+    """Epochs of the try under way apart from the last lines, and nothing of the training before."""
+    news = []
+    board = Board(lambda: 5, lambda: news.append(json.loads(board.encode())))
+    epoch = {"phase": "map", "step": 10, "steps": 40, "done": 10, "total": 160, "loss": None, "crps": 0.5}
+    said = json.dumps(epoch | {"event": "epoch", "timestamp": "now"})
+    assert board.encode() == b"null"
     board.begin(["asked for"], TrainingSettings(steps=40))
-    for _ in range(LINES + 5):
-        board.hear("reading the bars")
-    board.hear(json.dumps(epoch | {"timestamp": "now"}))
-    board.hear('{"event": "training", "note": "reading the bars", "level": "info"}')
-    assert told[-1]["epochs"] == [epoch]
-    assert told[-1]["lines"] == ["reading the bars"] * LINES
-    assert (told[-1]["running"], told[-1]["began"]) == (True, 5)
+    board.does("train")
+    board.hear(said)
+    board.does("waits")
+    board.does("train")
+    for n in range(LINES + 5):
+        board.hear(f"bar {n}")
+    board.hear('{"x":' * 900)  # deeper than any decoder goes
+    board.hear(said)
+    board.hear('{"event": "training", "note": "goes on", "level": "info"}')
+    assert news[-1]["epochs"] == [epoch | {"at": 5}]
+    assert news[-1]["lines"] == [*(f"bar {n}" for n in range(7, LINES + 5)), '{"x":' * 900, "goes on"]
+    assert (news[-1]["running"], news[-1]["began"], news[-1]["does"]) == (True, 5, "train")
     board.end("promoted")
-    assert (told[-1]["running"], told[-1]["ended"], told[-1]["result"]) == (False, 5, "promoted")
+    assert (news[-1]["running"], news[-1]["ended"], news[-1]["result"]) == (False, 5, "promoted")
     board.begin(["age"], None)
-    assert told[-1] == {
-        "running": True,
-        "reasons": ["age"],
-        "settings": None,
-        "began": 5,
-        "epochs": [],
-        "lines": [],
-    }
+    told = {"running": True, "reasons": ["age"], "settings": None, "began": 5, "epochs": [], "lines": []}
+    assert news[-1] == told

@@ -56,7 +56,13 @@ class Job:
         """The retraining, as it is after a start, and who listens to its board."""
         commands = Commands(self)
         run = children(commands, dict(os.environ))
-        board = Board(lambda: 7, listen or (lambda stand: self.told.append(json.loads(stand))))
+
+        def news():
+            self.told.append(json.loads(board.encode()))
+            if listen is not None:
+                listen(self.told[-1])
+
+        board = Board(lambda: 7, news)
         return Retraining(
             self.folder,
             run,
@@ -646,8 +652,7 @@ def test_training_can_be_stopped(tmp_path, monkeypatch, train):
     job, heard = Job(tmp_path, train, says(ACCEPTED)), asyncio.Event()
 
     def listen(stand):
-        job.told.append(json.loads(stand))
-        if any("at it" in line or "next try" in line for line in job.told[-1]["lines"]):
+        if any("at it" in line or "next try" in line for line in stand["lines"]):
             heard.set()
 
     async def main():
@@ -675,3 +680,70 @@ def test_training_can_be_stopped(tmp_path, monkeypatch, train):
     assert said.startswith("the training ends")
     assert (result, after) == (Result.stopped, Result.promoted)
     assert "stopped" in [each.get("result") for each in job.told]
+
+
+def heard_of(words, heard):
+    """Sets `heard` once the board has said one of the words."""
+    return lambda stand: any(word in line for line in stand["lines"] for word in words) and heard.set()
+
+
+def test_what_is_stopped_while_it_is_judged_does_not_come_back(tmp_path):
+    """It is dropped: the next run trains anew. What took over before stays, and who follows hears the end."""
+    offer(tmp_path, "a")
+    job, heard = Job(tmp_path, TELLS, "import sys\n"), asyncio.Event()
+    waits = "print('at it', file=sys.stderr, flush=True); import time; time.sleep(60)"
+    slow = f"if sys.argv[-1].endswith('trained'):\n    {waits}"
+    job.gate += slow + "\n" + says(ACCEPTED)
+
+    async def main():
+        made = job.start(heard_of(["at it"], heard))
+        first = asyncio.ensure_future(made.follow("first", lambda _: None, TrainingSettings(seed=1)))
+        await asyncio.sleep(0)
+        run = asyncio.ensure_future(made.run(await made.wanted()))
+        await heard.wait()
+        second = asyncio.ensure_future(made.follow("second", lambda _: None))
+        await asyncio.sleep(0)
+        made.stop()
+        results = [await run, await first, await second]
+        assert not (tmp_path / "challengers" / "trained").exists()
+        job.gate = says(REFUSED)
+        made.ask("third")
+        await made.run(await made.wanted())
+        return results
+
+    assert asyncio.run(asyncio.wait_for(main(), 60)) == [Result.promoted] * 3
+    assert "--settings" not in (tmp_path / "refused" / "trained" / "model.json").read_text()
+
+
+@pytest.mark.parametrize("settings", [None, TrainingSettings(seed=7)], ids=["alike", "by settings"])
+def test_request_in_a_pause_is_answered(tmp_path, monkeypatch, settings):
+    """One without settings is done with the run that waits; one with settings is a run of its own."""
+    monkeypatch.setattr(retraining, "RETRY_SECONDS", (60.0,))
+    job, heard = Job(tmp_path, EXITS.replace("78", "1"), says(REFUSED)), asyncio.Event()
+
+    async def main():
+        made = job.start(heard_of(["next try"], heard))
+        made.ask("schedule")
+        run = asyncio.ensure_future(made.run(await made.wanted()))
+        await heard.wait()
+        job.train = TELLS
+        follower = asyncio.ensure_future(made.follow("order", lambda _: None, settings))
+        results = [await run]
+        if settings is not None:
+            results.append(await made.run(await made.wanted()))
+        results.append(await follower)
+        assert made._settings is None
+        return results
+
+    results = asyncio.run(asyncio.wait_for(main(), 60))
+    assert results == [*([Result.failed] if settings else []), Result.refused, Result.refused]
+    trained = (tmp_path / "refused" / "trained" / "model.json").read_text()
+    assert ("--settings" in trained) == (settings is not None)
+
+
+@pytest.mark.parametrize(("timeout", "stall", "said"), [(0.3, 20.0, "timeout"), (20.0, 0.3, "said nothing")])
+def test_board_says_why_a_process_was_killed(tmp_path, timeout, stall, said):
+    """Whoever looks at it, and not at the log, wants to know."""
+    job = Job(tmp_path, HANGS, timeout=timeout, stall=stall)
+    job.run()
+    assert said in job.told[-1]["lines"][-1]
