@@ -108,6 +108,7 @@ def showing(
         charts.get,
         activations,
         lambda: b"{}",
+        nothing,
         beat,
         nothing,
         nothing,
