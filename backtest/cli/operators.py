@@ -438,8 +438,8 @@ def reckon(
     own = {symbol: histories[symbol] for symbol in chosen(histories)}
     journal = Journal(place, readonly=True)
     try:
-        sent = journal.sent(f"{settings.mqtt.root}/signals/{settings.timeframe}/", ROWS)
-        found = do(reign(sent, model, own, TIMES), own, settings.timeframe)
+        topics = f"{settings.mqtt.root}/signals/{settings.timeframe}/"
+        found = do(reign(journal.sent(topics, ROWS), model, own, TIMES), own, settings.timeframe)
     finally:
         journal.close()
     print(msgspec.json.encode(found).decode())

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from barcast.daemon import app
+from barcast.daemon.bars import known_bars
+from barcast.daemon.config import load
 from barcast.daemon.drift import LEAST
 from barcast.daemon.reckoning import DAY, ORIGINS, SPANS, TIMES, Reckoning, reckon
 from barcast.models import BASELINES, DataError, Window
@@ -15,6 +17,8 @@ from barcast.models.scores import crps
 from tests.daemon.living import LEAST as TEXT
 from tests.daemon.living import at_work, daemon
 from tests.daemon.test_drift import HORIZONS, LEVELS, NORMAL, SIGMA, bars, signals
+from tests.daemon.test_lookout import instance
+from tests.integration.instance import write_history
 from tests.rim import play
 
 
@@ -157,6 +161,28 @@ def test_skill_is_the_share_of_crps_that_is_saved(monkeypatch):
     assert skill.gain < -3 * skill.error
     short = market(symbols=1, count=200)
     assert reckon(told(short), short, "1m").horizons[0].skill == {"hs": None, "fhs": None}
+
+
+def test_the_command_reads_journal_and_bars(tmp_path, run):
+    """What the model that is named said of late; nothing where the newest signal is another's."""
+    lookout, journal, _ = instance(tmp_path, "", SIGMA)
+    journal.close()
+    windows = lookout._pipeline.windows
+    write_history([windows.cut("A", windows.newest("A"), 400)], 400, tmp_path / "state" / "history")
+    config = tmp_path / "barcast.toml"
+    status, out, _ = run("reckon", str(config), "--model", "spread")
+    found = msgspec.json.decode(out, type=Reckoning)
+    assert (status, found.closes, found.symbols) == (0, 399, 1)
+    assert [(h.bars, sum(h.pit)) for h in found.horizons] == [(1, 399), (2, 398)]
+    assert all(h.skill["fhs"].origins > LEAST for h in found.horizons)
+    _, out, _ = run("reckon", str(config), "--model", "other")
+    assert msgspec.json.decode(out, type=Reckoning).closes == 0
+    settings = load(config)
+    known = [
+        known_bars(settings.state_dir, settings.bar_calendars(), 2**62, length=n)["A"] for n in (50, None)
+    ]
+    assert [len(w) for w in known] == [50, 400]
+    assert known[0].close_times.tolist() == known[1].close_times[-50:].tolist()
 
 
 def test_the_daemon_asks_once_for_a_while(tmp_path, monkeypatch):
