@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -109,10 +110,10 @@ class Matched:
     y: NDArray[np.float64]
     q: NDArray[np.float64]
 
-    def only(self, kept: NDArray[np.bool_] | NDArray[np.int64]) -> "Matched":
-        """Some of the signals: a mask (n,), or places."""
-        own = (each[kept] for each in (self.symbols, self.places, self.times, self.y, self.q))
-        return Matched(self.horizons, self.levels, *own)
+    def only(self, kept: Any) -> "Matched":
+        """Some of the signals: those that a mask (n,) keeps, or at places."""
+        symbols, places, times = self.symbols[kept], self.places[kept], self.times[kept]
+        return Matched(self.horizons, self.levels, symbols, places, times, self.y[kept], self.q[kept])
 
 
 def matched(said: Iterable[Said], closes: Mapping[str, Window]) -> Matched | None:

@@ -173,9 +173,9 @@ def _skills(
             own = np.isfinite(held.y[:, k])
             told[k][name] = None
             if own.sum() >= LEAST:
-                losses = [crps(held.y[own, k], q[own, k], held.levels) for q in (held.q, theirs)]
-                count = int(of.max()) + 1
-                found = gain(*losses, of[own], count, lag(bars, apart, count))
+                y, count = held.y[own, k], int(of.max()) + 1
+                mine, other = (crps(y, q[own, k], held.levels) for q in (held.q, theirs))
+                found = gain(mine, other, of[own], count, lag(bars, apart, count))
                 if isfinite(found.value) and isfinite(found.error):
-                    told[k][name] = Skill(found.value, found.error, len(losses[0]))
+                    told[k][name] = Skill(found.value, found.error, len(y))
     return told
