@@ -182,7 +182,9 @@ class WalkForward:
             if window is not None:
                 closes[symbol] = window
         newest_first = (signal for group in reversed(self._signals) for signal in reversed(group))
-        reading = measure(reign(newest_first, pipeline.forecaster.card, closes), closes)
+        card = pipeline.forecaster.card
+        said = reign(newest_first, card.model, closes, TIMES + max(card.horizons))
+        reading = measure(said, closes)
         return None if reading is None else drifted.due(reading, self.champion.crps, now)
 
     @property

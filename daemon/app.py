@@ -35,6 +35,7 @@ from barcast.daemon.panel import Board, Choices
 from barcast.daemon.pipeline import Pipeline, run
 from barcast.daemon.ports import Pause
 from barcast.daemon.postgres import Lease, Server
+from barcast.daemon.reckoning import Reckoning
 from barcast.daemon.retention import daily
 from barcast.daemon.retraining import WORDS, Result, Retraining, Serving
 from barcast.daemon.room import check_room, room
@@ -50,6 +51,12 @@ from barcast.models import BarcastError, ConfigError, DataError
 
 FAREWELL_SECONDS = 5.0
 """How long a stopping daemon goes on delivering what is in its outbox."""
+RECKONED_SECONDS = 600.0
+"""How long is told what was reckoned of the same model's forecasts."""
+FAILED_SECONDS = 60.0
+"""How long it is told why nothing was, before it is tried again."""
+RECKONING_SECONDS = 600.0
+"""How long a reckoning may take before it is killed."""
 HEARTBEAT_SECONDS = 10.0
 """How often the status is published while bars are processed."""
 
@@ -82,7 +89,8 @@ def rehearsal(start: datetime, speed: float, delay: float = 0.0) -> Rehearsal:
 
 
 Commands = Mapping[str, Sequence[str]]
-"""The argument list that begins each subprocess: `train`, `gate`, `choices`, `compact` and `verify`."""
+"""The argument list that begins each subprocess: `train`, `gate`, `choices`, `compact`, `verify`
+and `reckon`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +169,8 @@ class Daemon:
         if self.view:
             self.view.training = self.board.encode
         self._choices: Choices | None = None
-        self._reloading, self._choosing = asyncio.Lock(), asyncio.Lock()
+        self._reckoning: tuple[str, float, bytes | BarcastError] | None = None
+        self._reloading, self._choosing, self._reckons = asyncio.Lock(), asyncio.Lock(), asyncio.Lock()
 
     async def run(self) -> None:
         """Recover, serve, and stop when asked to."""
@@ -208,6 +217,7 @@ class Daemon:
             self._chart,
             self._activations,
             self._trust,
+            self._reckoned,
             self._beat,
             self._choosable,
             self._backtests,
@@ -459,6 +469,41 @@ class Daemon:
             "drifts": bool(self.config.retrain and self.config.retrain.drift),
         }
         return msgspec.json.encode(told)
+
+    async def _reckoned(self) -> bytes:
+        """How the signals of the model that serves held what they promised; of the last minutes.
+
+        It is found out by one process at a time. Raise BarcastError where there is nothing to tell.
+        """
+        if not self.metrics.serving:
+            raise ConfigError("the daemon is not serving yet; ask again")
+        async with self._reckons:
+            if self.pipeline.model != self.succession.champion.model:
+                raise ConfigError("another model takes over at this moment; ask again")
+            model, now = self.pipeline.forecaster.card.model, asyncio.get_running_loop().time
+            if self._reckoning is None or self._reckoning[0] != model or now() > self._reckoning[1]:
+                try:
+                    found: bytes | BarcastError = await self._reckon(model)
+                except BarcastError as error:
+                    found = error
+                kept = RECKONED_SECONDS if isinstance(found, bytes) else FAILED_SECONDS
+                self._reckoning = model, now() + kept, found
+            answer = self._reckoning[2]
+        if isinstance(answer, BarcastError):
+            raise answer
+        return answer
+
+    async def _reckon(self, model: str) -> bytes:
+        """A `Reckoning`, by a process of its own."""
+        words = deque[str](maxlen=WORDS)
+        try:
+            async with asyncio.timeout(RECKONING_SECONDS):
+                _, out = await self.children("reckon", ["--model", model], words.append)
+            return msgspec.json.encode(msgspec.json.decode(out, type=Reckoning))
+        except (TimeoutError, OSError, msgspec.DecodeError) as error:
+            log.error("reckoning_failed", reason=str(error), last_words="\n".join(words))
+            why = words[-1] if words else str(error) or f"no end after {RECKONING_SECONDS:.0f} s"
+            raise DataError(f"forecasts were not held against outcomes: {why}") from error
 
     async def _choosable(self) -> bytes:
         """What can be set of a training, and of which symbols. Raise BarcastError where none can be."""

@@ -43,14 +43,15 @@ def known_bars(
     now: int,
     progress: Callable[[int], None] = lambda _bars: None,
     journal: Place | None = None,
+    length: int | None = None,
 ) -> dict[str, Window]:
     """Every bar of each symbol that closed by `now`, one window for each: what a model may learn from.
 
     The journal, that of the state directory where none is named, may be in use by a running daemon. All
     prices of a symbol are on the basis of its newest bar. `progress` is told how many bars of the journal
-    were read.
+    were read. With a `length`, at least the newest so many bars of each symbol, and not many more.
     """
-    bars, adjustments = every_bar(state_dir, calendars, now, progress, journal)
+    bars, adjustments = every_bar(state_dir, calendars, now, progress, journal, length)
     return dict(adjusted(read_windows(bars.lazy()), adjustments))
 
 
@@ -60,14 +61,15 @@ def every_bar(
     now: int,
     progress: Callable[[int], None] = lambda _bars: None,
     journal: Place | None = None,
+    length: int | None = None,
 ) -> tuple[pl.DataFrame, list[Adjustment]]:
     """Every bar that closed by `now`, in the columns of `SCHEMA` and as received, and what was declared.
 
     A corrected bar has its last values, and a payload that comes again after its correction changes nothing:
-    the rule of the windows. Raise DataError where nothing is known.
+    the rule of the windows. A `length` is that of `known_bars`. Raise DataError where nothing is known.
     """
     journal = journal or state_dir / "journal.db"
-    bars, adjustments = _every_bar(state_dir, journal, calendars, now, progress)
+    bars, adjustments = _every_bar(state_dir, journal, calendars, now, progress, length)
     if bars.is_empty():
         name = journal.name if isinstance(journal, Path) else journal
         raise DataError(

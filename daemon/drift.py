@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite, sqrt
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -92,46 +93,110 @@ def chosen(symbols: Iterable[str]) -> list[str]:
     return names[::every]
 
 
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """n signals of one model, and what then happened.
+
+    `symbols` (n,); `places` (n,) are those of their closes among the bars of their symbol, `times` (n,) the
+    closes in nanoseconds. `y` (n, H) are log returns over each horizon, nan where that bar is not there yet,
+    and `q` (n, H, Q) the quantiles that were told of them.
+    """
+
+    horizons: list[int]
+    levels: list[float]
+    symbols: NDArray[np.str_]
+    places: NDArray[np.int64]
+    times: NDArray[np.int64]
+    y: NDArray[np.float64]
+    q: NDArray[np.float64]
+
+    def only(self, kept: Any) -> "Matched":
+        """Some of the signals: those that a mask (n,) keeps, or at places."""
+        symbols, places, times = self.symbols[kept], self.places[kept], self.times[kept]
+        return Matched(self.horizons, self.levels, symbols, places, times, self.y[kept], self.q[kept])
+
+
+def matched(said: Iterable[Said], closes: Mapping[str, Window]) -> Matched | None:
+    """Hold one model's signals against the bars of their symbols; None where there are none of these.
+
+    A horizon counts the symbol's own bars. A signal that is told twice counts once, one whose bar is not
+    there, or of another shape than the first, not at all.
+    """
+    first: Said | None = None
+    seen: set[tuple[str, str]] = set()
+    prices: dict[str, NDArray[np.float64]] = {}
+    symbols: list[str] = []
+    places: list[tuple[int, int]] = []
+    outcomes, quantiles = [], []
+    for signal in said:
+        window, key = closes.get(signal.symbol), (signal.symbol, signal.close_time)
+        if window is None or key in seen:
+            continue
+        seen.add(key)
+        if first is None:
+            first, ahead = signal, np.array([h.bars for h in signal.horizons])
+        if signal.symbol not in prices:
+            prices[signal.symbol] = np.log(window.values[:, 3])
+        price = prices[signal.symbol]
+        time = int(np.datetime64(signal.close_time.rstrip("Z"), "ns").astype(np.int64))
+        at = int(np.searchsorted(window.close_times, time))
+        told = np.log(np.array(signal.quantiles) / signal.reference)
+        if (
+            at < len(price)
+            and window.close_times[at] == time
+            and told.shape == (len(ahead), len(first.levels))
+        ):
+            there = at + ahead < len(price)
+            ends = np.where(there, at + ahead, at)
+            symbols.append(signal.symbol)
+            places.append((at, time))
+            outcomes.append(np.where(there, price[ends] - price[at], np.nan))
+            quantiles.append(told)
+    if first is None or not symbols:
+        return None
+    at, times = np.array(places).T
+    horizons = [h.bars for h in first.horizons]
+    y, q = np.array(outcomes), np.array(quantiles)
+    return Matched(horizons, first.levels, np.array(symbols), at, times, y, q)
+
+
+def share(
+    inside: NDArray[np.bool_], of: NDArray[np.int64], times: int, nominal: float, bars: int
+) -> Estimate:
+    """The share (n,) of outcomes over so many bars that were inside a central interval, with its error.
+
+    `of` (n,) numbers the closes, of which there are `times`. Errors are those of Newey and West over closes,
+    whose symbols move together and whose outcomes overlap; with few closes these are too small, and are taken
+    to be at least what closes / horizon outcomes would have.
+    """
+    found = mean(inside, of, times, lag(bars, 1, times))
+    least = sqrt(nominal * (1 - nominal) * bars / times)
+    return Estimate(found.value, max(least, found.error))  # in this order: of one close, the error is nan
+
+
 def measure(said: Iterable[Said], closes: Mapping[str, Window]) -> Reading | None:
     """Hold one model's signals against the bars of their symbols; None with too few to say anything.
 
-    A horizon counts the symbol's own bars. Only signals count of which the outcomes of all horizons are
-    known, and of these the newest `TIMES` closes; a signal that is told twice counts once. Errors are those
-    of Newey and West over closes, whose symbols move together and whose outcomes overlap; with few closes
-    these are too small, and are taken to be at least what closes / horizon outcomes would have.
+    Only signals count of which the outcomes of all horizons are known, and of these the newest `TIMES`
+    closes, see `matched`. The errors are those of `share`, also of the CRPS.
     """
-    signals = {(s.symbol, s.close_time): s for s in said if s.symbol in closes}
-    first = next(iter(signals.values()), None)
-    if first is None:
+    held = matched(said, closes)
+    if held is None:
         return None
-    horizons, levels = [h.bars for h in first.horizons], first.levels
-    ahead = np.array(horizons)
-    rows: list[tuple[int, NDArray[np.float64], NDArray[np.float64]]] = []
-    for signal in signals.values():
-        window = closes[signal.symbol]
-        time = int(np.datetime64(signal.close_time.rstrip("Z"), "ns").astype(np.int64))
-        at = int(np.searchsorted(window.close_times, time))
-        if at + ahead.max() < len(window) and window.close_times[at] == time:
-            price = np.log(window.values[:, 3])
-            told = np.log(np.array(signal.quantiles) / signal.reference)
-            if told.shape == (len(ahead), len(levels)):
-                rows.append((time, price[at + ahead] - price[at], told))
-    moments = sorted({time for time, _, _ in rows})[-TIMES:]
+    held = held.only(np.isfinite(held.y).all(1))
+    moments = np.unique(held.times)[-TIMES:]
     if len(moments) < LEAST:
         return None
-    rows = [row for row in rows if row[0] >= moments[0]]
-    of = np.searchsorted(np.array(moments), np.array([time for time, _, _ in rows]))
-    y, q = np.array([row[1] for row in rows]), np.array([row[2] for row in rows])  # (n, H), (n, H, Q)
-    times = len(moments)
+    held = held.only(held.times >= moments[0])
+    horizons, levels, y, q = held.horizons, held.levels, held.y, held.q
+    of, times = np.searchsorted(moments, held.times), len(moments)
     coverage: dict[tuple[float, int], Estimate] = {}
     for low, high in central(levels):
         nominal = round(levels[high] - levels[low], 12)
         if nominal in NOMINAL:
             for k, bars in enumerate(horizons):
                 inside = (y[:, k] >= q[:, k, low]) & (y[:, k] <= q[:, k, high])
-                share = mean(inside, of, times, lag(bars, 1, times))
-                least = sqrt(nominal * (1 - nominal) * bars / times)
-                coverage[nominal, bars] = Estimate(share.value, max(share.error, least))
+                coverage[nominal, bars] = share(inside, of, times, nominal, bars)
     losses, size = crps(y, q, levels), np.abs(y)  # (n, H)
     scale = np.where(size.mean(0) > 0, size.mean(0), 1.0)
     ratio = losses.mean(0) / scale
@@ -140,6 +205,4 @@ def measure(said: Iterable[Said], closes: Mapping[str, Window]) -> Reading | Non
     error = mean(linear, of, times, lag(max(horizons), 1, times)).error
     least = float(linear.std()) * sqrt(max(horizons) / times)
     value = float(ratio.mean())
-    return (
-        Reading(len(rows), times, coverage, Estimate(value, max(error, least))) if isfinite(value) else None
-    )
+    return Reading(len(y), times, coverage, Estimate(value, max(error, least))) if isfinite(value) else None

@@ -77,10 +77,10 @@ class Shown:
     """What the page shows.
 
     `chart` gives what is drawn of a symbol, None of one without bars; `activations` who served since when;
-    `trust` what was verified and how far forecasts drifted; `beat` the time and what does not hold; `choices`
-    what can be set of a training; `backtests` those in the folder of reports: all as JSON. `report` is the
-    page of a backtest, None of one that is not there. `answers_to` says of a name in a Host header whether it
-    may stand for this machine.
+    `trust` what was verified and how far forecasts drifted; `reckoning` how these held what they promised;
+    `beat` the time and what does not hold; `choices` what can be set of a training; `backtests` those in the
+    folder of reports: all as JSON. `report` is the page of a backtest, None of one that is not there.
+    `answers_to` says of a name in a Host header whether it may stand for this machine.
 
     `order` carries out what somebody orders who knows the `token`; without one nobody may.
     """
@@ -89,6 +89,7 @@ class Shown:
     chart: Callable[[str], bytes | None]
     activations: Callable[[], Awaitable[bytes]]
     trust: Callable[[], bytes]
+    reckoning: Callable[[], Awaitable[bytes]]
     beat: Callable[[], Awaitable[bytes]]
     choices: Callable[[], Awaitable[bytes]]
     backtests: Callable[[], Awaitable[bytes]]
@@ -256,6 +257,9 @@ def page(
     async def trust(_: Request) -> Response:
         return _fresh(shown.trust())
 
+    async def reckoning(_: Request) -> Response:
+        return await told(shown.reckoning())
+
     async def training(_: Request) -> Response:
         return await told(shown.choices())
 
@@ -313,6 +317,7 @@ def page(
             Route("/symbols/{symbol}", local(symbol)),
             Route("/activations", local(activations)),
             Route("/trust", local(trust)),
+            Route("/reckoning", local(reckoning)),
             Route("/training", local(training)),
             Route("/backtests", local(backtests)),
             Route("/backtests/{name}", local(report)),

@@ -146,18 +146,22 @@ class Lookout:
         journal = Journal(self._config.journal_place, readonly=True)
         try:
             topics = f"{self._config.mqtt.root}/signals/{self._config.timeframe}/"
-            return measure(reign(journal.sent(topics, ROWS), card, closes), closes)
+            return measure(
+                reign(journal.sent(topics, ROWS), card.model, closes, TIMES + max(card.horizons)), closes
+            )
         finally:
             journal.close()
 
 
-def reign(sent: Iterable[tuple[str, bytes]], card: Card, symbols: Container[str]) -> Iterator[Said]:
-    """The signals of some symbols, newest first, back to the first of another model, or as many as matter."""
+def reign(
+    sent: Iterable[tuple[str, bytes]], model: str, symbols: Container[str], most: int
+) -> Iterator[Said]:
+    """The signals of some symbols, newest first, back to the first of another model, of `most` closes."""
     closes: set[str] = set()
     for topic, payload in sent:
         if topic.rpartition("/")[2] in symbols:
             said = msgspec.json.decode(payload, type=Said)
             closes.add(said.close_time)
-            if said.model != card.model or len(closes) > TIMES + max(card.horizons):
+            if said.model != model or len(closes) > most:
                 return
             yield said

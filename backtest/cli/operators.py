@@ -410,6 +410,43 @@ def train_choices(config: ConfigFile, parent: Parent = None) -> None:
     print(json.dumps(choices(_giving_way(config, parent).timeframe, _memory())))
 
 
+@app.command(hidden=True)
+def reckon(
+    config: ConfigFile,
+    model: Annotated[str, typer.Option(help="Model id in the signals.")],
+    parent: Parent = None,
+) -> None:
+    """Say as JSON how a model's newest signals held what they promised. The daemon runs this.
+
+    There are none where the newest signal is another model's.
+    """
+    import msgspec
+
+    from barcast.daemon.app import WallClock
+    from barcast.daemon.bars import known_bars
+    from barcast.daemon.config import load
+    from barcast.daemon.drift import chosen
+    from barcast.daemon.journal import Journal
+    from barcast.daemon.lookout import ROWS, reign
+    from barcast.daemon.reckoning import BARS, TIMES
+    from barcast.daemon.reckoning import reckon as do
+    from barcast.daemon.trainer import give_way
+
+    settings = load(config)
+    give_way(19, parent)
+    place = settings.journal_place
+    now = WallClock(settings).now()
+    histories = known_bars(settings.state_dir, settings.bar_calendars(), now, journal=place, length=BARS)
+    own = {symbol: histories[symbol] for symbol in chosen(histories)}
+    journal = Journal(place, readonly=True)
+    try:
+        topics = f"{settings.mqtt.root}/signals/{settings.timeframe}/"
+        found = do(reign(journal.sent(topics, ROWS), model, own, TIMES), own, settings.timeframe)
+    finally:
+        journal.close()
+    print(msgspec.json.encode(found).decode())
+
+
 @app.command(rich_help_panel=LIVE)
 def gate(
     config: ConfigFile,
@@ -598,7 +635,7 @@ def _memory() -> int:
 
 def _children(config: Path) -> dict[str, list[str]]:
     """Verbs of the daemon's processes about an instance, and the argument list that begins each."""
-    names = {verb: verb for verb in ("gate", "compact", "verify")}
+    names = {verb: verb for verb in ("gate", "compact", "verify", "reckon")}
     names |= {"train": "train-challenger", "choices": "train-choices"}
     me = [sys.executable, "-m", "barcast.backtest.cli"]
     return {verb: [*me, name, str(config)] for verb, name in names.items()}

@@ -9,8 +9,8 @@ const REFUSED = {
 };
 
 /** The JSON at a path, null of a HEAD. Throws an Error that says why there is none. */
-export async function ask(path, method = "GET") {
-  const answer = await heard(path, { method }, PATIENCE_MS);
+export async function ask(path, method = "GET", patience = PATIENCE_MS) {
+  const answer = await heard(path, { method }, patience);
   if (answer.ok) return method === "HEAD" ? null : answer.json();
   throw new Error(`the daemon refused: ${REFUSED[answer.status] ?? `status ${answer.status}`}`);
 }

@@ -3,6 +3,7 @@
 import { ask } from "./ask.mjs";
 import { bars, element, number, percent, table, utc } from "./format.mjs";
 import { order } from "./orders.mjs";
+import { Reckoning } from "./reckoning.mjs";
 
 const MOST = 50;
 const AGAIN_MS = 60000; // verifications and looks for drift are rarer
@@ -27,6 +28,7 @@ export class Trust {
     this.since = null;
     this.drawn = null;
     this.changes = 0;
+    this.reckoning = new Reckoning(() => this.ondraw());
   }
 
   begin({ about, since, signals, groups, gaps }) {
@@ -45,6 +47,7 @@ export class Trust {
     this.events.push(...told(group), ...gaps.map(lacks));
     this.events.splice(0, Math.max(0, this.events.length - MOST));
     this.changes++;
+    this.reckoning.serves(group.model);
     if (group.model !== this.model) {
       this.model = group.model;
       this._ask();
@@ -65,6 +68,7 @@ export class Trust {
   draw() {
     if (!this.loaded || find("trust").hidden) return;
     if (performance.now() - this.asked > AGAIN_MS) this._ask();
+    this.reckoning.draw(find("reckoning"), this.serving);
     if (this.drawn === this.changes) return;
     this.drawn = this.changes;
     find("champion").replaceChildren(this._champion());

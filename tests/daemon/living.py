@@ -18,6 +18,7 @@ from barcast.daemon.mqtt import Delivery
 from barcast.daemon.pipeline import run
 from barcast.daemon.view import View
 from barcast.daemon.wire import Outgoing
+from barcast.models import ConfigError
 from tests.rim import Message
 
 LEAST = 'instance = "me"\nstate_dir = "state"\ntimeframe = "1m"\n[mqtt]\nroot = "t"\n'
@@ -97,6 +98,9 @@ def showing(
     async def order(given: Order) -> Answer:
         return Answer(refused=f"{given.verb}: nobody is at work")
 
+    async def reckoning() -> bytes:
+        raise ConfigError("nobody is at work")
+
     async def nothing() -> bytes:
         return b"null"
 
@@ -108,6 +112,7 @@ def showing(
         charts.get,
         activations,
         lambda: b"{}",
+        reckoning,
         beat,
         nothing,
         nothing,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
+import msgspec
 import pytest
 import schemathesis
 from hypothesis import settings
@@ -15,8 +16,11 @@ from referencing import Registry, Resource
 
 from barcast.daemon.control import Answer
 from barcast.daemon.http import page
+from barcast.daemon.reckoning import reckon
 from barcast.daemon.view import event
 from tests.daemon.living import LEAST, at_work, daemon, deliver
+from tests.daemon.test_reckoning import market
+from tests.daemon.test_reckoning import told as told_of
 from tests.daemon.test_view import parsed
 from tests.fakes import MINUTE, START, bar
 from tests.rim import SECOND, Message, play
@@ -82,11 +86,13 @@ def app(told):
     async def order(given):
         return Answer(refused="nothing to stop") if given.verb == "stop" else Answer(done="done so")
 
+    windows = market(symbols=1, count=300)
     held = replace(
         shown,
         chart={"EURUSD": chart}.get,
         activations=saying(activations),
         trust=lambda: trust,
+        reckoning=saying(msgspec.json.encode(reckon(told_of(windows), windows, "1m"))),
         beat=saying(beat),
         backtests=saying(b"null"),
         report=report,

@@ -17,11 +17,13 @@ import pytest
 from barcast.daemon import http, view, wire
 from barcast.daemon.http import ASSETS, HEADERS, listen, page, serving
 from barcast.daemon.ports import Arrival
+from barcast.daemon.reckoning import reckon
 from barcast.daemon.view import View, chart
 from barcast.daemon.watch import Row
 from barcast.models import Window
 from tests.backtest.browser import WIDE, chromium, find_chromium
 from tests.daemon.living import LEAST, at_work, daemon, deliver, showing, until
+from tests.daemon.test_reckoning import market, told
 from tests.daemon.test_view import empty, parsed, seen, signal
 from tests.fakes import MINUTE, START, bar, opening, outgoing
 from tests.rim import SECOND, Message, play
@@ -416,7 +418,12 @@ class Stage:
         async def story():
             listening = listen("127.0.0.1", self.port)
             self.port = listening.getsockname()[1]
-            shown = replace(showing(self.view, self), beat=self.beat, activations=self.activations)
+            shown = replace(
+                showing(self.view, self),
+                beat=self.beat,
+                activations=self.activations,
+                reckoning=self.reckoned,
+            )
             async with serving(listening, app(shown)):
                 ready.set()
                 await end.wait()
@@ -442,6 +449,12 @@ class Stage:
         champion = {"model": "first", "reason": "start", "crps": None, "until": None}
         told = [{"time": wire.to_text(START), "champion": champion}]
         return json.dumps(told if self.well else []).encode()
+
+    async def reckoned(self):
+        """What is reckoned, of which there are too few outcomes over the longest horizon."""
+        windows = market(symbols=2, count=110)
+        self.reckoning = reckon(told(windows), windows, "1m")
+        return msgspec.json.encode(self.reckoning)
 
     def get(self, symbol):
         """The chart of a symbol."""
@@ -584,6 +597,24 @@ HIDE += "document.dispatchEvent(new Event('visibilitychange'))"
 
 
 @pytest.mark.browser
+def check_reckoning(tab, reckoning):
+    """The tables of each horizon have the figures that were told, all digits; and all is drawn."""
+    figures = "[...row.querySelectorAll('td')].map((cell) => Number(cell.dataset.value))"
+    bodies = f"[...own.querySelectorAll('tbody')].map((body) => [...body.rows].map((row) => {figures}))"
+    shown = tab.run(f"[...document.querySelectorAll('#reckoning .held')].map((own) => {bodies})")
+    told_of = [one for one in reckoning.horizons if one.coverage]
+    for (covered, fell), one in zip(shown, told_of, strict=True):
+        spans = [[c.spans[k].inside for c in one.coverage] for k in range(len(reckoning.spans))]
+        counts = [share.outcomes for share in one.coverage[0].spans]
+        assert covered[:-1] == [[*inside, count] for inside, count in zip(spans, counts, strict=True)]
+        assert covered[-1] == [*(c.whole.inside for c in one.coverage), sum(counts)]
+        shares = ([count / sum(counted) for count in counted] for counted in (one.pit, one.lately))
+        assert fell == [list(row) for row in zip(reckoning.expected, *shares, strict=True)]
+    drawn = "document.querySelectorAll('#reckoning svg[role=img][aria-label] {}').length"
+    assert tab.run(drawn.format("polyline")) == 3 * len(told_of)
+    assert tab.run(drawn.format("rect")) == 2 * len(reckoning.expected) * len(told_of)
+
+
 def test_a_browser_says_what_it_does_not_know(tmp_path, monkeypatch):
     """Before it serves, of a stale fan, in a hidden tab, when too many look on, and when nobody answers."""
     program = find_chromium()
@@ -600,10 +631,13 @@ def test_a_browser_says_what_it_does_not_know(tmp_path, monkeypatch):
         with stage.served():
             tab.open(f"http://127.0.0.1:{stage.port}/#trust/%", 1280)  # what is no address is none
             says(tab, "champion", "Not known yet: the daemon is not serving")
-            for name in ("coverage", "faults", "events"):
+            for name in ("coverage", "reckoning", "faults", "events"):
                 says(tab, name, "Not known yet")
             stage.well = True
             says(tab, "champion", "first")
+            says(tab, "reckoning", "218 signals of this model for 2 symbols at 109 closes")
+            says(tab, "reckoning", "Too few outcomes yet over 16 bars at 94 of 100 closes")
+            check_reckoning(tab, stage.reckoning)
             stage.play(5)
             says(tab, "events", "withheld")
 
