@@ -22,6 +22,7 @@ export class Trust {
     this.orders = false;
     this.asked = 0;
     this.said = "";
+    this.told = "";
     this.ondraw = () => {};
     this.fault = "";
     this.serving = true;
@@ -71,7 +72,10 @@ export class Trust {
     this.reckoning.draw(find("reckoning"), this.serving);
     if (this.drawn === this.changes) return;
     this.drawn = this.changes;
-    find("champion").replaceChildren(this._champion());
+    const told = JSON.stringify([this.activations, this.fault, this.serving, this.orders]);
+    if (told !== this.told) find("champion").replaceChildren(this._champion()); // else a button stays what it is
+    this.told = told;
+    if (find("rolled").textContent !== this.said) find("rolled").textContent = this.said;
     find("checked").replaceChildren(...this._checked());
     find("coverage").replaceChildren(this._coverage());
     find("faults").replaceChildren(this._faults());
@@ -155,7 +159,7 @@ export class Trust {
       back(champion.model),
     ]);
     const heads = ["Serves since", "Model", "Why", "CRPS / mean |outcome|", "Newest bar it learnt from", "Rollback"];
-    return element("div", {}, element("p", { role: "status" }, this.said), table(heads, rows, { className: "text" }));
+    return table(heads, rows, { className: "text" });
   }
 
   /** The coverage that the newest signals of the newest model tell, each weighed by its outcomes. */

@@ -375,7 +375,7 @@ def test_trainings_rollbacks_and_backtests(market, look, tmp_path):
         tab.fill("#order-token", TOKEN)
     tab.click("#order-do")
     tab.wait_for_selector("#champion tbody tr:first-child .id:text-is('hs')", timeout=60_000)
-    assert f"hs serves again; {before} is left behind" in tab.text_content("#champion")
+    assert f"hs serves again; {before} is left behind" in tab.text_content("#rolled")
 
     tab.click("nav a[href='#backtests']")
     for name in ("one", "other"):
