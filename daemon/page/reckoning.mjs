@@ -24,6 +24,7 @@ export class Reckoning {
     this.fault = "";
     this.due = 0;
     this.asking = false;
+    this.serving = true;
     this.model = null;
     this.changes = 0; // of the model that serves
     this.told = null; // what is drawn
@@ -42,6 +43,8 @@ export class Reckoning {
 
   /** Draw what is known, and ask where it is time to: whoever looks says so. */
   draw(box, serving) {
+    if (serving && !this.serving && this.fault) this.due = 0; // it may have failed for that
+    this.serving = serving;
     if (serving && !this.asking && performance.now() >= this.due) this._ask();
     const told = serving ? (this.fault || (this.found ?? COUNTED)) : IDLE;
     if (told === this.told) return; // what is open stays so, and where somebody is
