@@ -289,9 +289,11 @@ def _able(history: Mapping[str, Window], since: int | None) -> tuple[list[Window
         since = max((span[0] for span in able.values() if span), default=0)
     out = [symbol for symbol, span in able.items() if not span or not span[0] <= since <= span[1]]
     if len(out) == len(able):
+        ends = [span[1] for span in able.values() if span]
+        few, then = ("after", "earlier") if ends and since > max(ends) else ("before", "later")
         raise DataError(
-            f"no symbol has a past long enough to make scenarios of it from {wire.to_text(since)} on: begin "
-            "later, or give longer histories"
+            f"no symbol has bars enough to make scenarios of them from {wire.to_text(since)} on: too few "
+            f"come {few} it; begin {then}, or give longer histories"
         )
     warning = f"Left out, since too little comes before or after: {', '.join(out)}." if out else ""
     return [history[symbol] for symbol in able if symbol not in out], since, warning
@@ -332,7 +334,7 @@ def _of_scenarios(parts: "Sequence[_Part]", count: int) -> list[str]:
     for each in others:
         total.update(each)
     often = sorted((-times, text) for text, times in total.items() if text not in said)
-    found = [f"Of {count} scenarios {-times}: {text}" for times, text in often]
+    found = [f"In {-times} of {count} scenarios: {text}" for times, text in often]
     return [caveats.few(found, "\n")] if found else []
 
 

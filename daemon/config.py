@@ -838,7 +838,7 @@ def _form(fault: str, where: str) -> str:
 def _shown(value: object) -> str:
     """A value of the file, cut; one that cannot be written out is named by what it is."""
     try:
-        return _cut(repr(value))
+        return _cut(repr(str(value) if isinstance(value, Path) else value))
     except (ValueError, RecursionError):  # a number of 5000 digits, tables as deep
         return f"a {type(value).__name__} too large to be shown"
 

@@ -68,6 +68,7 @@ REPORT_POLICY = (
 )
 """What a browser is told of a backtest's report, which has its scripts in itself: it is of no origin, so that
 it knows nothing of the page, and asks nobody."""
+FORM = 'an object with `reason`, `to` of rollback or `training` of retrain, such as {"reason": "..."}'
 MOST_BODY, SHOWN = 100_000, 100
 """The longest body of an order, in bytes, and characters of it that are shown where it is wrong."""
 
@@ -293,7 +294,7 @@ def page(
         async def asked(request: Request) -> Response:
             if shown.answers_to(_host(request.headers.get("host", ""))):
                 return await endpoint(request)
-            return _refused(421, "ask for localhost or 127.0.0.1, or name this host in [http]")
+            return _refused(421, "ask for localhost or 127.0.0.1; a proxy must send such a Host")
 
         return asked
 
@@ -417,7 +418,7 @@ async def _ordered(request: Request) -> Order:
     try:
         wanted = msgspec.json.decode(body or b"{}", type=_Wanted)
     except UNDECODABLE as error:
-        raise ValueError(f"{error}; send an object such as {{}}") from error
+        raise ValueError(f"{error}; send {FORM}") from error
     return Order(verb, to=wanted.to, reason=wanted.reason, training=wanted.training)
 
 

@@ -29,7 +29,7 @@ class TrainingSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     kind: Literal["sssd", "ldm4ts"] = "sssd"
     preset: Literal["tiny", "small", "base"] = "small"
     symbols: tuple[str, ...] = ()
-    steps: Annotated[int, Meta(ge=12, le=20_000)] | None = None
+    steps: Annotated[int, Meta(ge=1, le=20_000)] | None = None
     rate: Annotated[float, Meta(ge=1e-5, le=1e-2)] | None = None
     seed: Annotated[int, Meta(ge=0, lt=2**31)] = 0
     batch: Annotated[int, Meta(ge=1, le=64)] | None = None

@@ -135,7 +135,7 @@ class Retraining:
         """
         if self._child is None and not self._pausing:
             why = "what it trained is about to take over" if self.running else "no training is under way"
-            raise ConfigError(f"{why}: there is nothing to stop")
+            raise ConfigError(f"{why}: there is nothing to stop; the daemon itself ends by SIGTERM")
         self._stopping = True
         self._take()
         self._settings = None

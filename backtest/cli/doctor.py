@@ -149,6 +149,8 @@ def state_directory(case: Case) -> Found:
 def passwords(case: Case) -> Found:
     """Their files are for those alone who need them."""
     settings, found = case.settings, False
+    if settings.http:
+        settings.http.check()
     files = {"mqtt.password_file": settings.mqtt.password_file}
     if settings.journal:
         files["journal.password_file"] = settings.journal.password_file

@@ -104,7 +104,7 @@ def check(config: ConfigFile) -> None:
         ("strategies", ", ".join(s.name for s in settings.strategies()) or "none"),
         ("retraining", _occasions(settings)),
         ("verification", _verified(settings)),
-        ("metrics", f"http://{settings.http.host}:{settings.http.port}" if settings.http else "not served"),
+        ("page, metrics", _page(settings)),
     ):
         table.add_row(name, str(value))
     out.print(table)
@@ -294,6 +294,8 @@ def ctl(
 ) -> None:
     """Order something of the running daemon: on its machine as its user, or with --mqtt from anywhere.
 
+    `state` says how it is; `retrain` wants a training and `stop` ends the one under way; `pause` and `resume`
+    are of forecasts, `reload` of the configuration.
     A rollback lets the model that served before serve again, within a bar; twice goes back two models.
     Without a running daemon the next start does.
     """
@@ -619,6 +621,16 @@ def _giving_way(config: Path, parent: int | None) -> "Config":
     settings = load(config)
     give_way((settings.retrain or Retrain()).nice, parent)
     return settings
+
+
+def _page(settings: "Config") -> str:
+    """Where the page and the metrics are served, and what for."""
+    http = settings.http
+    if http is None:
+        return "not served"
+    orders = "orders by the token" if http.token_file else "no orders"
+    reports = f"reports in {http.reports}" if http.reports else "no reports"
+    return f"http://{http.host}:{http.port}, {orders}, {reports}"
 
 
 def _memory() -> int:

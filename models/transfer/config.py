@@ -57,6 +57,9 @@ class TransferConfig:
                 raise ConfigError(f"{said} cannot be: take 1 to {MOST.get(field.name, 10**6)}")
             if kind is float and not 0 <= value <= float_info.max:
                 raise ConfigError(f"{said} cannot be: take a number from 0 on")
+        for name in ("rate", "energy_rate"):
+            if not getattr(self, name):
+                raise ConfigError(f"{name} = 0 learns nothing: take a number above 0")
         if self.solver not in SOLVERS:
             raise ConfigError(f"solver = {self.solver!r} is unknown: choose one of {', '.join(SOLVERS)}")
         if self.label_drop_prob >= 1:

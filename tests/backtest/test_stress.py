@@ -288,7 +288,7 @@ def test_warnings_of_scenarios_are_counted(asked: dict[str, Any], monkeypatch: p
 
     monkeypatch.setattr(stress, "run_backtest", warned)
     lines = run_stress(**asked | {"n": 2}).meta["warning"].split("\n")
-    assert lines[-3:] == ["old", "Of 4 scenarios 3: new", "Of 4 scenarios 1: rare"]
+    assert lines[-3:] == ["old", "In 3 of 4 scenarios: new", "In 1 of 4 scenarios: rare"]
 
 
 def test_the_summary_is_by_hand(result: StressResult) -> None:
@@ -353,8 +353,9 @@ def test_a_hole_in_the_first_symbol_shortens_no_test(asked: dict[str, Any], mode
         ({"jobs": 0, "files": "none.parquet"}, ConfigError, "jobs = 0: take 1 or more, or -1"),
         ({"seed": -1, "files": "none.parquet"}, ConfigError, "seed = -1 cannot be"),
         ({"cfg_scale": 9.0}, ConfigError, "cfg_scale = 9.0 cannot be"),
-        ({"since": 0}, DataError, "no symbol has a past long enough"),
-        ({"symbols": ["YOUNG"]}, DataError, "no symbol has a past long enough"),
+        ({"since": 0}, DataError, "too few come before it; begin later"),
+        ({"since": 4 * 10**18}, DataError, "too few come after it; begin earlier"),
+        ({"symbols": ["YOUNG"]}, DataError, "no symbol has bars enough"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_work(

@@ -510,7 +510,7 @@ def test_children_are_given_what_is_in_force(made, monkeypatch):
     monkeypatch.setattr(app, "serve", lambda _config, commands: given.update(commands))
     operators.run(made.config._file)
     assert {verb: command[4] for verb, command in given.items()} == dict.fromkeys(
-        ("train", "choices", "gate", "compact", "verify"), str(made.config.in_force)
+        ("train", "choices", "gate", "compact", "verify", "reckon"), str(made.config.in_force)
     )
 
 

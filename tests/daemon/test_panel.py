@@ -35,7 +35,7 @@ CHOICES = msgspec.convert(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"steps": 1}, "Expected `int` >= 12"),
+        ({"steps": 0}, "Expected `int` >= 1"),
         ({"rate": 0.5}, "Expected `float` <= 0.01"),
         ({"rate": 1e-9}, "Expected `float` >= 1e-05"),
         ({"kind": "lgbm"}, "Invalid enum value 'lgbm'"),
