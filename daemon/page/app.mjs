@@ -97,7 +97,7 @@ function begin(state) {
   clock.speed = about.speed;
   find("instance").textContent = `${about.instance}, ${about.timeframe} bars`;
   find("version").textContent =
-    `Barcast ${about.version}; times are UTC${about.speed === 1 ? "" : `, by a clock that runs ${about.speed} times as fast`}`;
+    `Barcast ${about.version}; times are UTC${about.speed === 1 ? "" : `, by a clock that runs ${Number(about.speed.toPrecision(6))} times as fast`}`;
   document.title = `Barcast ${about.instance}`;
   chart.about(about);
   for (const part of parts) part.begin(state);
