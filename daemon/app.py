@@ -498,7 +498,9 @@ class Daemon:
         words = deque[str](maxlen=WORDS)
         try:
             async with asyncio.timeout(RECKONING_SECONDS):
-                _, out = await self.children("reckon", ["--model", model], words.append)
+                status, out = await self.children("reckon", ["--model", model], words.append)
+            if status:
+                raise OSError(f"exit status {status}")
             return msgspec.json.encode(msgspec.json.decode(out, type=Reckoning))
         except (TimeoutError, OSError, msgspec.DecodeError) as error:
             log.error("reckoning_failed", reason=str(error), last_words="\n".join(words))

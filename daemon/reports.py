@@ -31,12 +31,13 @@ _index = msgspec.json.Decoder(_Index)
 def listed(folder: Path) -> bytes:
     """The newest backtests in folders of a folder, as JSON. One that cannot be read is named with the reason.
 
+    A folder that may not be looked into is none.
     Raise DataError where the folder cannot be read.
     """
     times: dict[Path, int] = {}
     try:
         for path in folder.iterdir():
-            with suppress(FileNotFoundError, NotADirectoryError):  # there is none, or none any more
+            with suppress(OSError):  # there is none, none any more, or it may not be looked into
                 times[path / INDEX] = (path / INDEX).stat().st_mtime_ns
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror}; name a folder that the daemon may read") from error

@@ -134,7 +134,8 @@ class Retraining:
         A model that is being put into service is not held up; one that is being judged is dropped.
         """
         if self._child is None and not self._pausing:
-            why = "what it trained is about to take over" if self.running else "no training is under way"
+            busy = "a model is being put into service or aside"
+            why = busy if self.running else "no training is under way"
             raise ConfigError(f"{why}: there is nothing to stop; the daemon itself ends by SIGTERM")
         self._stopping = True
         self._take()
@@ -236,11 +237,10 @@ class Retraining:
             if wanted and not job.begun:
                 shutil.rmtree(trained, ignore_errors=True)
             job.begun = True
-            if not (trained / "model.json").is_file():
-                await self._call(
-                    "train", ["--champion", self._serving().model, "--out", str(trained), *wanted]
-                )
             try:
+                if not (trained / "model.json").is_file():
+                    how = ["--champion", self._serving().model, "--out", str(trained), *wanted]
+                    await self._call("train", how)
                 await self._judge(trained, job)
             finally:
                 if self._stopping:
@@ -357,11 +357,11 @@ class Retraining:
             else:
                 log.error(f"{verb}_stalled", seconds=self._stall, last_words="\n".join(words))
                 self._tell(f"{verb} was killed: it said nothing for {self._stall:g} s, its `stall`")
-            raise _FailedError(final=False) from error
+            raise _FailedError(final=self._stopping) from error
         except OSError as error:  # no worker listens, or it ended first; or no process can be started
             log.error(f"{verb}_failed", reason=str(error), last_words="\n".join(words))
             self._tell(f"{verb} failed: {error}")
-            raise _FailedError(final=False) from error
+            raise _FailedError(final=self._stopping) from error
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if not self._stopping or (task is not None and task.cancelling()):

@@ -634,9 +634,10 @@ def _page(settings: "Config") -> str:
 
 
 def _memory() -> int:
-    """Bytes that this process may take: those of the machine, or of the tightest of its control groups."""
+    """Bytes that this process may take: those of the machine, or of the tightest control group, version 2."""
     least = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    own = Path("/proc/self/cgroup").read_text().rpartition("::/")[2].strip()
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.removeprefix("0::/") for line in groups if line.startswith("0::/")), "")
     group = Path("/sys/fs/cgroup") / own
     for folder in (group, *group.parents):
         limit = folder / "memory.max"

@@ -15,18 +15,18 @@ export async function ask(path, method = "GET", patience = PATIENCE_MS) {
   throw new Error(`the daemon refused: ${REFUSED[answer.status] ?? `status ${answer.status}`}`);
 }
 
-/** What comes of an order. Throws an Error in the daemon's words, with the status of the answer. */
+/** What comes of an order. Throws an Error that says whether it was done, with the status of the answer. */
 export async function post(path, body, token) {
   const headers = { Authorization: `Bearer ${token}`, "Content-Type": "application/json" };
   let answer;
   try {
     answer = await heard(path, { method: "POST", headers, body: JSON.stringify(body) }, ORDER_MS);
   } catch (error) {
-    throw new Error(`it is not known whether it was done, ${error.message}; look before you order again`);
+    throw new Error(`Not known whether it was done: ${error.message}; look before you order again.`);
   }
   if (answer.ok) return answer.json();
   const told = await answer.json().catch(() => ({}));
-  const error = new Error(told.error ?? REFUSED[answer.status] ?? `status ${answer.status}`);
+  const error = new Error(`Not done: ${told.error ?? REFUSED[answer.status] ?? `status ${answer.status}`}.`);
   error.status = answer.status;
   throw error;
 }

@@ -14,7 +14,7 @@ export async function order(verb, body, { title = "", text = "", action = "Order
   try {
     return (await post(`/orders/${verb}`, body, token)).done;
   } catch (error) {
-    if (error.status === undefined || error.status === 401) token = ""; // one with odd characters is not even sent
+    if (error.status === 401) token = "";
     throw error;
   }
 }
@@ -33,7 +33,7 @@ function agreed(title, text, action) {
   return new Promise((resolve) => {
     dialog.addEventListener("close", () => {
       const yes = dialog.returnValue === "yes";
-      if (yes && !token) token = field.value.trim();
+      if (yes && !token) token = field.value.replace(/[^ -~]/g, "?").trim(); // other characters no header may have
       field.value = "";
       resolve(yes);
     }, { once: true });

@@ -163,7 +163,7 @@ export class Training {
       if (done !== null) said.textContent = `Done: ${done}.`;
       said.dataset.state = "done";
     } catch (error) {
-      said.textContent = `Not done: ${error.message}.`;
+      said.textContent = error.message;
       said.dataset.state = "refused";
     }
   }

@@ -102,7 +102,7 @@ export class Trust {
       const done = await order("rollback", { to: model }, { title: `Let ${model} serve again?`, text, action: "Roll back" });
       if (done !== null) this.said = `Done: ${done}.`;
     } catch (error) {
-      this.said = `Not done: ${error.message}.`;
+      this.said = error.message;
     }
     this._ask();
   }

@@ -747,3 +747,23 @@ def test_board_says_why_a_process_was_killed(tmp_path, timeout, stall, said):
     job = Job(tmp_path, HANGS, timeout=timeout, stall=stall)
     job.run()
     assert said in job.told[-1]["lines"][-1]
+
+
+def test_what_a_stopped_training_wrote_at_its_end_does_not_come_back(tmp_path):
+    """The stop came after the model was written and before the process ended; the next run trains anew."""
+    job, heard = Job(tmp_path, f"{TELLS}\n{HANGS}", says(REFUSED)), asyncio.Event()
+
+    async def main():
+        made = job.start(heard_of(["at it"], heard))
+        made.ask("first", TrainingSettings(seed=1))
+        run = asyncio.ensure_future(made.run(await made.wanted()))
+        await heard.wait()
+        assert (tmp_path / "challengers" / "trained" / "model.json").is_file()
+        made.stop()
+        assert await run is Result.stopped
+        job.train = TELLS
+        made.ask("second")
+        await made.run(await made.wanted())
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert "--settings" not in (tmp_path / "refused" / "trained" / "model.json").read_text()
